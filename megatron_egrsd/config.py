@@ -1,0 +1,420 @@
+"""The whole configuration: one tree of frozen dataclasses, read from YAML and dotted command-line overrides.
+
+Everything that can be checked without a GPU, a model or a dataset is checked here, when a dataclass is made.
+"""
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_egrsd.errors import BadArgument
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise BadArgument(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The student, which is also its own teacher.
+
+    Args:
+        path: Directory of a Hugging Face Qwen3 checkpoint (config.json, tokenizer, safetensors).
+        dtype: Type of the weights and activations in training and in SGLang.
+    """
+
+    path: str = ""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    def __post_init__(self):
+        _require(bool(self.path), "model.path is not set; give the directory of a Hugging Face Qwen3 checkpoint")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Problems and prompts.
+
+    Args:
+        train: Training problems: a .jsonl or .parquet file, or a Hugging Face dataset name ("name:split").
+        evaluation: Held-out problems in the same format; empty switches evaluation off.
+        problem_key: Field that holds the problem text.
+        answer_key: Field that holds the verifiable answer.
+        solution_key: Field that holds the reference solution, the privileged context.
+        teacher_template: What the teacher reads as the user's turn; may use {problem}, {solution} and {answer}.
+        system_prompt: Optional system turn, for student and teacher alike.
+        enable_thinking: Passed to the chat template (Qwen3's thinking mode).
+        max_prompt_tokens: A longer student or teacher prompt is refused, naming the problem.
+        reward: "math" or the import path of a function (response: str, answer: str) -> float in [0, 1].
+    """
+
+    train: str = ""
+    evaluation: str = ""
+    problem_key: str = "problem"
+    answer_key: str = "answer"
+    solution_key: str = "solution"
+    teacher_template: str = (
+        "{problem}\n\nHere is a reference solution to this problem:\n{solution}\n\n"
+        "With this solution in mind, solve the problem in your own words."
+    )
+    system_prompt: str = ""
+    enable_thinking: bool = True
+    max_prompt_tokens: int = 2048
+    reward: str = "math"
+
+    def __post_init__(self):
+        fields = set(re.findall(r"{(\w*)}", self.teacher_template))
+        unknown = fields - {"problem", "solution", "answer"}
+        _require(not unknown, f"data.teacher_template uses {{{'}, {'.join(sorted(unknown))}}}; "
+                 "it knows {problem}, {solution} and {answer}")  # fmt: skip
+        _require(bool(fields & {"solution", "answer"}),
+                 "data.teacher_template must contain {solution} or {answer}: the teacher needs privileged context")  # fmt: skip
+        _require(self.max_prompt_tokens > 0, "data.max_prompt_tokens must be positive")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """GRPO, RLSD, EGRSD and CL-EGRSD: one family (docs/method.md). Symbols of the papers in brackets.
+
+    Args:
+        mix: Share of the likelihood ratio in the magnitude, in [0, 1] (lam; RLSD).
+        ratio_clip: The ratio is clipped to [1 - ratio_clip, 1 + ratio_clip] (eps_w; RLSD).
+        attenuation: How far the teacher's entropy may close the gate, in [0, 1) (alpha; EGRSD).
+        lookahead: Tokens the gate looks ahead for a resolved entropy; 0 is EGRSD (K; CL-EGRSD).
+        entropy_normalization: Scale of the entropy: batch quantile, sequence maximum or ln(vocabulary) (ours).
+        entropy_quantile: The quantile p of "quantile" (ours).
+        entropy_quantile_floor: Lower bound of the quantile, in nats (ours).
+        advantage: Within-group standardised reward, or +1 / -1 by outcome.
+        advantage_std: Divide the group advantage by the group's standard deviation.
+        clip_low: PPO clip below 1 of the policy ratio.
+        clip_high: PPO clip above 1 of the policy ratio.
+        importance_cap: Cap C of the truncated importance weight pi_old / pi_rollout; null switches it off.
+        loss_normalization: Mean over the tokens of the global batch, mean of sequence means, or fixed length.
+        fixed_length: Tokens per rollout that "fixed" divides by.
+    """
+
+    mix: float = 0.5
+    ratio_clip: float = 0.2
+    attenuation: float = 0.9
+    lookahead: int = 2
+    entropy_normalization: Literal["quantile", "max", "log_vocab"] = "quantile"
+    entropy_quantile: float = 0.95
+    entropy_quantile_floor: float = 0.5
+    advantage: Literal["group", "outcome"] = "group"
+    advantage_std: bool = True
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    importance_cap: float | None = None
+    loss_normalization: Literal["token_mean", "seq_mean", "fixed"] = "token_mean"
+    fixed_length: int = 0
+
+    def __post_init__(self):
+        _require(0 <= self.mix <= 1, f"objective.mix is {self.mix}; it must lie in [0, 1]")
+        _require(0 <= self.ratio_clip <= 1, f"objective.ratio_clip is {self.ratio_clip}; it must lie in [0, 1]")
+        _require(0 <= self.attenuation < 1, f"objective.attenuation is {self.attenuation}; it must lie in [0, 1), "
+                 "so that every token keeps a positive weight")  # fmt: skip
+        _require(self.lookahead >= 0, f"objective.lookahead is {self.lookahead}; it must not be negative")
+        _require(0 < self.entropy_quantile <= 1, "objective.entropy_quantile must lie in (0, 1]")
+        _require(self.entropy_quantile_floor >= 0, "objective.entropy_quantile_floor must not be negative")
+        _require(0 <= self.clip_low < 1, "objective.clip_low must lie in [0, 1)")
+        _require(self.clip_high >= 0, "objective.clip_high must not be negative")
+        _require(self.importance_cap is None or self.importance_cap > 0, "objective.importance_cap must be positive")
+        _require(self.loss_normalization != "fixed" or self.fixed_length > 0,
+                 'objective.loss_normalization is "fixed", so objective.fixed_length must be positive')  # fmt: skip
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the weights depend on the teacher at all; GRPO's do not."""
+        return self.mix > 0 or self.attenuation > 0
+
+    @classmethod
+    def preset(cls, name: Literal["grpo", "rlsd", "egrsd", "cl_egrsd"], **overrides: Any) -> "ObjectiveConfig":
+        """A member of the family by its name; `overrides` change single fields."""
+        presets = {
+            "grpo": {"mix": 0.0, "attenuation": 0.0, "lookahead": 0},
+            "rlsd": {"attenuation": 0.0, "lookahead": 0},
+            "egrsd": {"lookahead": 0},
+            "cl_egrsd": {},
+        }
+        _require(name in presets, f"no objective is called {name!r}; there are {', '.join(presets)}")
+        return cls(**{**presets[name], **overrides})
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Whose weights the teacher scores with.
+
+    Args:
+        weights: The student's current weights, its initial weights, or their exponential moving average.
+        ema_decay: Decay per step of "ema".
+    """
+
+    weights: Literal["live", "frozen", "ema"] = "live"
+    ema_decay: float = 0.99
+
+    def __post_init__(self):
+        _require(0 <= self.ema_decay < 1, "teacher.ema_decay must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling, and the SGLang servers that do it.
+
+    Args:
+        prompts_per_step: Prompts in one batch.
+        rollouts_per_prompt: Responses sampled for each prompt: the group of the advantage.
+        temperature: Sampling temperature; student and teacher are scored at the same one.
+        max_response_tokens: A response is cut here and then counts as unfinished.
+        urls: Servers that already run; empty launches `engines` servers on this node.
+        engines: Servers to launch.
+        engine_tensor_parallel: Tensor-parallel size of each launched server.
+        host: Address the launched servers listen on.
+        port: First port of the launched servers; 0 picks free ones.
+        max_concurrent_requests: Requests in flight, over all servers.
+        max_total_tokens: Size of a launched server's KV cache in tokens; 0 leaves it to SGLang.
+        weight_sync: Over a process group from the first training rank, or through a directory on disk.
+        sync_bucket_mib: Size of one broadcast bucket.
+        start_timeout: Seconds until a launched server must be healthy.
+        request_timeout: Seconds a generation request may take.
+        sync_timeout: Seconds one weight synchronisation may take.
+        server_args: Further SGLang launch arguments, without the leading dashes; true means a bare flag.
+    """
+
+    prompts_per_step: int = 32
+    rollouts_per_prompt: int = 8
+    temperature: float = 1.0
+    max_response_tokens: int = 8192
+    urls: list[str] = field(default_factory=list)
+    engines: int = 1
+    engine_tensor_parallel: int = 1
+    host: str = "127.0.0.1"
+    port: int = 0
+    max_concurrent_requests: int = 512
+    max_total_tokens: int = 0
+    weight_sync: Literal["distributed", "disk"] = "distributed"
+    sync_bucket_mib: int = 512
+    start_timeout: float = 600.0
+    request_timeout: float = 3600.0
+    sync_timeout: float = 600.0
+    server_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("prompts_per_step", "max_response_tokens", "engines", "engine_tensor_parallel",
+                     "max_concurrent_requests", "sync_bucket_mib", "start_timeout", "request_timeout",
+                     "sync_timeout"):  # fmt: skip
+            _require(getattr(self, name) > 0, f"rollout.{name} is {getattr(self, name)}; it must be positive")
+        _require(self.rollouts_per_prompt > 1, "rollout.rollouts_per_prompt must be at least 2: "
+                 "the advantage compares the rollouts of one prompt")  # fmt: skip
+        _require(self.temperature > 0, "rollout.temperature must be positive: on-policy sampling needs T > 0")
+        _require(0 <= self.port < 65536, f"rollout.port is {self.port}; it must lie in [0, 65535]")
+
+    @property
+    def rollouts_per_step(self) -> int:
+        return self.prompts_per_step * self.rollouts_per_prompt
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the training ranks split the model and the batch.
+
+    Args:
+        tensor: Tensor-parallel size (TP).
+        pipeline: Pipeline-parallel size (PP).
+        sequence_parallel: Split the activations outside attention and MLP over the TP ranks (SP).
+        distributed_optimizer: Shard the optimizer state over the data-parallel ranks.
+        max_tokens_per_microbatch: Token budget of one packed micro-batch; a longer single sample gets its own.
+        transformer_engine: Use Transformer Engine layers: where installed on a GPU, always, or never.
+        recompute: Recompute the activations of every layer in the backward pass.
+        timeout: Seconds a collective may take.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    max_tokens_per_microbatch: int = 16384
+    transformer_engine: Literal["auto", "always", "never"] = "auto"
+    recompute: bool = False
+    timeout: float = 1800.0
+
+    def __post_init__(self):
+        for name in ("tensor", "pipeline", "max_tokens_per_microbatch", "timeout"):
+            _require(getattr(self, name) > 0, f"parallel.{name} is {getattr(self, name)}; it must be positive")
+        _require(not self.sequence_parallel or self.tensor > 1,
+                 "parallel.sequence_parallel needs parallel.tensor > 1; set one of them")  # fmt: skip
+
+    @property
+    def model_parallel(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.pipeline
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW.
+
+    Args:
+        lr: Peak learning rate.
+        min_lr: Learning rate at the end of a decaying schedule.
+        schedule: Shape after the warm-up.
+        warmup_steps: Linear warm-up, in optimizer steps.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay; norms and biases are exempt.
+        clip_grad: Global gradient norm is clipped to this; 0 switches clipping off.
+        updates_per_batch: Optimizer steps per rollout batch, each on an equal share of the prompts.
+    """
+
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    updates_per_batch: int = 1
+
+    def __post_init__(self):
+        _require(self.lr > 0, f"optimizer.lr is {self.lr}; it must be positive")
+        _require(0 <= self.min_lr <= self.lr, "optimizer.min_lr must lie in [0, optimizer.lr]")
+        _require(self.updates_per_batch > 0, "optimizer.updates_per_batch must be positive")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation during training: avg@k at `temperature`.
+
+    Args:
+        every: Steps between evaluations; the start and the end are always evaluated. 0: only those two.
+        rollouts_per_problem: k of avg@k.
+        temperature: Sampling temperature.
+    """
+
+    every: int = 0
+    rollouts_per_problem: int = 8
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        _require(self.every >= 0, "evaluation.every must not be negative")
+        _require(self.rollouts_per_problem > 0, "evaluation.rollouts_per_problem must be positive")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run.
+
+    Args:
+        model: The student.
+        data: Problems and prompts.
+        objective: Token weights and loss.
+        teacher: Whose weights the teacher scores with.
+        rollout: Sampling and SGLang.
+        parallel: How the training ranks split model and batch.
+        optimizer: AdamW.
+        evaluation: Held-out evaluation.
+        steps: Rollout batches to train on.
+        seed: Seed of the data order, of sampling and of the initial state of every random generator.
+        output: Directory of the run: metrics, logs, final Hugging Face checkpoint. Must not hold another run.
+        max_log_prob_difference: Largest mean |log-prob(engine) - log-prob(SGLang)| over a batch, in nats;
+            beyond it the weights of the two disagree and the run ends.
+        dump_rollouts: Write every step's scored rollouts under output/rollouts.
+    """
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    steps: int = 100
+    seed: int = 0
+    output: str = "runs/egrsd"
+    max_log_prob_difference: float = 0.1
+    dump_rollouts: bool = False
+
+    def __post_init__(self):
+        _require(self.steps > 0, f"steps is {self.steps}; it must be positive")
+        _require(bool(self.data.train), "data.train is not set; give a .jsonl or .parquet file of problems")
+        _require(self.rollout.prompts_per_step % self.optimizer.updates_per_batch == 0,
+                 f"rollout.prompts_per_step = {self.rollout.prompts_per_step} does not divide into "
+                 f"optimizer.updates_per_batch = {self.optimizer.updates_per_batch} equal shares")  # fmt: skip
+        template = self.data.teacher_template
+        _require(not self.objective.needs_teacher or "{solution}" in template or "{answer}" in template,
+                 "data.teacher_template gives the teacher no privileged context")  # fmt: skip
+
+    def check_world(self, world_size: int) -> int:
+        """The data-parallel size for `world_size` ranks; BadArgument where the sizes do not divide."""
+        model_parallel = self.parallel.model_parallel
+        _require(world_size % model_parallel == 0,
+                 f"{world_size} training ranks do not divide into copies of parallel.tensor x parallel.pipeline = "
+                 f"{self.parallel.tensor} x {self.parallel.pipeline} = {model_parallel} ranks; "
+                 f"start a multiple of {model_parallel} with torchrun --nproc-per-node")  # fmt: skip
+        data_parallel = world_size // model_parallel
+        rollouts = self.rollout.rollouts_per_step // self.optimizer.updates_per_batch
+        _require(rollouts % data_parallel == 0,
+                 f"one update trains {rollouts} rollouts (prompts x rollouts per prompt / updates per batch), which "
+                 f"do not divide over {data_parallel} data-parallel ranks")  # fmt: skip
+        return data_parallel
+
+
+def valid_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration, sections included."""
+    keys = []
+    for f in dataclasses.fields(cls):
+        keys.append(prefix + f.name)
+        if dataclasses.is_dataclass(f.type):
+            keys += valid_keys(f.type, prefix + f.name + ".")
+    return keys
+
+
+def nearest_key(key: str) -> str:
+    """"; did you mean X?" for the valid key most like `key`, else an empty string."""
+    keys = valid_keys()
+    by_leaf = {k.rpartition(".")[2]: k for k in reversed(keys)}
+    leaf = key.rpartition(".")[2]
+    match = difflib.get_close_matches(key, keys, 1, 0.75) or [by_leaf[m] for m in
+            difflib.get_close_matches(leaf, list(by_leaf), 1, 0.6)] or difflib.get_close_matches(key, keys, 1, 0.4)  # fmt: skip
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """The configuration from command-line words: `--config FILE` and dotted overrides, later ones winning.
+
+    Raises BadArgument naming the key, with the nearest valid one where it is unknown.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, prog="megatron-egrsd train")
+    parser.add_argument("--config", action="config", help="YAML file with the keys below.")
+    parser.add_class_arguments(Config, None)
+    try:
+        namespace = parser.instantiate_classes(parser.parse_args(arguments))
+    except BadArgument:
+        raise
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise BadArgument(_one_sentence(str(error))) from None
+    return Config(**{f.name: namespace[f.name] for f in dataclasses.fields(Config)})
+
+
+def _one_sentence(message: str) -> str:
+    """jsonargparse's message in the words of this project, with the nearest valid key."""
+    if match := re.search(r"unrecognized arguments: --([\w.\-]+)", message):
+        return f"no configuration key is called {match[1]}{nearest_key(match[1])}"
+    if match := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
+        key = f"{match[1]}.{match[2]}"
+        return f"no configuration key is called {key}{nearest_key(key)}"
+    if match := re.search(r"[Oo]ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'", message):
+        key = match[1] or match[2]
+        return f"no configuration key is called {key}{nearest_key(key)}"
+    if match := re.search(r'Parser key "([\w.]+)":\s+Expected a (.+?)\. Got value: (.*)', message, re.S):
+        expected = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "")
+        return f"{match[1]} is {match[3].strip()!r}, but it must be of type {expected}"
+    return " ".join(message.split())

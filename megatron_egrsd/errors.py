@@ -1,0 +1,9 @@
+"""The two errors a user meets. The command line prints either as one line and exits with its status."""
+
+
+class BadArgument(ValueError):
+    """The request itself cannot work: a wrong key, path, size or dataset. Nothing was started. Exit status 2."""
+
+
+class RunError(RuntimeError):
+    """Something failed while running: a server died, a sync was corrupted, a deadline passed. Exit status 1."""
