@@ -1,0 +1,11 @@
+"""Vocab-parallel log-probability and entropy: one read of the logits, one collective, no collective in backward.
+
+Usable in any Megatron-style project: imports torch only, and the tensor-parallel process group is an argument.
+See `docs/reuse.md` for the call from Megatron-LM, slime and verl, `docs/performance.md` for the measurements.
+"""
+
+from megatron_egrsd.vocab_parallel.linear import linear_log_prob_and_entropy
+from megatron_egrsd.vocab_parallel.log_prob import LogRatio, log_prob_and_entropy, log_ratio
+from megatron_egrsd.vocab_parallel.shard import IGNORE_INDEX
+
+__all__ = ["IGNORE_INDEX", "LogRatio", "linear_log_prob_and_entropy", "log_prob_and_entropy", "log_ratio"]

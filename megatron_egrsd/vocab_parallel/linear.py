@@ -1,0 +1,163 @@
+"""LM head, log-probability and entropy in one: the logits exist one vocabulary chunk at a time.
+
+Chunks run over the vocabulary, not over the tokens: each chunk's weight gradient is then final when it is computed,
+so it goes straight into its rows of the result, and the transient memory (tokens x chunk) does not depend on V.
+"""
+
+import torch
+import torch.distributed as dist
+
+from megatron_egrsd.vocab_parallel import ops
+from megatron_egrsd.vocab_parallel.combine import combine, combine_ranks, log_prob_and_entropy_of
+from megatron_egrsd.vocab_parallel.shard import LOGIT_DTYPES, Shard, check_target, check_temperature
+
+_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits held at a time: stays in the L3 cache; fills a GPU
+
+
+def linear_log_prob_and_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    entropy_grad: bool = False,
+    chunk_size: int | None = None,
+    sequence_parallel: bool = False,
+    logits_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`log_prob_and_entropy(hidden @ weight.T, target)` without ever holding the logits: both results [...] fp32, nats.
+
+    Forward makes one all-gather of four floats a token; backward recomputes the logits and reduces the gradient of
+    `hidden` over the group once, in fp32. With `sequence_parallel` the sequence is gathered in forward and its
+    gradient reduce-scattered in backward instead.
+
+    hidden             [..., D]; with sequence_parallel this rank's [S / ranks, ..., D] of the sequence dimension
+    weight             [V / ranks, D], dtype of hidden: the LM head, or the embedding table when the two are tied
+    target             [...] int64 global ids (the full sequence also with sequence_parallel); -100 gives exact zeros
+    chunk_size         vocabulary columns at a time; default: as many as keep tokens x columns at a fixed size
+    logits_dtype       float32 keeps the GEMM's accuracy (bf16 logits cost about 1e-2 in a log-prob). Default: float32
+                       where the GEMM writes it at no cost (CUDA), else the dtype of hidden
+    The other arguments and the errors are those of `log_prob_and_entropy`.
+    """
+    _check_operands(hidden, weight, chunk_size, logits_dtype)
+    check_temperature(temperature)
+    shard = Shard.of(weight.shape[0], group, vocab_size)
+    sequence_ranks = shard.ranks if sequence_parallel else 1
+    tokens_shape = hidden.shape[:-1]
+    if sequence_ranks > 1:
+        if hidden.dim() < 2:
+            raise ValueError(f"sequence_parallel needs hidden [S / ranks, ..., D], got {tuple(hidden.shape)}")
+        tokens_shape = torch.Size((hidden.shape[0] * sequence_ranks, *hidden.shape[1:-1]))
+    check_target(target, tokens_shape, "hidden's tokens", hidden.device, shard.vocab_size)
+    if logits_dtype is None:
+        logits_dtype = torch.float32 if hidden.is_cuda else hidden.dtype
+    if chunk_size is None:
+        held = _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 27)
+        chunk_size = max(1024, held // max(1, target.numel()) // 64 * 64)
+    log_prob_N, entropy_N = _LinearLogProbAndEntropy.apply(
+        hidden, weight, target.reshape(-1), shard, temperature, entropy_grad,
+        min(chunk_size, shard.columns), sequence_ranks > 1, logits_dtype,
+    )  # fmt: skip
+    return log_prob_N.view(target.shape), entropy_N.view(target.shape)
+
+
+def _check_operands(hidden, weight, chunk_size, logits_dtype) -> None:
+    if hidden.dim() < 1 or hidden.dtype not in LOGIT_DTYPES:
+        raise ValueError(f"hidden must be [..., D] float32, bfloat16 or float16, got {hidden.dtype} {tuple(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight must be [V, {hidden.shape[-1]}] to match hidden, got {tuple(weight.shape)}")
+    if weight.dtype != hidden.dtype or weight.device != hidden.device:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} is {weight.dtype} on {weight.device}, "
+            f"hidden {tuple(hidden.shape)} is {hidden.dtype} on {hidden.device}: they must agree"
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if logits_dtype not in (None, torch.float32, hidden.dtype):
+        raise ValueError(f"logits_dtype must be float32 or hidden's {hidden.dtype}, got {logits_dtype}")
+
+
+class _LinearLogProbAndEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden, weight_VD, target_N, shard, temperature, entropy_grad, chunk, sequence_parallel, logits_dtype
+    ):
+        hidden_ND = _gather_sequence(hidden, shard) if sequence_parallel else hidden.reshape(-1, hidden.shape[-1])
+        part_N4 = None
+        for columns, logits_NC in _logit_chunks(hidden_ND, weight_VD, shard, chunk, logits_dtype):
+            chunk_N4 = ops.statistics(logits_NC, target_N, shard.slice(columns.start, columns.stop), temperature)
+            part_N4 = chunk_N4 if part_N4 is None else combine(torch.stack([part_N4, chunk_N4]))
+        statistics_N4 = combine_ranks(part_N4, shard)
+        log_prob_N, entropy_N = log_prob_and_entropy_of(statistics_N4, target_N)
+        # The gathered sequence is kept, so that backward needs no second gather.
+        ctx.save_for_backward(hidden_ND, weight_VD, target_N, statistics_N4)
+        ctx.shard, ctx.temperature, ctx.entropy_grad = shard, temperature, entropy_grad
+        ctx.chunk, ctx.sequence_parallel, ctx.logits_dtype = chunk, sequence_parallel, logits_dtype
+        ctx.hidden_shape = hidden.shape
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropy_N)
+        return log_prob_N, entropy_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_log_prob_N, grad_entropy_N):
+        hidden_ND, weight_VD, target_N, statistics_N4 = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_log_prob_N = grad_log_prob_N.contiguous()
+        grad_entropy_N = grad_entropy_N.contiguous() if ctx.entropy_grad else None
+        # Chunks add up in fp32: a bf16 sum over tens of chunks loses what the reduction over ranks then multiplies.
+        grad_hidden_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=hidden_ND.device) if need_hidden else None
+        grad_weight_VD = torch.empty_like(weight_VD) if need_weight else None
+        for columns, logits_NC in _logit_chunks(hidden_ND, weight_VD, ctx.shard, ctx.chunk, ctx.logits_dtype):
+            grad_NC = ops.logits_grad(
+                logits_NC, target_N, statistics_N4, grad_log_prob_N, grad_entropy_N,
+                ctx.shard.slice(columns.start, columns.stop), ctx.temperature, inplace=True,
+            ).to(hidden_ND.dtype)  # fmt: skip
+            if need_hidden:
+                grad_hidden_ND += grad_NC @ weight_VD[columns]
+            if need_weight:
+                torch.mm(grad_NC.t(), hidden_ND, out=grad_weight_VD[columns])
+        if need_hidden:
+            grad_hidden = _reduce_hidden(grad_hidden_ND, ctx.shard, ctx.sequence_parallel)
+            grad_hidden = grad_hidden.to(hidden_ND.dtype).view(ctx.hidden_shape)
+        else:
+            grad_hidden = None
+        return grad_hidden, grad_weight_VD, *[None] * 7
+
+
+def _logit_chunks(hidden_ND, weight_VD, shard: Shard, chunk: int, logits_dtype: torch.dtype):
+    """Yield (column slice, logits [N, C] of those columns); one buffer serves all chunks, the caller may overwrite it."""
+    tokens = hidden_ND.shape[0]
+    widen = logits_dtype != hidden_ND.dtype
+    buffer = hidden_ND.new_empty(tokens * chunk, dtype=logits_dtype)
+    if widen and not hidden_ND.is_cuda:
+        hidden_ND = hidden_ND.to(logits_dtype)
+    for first in range(0, shard.columns, chunk):
+        columns = slice(first, min(first + chunk, shard.columns))
+        logits_NC = buffer[: tokens * (columns.stop - columns.start)].view(tokens, -1)
+        weight_CD = weight_VD[columns]
+        if widen and hidden_ND.is_cuda:  # bf16 GEMM with fp32 output: the accumulators are stored as they are
+            torch.mm(hidden_ND, weight_CD.t(), out_dtype=logits_dtype, out=logits_NC)
+        else:
+            torch.mm(hidden_ND, weight_CD.to(logits_dtype).t(), out=logits_NC)
+        yield columns, logits_NC
+
+
+def _gather_sequence(hidden: torch.Tensor, shard: Shard) -> torch.Tensor:
+    gathered = hidden.new_empty((hidden.shape[0] * shard.ranks, *hidden.shape[1:]))
+    dist.all_gather_into_tensor(gathered, hidden.contiguous(), group=shard.group)
+    return gathered.view(-1, hidden.shape[-1])
+
+
+def _reduce_hidden(grad_hidden_ND: torch.Tensor, shard: Shard, sequence_parallel: bool) -> torch.Tensor:
+    """Sum over the ranks' vocabulary shards; with sequence parallelism each rank keeps its part of the sequence."""
+    if shard.ranks == 1:
+        return grad_hidden_ND
+    if not sequence_parallel:
+        dist.all_reduce(grad_hidden_ND, group=shard.group)
+        return grad_hidden_ND
+    own_ND = grad_hidden_ND.new_empty((grad_hidden_ND.shape[0] // shard.ranks, grad_hidden_ND.shape[1]))
+    dist.reduce_scatter_tensor(own_ND, grad_hidden_ND, group=shard.group)
+    return own_ND
