@@ -1,0 +1,153 @@
+"""Problems from a file or the hub, and the order in which training visits them.
+
+Every row is checked here, before anything is started: a dataset that cannot be trained on is one sentence
+that names the file, the line and what to change.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from megatron_egrsd.config import DataConfig
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.samples import Problem
+
+_ID_KEYS = ("id", "idx", "unique_id")
+
+
+def load_problems(source: str, config: DataConfig, *, privileged: bool = True) -> list[Problem]:
+    """Every problem of `source`: a .jsonl or .parquet file, or a hub dataset "name[:config]:split".
+
+    `privileged=False` says that no teacher will read these problems (evaluation, or an objective without a
+    teacher); a reference solution may then be missing even where the teacher's template asks for one.
+    A row without an id gets its line number. Raises BadArgument, naming file and line.
+    """
+    need_solution = privileged and "{solution}" in config.teacher_template
+    problems = [_problem(row, where, number, config, need_solution) for where, number, row in _rows(source)]
+    if not problems:
+        raise BadArgument(
+            f"{source} holds no problems; write one JSON object a line, such as "
+            f'{{"{config.problem_key}": "...", "{config.answer_key}": "..."}}'
+        )
+    return problems
+
+
+def batch_indices(n_problems: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The problems of batch `step` (from 0) in an endless shuffled order that depends on (seed, step) alone.
+
+    Each epoch is a fresh permutation and visits every problem exactly once; a batch may straddle two epochs.
+    There is no state to save: a resumed run goes on with its step number.
+    """
+    if n_problems <= 0 or batch_size <= 0 or step < 0:
+        raise BadArgument(f"no batch of {batch_size} from {n_problems} problems at step {step}")
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    return [_permutation(n_problems, p // n_problems, seed)[p % n_problems] for p in positions]
+
+
+@lru_cache(maxsize=4)
+def _permutation(n_problems: int, epoch: int, seed: int) -> tuple[int, ...]:
+    # Python's generator, seeded with text, gives the same order on every platform and numpy version.
+    order = list(range(n_problems))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return tuple(order)
+
+
+def _rows(source: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(place for messages, row number from 1, row) of every row."""
+    path = Path(source)
+    if path.suffix not in (".jsonl", ".parquet"):
+        if not path.exists() and ":" in source:
+            return _hub_rows(source)
+        raise BadArgument(
+            f"{source!r} is neither a .jsonl nor a .parquet file, nor a hub dataset written as "
+            '"name:split" or "name:config:split"'
+        )
+    if not path.is_file():
+        raise BadArgument(
+            f"there is no file {source}; data.train and data.evaluation are paths from the "
+            f"directory the run starts in, which is {Path.cwd()}"
+        )
+    return _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    with open(path, "rb") as file:  # bytes: a line that is not UTF-8 is then named like any other bad line
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path} line {number}"
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8
+                raise BadArgument(
+                    f"{where} is not JSON in UTF-8 ({error}); a .jsonl file holds one JSON object a line"
+                ) from None
+            if not isinstance(row, dict):
+                raise BadArgument(
+                    f"{where} is a JSON {_kind(row)}; each line must be an object with the fields "
+                    "data.problem_key and data.answer_key name"
+                )
+            yield where, number, row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BadArgument(f"{path} cannot be read as parquet: {' '.join(str(error).split())}") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{path} row {number}", number, row
+
+
+def _hub_rows(source: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    import datasets
+
+    name, *subset, split = source.split(":")
+    try:
+        rows = datasets.load_dataset(name, *subset, split=split)
+    except Exception as error:  # the hub client raises some twenty types
+        reason = " ".join(str(error).split())[:300]
+        raise BadArgument(
+            f"the dataset {source} cannot be loaded ({reason}); download it and give a .jsonl or "
+            ".parquet file where this machine has no network"
+        ) from None
+    for number, row in enumerate(rows, 1):
+        yield f"{source} row {number}", number, dict(row)
+
+
+def _problem(row: dict, where: str, number: int, config: DataConfig, need_solution: bool) -> Problem:
+    problem = _text(row, config.problem_key, where, "data.problem_key")
+    answer = _text(row, config.answer_key, where, "data.answer_key")
+    solution = ""
+    if need_solution or row.get(config.solution_key) is not None:
+        hint = "data.solution_key, or let data.teacher_template use {answer} instead of {solution}"
+        solution = _text(row, config.solution_key, where, hint, blank=not need_solution)
+    key = next((k for k in _ID_KEYS if isinstance(row.get(k), (str, int))), None)
+    return Problem(str(row[key]) if key else str(number), problem, answer, solution)
+
+
+def _text(row: dict[str, Any], key: str, where: str, setting: str, blank: bool = False) -> str:
+    """The field as text; numbers are written out, 27.0 as "27"."""
+    if key not in row:
+        raise BadArgument(f"{where} has no field {key!r}; it has {', '.join(map(repr, row)) or 'none'}: set {setting}")
+    value = row[key]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) and value is not None:
+        raise BadArgument(f"{where}: field {key!r} is a {_kind(value)}; it must be text or a number")
+    if not blank and not (value or "").strip():
+        raise BadArgument(f"{where}: field {key!r} is empty; fill it, remove the row, or set {setting}")
+    return value or ""
+
+
+def _kind(value: Any) -> str:
+    names = {list: "list", dict: "object", bool: "truth value", str: "text", type(None): "null"}
+    return names.get(type(value), "number" if isinstance(value, (int, float)) else type(value).__name__)

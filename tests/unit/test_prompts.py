@@ -1,0 +1,181 @@
+"""Student and teacher prompts with Qwen3's chat template and special tokens, and their alignment."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_egrsd.config import DataConfig
+from megatron_egrsd.data.problems import load_problems
+from megatron_egrsd.data.prompts import PromptBuilder, teacher_turn
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.samples import Problem
+
+DATA = Path(__file__).parents[1] / "data"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+THINKING = ["<think>", "</think>"]  # tokens of their own in Qwen3, but not "special": decoding keeps them
+# Qwen's split; unlike GPT-2's it keeps the "\n\n" after </think> in one piece whatever follows.
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LATEX = Problem("p1", r"Simplify $\frac{a^{2}}{a}$ {solution}", "$a$", r"\boxed{a} since {problem}")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A byte-level BPE trained on the real problems, with Qwen3's tokens and template."""
+    texts = [
+        v
+        for file in sorted(DATA.glob("*.jsonl"))
+        for line in file.read_text().splitlines()
+        for v in json.loads(line).values()
+        if isinstance(v, str)
+    ]
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_special_tokens(SPECIAL)
+    bpe.add_tokens(THINKING)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = (DATA / "qwen3_chat_template.jinja").read_text()
+    return tokenizer
+
+
+def builder(tokenizer, config=None, response=64, context=8192):
+    return PromptBuilder(tokenizer, config or DataConfig(), response, context)
+
+
+def with_template(tokenizer, template):
+    copy = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    copy.chat_template = template
+    return copy
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_prompts_read_as_the_template_says(tokenizer, thinking):
+    prompt = builder(tokenizer, DataConfig(enable_thinking=thinking, system_prompt="Be brief.")).build(LATEX)
+    header = "<|im_start|>assistant\n" + ("" if thinking else "<think>\n\n</think>\n\n")
+    start = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+    assert tokenizer.decode(prompt.student_ids) == f"{start}{LATEX.problem}<|im_end|>\n{header}"
+    teacher = tokenizer.decode(prompt.teacher_ids)
+    assert teacher.startswith(start + LATEX.problem) and teacher.endswith(header)
+    assert LATEX.solution in teacher
+
+
+def test_substitution_is_literal():
+    assert teacher_turn("{problem}|{solution}|{answer}|{x}", LATEX) == (
+        r"Simplify $\frac{a^{2}}{a}$ {solution}|\boxed{a} since {problem}|$a$|{x}"
+    )
+    assert teacher_turn("{problem}", replace(LATEX, problem=r"\1 \g<0> {")) == r"\1 \g<0> {"
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("gsm8k_test", DataConfig(problem_key="question", solution_key="answer")),
+        ("aime24", DataConfig()),
+        ("minerva_math", DataConfig(answer_key="solution")),
+        ("amc23", DataConfig(teacher_template="{problem} (The answer is {answer}.)")),
+    ],
+)
+def test_real_problems(tokenizer, name, config, thinking):
+    config = replace(config, enable_thinking=thinking, max_prompt_tokens=8000)
+    build = builder(tokenizer, config, context=32768).build
+    for problem in load_problems(str(DATA / f"{name}.jsonl"), config):
+        prompt = build(problem)
+        assert problem.problem in tokenizer.decode(prompt.student_ids)
+        privileged = problem.solution if "{solution}" in config.teacher_template else problem.answer
+        assert privileged in tokenizer.decode(prompt.teacher_ids)
+        assert len(prompt.teacher_ids) > len(prompt.student_ids)
+
+
+texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=60).filter(str.strip)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(problem=texts, solution=texts, thought=texts, answer=texts, thinking=st.booleans(), stop=st.booleans())
+def test_alignment(tokenizer, problem, solution, thought, answer, thinking, stop):
+    """Whatever the texts: the same response tokens follow both prompts, predicted from prompt_len - 1 + t."""
+    config = DataConfig(enable_thinking=thinking)
+    prompt = builder(tokenizer, config).build(Problem("h", problem, "1", solution))
+    text = (f"<think>\n{thought}\n</think>\n\n" if thinking else "") + answer + ("<|im_end|>" if stop else "")
+    response = tokenizer.encode(text, add_special_tokens=False)
+    assert (response[-1] == tokenizer.eos_token_id) or not stop
+
+    student, teacher = prompt.student_ids + response, prompt.teacher_ids + response
+    header = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
+    if not thinking:
+        header += tokenizer.encode("<think>\n\n</think>\n\n", add_special_tokens=False)
+    reach = len(header) + len(response)
+    assert student[-reach:] == teacher[-reach:] == header + response
+    for ids, prompt_ids in ((student, prompt.student_ids), (teacher, prompt.teacher_ids)):
+        for t, token in enumerate(response):
+            predicts = len(prompt_ids) - 1 + t  # logits at this position are for the next token
+            assert ids[predicts + 1] == token
+        assert ids[: len(prompt_ids)] == prompt_ids
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_the_response_stands_where_the_template_puts_it(tokenizer, thinking):
+    """Prompt + sampled tokens + EOS are what the template renders for the finished conversation."""
+    prompt = builder(tokenizer, DataConfig(enable_thinking=thinking)).build(LATEX)
+    thought = "Cancel $a$." if thinking else ""
+    response = ("<think>\nCancel $a$.\n</think>\n\n" if thinking else "") + r"It is \boxed{a}.<|im_end|>"
+    finished = tokenizer.apply_chat_template(
+        [
+            {"role": "user", "content": LATEX.problem},
+            {"role": "assistant", "content": r"It is \boxed{a}.", "reasoning_content": thought},
+        ],
+        tokenize=False,
+    )
+    ids = prompt.student_ids + tokenizer.encode(response, add_special_tokens=False)
+    assert finished.encode() == tokenizer.decode(ids).encode() + b"\n"
+    assert tokenizer.encode(finished, add_special_tokens=False)[: len(ids)] == ids
+
+
+def test_too_long_prompts_are_named_with_both_numbers(tokenizer):
+    n = len(builder(tokenizer).build(LATEX).teacher_ids)
+    with pytest.raises(BadArgument, match=rf"teacher prompt of problem p1 has {n} tokens.*max_prompt_tokens = 40"):
+        builder(tokenizer, DataConfig(max_prompt_tokens=40)).build(LATEX)
+    context = n + 63
+    with pytest.raises(BadArgument, match=rf"problem p1 has {n} tokens.*= 64 exceed.* context of {context}"):
+        builder(tokenizer, context=context).build(LATEX)
+    builder(tokenizer, context=n + 64).build(LATEX)
+    assert builder(tokenizer, context=context).build(LATEX, privileged=False).teacher_ids == []
+    with pytest.raises(BadArgument, match="no room"):
+        builder(tokenizer, response=64, context=64)
+
+
+def test_unusable_templates(tokenizer):
+    with pytest.raises(BadArgument, match="no chat template"):
+        builder(with_template(tokenizer, None))
+    turns = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    with pytest.raises(BadArgument, match="adds no generation prompt"):
+        builder(with_template(tokenizer, turns))
+    with pytest.raises(BadArgument, match="fails"):
+        builder(with_template(tokenizer, turns + "{{ raise_exception('no') }}"))
+    # A header that depends on the user's turn would give student and teacher different conditions.
+    header = "{% if add_generation_prompt %}{{ 'T:' if 'reference' in messages[-1].content else 'S:' }}{% endif %}"
+    with pytest.raises(BadArgument, match="same generation prompt"):
+        builder(with_template(tokenizer, turns + header))
+
+
+def test_empty_problem(tokenizer):
+    with pytest.raises(BadArgument, match="problem p1 is empty"):
+        builder(tokenizer).build(replace(LATEX, problem=" \n"))
