@@ -67,10 +67,15 @@ class DataConfig:
     def __post_init__(self):
         fields = set(re.findall(r"{(\w*)}", self.teacher_template))
         unknown = fields - {"problem", "solution", "answer"}
-        _require(not unknown, f"data.teacher_template uses {{{'}, {'.join(sorted(unknown))}}}; "
-                 "it knows {problem}, {solution} and {answer}")  # fmt: skip
-        _require(bool(fields & {"solution", "answer"}),
-                 "data.teacher_template must contain {solution} or {answer}: the teacher needs privileged context")  # fmt: skip
+        _require(
+            not unknown,
+            f"data.teacher_template uses {{{'}, {'.join(sorted(unknown))}}}; "
+            "it knows {problem}, {solution} and {answer}",
+        )
+        _require(
+            bool(fields & {"solution", "answer"}),
+            "data.teacher_template must contain {solution} or {answer}: the teacher needs privileged context",
+        )
         _require(self.max_prompt_tokens > 0, "data.max_prompt_tokens must be positive")
 
 
@@ -113,16 +118,21 @@ class ObjectiveConfig:
     def __post_init__(self):
         _require(0 <= self.mix <= 1, f"objective.mix is {self.mix}; it must lie in [0, 1]")
         _require(0 <= self.ratio_clip <= 1, f"objective.ratio_clip is {self.ratio_clip}; it must lie in [0, 1]")
-        _require(0 <= self.attenuation < 1, f"objective.attenuation is {self.attenuation}; it must lie in [0, 1), "
-                 "so that every token keeps a positive weight")  # fmt: skip
+        _require(
+            0 <= self.attenuation < 1,
+            f"objective.attenuation is {self.attenuation}; it must lie in [0, 1), "
+            "so that every token keeps a positive weight",
+        )
         _require(self.lookahead >= 0, f"objective.lookahead is {self.lookahead}; it must not be negative")
         _require(0 < self.entropy_quantile <= 1, "objective.entropy_quantile must lie in (0, 1]")
         _require(self.entropy_quantile_floor >= 0, "objective.entropy_quantile_floor must not be negative")
         _require(0 <= self.clip_low < 1, "objective.clip_low must lie in [0, 1)")
         _require(self.clip_high >= 0, "objective.clip_high must not be negative")
         _require(self.importance_cap is None or self.importance_cap > 0, "objective.importance_cap must be positive")
-        _require(self.loss_normalization != "fixed" or self.fixed_length > 0,
-                 'objective.loss_normalization is "fixed", so objective.fixed_length must be positive')  # fmt: skip
+        _require(
+            self.loss_normalization != "fixed" or self.fixed_length > 0,
+            'objective.loss_normalization is "fixed", so objective.fixed_length must be positive',
+        )
 
     @property
     def needs_teacher(self) -> bool:
@@ -201,12 +211,22 @@ class RolloutConfig:
     server_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        for name in ("prompts_per_step", "max_response_tokens", "engines", "engine_tensor_parallel",
-                     "max_concurrent_requests", "sync_bucket_mib", "start_timeout", "request_timeout",
-                     "sync_timeout"):  # fmt: skip
+        for name in (
+            "prompts_per_step",
+            "max_response_tokens",
+            "engines",
+            "engine_tensor_parallel",
+            "max_concurrent_requests",
+            "sync_bucket_mib",
+            "start_timeout",
+            "request_timeout",
+            "sync_timeout",
+        ):
             _require(getattr(self, name) > 0, f"rollout.{name} is {getattr(self, name)}; it must be positive")
-        _require(self.rollouts_per_prompt > 1, "rollout.rollouts_per_prompt must be at least 2: "
-                 "the advantage compares the rollouts of one prompt")  # fmt: skip
+        _require(
+            self.rollouts_per_prompt > 1,
+            "rollout.rollouts_per_prompt must be at least 2: the advantage compares the rollouts of one prompt",
+        )
         _require(self.temperature > 0, "rollout.temperature must be positive: on-policy sampling needs T > 0")
         _require(0 <= self.port < 65536, f"rollout.port is {self.port}; it must lie in [0, 65535]")
 
@@ -242,8 +262,10 @@ class ParallelConfig:
     def __post_init__(self):
         for name in ("tensor", "pipeline", "max_tokens_per_microbatch", "timeout"):
             _require(getattr(self, name) > 0, f"parallel.{name} is {getattr(self, name)}; it must be positive")
-        _require(not self.sequence_parallel or self.tensor > 1,
-                 "parallel.sequence_parallel needs parallel.tensor > 1; set one of them")  # fmt: skip
+        _require(
+            not self.sequence_parallel or self.tensor > 1,
+            "parallel.sequence_parallel needs parallel.tensor > 1; set one of them",
+        )
 
     @property
     def model_parallel(self) -> int:
@@ -343,25 +365,33 @@ class Config:
     def __post_init__(self):
         _require(self.steps > 0, f"steps is {self.steps}; it must be positive")
         _require(bool(self.data.train), "data.train is not set; give a .jsonl or .parquet file of problems")
-        _require(self.rollout.prompts_per_step % self.optimizer.updates_per_batch == 0,
-                 f"rollout.prompts_per_step = {self.rollout.prompts_per_step} does not divide into "
-                 f"optimizer.updates_per_batch = {self.optimizer.updates_per_batch} equal shares")  # fmt: skip
+        _require(
+            self.rollout.prompts_per_step % self.optimizer.updates_per_batch == 0,
+            f"rollout.prompts_per_step = {self.rollout.prompts_per_step} does not divide into "
+            f"optimizer.updates_per_batch = {self.optimizer.updates_per_batch} equal shares",
+        )
         template = self.data.teacher_template
-        _require(not self.objective.needs_teacher or "{solution}" in template or "{answer}" in template,
-                 "data.teacher_template gives the teacher no privileged context")  # fmt: skip
+        _require(
+            not self.objective.needs_teacher or "{solution}" in template or "{answer}" in template,
+            "data.teacher_template gives the teacher no privileged context",
+        )
 
     def check_world(self, world_size: int) -> int:
         """The data-parallel size for `world_size` ranks; BadArgument where the sizes do not divide."""
         model_parallel = self.parallel.model_parallel
-        _require(world_size % model_parallel == 0,
-                 f"{world_size} training ranks do not divide into copies of parallel.tensor x parallel.pipeline = "
-                 f"{self.parallel.tensor} x {self.parallel.pipeline} = {model_parallel} ranks; "
-                 f"start a multiple of {model_parallel} with torchrun --nproc-per-node")  # fmt: skip
+        _require(
+            world_size % model_parallel == 0,
+            f"{world_size} training ranks do not divide into copies of parallel.tensor x parallel.pipeline = "
+            f"{self.parallel.tensor} x {self.parallel.pipeline} = {model_parallel} ranks; "
+            f"start a multiple of {model_parallel} with torchrun --nproc-per-node",
+        )
         data_parallel = world_size // model_parallel
         rollouts = self.rollout.rollouts_per_step // self.optimizer.updates_per_batch
-        _require(rollouts % data_parallel == 0,
-                 f"one update trains {rollouts} rollouts (prompts x rollouts per prompt / updates per batch), which "
-                 f"do not divide over {data_parallel} data-parallel ranks")  # fmt: skip
+        _require(
+            rollouts % data_parallel == 0,
+            f"one update trains {rollouts} rollouts (prompts x rollouts per prompt / updates per batch), which "
+            f"do not divide over {data_parallel} data-parallel ranks",
+        )
         return data_parallel
 
 
@@ -376,12 +406,15 @@ def valid_keys(cls: type = Config, prefix: str = "") -> list[str]:
 
 
 def nearest_key(key: str) -> str:
-    """"; did you mean X?" for the valid key most like `key`, else an empty string."""
+    """ "; did you mean X?" for the valid key most like `key`, else an empty string."""
     keys = valid_keys()
     by_leaf = {k.rpartition(".")[2]: k for k in reversed(keys)}
     leaf = key.rpartition(".")[2]
-    match = difflib.get_close_matches(key, keys, 1, 0.75) or [by_leaf[m] for m in
-            difflib.get_close_matches(leaf, list(by_leaf), 1, 0.6)] or difflib.get_close_matches(key, keys, 1, 0.4)  # fmt: skip
+    match = (
+        difflib.get_close_matches(key, keys, 1, 0.75)
+        or [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), 1, 0.6)]
+        or difflib.get_close_matches(key, keys, 1, 0.4)
+    )
     return f"; did you mean {match[0]}?" if match else ""
 
 

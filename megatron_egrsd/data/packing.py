@@ -1,0 +1,121 @@
+"""From ragged sequences to packed micro-batches: balanced over the ranks, padding-free, every sample exactly once."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A prompt and its response as one token sequence, and what the loss needs for each response token.
+
+    `fields` are fp32 [response length] tensors (or scalars, broadcast over the response) by name.
+    """
+
+    prompt_ids: Seq[int]
+    response_ids: Seq[int]
+    fields: dict[str, torch.Tensor | float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences laid end to end. T tokens in all (padding last), R response tokens, B sequences.
+
+    Row `rows[r]` of the hidden states predicts `targets[r]`: the rows before each response token. A batch of padding
+    alone (B = 0, R = 0) is what a rank runs when it has fewer samples than the others have micro-batches.
+    """
+
+    tokens: torch.Tensor  # [T] int64
+    position_ids: torch.Tensor  # [T] int64, from 0 in every sequence
+    cu_seqlens: torch.Tensor  # [B + 1] int32, or [B + 2] where padding forms a last sequence of its own
+    rows: torch.Tensor  # [R] int64
+    targets: torch.Tensor  # [R] int64
+    response_cu_seqlens: torch.Tensor  # [B + 1] int32
+    samples: tuple[int, ...]  # B indices into the list that was packed
+    fields: dict[str, torch.Tensor]  # each [R] fp32
+
+    @property
+    def max_seqlen(self) -> int:
+        return int(self.cu_seqlens.diff().max())
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        fields = {k: v.to(device, non_blocking=True) for k, v in self.fields.items()}
+        return MicroBatch(**moved, samples=self.samples, fields=fields)
+
+    def unpack(self, packed: torch.Tensor) -> dict[int, torch.Tensor]:
+        """[R] -> sample index -> [response length]."""
+        lengths = self.response_cu_seqlens.diff().tolist()
+        return dict(zip(self.samples, packed.split(lengths), strict=True))
+
+
+def balance(costs: Seq[int], parts: int) -> list[list[int]]:
+    """Split indices 0..len(costs)-1 into `parts` lists of nearly equal total cost: longest first, to the lightest.
+
+    Every index appears exactly once; the order within a part follows the index. Deterministic.
+    """
+    loads, assignment = [0] * parts, [[] for _ in range(parts)]
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        lightest = min(range(parts), key=lambda p: (loads[p], len(assignment[p]), p))
+        assignment[lightest].append(i)
+        loads[lightest] += costs[i]
+    return [sorted(part) for part in assignment]
+
+
+def schedule(lengths_per_rank: Seq[Seq[int]], budget: int) -> list[list[list[int]]]:
+    """Micro-batches of each rank, as indices into the rank's own samples.
+
+    The number of micro-batches is the same on every rank (the pipeline and the gradient reduction run in step), and
+    none holds more than `budget` tokens unless it holds a single sample. Parts may be empty where a rank has few samples.
+    """
+    count = max(1, *(-(-sum(lengths) // budget) for lengths in lengths_per_rank))
+    while True:
+        plan = [balance(lengths, count) for lengths in lengths_per_rank]
+        if all(
+            _fits(part, lengths, budget)
+            for lengths, parts in zip(lengths_per_rank, plan, strict=True)
+            for part in parts
+        ):
+            return plan
+        count += 1
+
+
+def _fits(part: list[int], lengths: Seq[int], budget: int) -> bool:
+    return len(part) <= 1 or sum(lengths[i] for i in part) <= budget
+
+
+def pack(sequences: Seq[Sequence], samples: Seq[int], multiple: int = 1, pad_id: int = 0) -> MicroBatch:
+    """Lay `sequences[i]` for i in `samples` end to end, padded to a multiple of `multiple` tokens (at least one)."""
+    chosen = [sequences[i] for i in samples]
+    tokens = [t for s in chosen for t in (*s.prompt_ids, *s.response_ids)]
+    total = max(1, -(-len(tokens) // multiple)) * multiple
+    padding = total - len(tokens)
+    lengths = [len(s) for s in chosen]
+    starts = [0]
+    for n in lengths:
+        starts.append(starts[-1] + n)
+    rows = [
+        torch.arange(start + len(s.prompt_ids) - 1, start + len(s) - 1)
+        for s, start in zip(chosen, starts, strict=False)
+    ]
+    response_lengths = torch.tensor([0] + [len(s.response_ids) for s in chosen], dtype=torch.int32)
+    spans = lengths + ([padding] if padding else [])
+    names = list(chosen[0].fields) if chosen else []
+    return MicroBatch(
+        tokens=torch.tensor(tokens + [pad_id] * padding, dtype=torch.int64),
+        position_ids=torch.cat([torch.arange(n) for n in spans]),
+        cu_seqlens=torch.tensor([0, *spans], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        rows=torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64),
+        targets=torch.tensor([t for s in chosen for t in s.response_ids], dtype=torch.int64),
+        response_cu_seqlens=response_lengths.cumsum(0, dtype=torch.int32),
+        samples=tuple(samples),
+        fields={name: torch.cat([_per_token(s.fields[name], len(s.response_ids)) for s in chosen]) for name in names},
+    )
+
+
+def _per_token(value: torch.Tensor | float, length: int) -> torch.Tensor:
+    return torch.full((length,), float(value)) if not isinstance(value, torch.Tensor) else value.float()

@@ -1,0 +1,64 @@
+"""Runs megatron-core 0.19 on CPU and gloo. Does nothing where CUDA is available.
+
+megatron-core names the CUDA device in places where no configuration reaches: the current device, device="cuda" in
+factory calls, type names such as "torch.cuda.FloatTensor", the random states of its tensor-parallel tracker. Each is
+answered here with its CPU counterpart; no call that works without CUDA changes its meaning. Modules that need more
+than an answer (norms, attention) are replaced through ModuleSpec in layers.py instead.
+"""
+
+import functools
+import sys
+import types
+
+import torch
+import torch.utils._device
+
+
+def install() -> None:
+    """Answer megatron-core's CUDA calls on the CPU. Idempotent; must run before megatron.core is imported."""
+    if torch.cuda.is_available() or getattr(torch.cuda, "_megatron_egrsd_cpu", False):
+        return
+    torch.cuda._megatron_egrsd_cpu = True
+    cpu = torch.device("cpu")
+    stream = types.SimpleNamespace(wait_event=lambda event: None, wait_stream=lambda stream: None)
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: stream
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    # `with torch.device(...)` caches the factories it answers to by identity: let it meet the originals, not our wrappers.
+    torch.utils._device._device_constructors()
+    for name in ("zeros", "ones", "empty", "full", "tensor", "empty_like", "zeros_like"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.type = _cuda_type_name(torch.Tensor.type)
+
+    import megatron.core.tensor_parallel.random as tracker
+
+    tracker._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    tracker._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _on_cpu(factory):
+    @functools.wraps(factory)
+    def wrapper(*args, **kwargs):
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = torch.device("cpu")
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return wrapper
+
+
+def _cuda_type_name(tensor_type):
+    """Tensor.type() as megatron-core's optimizers compare it; every other caller gets torch's own answer."""
+
+    def wrapper(self, *args, **kwargs):
+        name = tensor_type(self, *args, **kwargs)
+        if not args and not kwargs and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core."):
+            return name.replace("torch.", "torch.cuda.", 1)
+        return name
+
+    return wrapper

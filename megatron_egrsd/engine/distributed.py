@@ -1,0 +1,66 @@
+"""Process groups: torchrun's environment (or one process alone) into megatron-core's parallel state."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_egrsd.config import ParallelConfig
+
+T = TypeVar("T")
+
+
+def initialize(config: ParallelConfig, seed: int) -> torch.device:
+    """Start torch.distributed and megatron-core's groups; returns this rank's device.
+
+    NCCL where CUDA is available, else gloo. A process that torchrun did not start is a world of one.
+    """
+    timeout = timedelta(seconds=config.timeout)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        distributed_timeout_minutes=max(1, int(config.timeout // 60)),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return device
+
+
+def shutdown() -> None:
+    """Leave the process groups; safe to call twice or after a failed start."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_first_rank(function: Callable[[], T]) -> T:
+    """Run `function` on the first rank of the job and give its result to all. Its exception is raised on every rank,
+
+    so that a failure of the one process that talks to SGLang ends the job instead of leaving the others waiting.
+    """
+    outcome = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [function(), None]
+        except Exception as error:
+            outcome = [None, error]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result

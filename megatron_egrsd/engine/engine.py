@@ -1,0 +1,241 @@
+"""The training engine: one Qwen3 in any TP x PP x DP layout that can score tokens and take optimizer steps.
+
+Every rank makes the same calls with the same arguments; the engine knows which part is its own.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import Float16Module
+
+from megatron_egrsd.config import Config
+from megatron_egrsd.data.packing import MicroBatch, Sequence, balance, pack, schedule
+from megatron_egrsd.engine import distributed
+from megatron_egrsd.engine.model import build_model, transformer_config
+from megatron_egrsd.engine.optimizer import build_optimizer
+from megatron_egrsd.engine.weights import export_hf, load_hf
+from megatron_egrsd.hf.checkpoint import HFCheckpoint
+from megatron_egrsd.vocab_parallel import linear_log_prob_and_entropy
+
+# (log_prob [R], entropy [R], micro-batch) -> (loss to differentiate, detached sums to report)
+LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """log pi(y_t) and the entropy of the full next-token distribution, both fp32 [response length], in nats."""
+
+    log_prob: torch.Tensor
+    entropy: torch.Tensor
+
+
+class Engine:
+    """Owns the process groups, the model, its optimizer and the teacher's weights. Close it, or use it with `with`."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        checkpoint = HFCheckpoint(config.model.path)
+        self.arch = checkpoint.architecture
+        self.arch.check_parallel(config.parallel.tensor, config.parallel.pipeline)
+        self.device = distributed.initialize(config.parallel, config.seed)
+        self.data_parallel = config.check_world(dist.get_world_size())
+        self.data_parallel_rank = parallel_state.get_data_parallel_rank()
+        self.data_parallel_group = parallel_state.get_data_parallel_group()
+        self.is_first_rank = dist.get_rank() == 0
+
+        dtype = getattr(torch, config.model.dtype)
+        transformer = transformer_config(self.arch, config.parallel, dtype)
+        self.module = build_model(self.arch, transformer, config.parallel).to(self.device)
+        load_hf(self.module, checkpoint)
+        wrapped = Float16Module(transformer, self.module) if dtype == torch.bfloat16 else self.module
+        self.model = DistributedDataParallel(
+            transformer,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.distributed_optimizer
+            ),
+            wrapped,
+        )
+        updates = config.steps * config.optimizer.updates_per_batch
+        self.optimizer, self.scheduler = build_optimizer(
+            self.model, config.optimizer, updates, dtype, config.parallel.distributed_optimizer
+        )
+        transformer.no_sync_func = self.model.no_sync
+        # The losses are normalised before they reach the schedule, so it must not divide by its own token count.
+        transformer.finalize_model_grads_func = lambda model, *_, **__: finalize_model_grads(model, None)
+        transformer.grad_scale_func = self.optimizer.scale_loss
+
+        self.teacher_weights = None
+        if config.teacher.weights != "live" and config.objective.needs_teacher:
+            self.teacher_weights = [p.detach().clone() for p in self.module.parameters()]
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        distributed.shutdown()
+
+    # -- what is whose ------------------------------------------------------------------------------------------
+
+    def partition(self, costs: Seq[int]) -> list[list[int]]:
+        """Samples of each data-parallel rank, balanced by cost (tokens)."""
+        return balance(costs, self.data_parallel)
+
+    def _micro_batches(self, sequences: Seq[Sequence], partition: list[list[int]]) -> list[MicroBatch]:
+        lengths = [[len(sequences[i]) for i in part] for part in partition]
+        plan = schedule(lengths, self.config.parallel.max_tokens_per_microbatch)
+        own = partition[self.data_parallel_rank]
+        multiple = self.config.parallel.tensor if self.config.parallel.sequence_parallel else 1
+        return [pack(sequences, [own[i] for i in part], multiple) for part in plan[self.data_parallel_rank]]
+
+    # -- forward and backward -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def score(
+        self, sequences: Seq[Sequence], partition: list[list[int]], *, teacher: bool = False
+    ) -> dict[int, Scores]:
+        """Scores of this data-parallel rank's samples, by index into `sequences`, on every rank of the replica.
+
+        `teacher` scores with the teacher's weights (config.teacher), else with the current ones.
+        """
+        batches = self._micro_batches(sequences, partition)
+        self.model.eval()
+        with self._teacher() if teacher else contextlib.nullcontext():
+            outputs = self._run(batches, lambda output, batch, **_: output, forward_only=True)
+        packed = torch.empty(2, sum(b.targets.numel() for b in batches), device=self.device)
+        if outputs:
+            packed = torch.cat(outputs, 1)
+        if self.config.parallel.pipeline > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(packed, last, group=parallel_state.get_pipeline_model_parallel_group())
+        scores = {}
+        for batch, part in zip(batches, packed.split([b.targets.numel() for b in batches], 1), strict=True):
+            log_probs, entropies = batch.unpack(part[0]), batch.unpack(part[1])
+            scores |= {i: Scores(log_probs[i], entropies[i]) for i in batch.samples}
+        return scores
+
+    def train_step(self, sequences: Seq[Sequence], partition: list[list[int]], loss: LossFunction) -> dict[str, float]:
+        """One optimizer step on all `sequences`; `loss` sees this rank's micro-batches on the last pipeline stage.
+
+        The losses of all micro-batches and ranks are summed, never averaged: the caller divides by the global batch's
+        normaliser. Returns the sums that `loss` reports, over the global batch, with grad_norm, lr and micro_batches.
+        """
+        batches = self._micro_batches(sequences, partition)
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self._run(batches, functools.partial(_differentiate, loss), forward_only=False)
+        lr = self.optimizer.param_groups[0]["lr"]
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=1)
+        if self.teacher_weights is not None and self.config.teacher.weights == "ema":
+            with torch.no_grad():
+                torch._foreach_lerp_(self.teacher_weights, list(self.module.parameters()), 1 - self._ema_rate())
+        metrics = self._sum_over_ranks(outputs)
+        return metrics | {"grad_norm": float(grad_norm), "lr": lr, "micro_batches": len(batches)}
+
+    def _ema_rate(self) -> float:
+        """Decay per optimizer step that gives config.teacher.ema_decay per rollout batch."""
+        return self.config.teacher.ema_decay ** (1 / self.config.optimizer.updates_per_batch)
+
+    def _run(self, batches: list[MicroBatch], loss, *, forward_only: bool) -> list:
+        """megatron-core's schedule over the micro-batches; what `loss` returns for each, on the last stage."""
+        return get_forward_backward_func()(
+            forward_step_func=functools.partial(self._forward, loss=loss),
+            data_iterator=iter(batches),
+            model=self.model,
+            num_microbatches=len(batches),
+            seq_length=1,  # the stages exchange the true lengths (variable_seq_lengths)
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _forward(self, batches: Iterator[MicroBatch], model, loss):
+        batch = next(batches).to(self.device)
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+        )
+        output = model(
+            batch.tokens[None],
+            batch.position_ids[None],
+            None,
+            packed_seq_params=packed,
+            output_processor=self._response_scores,
+            output_processor_context=batch,
+        )
+        return output, functools.partial(loss, batch=batch)
+
+    def _response_scores(self, *, hidden_states, output_layer, output_weight, context: MicroBatch, **_) -> torch.Tensor:
+        """megatron-core's output hook: log-prob and entropy [2, R] from the rows that predict response tokens alone."""
+        if self.config.parallel.sequence_parallel:
+            # The head below returns the whole gradient of the gathered rows on every rank; each keeps its part.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        group = parallel_state.get_tensor_model_parallel_group()
+        log_prob, entropy = linear_log_prob_and_entropy(
+            hidden_states[:, 0].index_select(0, context.rows),
+            output_layer.weight if output_weight is None else output_weight,
+            context.targets,
+            group=group if group.size() > 1 else None,
+            vocab_size=self.arch.vocab_size,
+            temperature=self.config.rollout.temperature,
+        )
+        return torch.stack([log_prob, entropy])
+
+    # -- sums, teacher, weights ---------------------------------------------------------------------------------
+
+    def _sum_over_ranks(self, outputs: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Sum dictionaries over micro-batches and data-parallel ranks; the same result everywhere."""
+        own = {}
+        if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
+            own = {k: sum(float(o[k]) for o in outputs) for k in outputs[0]}
+        gathered = [own]
+        if dist.get_world_size() > 1:
+            gathered = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, own)
+        keys = [k for part in gathered for k in part]
+        return {k: sum(part.get(k, 0.0) for part in gathered) for k in dict.fromkeys(keys)}
+
+    @contextlib.contextmanager
+    def _teacher(self):
+        """The model with the teacher's weights: exchanged by pointer, so nothing is copied."""
+        if self.teacher_weights is None:
+            yield
+            return
+        parameters = list(self.module.parameters())
+        current = [p.data for p in parameters]
+        for p, teacher in zip(parameters, self.teacher_weights, strict=True):
+            p.data = teacher
+        try:
+            yield
+        finally:
+            for p, data in zip(parameters, current, strict=True):
+                p.data = data
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, full tensor) on the first rank; every rank must exhaust it."""
+        return export_hf(self.module, self.arch)
+
+
+def _differentiate(loss: LossFunction, output: torch.Tensor, batch: MicroBatch):
+    value, sums = loss(output[0], output[1], batch)
+    return value, torch.tensor(batch.targets.numel(), dtype=torch.int), sums

@@ -1,0 +1,105 @@
+"""Qwen3 as a megatron-core GPTModel, from the sizes in a Hugging Face config.json."""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from megatron_egrsd.config import ParallelConfig
+from megatron_egrsd.engine.layers import CausalAttention, RMSNorm
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.hf.architecture import Architecture
+
+
+def use_transformer_engine(choice: str) -> bool:
+    """Whether to build Transformer Engine layers; BadArgument where they are demanded but cannot be had."""
+    possible = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    if choice == "always" and not possible:
+        raise BadArgument(
+            'parallel.transformer_engine is "always", but there is no CUDA device or transformer-engine is not '
+            'installed; install it or choose "auto"'
+        )
+    return possible and choice != "never"
+
+
+def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """megatron-core's configuration of this model in this layout.
+
+    Losses arrive at the schedule already divided by the global batch's normaliser, so the schedule must only sum:
+    calculate_per_token_loss switches its divisions off.
+    """
+    on_gpu = torch.cuda.is_available()
+    fused = use_transformer_engine(parallel.transformer_engine)
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.intermediate_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.rms_norm_eps,
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence_parallel,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, dense models included
+        calculate_per_token_loss=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,  # every weight is loaded from the checkpoint
+        use_cpu_initialization=not on_gpu,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,  # SDPA or Transformer Engine does the softmax
+        persist_layer_norm=fused,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        apply_rope_fusion=fused,
+        batch_p2p_sync=on_gpu,
+        **(recompute if parallel.recompute else {}),
+    )
+
+
+def build_model(arch: Architecture, config: TransformerConfig, parallel: ParallelConfig) -> GPTModel:
+    """This rank's stage and shard, with weights still undefined."""
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=_layer_spec(config, use_transformer_engine(parallel.transformer_engine)),
+        vocab_size=arch.padded_vocab_size(parallel.tensor),
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,
+    )
+
+
+def _layer_spec(config: TransformerConfig, fused: bool):
+    if fused:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.core_attention = CausalAttention
+    # The block's own submodules, so that the final norm is ours as well.
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

@@ -1,0 +1,97 @@
+"""What a Hugging Face config.json says about a Qwen3 model, checked, in one small dataclass."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_egrsd.errors import BadArgument
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes that decide every tensor shape of a dense Qwen3."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tied_embeddings: bool
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "Architecture":
+        """Read `path`/config.json. BadArgument where it is missing, unreadable or not a dense Qwen3."""
+        file = Path(path) / "config.json"
+        if not Path(path).is_dir():
+            raise BadArgument(f"the model directory {path} does not exist; give a local Hugging Face checkpoint")
+        if not file.is_file():
+            raise BadArgument(f"{path} holds no config.json, so it is not a Hugging Face checkpoint")
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BadArgument(f"{file} is not valid JSON: {error}") from None
+        return cls.from_config(config, str(file))
+
+    @classmethod
+    def from_config(cls, config: dict, where: str = "config.json") -> "Architecture":
+        """From the decoded config.json; transformers 4 and 5 spell the rope parameters differently."""
+        architectures = config.get("architectures") or ["nothing"]
+        if architectures != ["Qwen3ForCausalLM"]:
+            raise BadArgument(f"{where} describes {', '.join(architectures)}; only Qwen3ForCausalLM is supported")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise BadArgument(
+                f"{where} asks for rope type {rope.get('rope_type', rope.get('type'))!r}; "
+                "only the default rotary embedding is supported"
+            )
+        if config.get("attention_bias") or config.get("use_sliding_window"):
+            raise BadArgument(f"{where} sets attention_bias or use_sliding_window, which Qwen3 releases do not use")
+        try:
+            return cls(
+                vocab_size=config["vocab_size"],
+                hidden_size=config["hidden_size"],
+                intermediate_size=config["intermediate_size"],
+                num_layers=config["num_hidden_layers"],
+                num_heads=config["num_attention_heads"],
+                num_kv_heads=config["num_key_value_heads"],
+                head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+                rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+                rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 1_000_000))),
+                max_position_embeddings=config["max_position_embeddings"],
+                tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            )
+        except KeyError as error:
+            raise BadArgument(f"{where} lacks the key {error}") from None
+
+    def padded_vocab_size(self, tensor_parallel: int) -> int:
+        """Rows of the embedding over all tensor-parallel ranks: a multiple of 8 rows a rank.
+
+        Eight rows keep every shard's logits on 16-byte boundaries in bf16; 151,936 then needs no padding up to TP 16.
+        """
+        unit = 8 * tensor_parallel
+        return -(-self.vocab_size // unit) * unit
+
+    def check_parallel(self, tensor: int, pipeline: int) -> None:
+        """BadArgument where the model cannot be split that way."""
+        for name, size in (
+            ("attention heads", self.num_heads),
+            ("key/value heads", self.num_kv_heads),
+            ("rows of the MLP", self.intermediate_size),
+        ):
+            if size % tensor:
+                raise BadArgument(f"parallel.tensor = {tensor} does not divide the model's {size} {name}")
+        if pipeline > self.num_layers:
+            raise BadArgument(f"parallel.pipeline = {pipeline} is more than the model's {self.num_layers} layers")
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, counting tied embeddings once and no padding."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads) + 2 * self.head_dim
+        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return embeddings + self.num_layers * layer + self.hidden_size

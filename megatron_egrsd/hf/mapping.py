@@ -1,0 +1,149 @@
+"""How Qwen3's tensors are called and laid out in Hugging Face and in megatron-core: the one mapping.
+
+Loading, export, weight synchronisation and conversion all read this table. A full (unsharded) megatron tensor is
+made from one or more Hugging Face tensors by `join`, taken apart by `split`, cut into tensor-parallel shards by
+`shard` and put together by `unshard`; each pair is exact, byte for byte.
+
+Shapes: H hidden, F intermediate, D head_dim, N heads, G key/value heads, V vocabulary, P its padded rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_egrsd.hf.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One tensor on both sides; split over the ranks along `dim`, or replicated where that is None."""
+
+    dim: int | None
+
+    def join(self, tensors: Sequence[torch.Tensor], arch: Architecture, tp: int) -> torch.Tensor:
+        return tensors[0]
+
+    def split(self, full: torch.Tensor, arch: Architecture) -> list[torch.Tensor]:
+        return [full]
+
+    def shard(self, full: torch.Tensor, rank: int, tp: int) -> torch.Tensor:
+        return full if self.dim is None else full.chunk(tp, self.dim)[rank]
+
+    def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        return shards[0] if self.dim is None or len(shards) == 1 else torch.cat(list(shards), self.dim)
+
+
+class Vocabulary(Copy):
+    """[V, H] <-> [P, H]: rows beyond the vocabulary are zero here and never leave."""
+
+    def join(self, tensors, arch, tp):
+        rows = arch.padded_vocab_size(tp) - arch.vocab_size
+        return torch.nn.functional.pad(tensors[0], (0, 0, 0, rows)) if rows else tensors[0]
+
+    def split(self, full, arch):
+        return [full[: arch.vocab_size]]
+
+
+class QKV(Copy):
+    """q [N*D, H], k and v [G*D, H] <-> [G * (N/G + 2) * D, H]: the queries of a group, then its key and value."""
+
+    def join(self, tensors, arch, tp):
+        grouped = [t.view(arch.num_kv_heads, -1, arch.hidden_size) for t in tensors]
+        return torch.cat(grouped, 1).reshape(-1, arch.hidden_size)
+
+    def split(self, full, arch):
+        q_rows = arch.num_heads // arch.num_kv_heads * arch.head_dim
+        grouped = full.view(arch.num_kv_heads, -1, arch.hidden_size)
+        parts = grouped.split([q_rows, arch.head_dim, arch.head_dim], 1)
+        return [p.reshape(-1, arch.hidden_size) for p in parts]
+
+
+class GateUp(Copy):
+    """gate and up, each [F, H] <-> [2F, H]; a shard holds its rows of gate, then its rows of up."""
+
+    def join(self, tensors, arch, tp):
+        return torch.cat(list(tensors))
+
+    def split(self, full, arch):
+        return list(full.chunk(2))
+
+    def shard(self, full, rank, tp):
+        return torch.cat([half.chunk(tp)[rank] for half in full.chunk(2)])
+
+    def unshard(self, shards):
+        gates, ups = zip(*(s.chunk(2) for s in shards), strict=True)
+        return torch.cat([*gates, *ups])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One megatron-core tensor and the Hugging Face tensors it is made of."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    layout: Copy
+
+
+# Suffixes after "decoder.layers.{i}." and "model.layers.{i}.", by megatron-core's local layer names.
+_LAYER = [
+    ("input_layernorm.weight", ("input_layernorm.weight",), Copy(None)),
+    (
+        "self_attention.linear_qkv.weight",
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        QKV(0),
+    ),
+    ("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), Copy(None)),
+    ("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), Copy(None)),
+    ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), Copy(1)),
+    ("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), Copy(None)),
+    ("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), GateUp(0)),
+    ("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), Copy(1)),
+]
+
+# Transformer Engine fuses each norm into the linear layer behind it and renames its weight.
+_TRANSFORMER_ENGINE_NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+def entries(arch: Architecture) -> list[Entry]:
+    """Every tensor of the model, in the order of the layers, by megatron-core's local names."""
+    table = [Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Vocabulary(0))]
+    for i in range(arch.num_layers):
+        for megatron, hf, layout in _LAYER:
+            table.append(Entry(f"decoder.layers.{i}.{megatron}", tuple(f"model.layers.{i}.{h}" for h in hf), layout))
+    table.append(Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Copy(None)))
+    if not arch.tied_embeddings:
+        table.append(Entry("output_layer.weight", ("lm_head.weight",), Vocabulary(0)))
+    return table
+
+
+def local_name(name: str) -> str:
+    """megatron-core's local-layer name for a parameter, whichever layer implementation named it."""
+    for engine_suffix, local_suffix in _TRANSFORMER_ENGINE_NAMES.items():
+        if name.endswith(engine_suffix):
+            return name.removesuffix(engine_suffix) + local_suffix
+    return name
+
+
+def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the Hugging Face checkpoint."""
+    hidden, ffn = arch.hidden_size, arch.intermediate_size
+    q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    by_suffix = {
+        "embed_tokens.weight": (arch.vocab_size, hidden),
+        "lm_head.weight": (arch.vocab_size, hidden),
+        "q_proj.weight": (q, hidden),
+        "k_proj.weight": (kv, hidden),
+        "v_proj.weight": (kv, hidden),
+        "o_proj.weight": (hidden, q),
+        "q_norm.weight": (arch.head_dim,),
+        "k_norm.weight": (arch.head_dim,),
+        "gate_proj.weight": (ffn, hidden),
+        "up_proj.weight": (ffn, hidden),
+        "down_proj.weight": (hidden, ffn),
+    }
+    names = [name for entry in entries(arch) for name in entry.hf]
+    return {n: by_suffix.get(".".join(n.split(".")[-2:]), (hidden,)) for n in names}
