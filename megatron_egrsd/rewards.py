@@ -1,0 +1,98 @@
+"""Verifiable rewards: a response and the right answer in, a number in [0, 1] out."""
+
+import importlib
+import importlib.util
+import logging
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from megatron_egrsd.answers import final_answer, gold_answer, normalize, same_text
+from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.verifier import algebra_equal
+
+if TYPE_CHECKING:
+    from megatron_egrsd.samples import Rollout
+
+Reward = Callable[[str, str], float]
+log = logging.getLogger(__name__)
+_LONGEST = 400  # characters of an answer that math-verify is asked about
+
+
+def math_reward(response: str, answer: str) -> float:
+    """1.0 where the response's final answer equals `answer`, else 0.0.
+
+    Args:
+        response: The whole response. Thinking does not count, and thinking that never ends scores 0 (answers.py).
+        answer: The plain answer, a boxed one, or a GSM8K solution that ends in "#### 18".
+
+    No string makes it raise or take longer than a few seconds; RunError only where math-verify itself is missing.
+    """
+    gold = gold_answer(answer)
+    is_list = "," in normalize(gold) or " or " in gold or " and " in gold
+    for number, candidate in enumerate(final_answer(response)):
+        if number and not is_list:  # the second reading joins several boxes
+            break
+        if _equal(gold, candidate):
+            return 1.0
+    return 0.0
+
+
+def _equal(gold: str, candidate: str) -> bool:
+    known = same_text(gold, candidate)
+    if known is not None:
+        return known
+    if max(len(gold), len(candidate)) > _LONGEST:
+        return False
+    return algebra_equal(normalize(gold), normalize(candidate)) or algebra_equal(gold, candidate)
+
+
+def load_reward(name: str) -> Reward:
+    """The reward called "math", or the function at the import path "module:function". BadArgument if there is none."""
+    if name == "math":
+        if importlib.util.find_spec("math_verify") is None:
+            raise BadArgument('data.reward is "math", which needs math-verify: pip install math-verify')
+        return math_reward
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise BadArgument(f'data.reward is {name!r}; it must be "math" or an import path "module:function"')
+    try:
+        reward = getattr(importlib.import_module(module), function)
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise BadArgument(f"data.reward {name!r} cannot be imported: {type(error).__name__}: {error}") from None
+    if not callable(reward):
+        raise BadArgument(f"data.reward {name!r} is not a function but a {type(reward).__name__}")
+    return reward
+
+
+def score(rollouts: list["Rollout"], reward: Reward) -> list[float]:
+    """The reward of every rollout. A truncated response scores 0 unread.
+
+    A reward that raises, or gives something outside [0, 1], counts as 0; one warning a batch says how many did.
+    RunError is no property of a response and passes through.
+    """
+    scores, failures = [], []
+    for rollout in rollouts:
+        value = 0.0
+        if rollout.finish_reason != "length":
+            try:
+                value = float(reward(rollout.text, rollout.prompt.problem.answer))
+                if not 0 <= value <= 1 or math.isnan(value):
+                    raise ValueError(f"it returned {value}, outside [0, 1]")
+            except RunError:
+                raise
+            except Exception as error:
+                failures.append((rollout.prompt.problem.id, error))
+                value = 0.0
+        scores.append(value)
+    if failures:
+        problem, error = failures[0]
+        log.warning(
+            "the reward failed on %d of %d responses, which count as 0; first on problem %s: %s: %s",
+            len(failures),
+            len(rollouts),
+            problem,
+            type(error).__name__,
+            error,
+        )
+    return scores
