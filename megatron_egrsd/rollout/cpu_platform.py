@@ -1,0 +1,58 @@
+"""SGLang on a machine without a GPU: plain PyTorch, without AMX and without SGLang's compiled kernels.
+
+SGLang finds `activate` through the entry-point group "sglang.srt.platforms" (pyproject.toml) in every process it
+starts; `NAME` is what `SGLANG_PLATFORM` selects. Nothing of SGLang is patched.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sglang.srt.platforms.interface import SRTPlatform
+
+NAME = "megatron_egrsd_cpu"
+
+
+def activate() -> str | None:
+    """Import path of the platform class, or None where CUDA is available and SGLang's own platform serves."""
+    import torch
+
+    return None if torch.cuda.is_available() else f"{__name__}.CpuPlatform"
+
+
+def __getattr__(name: str) -> "type[SRTPlatform]":
+    """`CpuPlatform`, defined on demand: SGLang imports this module before its own platforms are complete."""
+    if name != "CpuPlatform":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sglang.srt.platforms.cpu import CpuDeviceMixin
+    from sglang.srt.platforms.device_mixin import PlatformEnum
+    from sglang.srt.platforms.interface import SRTPlatform
+
+    class CpuPlatform(CpuDeviceMixin, SRTPlatform):
+        _enum = PlatformEnum.OOT  # CPU proper would select AMX kernels that torch's plain build does not have
+        device_name = "cpu"
+        device_type = "cpu"
+
+        def apply_server_args_defaults(self, server_args):
+            if server_args.attention_backend in (None, "intel_amx"):  # not given: SGLang filled in AMX for "cpu"
+                server_args.attention_backend = NAME
+
+        def get_default_attention_backend(self):
+            return NAME
+
+        def init_backend(self):
+            from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+            @register_attention_backend(NAME)
+            def batched_decode(runner):
+                from megatron_egrsd.rollout.cpu_attention import BatchedDecodeBackend
+
+                return BatchedDecodeBackend(runner)
+
+        def is_pin_memory_available(self, device=None):
+            return False
+
+        def get_dispatch_key_name(self):
+            return "native"
+
+    globals()[name] = CpuPlatform
+    return CpuPlatform

@@ -1,0 +1,83 @@
+"""A process group between one training rank and the servers, beside torch.distributed's own.
+
+SGLang joins with `init_custom_process_group`; this is the other end of it. torch.distributed's default group, if
+training has one, is neither used nor changed.
+"""
+
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from megatron_egrsd.errors import RunError
+
+
+def address_towards(url: str) -> str:
+    """The address of this host that the host of `url` can reach."""
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((parts.hostname, parts.port or 80))  # a datagram socket: nothing is sent
+        return probe.getsockname()[0]
+
+
+class BroadcastGroup:
+    """Rank 0 of a group of `world_size`; the servers hold the other ranks.
+
+    Made in two halves, because the servers join by a request that only returns once we join as well: the constructor
+    opens the rendezvous at `address`:`port`, `join` completes it.
+    """
+
+    def __init__(self, name: str, address: str, world_size: int, device: torch.device, timeout: float):
+        self.name = name
+        self.world_size = world_size
+        self.backend = "nccl" if device.type == "cuda" else "gloo"
+        self.timeout = timeout
+        # Port 0: the store picks a free one. Waiting for the others is left to `join`.
+        self._store = dist.TCPStore(address, 0, None, True, timedelta(seconds=timeout), wait_for_workers=False)
+        self.port = self._store.port
+        self._group = None
+
+    def join(self) -> None:
+        """Become rank 0; returns when every server has joined, RunError after the timeout."""
+        # Same keys as SGLang's side: prefix `name`, then torch's own. As in SGLang there is no public call for
+        # a group that is independent of the default one.
+        try:
+            self._group, _ = distributed_c10d._new_process_group_helper(
+                self.world_size, 0, [], dist.Backend(self.backend), dist.PrefixStore(self.name, self._store),
+                group_name=self.name, timeout=timedelta(seconds=self.timeout))  # fmt: skip
+        except RuntimeError as error:  # DistStoreError, gloo's timeouts
+            raise RunError(f"the weight group of {self.world_size} ranks did not form: {error}") from error
+        distributed_c10d._world.pg_group_ranks[self._group] = {i: i for i in range(self.world_size)}
+
+    def broadcast(self, tensor: torch.Tensor, deadline: float, check: Callable[[], None]) -> None:
+        """Send `tensor` to every server. `check` is polled meanwhile and raises when waiting has become pointless.
+
+        Raises:
+            RunError: A server closed its connection, or `deadline` (time.monotonic) has passed.
+        """
+        try:
+            work = dist.broadcast(tensor, src=0, group=self._group, async_op=True)
+            while not work.is_completed():
+                check()
+                if time.monotonic() > deadline:
+                    raise RunError("the broadcast of the weights did not finish in time")
+                time.sleep(0.0005)
+            work.wait()  # raises what went wrong
+        except RuntimeError as error:
+            if isinstance(error, RunError):
+                raise
+            raise RunError(f"the broadcast of the weights failed: {str(error).splitlines()[0]}") from error
+
+    def close(self, broken: bool = False) -> None:
+        """Leave the group; without waiting for the others if a broadcast was abandoned."""
+        if self._group is None:
+            return
+        group, self._group = self._group, None
+        if broken:
+            group.abort()
+        dist.destroy_process_group(group)

@@ -1,0 +1,223 @@
+"""Start, await, watch and stop SGLang servers; or attach to servers that somebody else runs.
+
+A server is a group of processes (HTTP server, scheduler, detokenizer): it gets a session of its own, out of reach of
+the terminal's Ctrl-C, and is always signalled as a group, by id. `close` ends it in an orderly exit; where this process
+has no chance to (SIGTERM, SIGKILL, a crash), the kernel does: see launch_guard.py.
+"""
+
+import atexit
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+from megatron_egrsd.config import ModelConfig, RolloutConfig
+from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.rollout import cpu_platform
+from megatron_egrsd.rollout.launch_guard import PARENT_VARIABLE
+
+_POLL = 0.1  # seconds between two looks at a starting server
+_GRACE = 5.0  # seconds a signalled server has to end
+_ERROR = re.compile(r"(\[.*\] )?([\w.]*(Error|Exception): .|.*: error: )")  # the end of a traceback, or argparse's
+
+
+class Server:
+    """One server: its address and, where we launched it, its process (leader of its group) and log."""
+
+    def __init__(self, url: str, process: subprocess.Popen | None = None, log: Path | None = None):
+        self.url = url
+        self.process = process
+        self.log = log
+
+    def check_alive(self) -> None:
+        """RunError with exit code, log path and last error line if a launched server has ended."""
+        if self.process is None or (code := self.process.poll()) is None:
+            return
+        reason = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        raise RunError(f"the SGLang server at {self.url} has ended ({reason}): {last_error(self.log)}; "
+                       f"the whole log is {self.log}")  # fmt: skip
+
+
+class RolloutServers:
+    """The servers of a run, as a context manager.
+
+    Args:
+        config: Attaches to `config.urls` if given, else launches `config.engines` servers on this host.
+        model: Checkpoint and type that a launched server loads.
+        seed: Random seed of the first server; the i-th gets seed + i, or all would sample the same.
+        log_directory: A launched server writes `sglang-<i>.log` here.
+
+    Raises:
+        BadArgument: The model directory is missing or a requested port is taken; nothing was started.
+        RunError: A server died or was not healthy within `config.start_timeout`; none is left running.
+    """
+
+    def __init__(self, config: RolloutConfig, model: ModelConfig, seed: int, log_directory: Path):
+        self.config = config
+        self.servers: list[Server] = []
+        self._closed = False
+        if config.urls:
+            self.servers = [Server(url.rstrip("/")) for url in config.urls]
+        else:
+            if not (Path(model.path) / "config.json").is_file():
+                raise BadArgument(f"model.path is {model.path!r}, but there is no config.json in it; "
+                                  "give the directory of a Hugging Face checkpoint")  # fmt: skip
+            ports = [choose_port(config.host, config.port and config.port + i) for i in range(config.engines)]
+            atexit.register(self.close)
+        try:
+            if not config.urls:
+                log_directory.mkdir(parents=True, exist_ok=True)
+                for i, port in enumerate(ports):
+                    log = log_directory / f"sglang-{i}.log"
+                    self.servers.append(_launch(config, model, seed + i, i, port, log))
+            self._await_health()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def urls(self) -> list[str]:
+        return [server.url for server in self.servers]
+
+    def check_alive(self) -> None:
+        """RunError naming the first server that has ended, with exit code and last error line of its log."""
+        for server in self.servers:
+            server.check_alive()
+
+    def close(self) -> None:
+        """End every launched server with its children: SIGTERM to the group, then SIGKILL. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        launched = [server.process for server in self.servers if server.process is not None]
+        deadline = time.monotonic() + _GRACE
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for process in launched:
+                _signal_group(process, number)
+            while any(_signal_group(process, 0) for process in launched) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            deadline += _GRACE
+
+    def __enter__(self) -> "RolloutServers":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _await_health(self) -> None:
+        deadline = time.monotonic() + self.config.start_timeout
+        waiting = list(self.servers)
+        with httpx.Client(timeout=5.0, trust_env=False) as http:
+            while waiting:
+                self.check_alive()
+                waiting = [server for server in waiting if not _is_healthy(http, server.url)]
+                if waiting and time.monotonic() > deadline:
+                    server = waiting[0]
+                    hint = f"; see {server.log}, or raise rollout.start_timeout" if server.log else ""
+                    raise RunError(f"the SGLang server at {server.url} was not healthy within "
+                                   f"{self.config.start_timeout:g} s (rollout.start_timeout){hint}")  # fmt: skip
+                if waiting:
+                    time.sleep(_POLL)
+
+
+def choose_port(host: str, port: int) -> int:
+    """`port` if it can be bound on `host`, a free one if it is 0; BadArgument naming a port that is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free for SGLang too
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise BadArgument(f"rollout.port: port {port} on {host} cannot be used ({error.strerror}); "
+                              "free it, choose another, or 0 for any free one") from None  # fmt: skip
+        return probe.getsockname()[1]
+
+
+def server_command(config: RolloutConfig, model: ModelConfig, seed: int, port: int, device: str) -> list[str]:
+    """SGLang's arguments; `config.server_args` comes last and so overrides."""
+    arguments = {
+        "model-path": model.path,
+        "host": config.host,
+        "port": port,
+        "dtype": model.dtype,
+        "tp-size": config.engine_tensor_parallel,
+        "random-seed": seed,
+        "weight-version": "0",
+        "skip-server-warmup": True,  # its English sentence kills the server of a model without such words
+        "skip-tokenizer-init": True,  # token ids in, token ids out
+        "log-level": "info",
+        "log-level-http": "warning",  # not a line for every request
+    }
+    if config.max_total_tokens:
+        arguments["max-total-tokens"] = config.max_total_tokens
+    if device == "cpu":
+        arguments |= {
+            "device": "cpu",
+            "sampling-backend": "pytorch",
+            "disable-cuda-graph": True,
+            "max-running-requests": config.max_concurrent_requests,
+        }
+    arguments |= {name.replace("_", "-"): value for name, value in config.server_args.items()}
+    words = []
+    for name, value in arguments.items():
+        if value is False or value is None:
+            continue
+        words.append(f"--{name}")
+        if value is not True:
+            words += [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    return words
+
+
+def _launch(config: RolloutConfig, model: ModelConfig, seed: int, index: int, port: int, log: Path) -> Server:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    command = [sys.executable, "-m", "megatron_egrsd.rollout.launch",
+               *server_command(config, model, seed, port, device)]  # fmt: skip
+    # torchrun's variables describe the training job: SGLang would take its rank and rendezvous from them.
+    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
+                "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k not in torchrun}
+    environment[PARENT_VARIABLE] = str(os.getpid())
+    if device == "cpu":
+        # More threads a server than cores make it fifty times slower: one, unless the user says otherwise.
+        environment = {"OMP_NUM_THREADS": "1"} | environment | {"SGLANG_PLATFORM": cpu_platform.NAME}
+    elif config.engines * config.engine_tensor_parallel > 1 and "base_gpu_id" not in config.server_args:
+        first = index * config.engine_tensor_parallel
+        command += ["--base-gpu-id", str(first)]
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                                   env=environment, start_new_session=True)  # fmt: skip
+    return Server(f"http://{config.host}:{port}", process, log)
+
+
+def _signal_group(process: subprocess.Popen, number: int) -> bool:
+    """Send a signal to all that is left of a server's process group; False if nothing is."""
+    process.poll()  # reaps the leader: a zombie would count as alive
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _is_healthy(http: httpx.Client, url: str) -> bool:
+    try:
+        return http.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def last_error(log: Path, tail: int = 1 << 18) -> str:
+    """The exception that started the end of a log: later ones of a group of processes are its consequences."""
+    with open(log, "rb") as file:
+        file.seek(max(0, os.path.getsize(log) - tail))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if _ERROR.match(line)]
+    return (errors or lines[-1:] or ["its log is empty"])[0][:500]

@@ -1,0 +1,66 @@
+"""What SGLang's /weights_checker must answer for given HF weights.
+
+SGLang stores Qwen3 differently from HF: q, k and v in one tensor, gate and up in one, the vocabulary padded to a
+multiple of 64 rows of zeros, and each tensor-parallel rank its shard. This lays HF tensors out in that way.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+
+import torch
+
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_FUSED_NAME = {part: fused for fused, parts in _FUSED.items() for part in parts}
+_ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj)\.weight$")
+_VOCABULARY = re.compile(r"(embed_tokens|lm_head)\.weight$")
+_VOCABULARY_MULTIPLE = 64  # of the padding in SGLang's VocabParallelEmbedding
+
+Shard = tuple[int, int]  # tensor-parallel rank and size
+
+
+def expected_checksums(
+    named_tensors: Iterable[tuple[str, torch.Tensor]], shards: list[Shard]
+) -> Iterator[tuple[str, list[str], dict[Shard, str]]]:
+    """(SGLang's name, HF names it is made of, checksum for each shard), streaming over HF tensors in any order.
+
+    Exact for tensor-parallel sizes up to the number of key heads; beyond it SGLang repeats key heads.
+    """
+    waiting: dict[str, dict[str, tuple[str, torch.Tensor]]] = {}
+    for name, tensor in named_tensors:
+        *head, module, kind = name.split(".") if name.count(".") else ("", name, "")
+        fused = _FUSED_NAME.get(module)
+        if fused is None:
+            yield name, [name], {shard: checksum(_shard(name, tensor, *shard)) for shard in shards}
+            continue
+        fused_name = ".".join([*head, fused, kind])
+        parts = waiting.setdefault(fused_name, {})
+        parts[module] = (name, tensor)
+        if len(parts) == len(_FUSED[fused]):
+            ordered = [waiting[fused_name][part] for part in _FUSED[fused]]
+            del waiting[fused_name]
+            yield fused_name, [n for n, _ in ordered], {
+                (rank, size): checksum(torch.cat([t.chunk(size)[rank] for _, t in ordered]))
+                for rank, size in shards
+            }  # fmt: skip
+    for fused_name, parts in waiting.items():
+        yield fused_name, [n for n, _ in parts.values()], dict.fromkeys(shards, "incomplete")
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """SGLang's `tensor_hash` of a tensor's bytes, as it prints it: 16 hexadecimal digits."""
+    if tensor.is_cuda:
+        from sglang.srt.managers.mm_utils import tensor_hash  # its Triton hash; bytes never leave the GPU
+
+        return f"{tensor_hash(tensor.detach()):016x}"
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(memoryview(data)).digest()[:8].hex()
+
+
+def _shard(name: str, tensor: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    if _VOCABULARY.search(name):
+        padding = -len(tensor) % _VOCABULARY_MULTIPLE
+        return torch.nn.functional.pad(tensor, (0, 0, 0, padding)).chunk(size)[rank]
+    if _ROW_PARALLEL.search(name):
+        return tensor.chunk(size, dim=1)[rank]
+    return tensor
