@@ -411,7 +411,8 @@ def nearest_key(key: str) -> str:
     by_leaf = {k.rpartition(".")[2]: k for k in reversed(keys)}
     leaf = key.rpartition(".")[2]
     match = (
-        difflib.get_close_matches(key, keys, 1, 0.75)
+        ([by_leaf[leaf]] if leaf in by_leaf else [])  # the right name in the wrong section
+        or difflib.get_close_matches(key, keys, 1, 0.75)
         or [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), 1, 0.6)]
         or difflib.get_close_matches(key, keys, 1, 0.4)
     )
@@ -429,7 +430,7 @@ def parse_config(arguments: list[str]) -> Config:
     parser.add_argument("--config", action="config", help="YAML file with the keys below.")
     parser.add_class_arguments(Config, None)
     try:
-        namespace = parser.instantiate_classes(parser.parse_args(arguments))
+        namespace = parser.instantiate(parser.parse_args(arguments))
     except BadArgument:
         raise
     except (ArgumentError, ValueError, TypeError) as error:
@@ -450,4 +451,12 @@ def _one_sentence(message: str) -> str:
     if match := re.search(r'Parser key "([\w.]+)":\s+Expected a (.+?)\. Got value: (.*)', message, re.S):
         expected = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "")
         return f"{match[1]} is {match[3].strip()!r}, but it must be of type {expected}"
+    if match := re.search(r'Parser key "config": (.*)', message, re.S):
+        message = f"--config: {match[1]}"
+    elif match := re.search(r"unrecognized arguments: (.*)", message):
+        message = f"{match[1]!r} is no option; configuration keys are written --section.key VALUE"
+    elif "must be a mapping" in message:
+        message = "a section of the configuration holds a single value; write its keys indented below it"
+    elif message.startswith("Unexpected config"):
+        message = "the configuration file is empty; it holds sections such as `model:` with their keys below"
     return " ".join(message.split())

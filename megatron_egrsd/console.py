@@ -39,7 +39,7 @@ METRICS = [
     Metric("weight/abs_mean", "", "6.3f", "Mean absolute token weight |W|."),
     Metric("loss/policy", "", "8.4f", "Policy loss."),
     Metric("loss/clip_share", "", "5.3f", "Share of tokens that the PPO clip stops; 0 with one update a batch."),
-    Metric("optimizer/grad_norm", "|grad|", "7.3g", "Global gradient norm before clipping."),
+    Metric("optimizer/grad_norm", "|grad|", "8.3g", "Global gradient norm before clipping."),
     Metric("optimizer/lr", "", "8.2g", "Learning rate."),
     Metric("optimizer/updates", "", "3.0f", "Optimizer steps taken on the batch; 0 where no rollout has a signal."),
     Metric("sync/log_prob_difference", "dlogp", "7.1e", "Mean |log-prob(SGLang) - log-prob(engine)|, nats."),

@@ -1,0 +1,120 @@
+"""Commands, exit statuses and the one line on stderr."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+
+from megatron_egrsd import cli
+from megatron_egrsd.config import valid_keys
+from megatron_egrsd.errors import BadArgument, RunError
+
+TRAIN = ["train", "--model.path", "m", "--data.train", "t.jsonl"]
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """A stand-in for megatron_egrsd.train that notes what it is asked."""
+    calls = []
+    module = types.ModuleType("megatron_egrsd.train")
+    module.main = lambda config: calls.append(("main", config))
+    module.print_plan = lambda config: calls.append(("plan", config))
+    module.calls = calls
+    monkeypatch.setitem(sys.modules, "megatron_egrsd.train", module)
+    monkeypatch.setattr("megatron_egrsd.train", module, raising=False)
+    return module
+
+
+def test_train_and_dry_run(train):
+    assert cli.main([*TRAIN, "--steps", "3"]) == 0
+    assert cli.main([*TRAIN, "--dry-run"]) == 0
+    assert [name for name, _ in train.calls] == ["main", "plan"]
+    assert train.calls[0][1].steps == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (BadArgument("no such\nmodel"), 2, "megatron-egrsd: error: no such model\n"),
+        (RunError("the server died"), 1, "megatron-egrsd: error: the server died\n"),
+        (KeyboardInterrupt(), 130, "megatron-egrsd: error: interrupted\n"),
+        (ModuleNotFoundError("x", name="sglang"), 1, "megatron-egrsd: error: the package sglang is not installed"),
+    ],
+)
+def test_errors_are_one_line_with_their_status(train, capsys, monkeypatch, error, status, line):
+    def fail(config):
+        raise error
+
+    train.main = fail
+    assert cli.main(TRAIN) == status
+    err = capsys.readouterr().err
+    assert err.startswith(line) and err.count("\n") == 1
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli.main(TRAIN) == status
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bug_keeps_its_traceback(train):
+    def fail(config):
+        raise ZeroDivisionError
+
+    train.main = fail
+    with pytest.raises(ZeroDivisionError):
+        cli.main(TRAIN)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "did you mean train?"),
+        (["quux"], "see megatron-egrsd --help"),
+        (["train", "--stepz", "1"], "did you mean steps?"),
+        (["report"], "report takes the directory"),
+        (["report", "/no/such/run"], "metrics.jsonl"),
+        (["doctor", "now"], "no arguments"),
+    ],
+)
+def test_mistakes(capsys, arguments, words):
+    assert cli.main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_help(capsys):
+    assert cli.main([]) == cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("train", "evaluate", "report", "doctor"))
+    assert cli.main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--dry-run" in out
+    for key in valid_keys():
+        assert f"--{key}" in out
+    assert "Tokens the gate looks ahead" in " ".join(out.split())
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from megatron_egrsd.cli import main; main(['--help']); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert out.endswith("False\n")
+
+
+def test_doctor_names_every_piece_and_its_cost(capsys, monkeypatch):
+    from megatron_egrsd import doctor
+
+    status = cli.main(["doctor"])
+    out = capsys.readouterr().out
+    assert all(piece.name in out for piece in doctor.PIECES)
+    assert status == int("MISSING" in out)
+
+    def broken():
+        raise OSError("bad library")
+
+    pieces = [
+        doctor.Piece("a", lambda: "1.0", "x"),
+        doctor.Piece("b", lambda: None, "no b things"),
+        doctor.Piece("c", broken, "no c things", required=True),
+    ]
+    monkeypatch.setattr(doctor, "PIECES", pieces)
+    assert doctor.run_doctor() == 1
+    out = capsys.readouterr().out
+    assert "no b things" in out and "bad library" in out and "install c" in out

@@ -1,0 +1,121 @@
+"""parse_config: YAML and overrides, and one clear sentence for every mistake."""
+
+import pytest
+
+from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, parse_config, valid_keys
+from megatron_egrsd.errors import BadArgument
+
+BASE = ["--model.path", "m", "--data.train", "t.jsonl"]
+
+
+def parse_error(arguments):
+    with pytest.raises(BadArgument) as error:
+        parse_config(arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_yaml_with_overrides_the_later_one_wins(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: {path: a}\ndata: {train: b}\noptimizer:\n  lr: 1e-5\nsteps: 7\nobjective: {lookahead: 1}\n")
+    config = parse_config(["--config", str(file), "--objective.lookahead", "4", "--rollout.urls", "[http://h:1]"])
+    assert (config.steps, config.optimizer.lr, config.objective.lookahead) == (7, 1e-5, 4)
+    assert config.objective.mix == 0.5 and config.rollout.urls == ["http://h:1"]
+    assert isinstance(config, Config) and isinstance(config.model, ModelConfig)
+    assert parse_config(["--objective.lookahead", "4", "--config", str(file)]).objective.lookahead == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--stepz", "3"], ["stepz", "did you mean steps?"]),
+        (["--objective.lookahed", "3"], ["did you mean objective.lookahead?"]),
+        (["--lookahead", "3"], ["did you mean objective.lookahead?"]),
+        (["--rollout.tensor", "3"], ["did you mean parallel.tensor?"]),
+        (["--objective.lookahead", "two"], ["objective.lookahead", "'two'", "int"]),
+        (["--steps", "1.5"], ["steps", "int"]),
+        (["--teacher.weights", "old"], ["teacher.weights", "'live', 'frozen', 'ema'"]),
+        (["--objective.lookahead", "-1"], ["objective.lookahead is -1"]),
+        (["--objective.mix", "1.5"], ["[0, 1]"]),
+        (["--objective.attenuation", "1"], ["[0, 1)", "positive weight"]),
+        (["--optimizer.lr", "nan"], ["optimizer.lr"]),
+        (["--objective.loss_normalization", "fixed"], ["objective.fixed_length"]),
+        (["--rollout.rollouts_per_prompt", "1"], ["at least 2"]),
+        (["--rollout.temperature", "0"], ["positive"]),
+        (["--rollout.prompts_per_step", "5", "--optimizer.updates_per_batch", "2"], ["5 does not divide", "2 equal"]),
+        (["--parallel.sequence_parallel", "true"], ["parallel.tensor > 1"]),
+        (["--data.teacher_template", "{problem}"], ["{solution} or {answer}"]),
+        (["--data.teacher_template", "{problem} {answer} {hint}"], ["{hint}"]),
+        (["--config", "/no/such.yaml"], ["--config", "does not exist"]),
+        (["word"], ["'word' is no option"]),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, words):
+    message = parse_error(BASE + arguments)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("objective:\n  lookahed: 3\n", "did you mean objective.lookahead?"),
+        ("objectiv:\n  mix: 1\n", "did you mean objective.mix?"),
+        ("model: {path: x}\ndata: {train: y}\nsteps: ten\n", "steps is 'ten'"),
+        ("model: {path: x}\n", "data.train is not set"),
+        ("data: {train: y}\n", "model.path is not set"),
+        ("model: 3\n", "section"),
+        ("", "empty"),
+        ("a: [", "pars"),
+    ],
+)
+def test_mistakes_in_the_file(tmp_path, text, words):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    assert words in parse_error(["--config", str(file)])
+
+
+def test_presets_are_the_family():
+    presets = {name: ObjectiveConfig.preset(name) for name in ("grpo", "rlsd", "egrsd", "cl_egrsd")}
+    table = {name: (c.attenuation > 0, c.lookahead > 0, c.mix) for name, c in presets.items()}
+    assert table == {
+        "grpo": (False, False, 0),
+        "rlsd": (False, False, 0.5),
+        "egrsd": (True, False, 0.5),
+        "cl_egrsd": (True, True, 0.5),
+    }
+    assert not presets["grpo"].needs_teacher and presets["rlsd"].needs_teacher
+    assert presets["cl_egrsd"] == ObjectiveConfig()
+    assert ObjectiveConfig.preset("egrsd", mix=0.25).mix == 0.25
+    with pytest.raises(BadArgument, match="cl_egrsd"):
+        ObjectiveConfig.preset("ppo")
+
+
+@pytest.mark.parametrize(
+    ("world", "tensor", "pipeline", "prompts", "expected"),
+    [(1, 1, 1, 1, 1), (8, 2, 2, 4, 2), (4, 2, 2, 3, 1), (6, 2, 1, 3, 3), (3, 2, 1, 4, None), (8, 1, 1, 3, None)],
+)
+def test_world_size_arithmetic(world, tensor, pipeline, prompts, expected):
+    config = parse_config(
+        [
+            *BASE,
+            "--parallel.tensor",
+            str(tensor),
+            "--parallel.pipeline",
+            str(pipeline),
+            "--rollout.prompts_per_step",
+            str(prompts),
+            "--rollout.rollouts_per_prompt",
+            "2",
+        ]
+    )
+    if expected:
+        assert config.check_world(world) == expected
+    else:
+        with pytest.raises(BadArgument, match="do not divide"):
+            config.check_world(world)
+
+
+def test_every_key_is_on_the_command_line():
+    keys = valid_keys()
+    assert {"steps", "objective.lookahead", "rollout.server_args", "data.reward"} <= set(keys)
+    assert Config(ModelConfig("m"), DataConfig(train="t.jsonl")) == parse_config(BASE)
