@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 
 from megatron_egrsd.config import ModelConfig, RolloutConfig
 from megatron_egrsd.errors import BadArgument, RunError
@@ -34,12 +35,23 @@ class Server:
         self.url = url
         self.process = process
         self.log = log
+        self.children: list[psutil.Process] = []  # known once it is healthy
+
+    def note_children(self) -> None:
+        if self.process is not None:
+            self.children = psutil.Process(self.process.pid).children(recursive=True)
 
     def check_alive(self) -> None:
-        """RunError with exit code, log path and last error line if a launched server has ended."""
-        if self.process is None or (code := self.process.poll()) is None:
+        """RunError with exit code or name of the ended process, last error line and log path of a launched server."""
+        if self.process is None:
             return
-        reason = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        if (code := self.process.poll()) is not None:
+            reason = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        # Without its scheduler the HTTP server goes on for some seconds, and requests to it hang meanwhile.
+        elif ended := [child for child in self.children if not _is_running(child)]:
+            reason = f"its process {ended[0].pid} is gone"
+        else:
+            return
         raise RunError(f"the SGLang server at {self.url} has ended ({reason}): {last_error(self.log)}; "
                        f"the whole log is {self.log}")  # fmt: skip
 
@@ -52,13 +64,14 @@ class RolloutServers:
         model: Checkpoint and type that a launched server loads.
         seed: Random seed of the first server; the i-th gets seed + i, or all would sample the same.
         log_directory: A launched server writes `sglang-<i>.log` here.
+        wait: False returns without awaiting health; call `await_health` before the first request.
 
     Raises:
         BadArgument: The model directory is missing or a requested port is taken; nothing was started.
         RunError: A server died or was not healthy within `config.start_timeout`; none is left running.
     """
 
-    def __init__(self, config: RolloutConfig, model: ModelConfig, seed: int, log_directory: Path):
+    def __init__(self, config: RolloutConfig, model: ModelConfig, seed: int, log_directory: Path, wait: bool = True):
         self.config = config
         self.servers: list[Server] = []
         self._closed = False
@@ -76,7 +89,8 @@ class RolloutServers:
                 for i, port in enumerate(ports):
                     log = log_directory / f"sglang-{i}.log"
                     self.servers.append(_launch(config, model, seed + i, i, port, log))
-            self._await_health()
+            if wait:
+                self.await_health()
         except BaseException:
             self.close()
             raise
@@ -111,13 +125,16 @@ class RolloutServers:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _await_health(self) -> None:
+    def await_health(self) -> None:
+        """Return when every server is healthy; RunError if one ends or `config.start_timeout` passes."""
         deadline = time.monotonic() + self.config.start_timeout
         waiting = list(self.servers)
         with httpx.Client(timeout=5.0, trust_env=False) as http:
             while waiting:
                 self.check_alive()
-                waiting = [server for server in waiting if not _is_healthy(http, server.url)]
+                for server in [server for server in waiting if _is_healthy(http, server.url)]:
+                    server.note_children()
+                    waiting.remove(server)
                 if waiting and time.monotonic() > deadline:
                     server = waiting[0]
                     hint = f"; see {server.log}, or raise rollout.start_timeout" if server.log else ""
@@ -205,6 +222,13 @@ def _signal_group(process: subprocess.Popen, number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _is_healthy(http: httpx.Client, url: str) -> bool:

@@ -1,0 +1,98 @@
+"""One real SGLang server on CPU for the tests of this directory, with a random Qwen3 of 0.2M parameters."""
+
+import os
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from megatron_egrsd.config import ModelConfig, RolloutConfig
+from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.servers import RolloutServers
+from tests.models import make_qwen3
+
+START_TIMEOUT = 150.0  # seconds; 20 on two idle cores
+
+
+def rollout_config(**overrides) -> RolloutConfig:
+    defaults = {
+        "max_total_tokens": 16384,
+        "max_concurrent_requests": 64,
+        "max_response_tokens": 40,
+        "start_timeout": START_TIMEOUT,
+        "request_timeout": 60.0,
+        "sync_timeout": 20.0,
+        "sync_bucket_mib": 1,
+    }
+    return RolloutConfig(**{**defaults, **overrides})
+
+
+def processes_of_group(group: int) -> list[psutil.Process]:
+    """Processes of a group that still run; zombies that nobody has reaped yet do not count."""
+    found = []
+    for process in psutil.process_iter(["pid", "status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except ProcessLookupError:
+            pass
+    return found
+
+
+def wait_until(condition, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (result := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(result)
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory) -> Path:
+    """Without a tokenizer: the rollout side needs none."""
+    return make_qwen3(tmp_path_factory.mktemp("model"), num_hidden_layers=2)
+
+
+@pytest.fixture(scope="session")
+def model(model_directory) -> ModelConfig:
+    return ModelConfig(str(model_directory), "float32")
+
+
+@pytest.fixture(scope="session")
+def servers(model, tmp_path_factory):
+    with RolloutServers(rollout_config(), model, 0, tmp_path_factory.mktemp("logs")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(servers) -> RolloutClient:
+    return RolloutClient(servers, rollout_config())
+
+
+def load_hf(directory: Path):
+    from transformers import Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def named_tensors(hf) -> list[tuple[str, torch.Tensor]]:
+    """The weights as the engine exports them: tied embeddings once."""
+    return [(name, tensor.clone()) for name, tensor in hf.state_dict().items() if name != "lm_head.weight"]
+
+
+@torch.no_grad()
+def hf_log_probs(hf, prompt: list[int], response: list[int], temperature: float) -> torch.Tensor:
+    """log softmax(logits / temperature) of each response token, fp32 [len(response)]."""
+    logits = hf(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].float()
+    log_probs = torch.log_softmax(logits / temperature, -1)
+    return log_probs.gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+def largest_difference(hf, prompts, answers, temperature: float) -> float:
+    """Between SGLang's log-probabilities and HF's, over all responses."""
+    return max(
+        (torch.tensor(a.log_probs) - hf_log_probs(hf, prompt, a.response_ids, temperature)).abs().max().item()
+        for prompt, group in zip(prompts, answers, strict=True)
+        for a in group
+    )

@@ -1,0 +1,64 @@
+"""Sampling from a real server: order, log-probabilities, limits, refusals."""
+
+import pytest
+
+from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.rollout.client import RolloutClient
+from tests.rollout.conftest import largest_difference, load_hf, rollout_config
+
+pytestmark = pytest.mark.timeout(200)
+PROMPTS = [[5 + i] * (1 + 3 * i) for i in range(12)]  # ragged
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_those_of_logits_over_temperature(client, servers, model_directory, temperature):
+    servers.check_alive()
+    answers = client.generate(PROMPTS, 3, temperature=temperature)
+    assert largest_difference(load_hf(model_directory), PROMPTS, answers, temperature) < 1e-5
+
+
+def test_order_counts_and_finish_reasons(client, model_directory):
+    progress = []
+    answers = client.generate(PROMPTS, 4, on_progress=progress.append)
+    assert [len(group) for group in answers] == [4] * len(PROMPTS)
+    assert sum(progress) == 4 * len(PROMPTS)
+    assert len({tuple(a.response_ids) for group in answers for a in group}) > 40  # samples, not copies
+    reasons = set()
+    for a in (a for group in answers for a in group):
+        reasons.add(a.finish_reason)
+        assert len(a.response_ids) == len(a.log_probs)
+        assert a.finish_reason == ("stop" if a.response_ids[-1] == 2 else "length")
+        assert a.finish_reason == "stop" or len(a.response_ids) == 40
+    assert reasons == {"stop", "length"}
+
+
+def test_greedy_is_hf_greedy(client, model_directory):
+    import torch
+
+    hf = load_hf(model_directory)
+    for prompt, [answer] in zip(PROMPTS[:4], client.generate(PROMPTS[:4], 1, temperature=0.0), strict=True):
+        ids = hf.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=2, pad_token_id=0)
+        assert answer.response_ids == ids[0, len(prompt) :].tolist()
+
+
+def test_extra_stop_token(servers):
+    stopping = RolloutClient(servers, rollout_config(), stop_token_ids=list(range(61)))
+    assert {len(a.response_ids) for [a] in stopping.generate(PROMPTS, 1)} == {1}
+
+
+def test_empty_prompt_is_refused_before_it_reaches_the_server(client, servers):
+    with pytest.raises(BadArgument, match="prompt 1 of 2 has no tokens"):
+        client.generate([[5], []], 1)
+    servers.check_alive()
+
+
+def test_a_refused_request_is_one_sentence(client):
+    with pytest.raises(RunError, match=r"refused a prompt of 3 tokens.*maximum context length"):
+        client.generate([[5, 6, 7]], 1, max_new_tokens=4096)
+
+
+def test_request_timeout_is_an_error_and_the_server_lives_on(servers, client):
+    impatient = RolloutClient(servers, rollout_config(request_timeout=0.05))
+    with pytest.raises(RunError, match=r"did not answer within rollout.request_timeout = 0.05 s"):
+        impatient.generate(PROMPTS, 4, max_new_tokens=400)
+    assert client.generate([[5]], 1)

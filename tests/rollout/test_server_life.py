@@ -1,0 +1,109 @@
+"""Servers start, fail and end as they should, and never stay behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from megatron_egrsd.config import ModelConfig
+from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.servers import RolloutServers
+from megatron_egrsd.rollout.weight_sync import WeightSync
+from tests.rollout.conftest import START_TIMEOUT, processes_of_group, rollout_config, wait_until
+
+pytestmark = pytest.mark.timeout(START_TIMEOUT + 60)
+
+# A trainer reduced to its servers. Prints the group of its server; `wait` is "" until the server is healthy.
+TRAINER = """
+import sys, time
+from pathlib import Path
+from megatron_egrsd.config import ModelConfig
+from megatron_egrsd.rollout.servers import RolloutServers
+from tests.rollout.conftest import rollout_config
+with RolloutServers(rollout_config(), ModelConfig(sys.argv[1], "float32"), 0, Path(sys.argv[2]), wait=False) as servers:
+    print(servers.servers[0].process.pid, flush=True)
+    servers.await_health()
+    print("healthy", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def trainer(model_directory, tmp_path):
+    """(process, group of its server, reader of its output); both are ended by id after the test."""
+    process = subprocess.Popen([sys.executable, "-c", TRAINER, model_directory, tmp_path], stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+    group = int(process.stdout.readline())
+    yield process, group
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    for left in processes_of_group(group):
+        left.kill()
+
+
+def test_ctrl_c_during_the_start_leaves_nothing(trainer):
+    process, group = trainer
+    assert wait_until(lambda: len(processes_of_group(group)) >= 3, START_TIMEOUT)  # it has children
+    process.send_signal(signal.SIGINT)
+    process.wait(20)
+    assert wait_until(lambda: not processes_of_group(group), 5), processes_of_group(group)
+
+
+def test_sigkill_of_the_trainer_leaves_nothing(trainer):
+    process, group = trainer
+    assert process.stdout.readline() == "healthy\n"
+    assert len(processes_of_group(group)) >= 3
+    process.kill()
+    assert wait_until(lambda: not processes_of_group(group), 5), processes_of_group(group)
+
+
+def test_a_dying_server_is_noticed_and_close_leaves_nothing(model, tmp_path):
+    config = rollout_config(request_timeout=120.0)
+    with RolloutServers(config, model, 0, tmp_path) as servers:
+        server = servers.servers[0]
+        group = server.process.pid
+        sync = WeightSync(servers, config, "cpu")
+        scheduler = next(p for p in processes_of_group(group) if "scheduler" in " ".join(p.cmdline()))
+        threading.Timer(1.0, os.kill, (scheduler.pid, signal.SIGKILL)).start()
+        start = time.monotonic()
+        with pytest.raises(RunError, match=rf"{server.url} has ended .*sglang-0\.log"):
+            while True:  # generations until the scheduler is gone
+                RolloutClient(servers, config).generate([[5, 6]] * 8, 8, max_new_tokens=400)
+        assert time.monotonic() - start < 15
+        start = time.monotonic()
+        with pytest.raises(RunError):
+            sync.push([], 1)
+        sync.close()
+        assert time.monotonic() - start < 10
+    servers.close()  # idempotent
+    assert not processes_of_group(group)
+
+
+def test_a_server_that_dies_at_start_says_why(model, tmp_path):
+    config = rollout_config(server_args={"load_format": "no_such_format"})
+    with pytest.raises(RunError, match=r"has ended \(exit code 2\): .*load-format.*invalid choice.*sglang-0\.log"):
+        RolloutServers(config, model, 0, tmp_path)
+
+
+def test_start_timeout(model, tmp_path):
+    with pytest.raises(RunError, match=r"not healthy within 0.5 s \(rollout.start_timeout\); see .*sglang-0\.log"):
+        RolloutServers(rollout_config(start_timeout=0.5), model, 0, tmp_path)
+
+
+def test_missing_model_and_busy_port_start_nothing(model, tmp_path):
+    with pytest.raises(BadArgument, match=r"model.path is '/no/such/model', but there is no config.json"):
+        RolloutServers(rollout_config(), ModelConfig("/no/such/model"), 0, tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(BadArgument, match=rf"port {port} on 127.0.0.1 cannot be used"):
+            RolloutServers(rollout_config(port=port), model, 0, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,121 @@
+"""Weights into a real server: they arrive bit by bit, and whatever keeps them from it is named in time."""
+
+import time
+
+import pytest
+import torch
+
+from megatron_egrsd.errors import RunError
+from megatron_egrsd.rollout import weight_sync
+from megatron_egrsd.rollout.process_group import BroadcastGroup
+from megatron_egrsd.rollout.weight_sync import WeightSync
+from tests.rollout.conftest import largest_difference, load_hf, named_tensors, rollout_config
+
+pytestmark = pytest.mark.timeout(200)
+PROMPTS = [[7, 8, 9], [10] * 20, [11]]
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def sync(servers):
+    sync = WeightSync(servers, rollout_config(), "cpu")
+    yield sync
+    sync.close()
+
+
+def changed(model_directory, seed: int):
+    """The model after a made-up training step."""
+    hf = load_hf(model_directory)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return hf
+
+
+def test_new_weights_serve_the_next_rollouts(sync, client, model_directory):
+    for version in (1, 2):
+        hf = changed(model_directory, version)
+        assert sync.push(named_tensors(hf), version) < 10
+        sync.verify(named_tensors(hf))
+        answers = client.generate(PROMPTS, 4, temperature=0.9)
+        assert {a.weight_version for group in answers for a in group} == {version}
+        assert largest_difference(hf, PROMPTS, answers, 0.9) < 1e-5
+
+
+def test_disk_transport(servers, client, model_directory, tmp_path):
+    hf = changed(model_directory, 3)
+    disk = WeightSync(servers, rollout_config(weight_sync="disk"), "cpu", tmp_path)
+    disk.push(iter(named_tensors(hf)), 3)
+    disk.verify(named_tensors(hf))
+    disk.close()
+    assert not list(tmp_path.iterdir()), "the temporary checkpoint must not stay"
+    assert largest_difference(hf, PROMPTS, client.generate(PROMPTS, 2), 1.0) < 1e-5
+
+
+def test_a_tensor_corrupted_on_its_way_is_named(sync, model_directory, monkeypatch):
+    """One flipped bit in one bucket, after the engine and before the server."""
+    tensors = named_tensors(changed(model_directory, 4))
+    send, broadcasts = BroadcastGroup.broadcast, []
+
+    def corrupt(group, flat, *rest):
+        if not broadcasts:
+            before = sum(t.nbytes for _, t in tensors[: [n for n, _ in tensors].index(UP)])
+            flat[before] ^= 1  # the lowest mantissa bit of the first weight of UP
+        broadcasts.append(len(flat))
+        send(group, flat, *rest)
+
+    monkeypatch.setattr(BroadcastGroup, "broadcast", corrupt)
+    sync.push(tensors, 4)
+    with pytest.raises(RunError, match=r"corrupted: model.layers.1.mlp.gate_up_proj.weight .*up_proj.weight\) differs"):
+        sync.verify(tensors)
+    monkeypatch.undo()
+    sync.push(tensors, 5)
+    sync.verify(tensors)
+
+
+def test_a_tensor_left_out_is_named(sync, model_directory):
+    tensors = named_tensors(changed(model_directory, 6))
+    sync.push([(n, t) for n, t in tensors if n != "model.norm.weight"], 6)
+    with pytest.raises(RunError, match=r"model\.norm\.weight .* differs from"):
+        sync.verify(tensors)
+    with pytest.raises(RunError, match=r"model\.norm\.weight .* is there, but not in"):
+        sync.verify([(n, t) for n, t in tensors if n != "model.norm.weight"])
+
+
+def test_wrong_version_is_named(sync, monkeypatch):
+    sync.push([], 7)
+    with pytest.raises(RunError, match="serves weight version '7' instead of 8"):
+        sync.check_version(8)
+
+
+def test_a_refused_bucket_is_one_sentence_at_once(servers, sync, model_directory, monkeypatch):
+    """Without begin_weight_update SGLang answers 400 and takes no part in the broadcast: nobody may wait for it."""
+    tensors = named_tensors(changed(model_directory, 8))
+    on_all = WeightSync._on_all
+    skip = ("begin_weight_update",)
+    monkeypatch.setattr(WeightSync, "_on_all", lambda self, e, *a, **k: e in skip or on_all(self, e, *a, **k))
+    start = time.monotonic()
+    with pytest.raises(RunError, match=r"update_weights_from_distributed refused with HTTP 400: .*begin_weight_update"):
+        sync.push(tensors, 8)
+    assert time.monotonic() - start < 10
+    start = time.monotonic()
+    sync.close()  # the group is broken: leaving it must not wait for the server
+    assert time.monotonic() - start < 5
+
+
+def test_servers_that_do_not_join_are_an_error_within_the_timeout(servers, monkeypatch):
+    monkeypatch.setattr(weight_sync, "address_towards", lambda url: "127.0.0.1")
+    request = WeightSync._request
+
+    def deaf(self, method, url, endpoint, body=None):
+        if endpoint == "init_weights_update_group":
+            time.sleep(4)
+            return {"success": True}
+        return request(self, method, url, endpoint, body)
+
+    monkeypatch.setattr(WeightSync, "_request", deaf)
+    start = time.monotonic()
+    with pytest.raises(RunError, match=r"weight group of 2 ranks did not form"):
+        WeightSync(servers, rollout_config(sync_timeout=3.0), "cpu")
+    assert time.monotonic() - start < 10
