@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_egrsd.vocab_parallel import ops
-from megatron_egrsd.vocab_parallel.combine import combine, combine_ranks, log_prob_and_entropy_of
+from megatron_egrsd.vocab_parallel.collectives import gather_parts, gather_sequence, reduce_hidden
 from megatron_egrsd.vocab_parallel.shard import LOGIT_DTYPES, Shard, check_target, check_temperature
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits held at a time: stays in the L3 cache; fills a GPU
@@ -65,7 +65,7 @@ def linear_log_prob_and_entropy(
 
 def _check_operands(hidden, weight, chunk_size, logits_dtype) -> None:
     if hidden.dim() < 1 or hidden.dtype not in LOGIT_DTYPES:
-        raise ValueError(f"hidden must be [..., D] float32, bfloat16 or float16, got {hidden.dtype} {tuple(hidden.shape)}")
+        raise ValueError(f"hidden must be [..., D] fp32, bf16 or fp16, got {hidden.dtype} {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight must be [V, {hidden.shape[-1]}] to match hidden, got {tuple(weight.shape)}")
     if weight.dtype != hidden.dtype or weight.device != hidden.device:
@@ -84,13 +84,12 @@ class _LinearLogProbAndEntropy(torch.autograd.Function):
     def forward(
         ctx, hidden, weight_VD, target_N, shard, temperature, entropy_grad, chunk, sequence_parallel, logits_dtype
     ):
-        hidden_ND = _gather_sequence(hidden, shard) if sequence_parallel else hidden.reshape(-1, hidden.shape[-1])
+        hidden_ND = (gather_sequence(hidden, shard) if sequence_parallel else hidden).reshape(-1, hidden.shape[-1])
         part_N4 = None
         for columns, logits_NC in _logit_chunks(hidden_ND, weight_VD, shard, chunk, logits_dtype):
             chunk_N4 = ops.statistics(logits_NC, target_N, shard.slice(columns.start, columns.stop), temperature)
-            part_N4 = chunk_N4 if part_N4 is None else combine(torch.stack([part_N4, chunk_N4]))
-        statistics_N4 = combine_ranks(part_N4, shard)
-        log_prob_N, entropy_N = log_prob_and_entropy_of(statistics_N4, target_N)
+            part_N4 = chunk_N4 if part_N4 is None else ops.combine(torch.stack([part_N4, chunk_N4]))[0]
+        statistics_N4, log_prob_N, entropy_N = ops.combine(gather_parts(part_N4, shard))
         # The gathered sequence is kept, so that backward needs no second gather.
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, statistics_N4)
         ctx.shard, ctx.temperature, ctx.entropy_grad = shard, temperature, entropy_grad
@@ -108,7 +107,7 @@ class _LinearLogProbAndEntropy(torch.autograd.Function):
         grad_log_prob_N = grad_log_prob_N.contiguous()
         grad_entropy_N = grad_entropy_N.contiguous() if ctx.entropy_grad else None
         # Chunks add up in fp32: a bf16 sum over tens of chunks loses what the reduction over ranks then multiplies.
-        grad_hidden_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=hidden_ND.device) if need_hidden else None
+        grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if need_hidden else None
         grad_weight_VD = torch.empty_like(weight_VD) if need_weight else None
         for columns, logits_NC in _logit_chunks(hidden_ND, weight_VD, ctx.shard, ctx.chunk, ctx.logits_dtype):
             grad_NC = ops.logits_grad(
@@ -120,7 +119,7 @@ class _LinearLogProbAndEntropy(torch.autograd.Function):
             if need_weight:
                 torch.mm(grad_NC.t(), hidden_ND, out=grad_weight_VD[columns])
         if need_hidden:
-            grad_hidden = _reduce_hidden(grad_hidden_ND, ctx.shard, ctx.sequence_parallel)
+            grad_hidden = reduce_hidden(grad_hidden_ND, ctx.shard, ctx.sequence_parallel)
             grad_hidden = grad_hidden.to(hidden_ND.dtype).view(ctx.hidden_shape)
         else:
             grad_hidden = None
@@ -128,7 +127,7 @@ class _LinearLogProbAndEntropy(torch.autograd.Function):
 
 
 def _logit_chunks(hidden_ND, weight_VD, shard: Shard, chunk: int, logits_dtype: torch.dtype):
-    """Yield (column slice, logits [N, C] of those columns); one buffer serves all chunks, the caller may overwrite it."""
+    """Yield (columns, logits [N, C] of those columns); one buffer serves all chunks, the caller may overwrite it."""
     tokens = hidden_ND.shape[0]
     widen = logits_dtype != hidden_ND.dtype
     buffer = hidden_ND.new_empty(tokens * chunk, dtype=logits_dtype)
@@ -144,20 +143,3 @@ def _logit_chunks(hidden_ND, weight_VD, shard: Shard, chunk: int, logits_dtype: 
             torch.mm(hidden_ND, weight_CD.to(logits_dtype).t(), out=logits_NC)
         yield columns, logits_NC
 
-
-def _gather_sequence(hidden: torch.Tensor, shard: Shard) -> torch.Tensor:
-    gathered = hidden.new_empty((hidden.shape[0] * shard.ranks, *hidden.shape[1:]))
-    dist.all_gather_into_tensor(gathered, hidden.contiguous(), group=shard.group)
-    return gathered.view(-1, hidden.shape[-1])
-
-
-def _reduce_hidden(grad_hidden_ND: torch.Tensor, shard: Shard, sequence_parallel: bool) -> torch.Tensor:
-    """Sum over the ranks' vocabulary shards; with sequence parallelism each rank keeps its part of the sequence."""
-    if shard.ranks == 1:
-        return grad_hidden_ND
-    if not sequence_parallel:
-        dist.all_reduce(grad_hidden_ND, group=shard.group)
-        return grad_hidden_ND
-    own_ND = grad_hidden_ND.new_empty((grad_hidden_ND.shape[0] // shard.ranks, grad_hidden_ND.shape[1]))
-    dist.reduce_scatter_tensor(own_ND, grad_hidden_ND, group=shard.group)
-    return own_ND

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_egrsd.vocab_parallel import ops
-from megatron_egrsd.vocab_parallel.combine import combine_ranks, log_prob_and_entropy_of
+from megatron_egrsd.vocab_parallel.collectives import gather_parts
 from megatron_egrsd.vocab_parallel.shard import Shard, check_logits, check_target, check_temperature
 
 
@@ -59,8 +59,8 @@ def log_prob_and_entropy(
 class _LogProbAndEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_NV, target_N, shard, temperature, entropy_grad, inplace):
-        statistics_N4 = combine_ranks(ops.statistics(logits_NV, target_N, shard, temperature), shard)
-        log_prob_N, entropy_N = log_prob_and_entropy_of(statistics_N4, target_N)
+        part_N4 = ops.statistics(logits_NV, target_N, shard, temperature)
+        statistics_N4, log_prob_N, entropy_N = ops.combine(gather_parts(part_N4, shard))
         ctx.save_for_backward(logits_NV, target_N, statistics_N4)
         ctx.shard, ctx.temperature, ctx.entropy_grad, ctx.inplace = shard, temperature, entropy_grad, inplace
         if not entropy_grad:
@@ -105,15 +105,13 @@ def log_ratio(
     shard = Shard.of(teacher_logits.shape[-1], group, vocab_size)
     check_target(target, teacher_logits.shape[:-1], "teacher_logits", teacher_logits.device, shard.vocab_size)
     target_N = target.reshape(-1)
-    both_2N4 = torch.stack(
+    part_2N4 = torch.stack(
         [
             ops.statistics(logits.view(-1, shard.columns), target_N, shard, temperature)
             for logits in (teacher_logits, student_logits)
         ]
     )
-    statistics_2N4 = combine_ranks(both_2N4.view(-1, 4), shard).view(2, -1, 4)
-    teacher_log_prob, teacher_entropy = (
-        x.view(target.shape) for x in log_prob_and_entropy_of(statistics_2N4[0], target_N)
-    )
-    student_log_prob = log_prob_and_entropy_of(statistics_2N4[1], target_N)[0].view(target.shape)
+    _, log_prob, entropy = ops.combine(gather_parts(part_2N4.view(-1, 4), shard))
+    teacher_log_prob, student_log_prob = log_prob.view(2, *target.shape)
+    teacher_entropy = entropy.view(2, *target.shape)[0]
     return LogRatio(teacher_log_prob - student_log_prob, teacher_entropy, teacher_log_prob, student_log_prob)

@@ -1,14 +1,54 @@
-"""The two row kernels: statistics of the logits, and the gradient written from them. Compiled where it can be."""
+"""The row kernels: compiled (`csrc/`, built by setup.py) where there is a build for the device, else plain torch.
+
+`statistics` reads the logits once, `combine` merges parts of the vocabulary and gives the results, `logits_grad`
+writes the gradient. The four numbers a token that travel between them are described in `reference.py`.
+"""
+
+import functools
+import warnings
+from pathlib import Path
 
 import torch
 
 from megatron_egrsd.vocab_parallel import reference
-from megatron_egrsd.vocab_parallel.shard import IGNORE_INDEX, Shard
+from megatron_egrsd.vocab_parallel.shard import Shard
+
+_LIBRARIES = sorted(Path(__file__).parent.glob("_C.*so"))
+if _LIBRARIES:
+    torch.ops.load_library(str(_LIBRARIES[0]))
+_OPS = torch.ops.megatron_egrsd
+_HAS_CUDA_KERNELS = hasattr(_OPS, "cuda_architectures")
+
+
+def compiled(device: torch.device) -> bool:
+    """Whether the compiled kernels serve this device; the first "no" is said once, as a warning."""
+    if _LIBRARIES and (device.type == "cpu" or (device.type == "cuda" and _HAS_CUDA_KERNELS)):
+        return True
+    if not torch.compiler.is_compiling():
+        _warn_slow_path(device.type)
+    return False
+
+
+@functools.cache
+def _warn_slow_path(device_type: str) -> None:
+    warnings.warn(
+        f"megatron_egrsd.vocab_parallel: no compiled kernels for {device_type}; using plain torch, which is several "
+        "times slower. Build them with `pip install --no-build-isolation -e .` (docs/performance.md).",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def statistics(logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard, temperature: float) -> torch.Tensor:
-    """[N, 4] fp32 statistics of this shard's columns; the meaning of the four is in `reference.py`."""
-    return reference.statistics(logits_NV, target_N, shard.start, shard.valid, 1.0 / temperature)
+    """[N, 4] fp32 statistics of this shard's columns."""
+    function = _OPS.statistics if compiled(logits_NV.device) else reference.statistics
+    return function(logits_NV, target_N, shard.start, shard.valid, 1.0 / temperature)
+
+
+def combine(parts_RN4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Statistics [R, N, 4] of R disjoint parts -> of their union [N, 4], log p(target) [N], entropy [N]; fp32."""
+    function = _OPS.combine if compiled(parts_RN4.device) else reference.combine
+    return function(parts_RN4)
 
 
 def logits_grad(
@@ -23,9 +63,32 @@ def logits_grad(
     inplace: bool,
 ) -> torch.Tensor:
     """Gradient with respect to the logits, [N, V] in their dtype; `inplace` writes it over them."""
+    rest = (target_N, statistics_N4, grad_log_prob_N, grad_entropy_N, shard.start, shard.valid, 1.0 / temperature)
+    if compiled(logits_NV.device):
+        if not inplace:
+            return _OPS.logits_grad(logits_NV, *rest)
+        _OPS.logits_grad_(logits_NV, *rest)
+        return logits_NV
     grad_NV = logits_NV if inplace else torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
-    reference.logits_grad(
-        logits_NV, grad_NV, target_N, statistics_N4, grad_log_prob_N, grad_entropy_N,
-        shard.start, shard.valid, 1.0 / temperature, IGNORE_INDEX,
-    )  # fmt: skip
+    reference.logits_grad(logits_NV, grad_NV, *rest)
     return grad_NV
+
+
+if _LIBRARIES:
+
+    @torch.library.register_fake("megatron_egrsd::statistics")
+    def _(logits, target, vocab_start, valid, inverse_temperature):
+        return logits.new_empty((logits.shape[0], 4), dtype=torch.float32)
+
+    @torch.library.register_fake("megatron_egrsd::combine")
+    def _(parts):
+        tokens = parts.shape[1]
+        return parts.new_empty((tokens, 4)), parts.new_empty(tokens), parts.new_empty(tokens)
+
+    @torch.library.register_fake("megatron_egrsd::logits_grad")
+    def _(logits, target, statistics, grad_log_prob, grad_entropy, vocab_start, valid, inverse_temperature):
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("megatron_egrsd::logits_grad_")
+    def _(logits, target, statistics, grad_log_prob, grad_entropy, vocab_start, valid, inverse_temperature):
+        return None

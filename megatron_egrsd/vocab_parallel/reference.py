@@ -1,70 +1,92 @@
-"""The two row kernels in plain torch: what runs where the compiled ones do not. Same contract, many times slower.
+"""The row kernels in plain torch: what runs where the compiled ones do not. Same contract, several times slower.
 
-Statistics of a row x (already masked to its valid columns), with y_j = x_j * log2(e) / temperature:
+Of a row x restricted to one part of the vocabulary (a shard, a chunk), with y_j = x_j log2(e) / temperature and sums
+that leave out the target's own column:
 
-    reference  an integer c near max(y), -inf for a row without a finite maximum
-    total      A = sum_j 2^(y_j - c)
+    reference  an integer c near max(y); -inf if the part holds no finite logit
+    rest       R = sum_j 2^(y_j - c)
     weighted   S = sum_j 2^(y_j - c) (y_j - c) ln 2
-    target     (y_target - c) ln 2, -inf where this shard does not hold the target
+    target     d = (y_target - c) ln 2; -inf if the part does not hold the target
 
-so log p(target) = target - ln A and H = ln A - S / A. c counts in powers of two and is an integer, so that changing
-it (between blocks, shards or vocabulary chunks) scales A and S exactly. H computed as lse - sum(p x) would cancel
-for offset logits; ln A - S / A does not.
+With A = R + e^d: log p(target) = d - ln A and H = ln A - (S + d e^d) / A. c is an integer, so moving to another
+reference scales R and S exactly. H does not cancel for offset logits, as lse - sum(p x) does. With the target left
+out of R, 1 - p(target) = R / A stays accurate when the target is all but certain. `csrc/common/statistics.h` is the
+same in C++.
 """
 
 import math
 
 import torch
 
+from megatron_egrsd.vocab_parallel.shard import IGNORE_INDEX
+
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
-_BLOCK_ELEMENTS = 1 << 22  # rows are taken in blocks of at most this many logits, so temporaries stay near 50 MB
+_BLOCK_ELEMENTS = 1 << 22  # rows are taken in blocks of about this many logits: temporaries stay below 100 MB
 
 
-def _row_blocks(logits_NV: torch.Tensor) -> range:
-    return range(0, logits_NV.shape[0], max(1, _BLOCK_ELEMENTS // max(1, logits_NV.shape[1])))
+def _row_blocks(logits_NV: torch.Tensor) -> list[slice]:
+    step = max(1, _BLOCK_ELEMENTS // logits_NV.shape[1])
+    return [slice(first, first + step) for first in range(0, logits_NV.shape[0], step)]
 
 
 def statistics(
     logits_NV: torch.Tensor, target_N: torch.Tensor, vocab_start: int, valid: int, inverse_temperature: float
 ) -> torch.Tensor:
-    """[N, 4] fp32: reference, total, weighted, target of each row's first `valid` columns."""
+    """[N, 4] fp32 (reference, rest, weighted, target) of each row's first `valid` columns; zeros for ignored rows."""
     out_N4 = logits_NV.new_empty((logits_NV.shape[0], 4), dtype=torch.float32)
-    blocks = _row_blocks(logits_NV)
-    for first in blocks:
-        rows = slice(first, first + blocks.step)
-        out_N4[rows] = _block_statistics(logits_NV[rows, :valid], target_N[rows] - vocab_start, inverse_temperature)
-    return out_N4
+    if valid == 0:
+        out_N4[:] = out_N4.new_tensor([-math.inf, 0.0, 0.0, -math.inf])
+    else:
+        for rows in _row_blocks(logits_NV):
+            block_NV, column_N = logits_NV[rows, :valid].float(), target_N[rows] - vocab_start
+            out_N4[rows] = _block_statistics(block_NV, column_N, inverse_temperature)
+    return out_N4.masked_fill_((target_N == IGNORE_INDEX)[:, None], 0.0)
 
 
-def _block_statistics(logits_NV: torch.Tensor, column_N: torch.Tensor, inverse_temperature: float) -> torch.Tensor:
-    if logits_NV.shape[1] == 0:
-        return torch.tensor([-math.inf, 0.0, 0.0, -math.inf]).to(logits_NV.device).expand(logits_NV.shape[0], 4)
-    x_NV = logits_NV.float()
+def _block_statistics(x_NV: torch.Tensor, column_N: torch.Tensor, inverse_temperature: float) -> torch.Tensor:
     peak_N1 = x_NV.amax(-1, keepdim=True)
-    base_N1 = torch.where(peak_N1 == -math.inf, torch.zeros_like(peak_N1), peak_N1)  # -inf - -inf would be NaN
-    d_NV = (x_NV - base_N1).mul_(inverse_temperature)
+    base_N1 = torch.where(peak_N1 == -math.inf, 0.0, peak_N1)  # -inf - -inf would be NaN
+    d_NV = (x_NV - base_N1) * inverse_temperature
+    held_N1 = ((column_N >= 0) & (column_N < x_NV.shape[1]))[:, None]
+    column_N1 = torch.where(held_N1, column_N[:, None], 0)
+    target_N1 = torch.where(held_N1, d_NV.gather(1, column_N1), -math.inf)
+    d_NV.scatter_(1, column_N1, torch.where(held_N1, -math.inf, d_NV.gather(1, column_N1)))
     e_NV = d_NV.exp()
-    total_N = e_NV.sum(-1)
-    # 0 * -inf at masked columns; a NaN logit stays visible in `total`
-    weighted_N = e_NV.mul_(d_NV.clamp_min_(-1e4)).sum(-1)
-    # from the row's maximum to the integer reference; [N]-sized, so fp64 costs nothing
+    rest_N = e_NV.sum(-1)
+    weighted_N = e_NV.mul_(d_NV.clamp_min_(-1e4)).sum(-1)  # clamped: 0 * -inf is NaN
+    # From the row's maximum to the integer reference: [N]-sized, so fp64 costs nothing.
     peak_bits_N = peak_N1[:, 0].double() * (inverse_temperature * LOG2E)
     reference_N = peak_bits_N.ceil()
-    shift_N = torch.where(reference_N.isfinite(), peak_bits_N - reference_N, 0.0)  # in (-1, 0], bits
-    scale_N = shift_N.exp2()
-    held_N = (column_N >= 0) & (column_N < logits_NV.shape[1])
-    x_target_N = x_NV.gather(1, torch.where(held_N, column_N, 0)[:, None])[:, 0]
-    target_N = (x_target_N - base_N1[:, 0]).double() * inverse_temperature + shift_N * LN2
-    return torch.stack(
-        [
-            reference_N,
-            total_N * scale_N,
-            scale_N * (weighted_N + shift_N * LN2 * total_N),
-            torch.where(held_N, target_N, -math.inf),
-        ],
-        dim=-1,
-    ).float()
+    shift_N = torch.where(peak_bits_N == -math.inf, 0.0, peak_bits_N - reference_N)  # in (-1, 0]; NaN for NaN and +inf
+    nats_N, scale_N = shift_N * LN2, shift_N.exp2()
+    weighted_N = scale_N * (weighted_N + nats_N * rest_N)
+    return torch.stack([reference_N, scale_N * rest_N, weighted_N, target_N1[:, 0] + nats_N], dim=-1).float()
+
+
+def combine(parts_RN4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Statistics [R, N, 4] of R disjoint parts -> those of their union [N, 4], log p(target) [N] and entropy [N]."""
+    reference_RN, rest_RN, weighted_RN, target_RN = parts_RN4.double().unbind(-1)
+    common_N = reference_RN.amax(0)
+    # A part without a finite logit has reference -inf and sums of 0: any finite shift will do.
+    shift_RN = torch.where(reference_RN == -math.inf, 0.0, reference_RN - common_N)
+    nats_RN, scale_RN = shift_RN * LN2, shift_RN.exp2()
+    rest_N = (scale_RN * rest_RN).sum(0)
+    weighted_N = (scale_RN * (weighted_RN + nats_RN * rest_RN)).sum(0)
+    whole_N4 = torch.stack([common_N, rest_N, weighted_N, (target_RN + nats_RN).amax(0)], dim=-1).float()
+    _, _, log_prob_N, entropy_N = _finish(whole_N4)
+    return whole_N4, log_prob_N.float(), entropy_N.float()
+
+
+def _finish(statistics_N4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(e^d, A, log p(target), H), each [N] fp64."""
+    _, rest_N, weighted_N, target_N = statistics_N4.double().unbind(-1)
+    at_target_N = target_N.exp()
+    total_N = rest_N + at_target_N
+    log_total_N = total_N.log()
+    weighted_N = weighted_N + torch.where(at_target_N > 0, target_N * at_target_N, 0.0)
+    entropy_N = (log_total_N - weighted_N / total_N).clamp_min(0.0)
+    return at_target_N, total_N, target_N - log_total_N, entropy_N
 
 
 def logits_grad(
@@ -77,33 +99,35 @@ def logits_grad(
     vocab_start: int,
     valid: int,
     inverse_temperature: float,
-    ignore_index: int,
 ) -> None:
-    """Write the gradient of `grad_log_prob . log_prob + grad_entropy . entropy` to `grad_NV` (which may be `logits_NV`).
+    """Write d(grad_log_prob . log_prob + grad_entropy . entropy)/d(logits) to `grad_NV`, which may be `logits_NV`.
 
-    `statistics_N4` are those of the whole vocabulary (all shards combined). Padded columns and ignored rows get zeros.
+    `statistics_N4` are those of the whole vocabulary. Padded columns and ignored rows get zeros.
     """
-    blocks = _row_blocks(logits_NV)
-    for first in blocks:
-        rows = slice(first, first + blocks.step)
-        reference_N, total_N, weighted_N, _ = statistics_N4[rows].double().unbind(-1)
-        log_total_N = total_N.log()
-        # log p = (x - reference) - ln A; the reference is brought to nats in fp64 and split in two fp32 parts
-        offset_N = reference_N * (LN2 / inverse_temperature)
-        high_N = offset_N.float()
-        low_N = ((offset_N - high_N) * inverse_temperature + log_total_N).float()
-        log_p_NV = (logits_NV[rows, :valid].float() - high_N[:, None]).mul_(inverse_temperature).sub_(low_N[:, None])
-        factor_NV = -grad_log_prob_N[rows, None]
-        if grad_entropy_N is not None:
-            entropy_N = (log_total_N - weighted_N / total_N).float()
-            # p (log p + H) is 0 at p = 0
-            factor_NV = factor_NV - grad_entropy_N[rows, None] * (log_p_NV.clamp_min(-1e4) + entropy_N[:, None])
-        block_NV = log_p_NV.exp_().mul_(factor_NV)
-        column_N = target_N[rows] - vocab_start
-        held_N = (column_N >= 0) & (column_N < valid)
-        if valid > 0:
-            at_target_N1 = torch.where(held_N, grad_log_prob_N[rows], 0.0)[:, None]
-            block_NV.scatter_add_(1, torch.where(held_N, column_N, 0)[:, None], at_target_N1)
-        block_NV.mul_(inverse_temperature).masked_fill_((target_N[rows] == ignore_index)[:, None], 0.0)
+    at_target_N, total_N, log_prob_N, entropy_N = _finish(statistics_N4)
+    g_N = grad_log_prob_N.double()
+    h_N = torch.zeros_like(g_N) if grad_entropy_N is None else grad_entropy_N.double()
+    scale_N = inverse_temperature / total_N
+    constant_N = (scale_N * (h_N * (total_N.log() - entropy_N) - g_N)).float()
+    slope_N = (-scale_N * h_N).float()
+    certain_N = torch.where(at_target_N > 0, h_N * at_target_N * (log_prob_N + entropy_N), 0.0)
+    grad_at_target_N = (scale_N * (g_N * statistics_N4[:, 1] - certain_N)).float()
+    # x - c in nats: c as the sum of two fp32 numbers, so that an offset of the logits costs no accuracy
+    reference_N = statistics_N4[:, 0].double() * (LN2 / inverse_temperature)
+    high_N = reference_N.float()
+    low_N = ((reference_N - high_N) * inverse_temperature).float()
+    column_N = target_N - vocab_start
+    held_N = (column_N >= 0) & (column_N < valid)
+    for rows in _row_blocks(logits_NV) if valid > 0 else []:
+        d_NV = (logits_NV[rows, :valid].float() - high_N[rows, None]) * inverse_temperature - low_N[rows, None]
+        block_NV = d_NV.exp()
+        if grad_entropy_N is None:
+            block_NV *= constant_N[rows, None]
+        else:  # e (constant + slope d) is 0 at e = 0
+            block_NV *= d_NV.clamp_min_(-1e4).mul_(slope_N[rows, None]).add_(constant_N[rows, None])
+        column_N1 = torch.where(held_N[rows], column_N[rows], 0)[:, None]
+        at_target_N1 = torch.where(held_N[rows, None], grad_at_target_N[rows, None], block_NV.gather(1, column_N1))
+        block_NV.scatter_(1, column_N1, at_target_N1)
+        block_NV.masked_fill_((target_N[rows] == IGNORE_INDEX)[:, None], 0.0)
         grad_NV[rows, :valid] = block_NV.to(grad_NV.dtype)
     grad_NV[:, valid:] = 0

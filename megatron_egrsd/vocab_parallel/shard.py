@@ -4,6 +4,7 @@ Shape suffixes used in this package: N tokens (all leading dimensions flattened)
 D hidden size, R ranks of the tensor-parallel group.
 """
 
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Shard:
 
 
 def check_logits(name: str, logits: torch.Tensor) -> None:
-    """ValueError unless `logits` is a floating [..., V] tensor whose rows are contiguous and can be listed as [N, V]."""
+    """ValueError unless `logits` is a floating [..., V] tensor of contiguous rows that a view can list as [N, V]."""
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"{name} must be [..., V] with V > 0, got shape {tuple(logits.shape)}")
     if logits.dtype not in LOGIT_DTYPES:
@@ -68,7 +69,7 @@ def check_logits(name: str, logits: torch.Tensor) -> None:
 
 def _leading_dimensions_merge(x: torch.Tensor) -> bool:
     sizes_and_strides = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
-    pairs = zip(sizes_and_strides, sizes_and_strides[1:], strict=False)
+    pairs = itertools.pairwise(sizes_and_strides)
     return x.numel() == 0 or all(outer == inner_size * inner for (_, outer), (inner_size, inner) in pairs)
 
 

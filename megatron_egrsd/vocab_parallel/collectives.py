@@ -1,0 +1,36 @@
+"""The collectives of the package: one gather in forward; in the linear form one reduction in backward."""
+
+import torch
+import torch.distributed as dist
+
+from megatron_egrsd.vocab_parallel.shard import Shard
+
+# torch 2.13 renamed these; 2.11 knows only the old names
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def gather_parts(part: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """[R, ...]: every rank's `part`, in rank order."""
+    if shard.ranks == 1:
+        return part[None]
+    parts = part.new_empty((shard.ranks, *part.shape))
+    _all_gather(parts.view(-1, *part.shape[1:]), part.contiguous(), group=shard.group)
+    return parts
+
+
+def gather_sequence(hidden: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """[S, ...] from every rank's [S / R, ...]."""
+    return gather_parts(hidden, shard).flatten(0, 1)
+
+
+def reduce_hidden(grad_ND: torch.Tensor, shard: Shard, sequence_parallel: bool) -> torch.Tensor:
+    """Sum over the ranks' vocabulary shards; with sequence parallelism each rank keeps its own part of the tokens."""
+    if shard.ranks == 1:
+        return grad_ND
+    if not sequence_parallel:
+        dist.all_reduce(grad_ND, group=shard.group)
+        return grad_ND
+    own_ND = grad_ND.new_empty((grad_ND.shape[0] // shard.ranks, grad_ND.shape[1]))
+    _reduce_scatter(own_ND, grad_ND, group=shard.group)
+    return own_ND
