@@ -22,7 +22,8 @@ class Generation:
     """One sampled response.
 
     `log_probs[t]` is the log-probability (nats) of `response_ids[t]` under softmax(logits / temperature). A response
-    that stopped ends with the stop token. `finish_reason` is "stop" or "length".
+    that stopped ends with the stop token. `finish_reason` is "stop" or "length". `weight_version` is that of the last
+    sync, 0 before the first, -1 where the server has a version of its own naming.
     """
 
     response_ids: list[int]
@@ -143,4 +144,5 @@ def parse_generation(answer: dict, url: str) -> Generation:
     if sampled_ids != answer["output_ids"]:
         raise RunError(f"{url} returned log-probabilities of other tokens than it sampled; "
                        f"{len(answer['output_ids'])} tokens, {len(sampled_ids)} log-probabilities")  # fmt: skip
-    return Generation(sampled_ids, log_probs, reason["type"], int(meta["weight_version"]))
+    version = meta["weight_version"]
+    return Generation(sampled_ids, log_probs, reason["type"], int(version) if version.isdecimal() else -1)

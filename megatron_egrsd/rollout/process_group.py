@@ -5,6 +5,7 @@ training has one, is neither used nor changed.
 """
 
 import socket
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -73,11 +74,12 @@ class BroadcastGroup:
                 raise
             raise RunError(f"the broadcast of the weights failed: {str(error).splitlines()[0]}") from error
 
-    def close(self, broken: bool = False) -> None:
-        """Leave the group; without waiting for the others if a broadcast was abandoned."""
+    def close(self, patience: float = 5.0) -> None:
+        """Leave the group. torch waits for an abandoned broadcast; after `patience` seconds it does so on its own."""
         if self._group is None:
             return
         group, self._group = self._group, None
-        if broken:
-            group.abort()
-        dist.destroy_process_group(group)
+        leaving = threading.Thread(target=dist.destroy_process_group, args=(group,), daemon=True)
+        del group
+        leaving.start()
+        leaving.join(patience)

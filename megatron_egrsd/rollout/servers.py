@@ -8,10 +8,12 @@ has no chance to (SIGTERM, SIGKILL, a crash), the kernel does: see launch_guard.
 import atexit
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from megatron_egrsd.rollout import cpu_platform
 from megatron_egrsd.rollout.launch_guard import PARENT_VARIABLE
 
 _POLL = 0.1  # seconds between two looks at a starting server
-_GRACE = 5.0  # seconds a signalled server has to end
+_GRACE = 5.0  # seconds a killed server's processes have to be gone
 _ERROR = re.compile(r"(\[.*\] )?([\w.]*(Error|Exception): .|.*: error: )")  # the end of a traceback, or argparse's
 
 
@@ -75,6 +77,7 @@ class RolloutServers:
         self.config = config
         self.servers: list[Server] = []
         self._closed = False
+        self._scratch = ""
         if config.urls:
             self.servers = [Server(url.rstrip("/")) for url in config.urls]
         else:
@@ -82,13 +85,14 @@ class RolloutServers:
                 raise BadArgument(f"model.path is {model.path!r}, but there is no config.json in it; "
                                   "give the directory of a Hugging Face checkpoint")  # fmt: skip
             ports = [choose_port(config.host, config.port and config.port + i) for i in range(config.engines)]
+            self._scratch = tempfile.mkdtemp(prefix="megatron-egrsd-")  # SGLang leaves its sockets behind
             atexit.register(self.close)
         try:
             if not config.urls:
                 log_directory.mkdir(parents=True, exist_ok=True)
                 for i, port in enumerate(ports):
                     log = log_directory / f"sglang-{i}.log"
-                    self.servers.append(_launch(config, model, seed + i, i, port, log))
+                    self.servers.append(_launch(config, model, seed + i, i, port, log, self._scratch))
             if wait:
                 self.await_health()
         except BaseException:
@@ -105,19 +109,21 @@ class RolloutServers:
             server.check_alive()
 
     def close(self) -> None:
-        """End every launched server with its children: SIGTERM to the group, then SIGKILL. Idempotent."""
+        """End every launched server with its children, at once: they hold nothing worth saving. Idempotent."""
         if self._closed:
             return
         self._closed = True
         atexit.unregister(self.close)
         launched = [server.process for server in self.servers if server.process is not None]
+        for process in launched:
+            process.kill()  # its children follow (launch_guard.py); Python's resource tracker tidies up and ends
         deadline = time.monotonic() + _GRACE
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for process in launched:
-                _signal_group(process, number)
-            while any(_signal_group(process, 0) for process in launched) and time.monotonic() < deadline:
-                time.sleep(0.02)
-            deadline += _GRACE
+        while any(_signal_group(process, 0) for process in launched) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for process in launched:
+            _signal_group(process, signal.SIGKILL)
+            process.wait(_GRACE)
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def __enter__(self) -> "RolloutServers":
         return self
@@ -191,7 +197,9 @@ def server_command(config: RolloutConfig, model: ModelConfig, seed: int, port: i
     return words
 
 
-def _launch(config: RolloutConfig, model: ModelConfig, seed: int, index: int, port: int, log: Path) -> Server:
+def _launch(
+    config: RolloutConfig, model: ModelConfig, seed: int, index: int, port: int, log: Path, scratch: str
+) -> Server:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -201,7 +209,7 @@ def _launch(config: RolloutConfig, model: ModelConfig, seed: int, index: int, po
     torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
                 "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k not in torchrun}
-    environment[PARENT_VARIABLE] = str(os.getpid())
+    environment |= {PARENT_VARIABLE: str(os.getpid()), "TMPDIR": scratch}
     if device == "cpu":
         # More threads a server than cores make it fifty times slower: one, unless the user says otherwise.
         environment = {"OMP_NUM_THREADS": "1"} | environment | {"SGLANG_PLATFORM": cpu_platform.NAME}

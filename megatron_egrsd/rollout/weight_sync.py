@@ -50,7 +50,6 @@ class WeightSync:
         self._http = httpx.Client(timeout=config.sync_timeout, trust_env=False)
         self._threads = ThreadPoolExecutor(len(servers.urls), thread_name_prefix="weight-sync")
         self._group: BroadcastGroup | None = None
-        self._broken = False
         self._deadline = 0.0
         if config.weight_sync == "distributed":
             self._start_clock()
@@ -67,16 +66,12 @@ class WeightSync:
             RunError: A server refused, died or reports another version, or `config.sync_timeout` passed.
         """
         start = self._start_clock()
-        try:
-            if self._group is not None:
-                self._push_by_broadcast(named_tensors)
-            else:
-                self._push_by_disk(named_tensors)
-            self._on_all("update_weight_version", {"new_version": str(version), "abort_all_requests": False})
-            self.check_version(version)
-        except BaseException:
-            self._broken = True
-            raise
+        if self._group is not None:
+            self._push_by_broadcast(named_tensors)
+        else:
+            self._push_by_disk(named_tensors)
+        self._on_all("update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        self.check_version(version)
         return time.monotonic() - start
 
     def check_version(self, version: int) -> None:
@@ -118,11 +113,11 @@ class WeightSync:
         """Leave the process group, on both sides where that is still possible. Idempotent; raises nothing."""
         group, self._group = self._group, None
         if group is not None:
-            if not self._broken:
-                for url in self.servers.urls:
-                    with suppress(httpx.HTTPError):  # a server that is ending takes its end of the group along
-                        self._http.post(f"{url}/destroy_weights_update_group", json={"group_name": _GROUP}, timeout=5)
-            group.close(self._broken)
+            # First the servers' ends: it also ends a broadcast that was abandoned, which our end would wait for.
+            for url in self.servers.urls:
+                with suppress(httpx.HTTPError):  # a server that is ending takes its end along
+                    self._http.post(f"{url}/destroy_weights_update_group", json={"group_name": _GROUP}, timeout=5)
+            group.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._http.close()
 

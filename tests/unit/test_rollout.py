@@ -1,0 +1,130 @@
+"""The rollout room without a server: arguments, buckets, checksums, answers, logs."""
+
+import hashlib
+import sys
+
+import pytest
+import torch
+
+from megatron_egrsd.config import ModelConfig, RolloutConfig
+from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.rollout.client import parse_generation
+from megatron_egrsd.rollout.servers import choose_port, last_error, server_command
+from megatron_egrsd.rollout.weight_checksums import checksum, expected_checksums
+from megatron_egrsd.rollout.weight_sync import buckets
+
+MODEL = ModelConfig("/models/tiny", "float32")
+
+
+def test_server_args_override_and_bare_flags():
+    config = RolloutConfig(server_args={"mem_fraction_static": 0.5, "random-seed": 9, "skip-server-warmup": False,
+                                        "enable_metrics": True, "cuda_graph_bs": [1, 2]})  # fmt: skip
+    words = server_command(config, MODEL, 3, 1234, "cuda")
+    assert words[words.index("--mem-fraction-static") + 1] == "0.5"
+    assert words.count("--random-seed") == 1
+    assert words[words.index("--random-seed") + 1] == "9"
+    assert "--skip-server-warmup" not in words
+    assert "--enable-metrics" in words
+    assert words[words.index("--cuda-graph-bs") + 1 :][:2] == ["1", "2"]
+    assert "--device" not in words
+    assert "--max-total-tokens" not in words
+
+
+def test_cpu_arguments():
+    words = server_command(RolloutConfig(max_total_tokens=100), MODEL, 0, 1234, "cpu")
+    assert words[words.index("--device") + 1] == "cpu"
+    assert words[words.index("--max-total-tokens") + 1] == "100"
+
+
+def test_a_free_port_is_free():
+    assert choose_port("127.0.0.1", 0) > 0
+    with pytest.raises(BadArgument, match=r"port 80 on 203\.0\.113\.1 cannot be used"):
+        choose_port("203.0.113.1", 80)  # an address that no host here has
+
+
+def test_buckets_keep_order_size_and_type():
+    sizes = [(10, torch.float32), (10, torch.float32), (100, torch.float32), (4, torch.float32), (4, torch.bfloat16)]
+    tensors = [(str(i), torch.zeros(n, dtype=dtype)) for i, (n, dtype) in enumerate(sizes)]
+    grouped = list(buckets(iter(tensors), 80))
+    assert [[name for name, _ in bucket] for bucket in grouped] == [["0", "1"], ["2"], ["3"], ["4"]]
+    assert list(buckets([], 80)) == []
+
+
+def test_checksum_is_of_the_bytes():
+    tensor = torch.arange(6, dtype=torch.bfloat16).view(2, 3).t()  # not contiguous
+    raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    assert checksum(tensor) == hashlib.sha256(raw).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_checksums_follow_sglangs_layout(size):
+    torch.manual_seed(0)
+    layer = "model.layers.0."
+    sizes = {"self_attn.v_proj": (4, 8), "self_attn.q_proj": (8, 8), "self_attn.k_proj": (4, 8),
+             "self_attn.o_proj": (8, 8), "mlp.up_proj": (6, 8), "mlp.gate_proj": (6, 8), "mlp.down_proj": (8, 6),
+             "self_attn.q_norm": (4,)}  # fmt: skip
+    tensors = {f"{layer}{module}.weight": torch.randn(shape) for module, shape in sizes.items()}
+    tensors["model.embed_tokens.weight"] = torch.randn(61, 8)
+    shards = [(rank, size) for rank in range(size)]
+    found = {name: sums for name, _, sums in expected_checksums(tensors.items(), shards)}
+
+    def part(module, rank, dim=0):
+        return tensors[f"{layer}{module}.weight"].chunk(size, dim)[rank]
+
+    for rank, _ in shards:
+        want = {
+            f"{layer}self_attn.qkv_proj.weight": torch.cat([part(f"self_attn.{m}_proj", rank) for m in "qkv"]),
+            f"{layer}mlp.gate_up_proj.weight": torch.cat([part(f"mlp.{m}_proj", rank) for m in ("gate", "up")]),
+            f"{layer}self_attn.o_proj.weight": part("self_attn.o_proj", rank, 1),
+            f"{layer}mlp.down_proj.weight": part("mlp.down_proj", rank, 1),
+            f"{layer}self_attn.q_norm.weight": tensors[f"{layer}self_attn.q_norm.weight"],
+            "model.embed_tokens.weight": torch.cat(
+                [tensors["model.embed_tokens.weight"], torch.zeros(3, 8)]
+            ).chunk(size)[rank],
+        }  # fmt: skip
+        assert {name: sums[rank, size] for name, sums in found.items()} == {n: checksum(t) for n, t in want.items()}
+
+
+def test_a_fused_tensor_without_one_part_matches_nothing():
+    [(name, parts, sums)] = expected_checksums([("model.layers.0.mlp.up_proj.weight", torch.ones(2, 2))], [(0, 1)])
+    assert name == "model.layers.0.mlp.gate_up_proj.weight"
+    assert parts == ["model.layers.0.mlp.up_proj.weight"]
+    assert sums == {(0, 1): "incomplete"}
+
+
+def answer(**meta):
+    return {"output_ids": [5, 2], "meta_info": {"finish_reason": {"type": "stop"}, "weight_version": "3",
+            "output_token_logprobs": [[-0.5, 5, None], [-0.25, 2, None]], **meta}}  # fmt: skip
+
+
+def test_parse_generation():
+    generation = parse_generation(answer(), "http://s")
+    assert (generation.response_ids, generation.log_probs) == ([5, 2], [-0.5, -0.25])
+    assert (generation.finish_reason, generation.weight_version) == ("stop", 3)
+    with pytest.raises(RunError, match="http://s aborted a generation: out of memory"):
+        parse_generation(answer(finish_reason={"type": "abort", "message": "out of memory"}), "http://s")
+    with pytest.raises(RunError, match="other tokens than it sampled"):
+        parse_generation(answer(output_token_logprobs=[[-0.5, 5, None]]), "http://s")
+    assert parse_generation(answer(weight_version="default"), "http://s").weight_version == -1
+
+
+def test_last_error_is_the_cause_not_a_consequence(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("starting\nTraceback (most recent call last):\n  File x\nValueError: no such model\n"
+                   "Traceback (most recent call last):\nRuntimeError: a child died\nbye\n")  # fmt: skip
+    assert last_error(log) == "ValueError: no such model"
+    log.write_text("usage: x\nlaunch.py: error: argument --dtype: invalid choice: 'x'\n")
+    assert last_error(log).endswith("invalid choice: 'x'")
+    log.write_text("one\ntwo\n")
+    assert last_error(log) == "two"
+    log.write_text("")
+    assert last_error(log) == "its log is empty"
+
+
+def test_torch_side_needs_no_sglang():
+    """The trainer's import of this room must not pull SGLang (and its seconds) in."""
+    import subprocess
+
+    code = ("import sys, megatron_egrsd.rollout.client, megatron_egrsd.rollout.weight_sync; "
+            "sys.exit('sglang' in sys.modules)")  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
