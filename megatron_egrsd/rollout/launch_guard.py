@@ -12,9 +12,12 @@ def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent ends (prctl(2)); end here if that has already happened.
 
     Each process of a server calls this, so that a killed trainer takes the HTTP server, and that its children. The
-    "parent" of prctl is a thread: start servers from one that lives as long as they should.
+    "parent" of prctl is a thread: start servers from one that lives as long as they should. A server that a user starts
+    by hand, without PARENT_VARIABLE, is left alone.
     """
+    if PARENT_VARIABLE not in os.environ:
+        return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(os.environ.get(PARENT_VARIABLE, os.getppid())):  # it ended before prctl could notice
+    if os.getppid() != int(os.environ[PARENT_VARIABLE]):  # it ended before prctl could notice
         os._exit(1)
     os.environ[PARENT_VARIABLE] = str(os.getpid())  # for the children of this process
