@@ -42,7 +42,7 @@ class BuildKernels(build_ext):
         import torch
 
         root = Path(torch.__file__).parent
-        extension.include_dirs = [str(root / "include")]
+        extension.extra_compile_args += ["-isystem", str(root / "include")]
         extension.library_dirs = [str(root / "lib")]
         extension.libraries = ["torch", "torch_cpu", "c10"]
         extension.runtime_library_dirs = []  # torch is loaded before the kernels are

@@ -40,10 +40,10 @@ EGRSD_HOST_DEVICE Statistics ignored_statistics() { return {0.f, 0.f, 0.f, 0.f};
 EGRSD_HOST_DEVICE Statistics moved(const Statistics& part, float reference) {
   if (part.reference == reference) return part;
   if (part.reference == -INFINITY) return {reference, part.rest, part.weighted, part.target};  // 0, or NaN
-  const double bits = double(part.reference) - double(reference);
-  const double scale = exp2(bits), nats = bits * kLn2;
-  return {reference, float(scale * part.rest), float(scale * (part.weighted + nats * part.rest)),
-          float(part.target + nats)};
+  const float bits = part.reference - reference, nats = float(kLn2) * bits;
+  const float scale = ldexpf(1.f, int(bits > -300.f ? bits : -300.f));  // exact; 2^-300 is 0 in fp32
+  return {reference, scale * part.rest, scale > 0.f ? scale * (part.weighted + nats * part.rest) : scale * part.rest,
+          part.target + nats};
 }
 
 EGRSD_HOST_DEVICE float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }

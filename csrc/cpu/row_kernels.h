@@ -67,15 +67,17 @@ struct Rows {
     return nan;
   }
 
-  template <bool kBounded>
+  // y as exp2 takes it and, where kFinite, so that y 2^y is finite.
+  template <bool kFinite>
   static inline F bounded(F y) {
-    return kBounded ? S::min(S::set(127.f), S::max(S::set(kLowest), y)) : y;
+    if (kFinite || S::kExp2IsBounded) y = S::max(S::set(kLowest), y);
+    return S::kExp2IsBounded ? S::min(S::set(127.f), y) : y;
   }
 
   // kMasked: the block may hold -inf, whose e y would be 0 * inf.
   template <bool kMasked>
   static inline void accumulate(F x, F bits, F minus_reference, F& total, F& weighted) {
-    const F y = bounded<kMasked || S::kExp2IsBounded>(S::fma(x, bits, minus_reference));
+    const F y = bounded<kMasked>(S::fma(x, bits, minus_reference));
     const F e = S::exp2(y);
     total = S::add(total, e);
     weighted = S::fma(y, e, weighted);
@@ -180,7 +182,7 @@ struct Rows {
 
   template <bool kEntropy>
   static inline F gradient(F x, F bits, F minus_reference, F constant, F slope) {
-    const F y = bounded<kEntropy || S::kExp2IsBounded>(S::fma(x, bits, minus_reference));
+    const F y = bounded<kEntropy>(S::fma(x, bits, minus_reference));
     return S::mul(S::exp2(y), kEntropy ? S::fma(slope, y, constant) : constant);
   }
 

@@ -18,6 +18,9 @@ alignas(64) constexpr float kSixteenths[16] = {
     1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
     1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
 
+alignas(64) constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
 // kNativeBFloat16 only chooses the instruction that rounds to bf16; nothing else here needs AVX512-BF16.
 template <bool kNativeBFloat16>
 struct Avx512 : Scalar {
@@ -45,17 +48,21 @@ struct Avx512 : Scalar {
     _mm512_storeu_ps(p + 16, b);
   }
   INLINE void store(BFloat16* p, F a, F b) {
-    const __m512i odd = _mm512_slli_epi32(rounded(b), 16);
-    _mm512_storeu_si512(p, _mm512_mask_mov_epi16(odd, 0x55555555, rounded(a)));
+    if constexpr (kNativeBFloat16) {
+      const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(b, a);  // all of a, then all of b: to be interleaved again
+      _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves));
+    } else {
+      const __m512i odd = _mm512_slli_epi32(rounded(b), 16);
+      _mm512_storeu_si512(p, _mm512_mask_mov_epi16(odd, 0x55555555, rounded(a)));
+    }
   }
   INLINE void store(Float16* p, F a, F b) {
     constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, nearest));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), _mm512_cvtps_ph(b, nearest));
   }
-  // bf16 in the lower half of each 32-bit lane
+  // bf16 in the lower half of each 32-bit lane, to nearest even
   INLINE __m512i rounded(F x) {
-    if constexpr (kNativeBFloat16) return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
     const __m512i u = _mm512_castps_si512(x);
     const __m512i even = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     return _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff))), 16);

@@ -142,4 +142,3 @@ def _logit_chunks(hidden_ND, weight_VD, shard: Shard, chunk: int, logits_dtype: 
         else:
             torch.mm(hidden_ND, weight_CD.to(logits_dtype).t(), out=logits_NC)
         yield columns, logits_NC
-

@@ -17,7 +17,7 @@ _LIBRARIES = sorted(Path(__file__).parent.glob("_C.*so"))
 if _LIBRARIES:
     torch.ops.load_library(str(_LIBRARIES[0]))
 _OPS = torch.ops.megatron_egrsd
-_HAS_CUDA_KERNELS = hasattr(_OPS, "cuda_architectures")
+_HAS_CUDA_KERNELS = hasattr(_OPS, "cuda_kernels")
 
 
 def compiled(device: torch.device) -> bool:

@@ -1,0 +1,292 @@
+// Forward: every logit read once, 16 bytes a load, statistics kept online in registers. Backward: one read, one write.
+// Plain CUDA runtime: `nvcc -cubin -arch=sm_90 kernels.cu` needs no torch and no GPU (tools/check_cuda.sh).
+#include "kernels.h"
+
+#include <cuda_runtime.h>
+
+#include "vector16.h"
+
+namespace egrsd::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kUnroll = 4;             // 16-byte loads in flight per thread
+constexpr int kVectorsPerThread = 16;  // of one backward block
+constexpr float kLowest = -126.f;      // bits; below it 2^y is 0, and y 2^y must not be -inf * 0
+
+// Online statistics of the logits one thread has seen, in bits.
+struct Online {
+  float reference = -INFINITY, rest = 0.f, weighted = 0.f;
+
+  template <int K>
+  __device__ __forceinline__ void add(const float* x, float bits_per_logit) {
+    float peak = x[0];
+#pragma unroll
+    for (int i = 1; i < K; ++i) peak = fmaxf(peak, x[i]);
+    const float needed = peak * bits_per_logit;
+    if (needed > reference) {  // rare after a thread's first turns
+      const float raised = ceilf(needed), shift = reference - raised, scale = exp2_approx(shift);
+      weighted = scale > 0.f ? scale * fmaf(shift, rest, weighted) : 0.f;
+      rest *= scale;
+      reference = raised;
+    }
+    if (reference == -INFINITY) {  // only -inf so far, or NaN, which the maximum does not show
+#pragma unroll
+      for (int i = 0; i < K; ++i)
+        if (x[i] != x[i]) rest = NAN;
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+      const float y = max_keep_nan(fmaf(x[i], bits_per_logit, -reference), kLowest), e = exp2_approx(y);
+      rest += e;
+      weighted = fmaf(y, e, weighted);
+    }
+  }
+
+  __device__ __forceinline__ Statistics statistics() const {
+    return {reference, rest, float(kLn2) * weighted, -INFINITY};
+  }
+};
+
+__device__ __forceinline__ Statistics shuffled(const Statistics& s, int lane_mask) {
+  return {__shfl_xor_sync(~0u, s.reference, lane_mask), __shfl_xor_sync(~0u, s.rest, lane_mask),
+          __shfl_xor_sync(~0u, s.weighted, lane_mask), __shfl_xor_sync(~0u, s.target, lane_mask)};
+}
+
+__device__ __forceinline__ Statistics merged_over_warp(Statistics s) {
+#pragma unroll
+  for (int mask = 16; mask; mask >>= 1) s = merged(s, shuffled(s, mask));
+  return s;
+}
+
+// Grid (rows, splits): block (r, k) takes part k of row r's vectors; part 0 also the unaligned ends and the target.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+statistics_kernel(const T* __restrict__ logits, int64_t row_stride, int64_t valid, const int64_t* __restrict__ targets,
+                  int64_t vocab_start, float bits_per_logit, Statistics* __restrict__ out) {
+  using V = Vector16<T>;
+  const int64_t row = blockIdx.x, target_id = targets[row], target = target_id - vocab_start;
+  const uint32_t part = blockIdx.y, parts = gridDim.y;
+  Statistics* result = out + row * parts + part;
+  if (target_id == kIgnoreIndex) {
+    if (threadIdx.x == 0) *result = ignored_statistics();
+    return;
+  }
+  const T* p = logits + row * row_stride;
+  const int64_t head = elements_before_boundary(p, valid);
+  const uint32_t vectors = uint32_t((valid - head) / V::kWidth);  // rows are shorter than 2^31, checked on the host
+  const int64_t tail = head + int64_t(vectors) * V::kWidth;
+  const uint32_t share = (vectors + parts - 1) / parts;
+  const uint32_t last = min((part + 1) * share, vectors);
+  const uint4* body = reinterpret_cast<const uint4*>(p + head);
+  // The target's vector and its place there; both are compared per vector, not per element.
+  const int64_t in_body = target - head;
+  const uint32_t target_vector = in_body >= 0 && target < tail ? uint32_t(in_body / V::kWidth) : ~0u;
+  const int target_lane = int(in_body % V::kWidth);
+  Online online;
+  auto unpack = [&](const uint4& v, uint32_t index, float* x) {
+    V::unpack(v, x);
+    if (index == target_vector) {
+#pragma unroll
+      for (int e = 0; e < V::kWidth; ++e)
+        if (e == target_lane) x[e] = -INFINITY;
+    }
+  };
+  uint32_t i = part * share + threadIdx.x;
+  for (; i + (kUnroll - 1) * kThreads < last; i += kUnroll * kThreads) {
+    uint4 v[kUnroll];
+    float x[kUnroll * V::kWidth];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) v[u] = load_once(body + i + u * kThreads);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) unpack(v[u], i + u * kThreads, x + u * V::kWidth);
+    online.add<kUnroll * V::kWidth>(x, bits_per_logit);
+  }
+  for (; i < last; i += kThreads) {
+    float x[V::kWidth];
+    unpack(load_once(body + i), i, x);
+    online.add<V::kWidth>(x, bits_per_logit);
+  }
+  if (part == 0) {
+    auto add_scalar = [&](int64_t j) {
+      const float x = V::widen(p[j]);
+      if (j != target) online.add<1>(&x, bits_per_logit);
+    };
+    for (int64_t j = threadIdx.x; j < head; j += kThreads) add_scalar(j);
+    for (int64_t j = tail + threadIdx.x; j < valid; j += kThreads) add_scalar(j);
+  }
+  Statistics s = merged_over_warp(online.statistics());
+  __shared__ Statistics warps[kWarps];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (lane == 0) warps[warp] = s;
+  __syncthreads();
+  if (warp != 0) return;
+  s = merged_over_warp(lane < kWarps ? warps[lane] : empty_statistics());
+  if (lane != 0) return;
+  if (part == 0 && target >= 0 && target < valid) {
+    const float x = V::widen(p[target]), needed = x * bits_per_logit;
+    if (needed > s.reference + 1.f) s = moved(s, ceilf(needed));
+    if (x == -INFINITY)
+      s.target = -INFINITY;
+    else  // one rounding of x bits - c, in fp64 because it runs once a row
+      s.target = float(kLn2 * (double(x) * double(bits_per_logit) - double(s.reference)));
+  }
+  *result = s;
+}
+
+// One thread a token: merge `parts` statistics that lie part_stride apart, and the results where they are wanted.
+__global__ void combine_kernel(const Statistics* __restrict__ in, int64_t rows, int64_t parts, int64_t row_stride,
+                               int64_t part_stride, Statistics* __restrict__ whole, float* __restrict__ log_prob,
+                               float* __restrict__ entropy) {
+  const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (row >= rows) return;
+  Statistics s = in[row * row_stride];
+  for (int64_t k = 1; k < parts; ++k) s = merged(s, in[row * row_stride + k * part_stride]);
+  whole[row] = s;
+  if (log_prob) {
+    const Result r = finish(s);
+    log_prob[row] = float(r.log_prob);
+    entropy[row] = float(r.entropy);
+  }
+}
+
+// Grid (rows, chunks of a row). `out` may be `logits`: every thread writes only what it has read.
+template <class T, bool kEntropy>
+__global__ void __launch_bounds__(kThreads)
+gradient_kernel(const T* logits, T* out, int64_t row_stride, int64_t out_stride, int64_t columns, int64_t valid,
+                const int64_t* __restrict__ targets, int64_t vocab_start, float bits_per_logit,
+                double inverse_temperature, const Statistics* __restrict__ whole,
+                const float* __restrict__ grad_log_prob, const float* __restrict__ grad_entropy) {
+  using V = Vector16<T>;
+  const int64_t row = blockIdx.x, target_id = targets[row], target = target_id - vocab_start;
+  const bool ignored = target_id == kIgnoreIndex;
+  const T* p = logits + row * row_stride;
+  T* q = out + row * out_stride;
+  __shared__ GradientCoefficients shared_coefficients;
+  if (threadIdx.x == 0)
+    shared_coefficients = gradient_coefficients(whole[row], grad_log_prob[row], kEntropy ? grad_entropy[row] : 0.f,
+                                                inverse_temperature);
+  __syncthreads();
+  const GradientCoefficients k = shared_coefficients;
+  const float reference = whole[row].reference;
+  auto gradient = [&](float x, bool at_target) {
+    const float y = max_keep_nan(fmaf(x, bits_per_logit, -reference), kLowest), e = exp2_approx(y);
+    const float value = e * (kEntropy ? fmaf(k.slope, y, k.constant) : k.constant);
+    return ignored ? 0.f : at_target ? k.at_target : value;
+  };
+  auto one = [&](int64_t j) { q[j] = V::narrow(j < valid ? gradient(V::widen(p[j]), j == target) : 0.f); };
+
+  const int64_t head = elements_before_boundary(p, valid);
+  const bool same_alignment = ((reinterpret_cast<uintptr_t>(p) ^ reinterpret_cast<uintptr_t>(q)) & 15) == 0;
+  const uint32_t vectors = same_alignment ? uint32_t((valid - head) / V::kWidth) : 0u;
+  const int64_t tail = head + int64_t(vectors) * V::kWidth;
+  const int64_t in_body = target - head;
+  const uint32_t target_vector = in_body >= 0 && target < tail ? uint32_t(in_body / V::kWidth) : ~0u;
+  const int target_lane = int(in_body % V::kWidth);
+  auto one_vector = [&](uint32_t i, const uint4& v) {
+    float x[V::kWidth];
+    V::unpack(v, x);
+#pragma unroll
+    for (int e = 0; e < V::kWidth; ++e) x[e] = gradient(x[e], i == target_vector && e == target_lane);
+    store_streaming(q + head + int64_t(i) * V::kWidth, V::pack(x));
+  };
+  constexpr uint32_t kVectorsPerBlock = kThreads * kVectorsPerThread;
+  const uint32_t last = min((blockIdx.y + 1) * kVectorsPerBlock, vectors);
+  uint32_t i = blockIdx.y * kVectorsPerBlock + threadIdx.x;
+  const T* body = p + head;
+  for (; i + (kUnroll - 1) * kThreads < last; i += kUnroll * kThreads) {
+    uint4 v[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) v[u] = load_then_overwritten(body + int64_t(i + u * kThreads) * V::kWidth);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) one_vector(i + u * kThreads, v[u]);
+  }
+  for (; i < last; i += kThreads) one_vector(i, load_then_overwritten(body + int64_t(i) * V::kWidth));
+  // The unaligned ends and the padded columns; the whole row where logits and gradient differ in alignment.
+  const int64_t first_thread = int64_t(blockIdx.y) * kThreads + threadIdx.x, step = int64_t(gridDim.y) * kThreads;
+  for (int64_t j = first_thread; j < head; j += step) one(j);
+  for (int64_t j = tail + first_thread; j < columns; j += step) one(j);
+}
+
+template <class T>
+int statistics_of(const Logits& l, int splits, Statistics* workspace, Statistics* out, cudaStream_t stream) {
+  const dim3 grid(unsigned(l.rows), unsigned(splits));
+  statistics_kernel<T><<<grid, kThreads, 0, stream>>>(static_cast<const T*>(l.data), l.row_stride, l.valid, l.target,
+                                                      l.vocab_start, float(kLog2e * l.inverse_temperature),
+                                                      splits > 1 ? workspace : out);
+  if (splits > 1)
+    combine_kernel<<<unsigned((l.rows + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
+        workspace, l.rows, splits, splits, 1, out, nullptr, nullptr);
+  return int(cudaGetLastError());
+}
+
+template <class T, bool kEntropy>
+int gradient_of(const Logits& l, const Statistics* whole, const float* grad_log_prob, const float* grad_entropy,
+                void* grad, int64_t grad_stride, cudaStream_t stream) {
+  const int64_t per_block = int64_t(kThreads) * kVectorsPerThread * Vector16<T>::kWidth;
+  const dim3 grid(unsigned(l.rows), unsigned((l.columns + per_block - 1) / per_block));
+  gradient_kernel<T, kEntropy><<<grid, kThreads, 0, stream>>>(
+      static_cast<const T*>(l.data), static_cast<T*>(grad), l.row_stride, grad_stride, l.columns, l.valid, l.target,
+      l.vocab_start, float(kLog2e * l.inverse_temperature), l.inverse_temperature, whole, grad_log_prob, grad_entropy);
+  return int(cudaGetLastError());
+}
+
+bool fits(const Logits& l) { return l.columns < (int64_t(1) << 31) && l.rows < (int64_t(1) << 31); }
+
+}  // namespace
+
+int splits_for(int64_t rows, int64_t valid, int multiprocessors) {
+  const int64_t blocks = int64_t(multiprocessors) * 8;  // resident blocks of 256 threads
+  if (rows >= blocks || rows == 0) return 1;
+  const int64_t wanted = (blocks + rows - 1) / rows, most = valid / 8192;
+  return int(wanted < most ? wanted : most > 1 ? most : 1);
+}
+
+int multiprocessors(int device) {
+  int count = 0;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 1;
+}
+
+int statistics(const Logits& l, int splits, Statistics* workspace, Statistics* out, void* stream) {
+  if (l.rows == 0) return 0;
+  if (!fits(l)) return int(cudaErrorInvalidValue);
+  const auto s = static_cast<cudaStream_t>(stream);
+  switch (l.dtype) {
+    case Dtype::kFloat32: return statistics_of<float>(l, splits, workspace, out, s);
+    case Dtype::kBFloat16: return statistics_of<__nv_bfloat16>(l, splits, workspace, out, s);
+    case Dtype::kFloat16: return statistics_of<__half>(l, splits, workspace, out, s);
+  }
+  return int(cudaErrorInvalidValue);
+}
+
+int combine(const Statistics* parts, int64_t ranks, int64_t rows, Statistics* whole, float* log_prob, float* entropy,
+            void* stream) {
+  if (rows == 0) return 0;
+  combine_kernel<<<unsigned((rows + kThreads - 1) / kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      parts, rows, ranks, 1, rows, whole, log_prob, entropy);
+  return int(cudaGetLastError());
+}
+
+int logits_grad(const Logits& l, const Statistics* whole, const float* grad_log_prob, const float* grad_entropy,
+                void* grad, int64_t grad_stride, void* stream) {
+  if (l.rows == 0) return 0;
+  if (!fits(l)) return int(cudaErrorInvalidValue);
+  const auto s = static_cast<cudaStream_t>(stream);
+  auto launch = [&](auto element) {
+    using T = decltype(element);
+    return grad_entropy ? gradient_of<T, true>(l, whole, grad_log_prob, grad_entropy, grad, grad_stride, s)
+                        : gradient_of<T, false>(l, whole, grad_log_prob, grad_entropy, grad, grad_stride, s);
+  };
+  switch (l.dtype) {
+    case Dtype::kFloat32: return launch(float());
+    case Dtype::kBFloat16: return launch(__nv_bfloat16());
+    case Dtype::kFloat16: return launch(__half());
+  }
+  return int(cudaErrorInvalidValue);
+}
+
+const char* error_name(int error) { return cudaGetErrorName(static_cast<cudaError_t>(error)); }
+
+}  // namespace egrsd::cuda

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Checks the CUDA kernels on a machine without a GPU: every architecture compiles with warnings as errors, no kernel
+# spills registers, the disassembly has 128-bit loads and stores, the bindings compile and link against them.
+#   tools/check_cuda.sh          needs nvcc (CUDA_HOME, /usr/local/cuda or PATH); says so and exits 0 without one
+# PYTHON chooses the interpreter whose torch the bindings are compiled against (default: python).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+nvcc=${CUDA_HOME:-/usr/local/cuda}/bin/nvcc
+[[ -x $nvcc ]] || nvcc=$(command -v nvcc || true)
+[[ -n $nvcc ]] || { echo "check_cuda: skipped, there is no nvcc on this machine"; exit 0; }
+bin=$(dirname "$(readlink -f "$nvcc")")
+build=build/check_cuda
+mkdir -p "$build"
+# NVDISASM, the toolkit's, or the one of `pip install nvidia-cuda-nvdisasm`
+nvdisasm=${NVDISASM:-$bin/nvdisasm}
+[[ -x $nvdisasm ]] || nvdisasm=$(command -v nvdisasm || ${PYTHON:-python} -c 'import glob, sysconfig
+print(*glob.glob(sysconfig.get_path("purelib") + "/nvidia/*/bin/nvdisasm")[:1])')
+
+for arch in sm_80 sm_90 sm_100; do
+  "$nvcc" -std=c++17 -O3 -Werror all-warnings -Xptxas -v,-warn-spills,-warn-lmem-usage \
+    -cubin -arch="$arch" csrc/cuda/kernels.cu -o "$build/$arch.cubin" 2> "$build/$arch.log" \
+    || { cat "$build/$arch.log"; echo "check_cuda: $arch does not compile" >&2; exit 1; }
+  kernels=$(grep -c 'bytes spill stores' "$build/$arch.log")
+  if grep 'bytes spill stores' "$build/$arch.log" | grep -v ' 0 bytes spill stores, 0 bytes spill loads'; then
+    echo "check_cuda: $arch spills registers, see $build/$arch.log" >&2
+    exit 1
+  fi
+  registers=$(grep -o 'Used [0-9]* registers' "$build/$arch.log" | sort -k2 -n | tail -1)
+  widths="no nvdisasm, 128-bit accesses not looked for"
+  if [[ -n $nvdisasm ]]; then
+    "$nvdisasm" -c "$build/$arch.cubin" > "$build/$arch.sass"
+    loads=$(grep -cE 'LDG\.E.*\.128' "$build/$arch.sass" || true)
+    stores=$(grep -cE 'STG\.E.*\.128' "$build/$arch.sass" || true)
+    # three forward kernels with kUnroll + 1 loads each; six backward ones with as many loads and as many stores
+    if ((loads < 9 * 5 || stores < 6 * 5)); then
+      echo "check_cuda: $arch has $loads 128-bit loads and $stores stores, fewer than the kernels ask for" >&2
+      exit 1
+    fi
+    widths="$loads 128-bit loads, $stores 128-bit stores"
+  fi
+  echo "check_cuda: $arch ok: $kernels kernels, no spills, at most ${registers#Used }, $widths"
+done
+
+include=$(${PYTHON:-python} -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parent / "include")')
+${CXX:-g++} -std=c++17 -O1 -fPIC -Wall -Wextra -Werror -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem "$include" \
+  -c csrc/bind/ops_cuda.cpp -o "$build/ops_cuda.o"
+"$nvcc" -std=c++17 -O1 -Xcompiler -fPIC -arch=sm_90 -cudart static -shared csrc/cuda/kernels.cu "$build/ops_cuda.o" \
+  -o "$build/libcuda_part.so"
+echo "check_cuda: bindings compile and link"
