@@ -65,7 +65,8 @@ EGRSD_HOST_DEVICE Result finish(const Statistics& s) {
   const double total = s.rest + at_target, log_total = log(total);
   const double weighted = s.weighted + (at_target > 0 ? target * at_target : 0.0);
   const double entropy = log_total - weighted / total;
-  return {total, log_total, target - log_total, entropy < 0 ? 0.0 : entropy};  // a NaN stays one
+  const double log_prob = at_target > s.rest ? 0.0 - log1p(s.rest / at_target) : target - log_total;
+  return {total, log_total, log_prob, entropy < 0 ? 0.0 : entropy};  // a NaN stays one
 }
 
 // d(g log_prob + h entropy)/dx_j = 2^(y_j - c) (constant + slope (y_j - c)), and `at_target` for the target's column.

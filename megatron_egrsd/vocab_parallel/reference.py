@@ -86,7 +86,9 @@ def _finish(statistics_N4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
     log_total_N = total_N.log()
     weighted_N = weighted_N + torch.where(at_target_N > 0, target_N * at_target_N, 0.0)
     entropy_N = (log_total_N - weighted_N / total_N).clamp_min(0.0)
-    return at_target_N, total_N, target_N - log_total_N, entropy_N
+    likely_N = at_target_N > rest_N
+    log_prob_N = torch.where(likely_N, 0.0 - (rest_N / at_target_N).log1p(), target_N - log_total_N)
+    return at_target_N, total_N, log_prob_N, entropy_N
 
 
 def logits_grad(
