@@ -1,8 +1,10 @@
-"""The shapes a sample takes on its way: Problem -> Rollout -> ScoredRollout (-> packed MicroBatch, data/packing.py)."""
+"""The shapes a sample takes on its way: Problem -> Prompt -> Rollout (-> Sequence -> MicroBatch, data/packing.py)."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-import torch
+from megatron_egrsd.errors import BadArgument, RunError
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,28 @@ class Rollout:
     reward: float = 0.0
 
 
-@dataclass
-class ScoredRollout:
-    """A rollout with the training engine's view of it; every tensor is fp32 [len(response_ids)], in nats."""
+def save_rollouts(rollouts: list[Rollout], path: Path) -> None:
+    """One JSON object a line, written to a temporary name and renamed; RunError where `path` exists already."""
+    if path.exists():
+        raise RunError(f"{path} exists already; rollouts are never overwritten")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        for rollout in rollouts:
+            file.write(json.dumps(asdict(rollout), ensure_ascii=False) + "\n")
+    temporary.rename(path)
 
-    rollout: Rollout
-    advantage: float
-    teacher_log_prob: torch.Tensor
-    teacher_entropy: torch.Tensor
-    student_log_prob: torch.Tensor | None = None  # None: taken from the training pass (one update a batch)
-    fields: dict[str, torch.Tensor] = field(default_factory=dict)  # gate, weight, ... for dumps and the token page
+
+def load_rollouts(path: Path) -> list[Rollout]:
+    """What `save_rollouts` wrote. BadArgument naming the line that is not a rollout."""
+    rollouts = []
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                prompt = row.pop("prompt")
+                problem = Problem(**prompt.pop("problem"))
+                rollouts.append(Rollout(prompt=Prompt(problem=problem, **prompt), **row))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise BadArgument(f"{path}, line {number}: not a rollout as save_rollouts writes it") from None
+    return rollouts

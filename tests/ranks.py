@@ -3,8 +3,10 @@
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
 
@@ -27,15 +29,18 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         processes.append(process)
         pipes.append(receiver)
     try:
-        results = []
-        for rank, receiver in enumerate(pipes):
-            if not receiver.poll(timeout):
-                raise TimeoutError(f"rank {rank} of {world_size} has not answered within {timeout:.0f} s")
-            ok, value = receiver.recv()
-            if not ok:
-                raise AssertionError(f"rank {rank} of {world_size} failed:\n{value}")
-            results.append(value)
-        return results
+        results, pending, deadline = {}, dict(enumerate(pipes)), time.monotonic() + timeout
+        while pending:
+            ready = wait(pending.values(), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError(f"ranks {sorted(pending)} of {world_size} have not answered within {timeout:.0f} s")
+            for rank in [r for r, receiver in pending.items() if receiver in ready]:
+                ok, value = pending.pop(rank).recv()
+                # The first failure counts: the other ranks may be waiting for this one for ever.
+                if not ok:
+                    raise AssertionError(f"rank {rank} of {world_size} failed:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(world_size)]
     finally:
         for process in processes:
             process.join(0.5)

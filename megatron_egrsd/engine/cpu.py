@@ -28,7 +28,7 @@ def install() -> None:
     torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     torch.cuda.manual_seed = torch.manual_seed
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    # `with torch.device(...)` caches the factories it answers to by identity: let it meet the originals, not our wrappers.
+    # `with torch.device(...)` knows factories by identity: let it meet the originals before our wrappers.
     torch.utils._device._device_constructors()
     for name in ("zeros", "ones", "empty", "full", "tensor", "empty_like", "zeros_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))

@@ -1,7 +1,7 @@
 """Process groups: torchrun's environment (or one process alone) into megatron-core's parallel state."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
@@ -64,3 +64,19 @@ def on_first_rank(function: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def on_first_rank_while(function: Callable[[], T], stream: Iterator) -> T:
+    """`on_first_rank` for a `function` that consumes `stream`, an iterator every rank must exhaust."""
+
+    def run() -> T:
+        try:
+            return function()
+        finally:
+            for _ in stream:  # after a failure the other ranks are still sending
+                pass
+
+    if dist.get_rank() != 0:
+        for _ in stream:
+            pass
+    return on_first_rank(run)

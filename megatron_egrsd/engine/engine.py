@@ -5,7 +5,8 @@ Every rank makes the same calls with the same arguments; the engine knows which 
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence as Seq
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch

@@ -4,9 +4,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     MegatronOptimizer,
-    OptimizerConfig as MegatronOptimizerConfig,
     get_megatron_optimizer,
     get_standard_config_overrides,
+)
+from megatron.core.optimizer import (
+    OptimizerConfig as MegatronOptimizerConfig,
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 

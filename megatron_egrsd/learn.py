@@ -1,0 +1,153 @@
+"""One step of the method on a batch of rollouts: direction, teacher, gate, update. Algorithm and engine meet here."""
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_egrsd.config import Config, ObjectiveConfig
+from megatron_egrsd.data.packing import MicroBatch, Sequence
+from megatron_egrsd.objective import advantages, confidence_gate, loss_normalizer, magnitude, policy_loss
+from megatron_egrsd.samples import Rollout
+
+if TYPE_CHECKING:
+    from megatron_egrsd.engine.engine import Engine
+
+
+def learn(engine: "Engine", rollouts: list[Rollout], config: Config) -> dict[str, float]:
+    """Train on `rollouts` (all of them, on every rank) and return the step's metrics, equal on every rank.
+
+    With one update per batch the policy that is updated is the one that sampled, so log pi_old is the training pass's
+    own log-prob and no separate student pass is run. Rollouts of advantage 0 carry no gradient and are not trained.
+    """
+    objective, started = config.objective, time.perf_counter()
+    rewards = torch.tensor([r.reward for r in rollouts])
+    groups = torch.tensor([r.group for r in rollouts])
+    advantage = advantages(rewards, groups, objective).tolist()
+    students = [Sequence(r.prompt.student_ids, r.response_ids) for r in rollouts]
+    teachers = [Sequence(r.prompt.teacher_ids, r.response_ids) for r in rollouts]
+
+    minibatches = []
+    share = config.rollout.prompts_per_step // config.optimizer.updates_per_batch
+    for first in range(0, config.rollout.prompts_per_step, share):
+        members = [i for i, r in enumerate(rollouts) if first <= r.group < first + share]
+        # A trained token costs a forward and a backward pass, about three scored ones.
+        costs = [len(teachers[i]) + (3 * len(students[i]) if advantage[i] else 0) for i in members]
+        minibatches.append([[members[i] for i in part] for part in engine.partition(costs)])
+    everyone = [[i for m in minibatches for i in m[rank]] for rank in range(engine.data_parallel)]
+    own = everyone[engine.data_parallel_rank]
+
+    fields = {i: {"advantage": advantage[i], "rollout_log_prob": rollouts[i].rollout_log_probs} for i in own}
+    if objective.needs_teacher:
+        scores = engine.score(teachers, everyone, teacher=True)
+        gates, normalized = _gates(engine, [scores[i].entropy for i in own], objective)
+        for i, gate, h in zip(own, gates, normalized, strict=True):
+            fields[i] |= {"teacher_log_prob": scores[i].log_prob, "teacher_entropy": scores[i].entropy}
+            fields[i] |= {"gate": gate, "normalized_entropy": h}
+    if len(minibatches) > 1:
+        scores = engine.score(students, everyone)
+        for i in own:
+            fields[i]["old_log_prob"] = scores[i].log_prob
+    score_seconds = time.perf_counter() - started
+
+    sums: dict[str, float] = {}
+    for minibatch in minibatches:
+        members = [i for part in minibatch for i in part]
+        num_tokens = sum(len(rollouts[i].response_ids) for i in members)
+        for i in minibatch[engine.data_parallel_rank]:
+            length = torch.tensor([len(rollouts[i].response_ids)])
+            normalizer = loss_normalizer(length, objective, num_tokens=num_tokens, num_sequences=len(members))
+            students[i] = replace(students[i], fields=_tensors(fields[i]) | {"normalizer": normalizer})
+        trained = [[i for i in part if advantage[i]] for part in minibatch]
+        if any(trained):
+            update = engine.train_step(students, trained, lambda lp, h, batch: _loss(lp, h, batch, objective))
+            sums = {k: sums.get(k, 0.0) + v for k, v in update.items()} | {"lr": update["lr"]}
+            sums["updates"] = sums.get("updates", 0) + 1
+    metrics = _metrics(rollouts, advantage, sums)
+    return metrics | {
+        "time/score": score_seconds,
+        "time/train": time.perf_counter() - started - score_seconds,
+    }
+
+
+def _tensors(fields: dict) -> dict[str, torch.Tensor | float]:
+    return {k: torch.tensor(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
+def _gates(engine, entropies: list[torch.Tensor], objective: ObjectiveConfig):
+    """Gate and normalised entropy of each of this rank's rollouts; the quantile spans all data-parallel ranks."""
+    lengths = [e.numel() for e in entropies]
+    entropy = torch.cat([*entropies, torch.empty(0, device=engine.device)])
+    cu_seqlens = torch.tensor([0, *lengths], device=engine.device).cumsum(0, dtype=torch.int32)
+    mask = torch.ones_like(entropy, dtype=torch.bool)
+    gate, normalized = confidence_gate(
+        entropy, cu_seqlens, mask, objective, vocab_size=engine.arch.vocab_size, group=engine.data_parallel_group
+    )
+    return gate.split(lengths), normalized.split(lengths)
+
+
+def _loss(log_prob: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch, objective: ObjectiveConfig):
+    """The policy loss of one micro-batch, all tensors [R], and the sums that become metrics."""
+    f = batch.fields
+    old = f.get("old_log_prob", log_prob.detach())
+    rollout = f["rollout_log_prob"]
+    mask = torch.ones_like(batch.targets, dtype=torch.bool)
+    weight = f["advantage"]
+    sums = {}
+    if objective.needs_teacher:
+        log_ratio = f["teacher_log_prob"] - old
+        weight = weight * magnitude(weight, f["teacher_log_prob"], old, objective) * f["gate"]
+        outside = (torch.exp(torch.sign(f["advantage"]) * log_ratio) - 1).abs() > objective.ratio_clip
+        sums = {
+            "teacher_entropy": f["teacher_entropy"].sum(),
+            "gate": f["gate"].sum(),
+            "gated": (f["gate"] < 1 - objective.attenuation / 2).sum(),
+            "log_ratio": log_ratio.sum(),
+            "ratio_clipped": outside.sum(),
+        }
+    result = policy_loss(log_prob, old, weight, mask, f["normalizer"], objective, rollout_log_prob=rollout)
+    sums |= {
+        "loss": result.loss.detach(),
+        "tokens": result.tokens,
+        "clipped": result.clipped,
+        "entropy": entropy.detach().sum(),
+        "log_prob_difference": (old - rollout).abs().sum(),
+        "abs_weight": weight.abs().sum(),
+    }
+    return result.loss, sums
+
+
+def _metrics(rollouts: list[Rollout], advantage: list[float], sums: dict[str, float]) -> dict[str, float]:
+    """Sums over trained tokens into means, with what the rollouts alone say."""
+    lengths = [len(r.response_ids) for r in rollouts]
+    n, tokens, updates = len(rollouts), max(sums.get("tokens", 0.0), 1.0), max(sums.get("updates", 0), 1)
+    metrics = {
+        "reward/mean": sum(r.reward for r in rollouts) / n,
+        "accuracy": sum(r.reward > 0.5 for r in rollouts) / n,
+        "response/length": sum(lengths) / n,
+        "response/truncated": sum(r.finish_reason == "length" for r in rollouts) / n,
+        "batch/tokens": float(sum(lengths)),
+        "batch/degenerate_share": sum(a == 0 for a in advantage) / n,
+        "optimizer/updates": float(sums.get("updates", 0)),
+    }
+    if "tokens" not in sums:
+        return metrics
+    names = {
+        "entropy": "student/entropy",
+        "teacher_entropy": "teacher/entropy",
+        "gate": "gate/mean",
+        "gated": "gate/closed_share",
+        "log_ratio": "weight/log_ratio",
+        "ratio_clipped": "weight/clip_share",
+        "abs_weight": "weight/abs_mean",
+        "clipped": "loss/clip_share",
+        "log_prob_difference": "sync/log_prob_difference",
+    }
+    metrics |= {names[k]: v / tokens for k, v in sums.items() if k in names}
+    return metrics | {
+        "loss/policy": sums["loss"] / updates,
+        "optimizer/grad_norm": sums["grad_norm"] / updates,
+        "optimizer/lr": sums["lr"],
+        "batch/micro_batches": sums["micro_batches"],
+    }

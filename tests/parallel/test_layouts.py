@@ -1,0 +1,140 @@
+"""The layout is no hyper-parameter: TP, PP, SP, DP, packing and micro-batch size give the same training."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_egrsd.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TeacherConfig,
+)
+from megatron_egrsd.samples import Problem, Prompt, Rollout, load_rollouts, save_rollouts
+from tests.models import make_qwen3
+from tests.ranks import run_ranks
+
+VOCAB = 61  # not a multiple of 8 x TP, so that every layout pads
+
+
+def _config(model, **changes) -> Config:
+    base = Config(
+        model=ModelConfig(path=str(model), dtype="float32"),
+        data=DataConfig(train="unused"),
+        objective=ObjectiveConfig(importance_cap=2.0),
+        rollout=RolloutConfig(prompts_per_step=4, rollouts_per_prompt=4, temperature=0.8),
+        parallel=ParallelConfig(max_tokens_per_microbatch=256),
+        optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.5, weight_decay=0.01, warmup_steps=1),
+        steps=3,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def _rollouts(seed: int = 0) -> list[Rollout]:
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (1,), generator=g))
+        return torch.randint(3, VOCAB, (length,), generator=g).tolist()
+
+    rollouts = []
+    for group in range(4):
+        problem = Problem(id=str(group), problem="p", answer="a", solution="s")
+        prompt = Prompt(problem, ids(2, 12), ids(12, 30))
+        for k in range(4):
+            response = ids(1, 60)
+            log_probs = (-torch.rand(len(response), generator=g) * 4).tolist()
+            # Group 3 is degenerate: all wrong.
+            reward = float((k + group) % 2) if group < 3 else 0.0
+            rollouts.append(Rollout(prompt, group, response, log_probs, "stop", 0, "", reward))
+    return rollouts
+
+
+def _train(rank, world_size, config, path):
+    """Three steps; (metrics of each step, final weights) from the first rank."""
+    from megatron_egrsd.engine.engine import Engine
+    from megatron_egrsd.learn import learn
+
+    rollouts = load_rollouts(path)
+    with Engine(config) as engine:
+        metrics = [learn(engine, rollouts, config) for _ in range(config.steps)]
+        weights = {name: tensor.clone().numpy() for name, tensor in engine.export_weights()}
+    return (metrics, weights) if rank == 0 else None
+
+
+def run(world_size, config, path):
+    metrics, weights = run_ranks(_train, world_size, config, path)[0]
+    return metrics, {k: torch.from_numpy(v) for k, v in weights.items()}
+
+
+def assert_same_training(got, expected, rtol=1e-5):
+    for step, (a, b) in enumerate(zip(got[0], expected[0], strict=True)):
+        assert set(a) == set(b)
+        for name in a:
+            if name.startswith("time/") or name in ("batch/micro_batches",):
+                continue
+            assert a[name] == pytest.approx(b[name], rel=rtol, abs=rtol * 1e-2), f"step {step}: {name}"
+    for name, weight in expected[1].items():
+        difference = (got[1][name] - weight).norm() / weight.norm()
+        assert difference < rtol, f"{name}: relative difference {difference:.1e}"
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    root = tmp_path_factory.mktemp("layouts")
+    save_rollouts(_rollouts(), root / "rollouts.jsonl")
+    return {tied: make_qwen3(root / f"tied-{tied}", tied=tied, vocab_size=VOCAB) for tied in (True, False)}, (
+        root / "rollouts.jsonl"
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(paths):
+    models, rollouts = paths
+    return {tied: run(1, _config(models[tied]), rollouts) for tied in (True, False)}
+
+
+LAYOUTS = {
+    "TP2": (2, {"tensor": 2}, True),
+    "PP2": (2, {"pipeline": 2}, True),
+    "PP2 untied": (2, {"pipeline": 2}, False),
+    "DP2": (2, {}, False),
+    "DP2 distributed optimizer": (2, {"distributed_optimizer": True}, True),
+    "TP2 SP": (2, {"tensor": 2, "sequence_parallel": True}, False),
+    "TP2 PP2": (4, {"tensor": 2, "pipeline": 2}, True),
+    "one sample a micro-batch": (1, {"max_tokens_per_microbatch": 1}, False),
+    "one micro-batch": (1, {"max_tokens_per_microbatch": 100_000}, True),
+    "recompute": (1, {"recompute": True}, True),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_does_not_change_training(layout, paths, reference):
+    world_size, parallel, tied = LAYOUTS[layout]
+    models, rollouts = paths
+    config = _config(models[tied], parallel=ParallelConfig(**{"max_tokens_per_microbatch": 256, **parallel}))
+    assert_same_training(run(world_size, config, rollouts), reference[tied])
+
+
+@pytest.mark.parametrize("teacher", ["frozen", "ema"])
+def test_teacher_weights_and_several_updates_agree_across_layouts(teacher, paths):
+    models, rollouts = paths
+    changes = {
+        "teacher": TeacherConfig(weights=teacher, ema_decay=0.5),
+        "optimizer": OptimizerConfig(lr=1e-3, updates_per_batch=2),
+        "objective": ObjectiveConfig(loss_normalization="seq_mean", entropy_normalization="max"),
+    }
+    expected = run(1, _config(models[True], **changes), rollouts)
+    split = ParallelConfig(tensor=2, max_tokens_per_microbatch=128)
+    assert_same_training(run(2, _config(models[True], parallel=split, **changes), rollouts), expected)
+
+
+def test_order_of_the_rollouts_does_not_change_training(paths, reference, tmp_path):
+    models, _ = paths
+    save_rollouts(_rollouts()[::-1], tmp_path / "reversed.jsonl")
+    assert_same_training(run(1, _config(models[True]), tmp_path / "reversed.jsonl"), reference[True])
