@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# On a CUDA machine, in one command and without network: build the kernels, run tests/gpu, write the GPU table.
+#   tools/gpu_check.sh            PYTHON chooses the interpreter (default: python); needs torch >= 2.11 with CUDA, nvcc,
+#                                 setuptools and pytest in it
+# Leaves docs/performance-cuda.md and docs/performance-cuda.png.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+
+"$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.__version__, torch.cuda.get_device_name())'
+"$python" setup.py -q build_ext --inplace
+"$python" - <<'CHECK'
+import torch
+from megatron_egrsd.vocab_parallel import ops
+assert ops.compiled(torch.device("cuda")), "the build above left the CUDA part out; see its warning"
+CHECK
+# Only what these tests need: pytest's plugins and the project's other dependencies may be missing here.
+"$python" -m pytest -q -o addopts= tests/gpu
+"$python" tools/benchmark_vocab_parallel.py --device cuda --output docs/performance
