@@ -417,26 +417,45 @@ def test_compiles_without_graph_breaks():
     assert torch.equal(torch.autograd.grad(compiled(logits, target), logits)[0], expected)
 
 
-def test_forward_allocates_by_tokens_not_by_vocabulary(implementation):
-    """The teacher pass: no tensor of the size of a row is made (the stand-in works in blocks of rows)."""
-    if implementation == "plain torch":
-        pytest.skip("the stand-in holds a block of rows")
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Remembers the size of the largest tensor made while it is on; views do not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel, self.seen = 0, set()
+
+    def ignore(self, *tensors):
+        self.seen |= {x.untyped_storage().data_ptr() for x in tensors}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.seen:
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+@needs_kernels
+def test_the_teacher_pass_allocates_by_tokens():
     logits, target = torch.randn(8, 50000), torch.randint(0, 50000, (8,))
-    largest = 0
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            for x in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(x, torch.Tensor) and x.data_ptr() != logits.data_ptr():
-                    largest = max(largest, x.numel())
-            return out
-
-    with torch.no_grad(), Largest():
+    largest = LargestTensor()
+    largest.ignore(logits, target)
+    with torch.no_grad(), largest:
         log_prob_and_entropy(logits, target)
         log_ratio(logits, logits, target)
-    assert 0 < largest <= 2 * 8 * 4
+    assert 0 < largest.numel <= 2 * 8 * 4
+
+
+@needs_kernels
+@pytest.mark.parametrize("vocab", [4096, 65536])
+def test_the_linear_form_holds_one_chunk_whatever_the_vocabulary(vocab):
+    hidden, weight = torch.randn(32, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)
+    target = torch.randint(0, vocab, (32,))
+    largest = LargestTensor()
+    largest.ignore(hidden, weight, target)
+    with largest:
+        linear_log_prob_and_entropy(hidden, weight, target, chunk_size=512)
+    assert largest.numel == 32 * 512
 
 
 def test_the_slow_path_is_announced_once(recwarn, monkeypatch):
