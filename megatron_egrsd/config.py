@@ -186,6 +186,7 @@ class RolloutConfig:
         max_total_tokens: Size of a launched server's KV cache in tokens; 0 leaves it to SGLang.
         weight_sync: Over a process group from the first training rank, or through a directory on disk.
         sync_bucket_mib: Size of one broadcast bucket.
+        verify_sync: Compare every weight in SGLang with the engine's after each synchronisation, bit by bit.
         start_timeout: Seconds until a launched server must be healthy.
         request_timeout: Seconds a generation request may take.
         sync_timeout: Seconds one weight synchronisation may take.
@@ -205,6 +206,7 @@ class RolloutConfig:
     max_total_tokens: int = 0
     weight_sync: Literal["distributed", "disk"] = "distributed"
     sync_bucket_mib: int = 512
+    verify_sync: bool = False
     start_timeout: float = 600.0
     request_timeout: float = 3600.0
     sync_timeout: float = 600.0

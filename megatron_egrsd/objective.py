@@ -122,7 +122,7 @@ def normalized_entropy(
     elif config.entropy_normalization == "max":
         ids = _sequence_ids(cu_seqlens, entropy.numel())
         peaks = torch.zeros(cu_seqlens.numel() + 1, device=entropy.device)
-        scale = peaks.index_reduce_(0, ids, entropy, "amax")[ids]
+        scale = peaks.scatter_reduce_(0, ids, entropy, "amax")[ids]
     else:
         scale = entropy_quantile(entropy[mask], config.entropy_quantile, group=group)
         scale = scale.clamp(min=config.entropy_quantile_floor)

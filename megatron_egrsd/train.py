@@ -23,6 +23,7 @@ from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.checkpoint import save_hf
 from megatron_egrsd.learn import learn
+from megatron_egrsd.plan import describe_plan, world_size
 from megatron_egrsd.report import plot_frontier, summary_table
 from megatron_egrsd.rewards import load_reward
 from megatron_egrsd.rollout.client import RolloutClient
@@ -68,6 +69,7 @@ def prepare(config: Config) -> tuple[list[Prompt], list[Prompt], AutoTokenizer]:
     """Training prompts, held-out prompts, tokenizer: everything that can be refused before a process starts."""
     arch = Architecture.from_pretrained(config.model.path)
     arch.check_parallel(config.parallel.tensor, config.parallel.pipeline)
+    config.check_world(world_size())
     output = Path(config.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise BadArgument(f"output = {output} exists and is not an empty directory; choose another one or remove it")
@@ -81,6 +83,12 @@ def prepare(config: Config) -> tuple[list[Prompt], list[Prompt], AutoTokenizer]:
         [builder.build(p, privileged=False) for p in heldout],
         tokenizer,
     )
+
+
+def print_plan(config: Config) -> None:
+    """Check everything that can be checked without starting a process, and print the resolved plan."""
+    prompts, heldout, _ = prepare(config)
+    print(describe_plan(config, len(prompts), len(heldout)))
 
 
 class FirstRank:
@@ -101,11 +109,11 @@ class FirstRank:
 
     def _start(self) -> None:
         config = self.config
-        self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
         self.servers = self.stack.enter_context(
             RolloutServers(config.rollout, config.model, config.seed, self.output / "logs")
         )
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
         self.sync = WeightSync(self.servers, config.rollout, self.engine.device, self.output)
         self.stack.callback(self.sync.close)
         client = RolloutClient(self.servers, config.rollout, [self.tokenizer.eos_token_id])
@@ -127,18 +135,22 @@ class FirstRank:
         return rollouts
 
     def push_weights(self, version: int) -> None:
-        """The engine's weights into SGLang; every rank streams its part."""
+        """The engine's weights into SGLang; every rank streams its part. RunError names what did not arrive."""
         weights = self.engine.export_weights()
         on_first_rank_while(lambda: self.sync.push(weights, version), weights)
+        if self.config.rollout.verify_sync:
+            weights = self.engine.export_weights()
+            on_first_rank_while(lambda: self.sync.verify(weights), weights)
 
     def check_agreement(self, metrics: dict[str, float], step: int) -> None:
-        """RunError where engine and SGLang disagree about the sampled tokens; names the tensor if one was corrupted."""
+        """RunError where engine and SGLang disagree about the sampled tokens."""
         difference = metrics.get("sync/log_prob_difference", 0.0)
         if difference <= self.config.max_log_prob_difference:
             return
         raise RunError(
             f"step {step + 1}: SGLang's log-probs differ from the engine's by {difference:.3g} nats on average "
-            f"(max_log_prob_difference = {self.config.max_log_prob_difference:g}): the servers hold other weights"
+            f"(max_log_prob_difference = {self.config.max_log_prob_difference:g}): they hold other weights, which "
+            "rollout.verify_sync true would name, or compute differently"
         )
 
     def evaluate(self, prompts: list[Prompt], step: int) -> dict[str, float]:

@@ -1,5 +1,9 @@
 """Everything that touches megatron-core: parallel state, Qwen3, scoring, the training step, weights in and out."""
 
+import warnings
+
 from megatron_egrsd.engine import cpu
 
+# megatron-core says at every import which fused parts are not installed; `megatron-egrsd doctor` says it once, in full.
+warnings.filterwarnings("ignore", module=r"megatron\.core")
 cpu.install()  # before the first import of megatron.core; does nothing where CUDA is available

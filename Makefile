@@ -1,0 +1,61 @@
+# Every target does what it needs, from nothing. `make demo` and `make test` are the two to know.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+# Where torch's CPU build comes from: pip options. Where pip is told of a local directory of wheels, that one.
+TORCH_CPU ?= $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu)
+SEED ?= 0
+STAMP := $(shell date +%Y%m%d-%H%M%S)
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
+RUN := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: help install demo test test-all bench lint clean gpu-check
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.requirements: requirements/cpu.txt
+	@"$(PYTHON)" -c 'import sys, venv; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
+	  { echo "error: Python 3.11 with venv is needed, $(or $(PYTHON),none) is not it; install python3.11 and python3.11-venv, or run make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@command -v g++ >/dev/null || \
+	  { echo "error: no C++ compiler found; install g++ (Debian, Ubuntu: apt-get install g++)" >&2; exit 2; }
+	@echo "installing requirements/cpu.txt into $(VENV) (two to three minutes)"
+	@"$(PYTHON)" -m venv --clear $(VENV)
+	@$(PIP) install --no-deps --ignore-requires-python $(TORCH_CPU) -r requirements/cpu.txt
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.requirements $(SOURCES)
+	@echo "building and installing megatron_egrsd"
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+install: $(VENV)/.package  ## make .venv with everything pinned, and build the extension
+
+demo: install  ## train the tiny Qwen3 with CL-EGRSD on the CPU; make demo SEED=1
+	@$(RUN) megatron-egrsd train --config examples/configs/tiny_cpu.yaml --seed $(SEED) --output runs/demo-$(STAMP)
+
+test: install  ## every test that needs minutes, not more
+	@$(RUN) python -m pytest -m "not slow"
+
+test-all: install  ## the slow ones as well
+	@$(RUN) python -m pytest
+
+bench: install  ## the benchmarks behind the tables in docs/
+	@$(RUN) python tools/benchmark_vocab_parallel.py
+
+lint: install  ## ruff
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+
+gpu-check:  ## on a CUDA machine: build, run tests/gpu, write the GPU table
+	@tools/gpu_check.sh
+
+clean:  ## remove .venv, builds and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find megatron_egrsd -name '*.so' -delete
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,144 @@
+"""The whole loop as a user starts it: real megatron-core, a real SGLang server, real files."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "examples/configs/tiny_cpu.yaml"
+SMALL = {
+    "steps": 3, "rollout.prompts_per_step": 4, "rollout.rollouts_per_prompt": 4, "evaluation.rollouts_per_problem": 1,
+    "rollout.max_total_tokens": 16384, "dump_rollouts": "true", "rollout.max_response_tokens": 120,
+}  # fmt: skip
+
+
+def command(output: Path, ranks: int = 1, **overrides) -> list[str]:
+    launcher = [sys.executable, "-m"]
+    if ranks > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    words = [w for k, v in {**SMALL, **overrides}.items() for w in (f"--{k}", str(v))]
+    return [*launcher, "megatron_egrsd.cli", "train", "--config", CONFIG, "--output", str(output), *words]
+
+
+def run(output: Path, ranks: int = 1, timeout: float = 240, **overrides) -> subprocess.CompletedProcess:
+    """The finished process; on a timeout it and all its descendants are ended, by process id."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command(output, ranks, **overrides),
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            child.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def descendants_with(marker: str) -> list[int]:
+    """Processes whose command line or environment names the run's directory."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if marker in " ".join(process.cmdline()) and process.pid != os.getpid():
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.timeout(400)
+def test_three_steps_of_the_whole_loop(tmp_path):
+    from safetensors.torch import load_file
+
+    output = tmp_path / "run"
+    done = run(output)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "accuracy (avg@1)" in done.stdout and "Traceback" not in done.stderr
+
+    steps = [m for m in metrics(output) if "loss/policy" in m]
+    assert [m["step"] for m in steps] == [1, 2, 3]
+    # Before any sync (step 1) and after syncs (steps 2, 3) the two engines agree on what was sampled.
+    assert all(m["sync/log_prob_difference"] < 1e-5 for m in steps)
+    assert all(m["optimizer/grad_norm"] > 0 for m in steps)
+
+    trained, start = (
+        load_file(output / "hf" / "model.safetensors"),
+        load_file(ROOT / "examples/tiny/model/model.safetensors"),
+    )
+    assert trained.keys() == start.keys()
+    assert all(trained[k].shape == start[k].shape and not trained[k].equal(start[k]) for k in start)
+    from megatron_egrsd.samples import load_rollouts
+
+    rollouts = load_rollouts(output / "rollouts" / "step_000003.jsonl")
+    assert len(rollouts) == 16 and {r.weight_version for r in rollouts} == {2}
+    assert (output / "frontier.png").stat().st_size > 10_000
+    assert any((output / "tensorboard").iterdir())
+    assert not [p for p in output.iterdir() if p.name.endswith(".partial")]
+    assert not descendants_with(str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_tensor_and_pipeline_parallel_ranks_with_a_server_and_disk_sync(tmp_path):
+    overrides = {
+        "parallel.tensor": 2,
+        "parallel.pipeline": 2,
+        "parallel.sequence_parallel": "true",
+        "rollout.weight_sync": "disk",
+    }
+    done = run(tmp_path / "run", ranks=4, timeout=500, steps=2, **overrides)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [m for m in metrics(tmp_path / "run") if "loss/policy" in m]
+    assert len(steps) == 2 and all(m["sync/log_prob_difference"] < 1e-5 for m in steps)
+    assert not descendants_with(str(tmp_path))
+
+
+@pytest.mark.timeout(200)
+def test_server_that_dies_at_start(tmp_path):
+    done = run(tmp_path / "run", timeout=150, **{"rollout.server_args": '{"no-such-flag": true}'})
+    assert done.returncode == 1
+    reason = [line for line in done.stderr.splitlines() if line.startswith("megatron-egrsd: error:")]
+    assert len(reason) == 1 and "no-such-flag" in reason[0], done.stderr[-2000:]
+    assert not descendants_with(str(tmp_path))
+    assert not (tmp_path / "run" / "hf").exists()
+
+
+@pytest.mark.timeout(200)
+def test_ctrl_c_ends_the_server_as_well(tmp_path):
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        command(output, steps=1000), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (output / "metrics.jsonl").exists():
+            assert process.poll() is None, process.communicate()[1][-2000:]
+            time.sleep(0.2)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    assert process.returncode == 130
+    assert re.search(r"^megatron-egrsd: error: interrupted$", err, re.M)
+    assert not descendants_with(str(tmp_path))
