@@ -135,7 +135,8 @@ def _logit_chunks(hidden_ND, weight_VD, shard: Shard, chunk: int, logits_dtype: 
         hidden_ND = hidden_ND.to(logits_dtype)
     for first in range(0, shard.columns, chunk):
         columns = slice(first, min(first + chunk, shard.columns))
-        logits_NC = buffer[: tokens * (columns.stop - columns.start)].view(tokens, -1)
+        width = columns.stop - columns.start
+        logits_NC = buffer[: tokens * width].view(tokens, width)  # not -1: there may be no tokens
         weight_CD = weight_VD[columns]
         if widen and hidden_ND.is_cuda:  # bf16 GEMM with fp32 output: the accumulators are stored as they are
             torch.mm(hidden_ND, weight_CD.t(), out_dtype=logits_dtype, out=logits_NC)

@@ -289,6 +289,22 @@ def test_fp32_logits_of_bf16_operands_are_accurate():
     assert (narrow[0] - exact[0]).abs().max() > 1e-3  # what the option is for
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (1,)])
+def test_no_tokens_and_one(implementation, shape):
+    """A rank may have no response tokens: every form returns nothing, and zero gradients."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(*shape, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    target = torch.randint(0, 25, shape)
+    values = linear_log_prob_and_entropy(hidden, weight, target, vocab_size=25, chunk_size=7)
+    expected = log_prob_and_entropy((hidden @ weight.T).detach(), target, vocab_size=25)
+    ratio = log_ratio((hidden @ weight.T).detach(), (hidden @ weight.T).detach(), target, vocab_size=25)
+    for got, want in zip((*values, ratio.log_ratio), (*expected, torch.zeros(shape)), strict=True):
+        assert got.shape == shape
+        torch.testing.assert_close(got.detach(), want, atol=1e-5, rtol=1e-6)
+    values[0].sum().backward()
+    assert hidden.grad.shape == hidden.shape and bool(weight.grad.any()) == (shape == (1,))
+
+
 def test_tied_embedding_gets_both_gradients():
     torch.manual_seed(0)
     table = torch.randn(50, 8, requires_grad=True)
