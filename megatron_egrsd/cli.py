@@ -19,7 +19,8 @@ EGRSD and CL-EGRSD: on-policy self-distillation of Qwen3 reasoning models on Meg
 commands:
   train --config FILE [--section.key VALUE ...] [--dry-run]
                      train; --dry-run prints the resolved configuration and plan and starts nothing
-  evaluate ...       accuracy, pass@k and response lengths of a checkpoint
+  evaluate --config FILE [--section.key VALUE ...]
+                     accuracy, pass@k and response lengths of model.path on data.evaluation
   report RUN         the table before/after and the plot of a run directory
   doctor             what of the stack is installed, and what each missing piece costs
 

@@ -70,9 +70,10 @@ def schedule(lengths_per_rank: Seq[Seq[int]], budget: int) -> list[list[list[int
     """Micro-batches of each rank, as indices into the rank's own samples.
 
     The number of micro-batches is the same on every rank (the pipeline and the gradient reduction run in step), and
-    none holds more than `budget` tokens unless it holds a single sample. Parts may be empty where a rank has few samples.
+    none holds more than `budget` tokens unless it holds a single sample. Parts may be empty where a rank has few
+    samples.
     """
-    count = max(1, *(-(-sum(lengths) // budget) for lengths in lengths_per_rank))
+    count = max(min(-(-sum(lengths) // budget), len(lengths)) for lengths in lengths_per_rank) or 1
     while True:
         plan = [balance(lengths, count) for lengths in lengths_per_rank]
         if all(

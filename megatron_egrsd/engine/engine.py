@@ -80,7 +80,9 @@ class Engine:
 
         self.teacher_weights = None
         if config.teacher.weights != "live" and config.objective.needs_teacher:
-            self.teacher_weights = [p.detach().clone() for p in self.module.parameters()]
+            # The moving average is kept in fp32: in bf16 a step of (1 - decay) would round away.
+            kept = torch.float32 if config.teacher.weights == "ema" else dtype
+            self.teacher_weights = [p.detach().to(kept, copy=True) for p in self.module.parameters()]
 
     def __enter__(self) -> "Engine":
         return self
@@ -145,12 +147,13 @@ class Engine:
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         if self.teacher_weights is not None and self.config.teacher.weights == "ema":
-            with torch.no_grad():
-                torch._foreach_lerp_(self.teacher_weights, list(self.module.parameters()), 1 - self._ema_rate())
+            rate = 1 - self._ema_decay()
+            for teacher, student in zip(self.teacher_weights, self.module.parameters(), strict=True):
+                teacher.lerp_(student.detach().float(), rate)
         metrics = self._sum_over_ranks(outputs)
         return metrics | {"grad_norm": float(grad_norm), "lr": lr, "micro_batches": len(batches)}
 
-    def _ema_rate(self) -> float:
+    def _ema_decay(self) -> float:
         """Decay per optimizer step that gives config.teacher.ema_decay per rollout batch."""
         return self.config.teacher.ema_decay ** (1 / self.config.optimizer.updates_per_batch)
 
@@ -218,14 +221,14 @@ class Engine:
 
     @contextlib.contextmanager
     def _teacher(self):
-        """The model with the teacher's weights: exchanged by pointer, so nothing is copied."""
+        """The model with the teacher's weights, exchanged by pointer; only a type that differs is copied."""
         if self.teacher_weights is None:
             yield
             return
         parameters = list(self.module.parameters())
         current = [p.data for p in parameters]
         for p, teacher in zip(parameters, self.teacher_weights, strict=True):
-            p.data = teacher
+            p.data = teacher.to(p.dtype)
         try:
             yield
         finally:

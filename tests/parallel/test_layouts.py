@@ -108,6 +108,7 @@ LAYOUTS = {
     "TP2 SP": (2, {"tensor": 2, "sequence_parallel": True}, False),
     "TP2 PP2": (4, {"tensor": 2, "pipeline": 2}, True),
     "one sample a micro-batch": (1, {"max_tokens_per_microbatch": 1}, False),
+    "DP2, ranks with padding alone": (2, {"max_tokens_per_microbatch": 1}, True),
     "one micro-batch": (1, {"max_tokens_per_microbatch": 100_000}, True),
     "recompute": (1, {"recompute": True}, True),
 }
