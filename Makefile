@@ -10,7 +10,7 @@ TORCH_CPU ?= $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.
 SEED ?= 0
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 RUN := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 

@@ -109,6 +109,11 @@ class FirstRank:
 
     def _start(self) -> None:
         config = self.config
+        where = (
+            ", ".join(config.rollout.urls)
+            or f"{config.rollout.engines} SGLang server(s), log in {self.output / 'logs'}"
+        )
+        print(f"rollouts: {where}; starting takes up to a minute", flush=True)
         self.servers = self.stack.enter_context(
             RolloutServers(config.rollout, config.model, config.seed, self.output / "logs")
         )

@@ -1,0 +1,63 @@
+"""One step of the method on the engine: what trains, what does not, and the schedule of the learning rate."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_egrsd.config import ObjectiveConfig, OptimizerConfig
+from megatron_egrsd.samples import save_rollouts
+from tests.models import make_qwen3
+from tests.parallel.test_layouts import VOCAB, _config, _rollouts, run
+
+
+@pytest.fixture
+def model(tmp_path):
+    return make_qwen3(tmp_path / "model", vocab_size=VOCAB)
+
+
+def _weights(model):
+    from safetensors.torch import load_file
+
+    return load_file(model / "model.safetensors")
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0], ids=["all wrong", "all right"])
+def test_batch_without_signal_changes_nothing(reward, model, tmp_path):
+    rollouts = [dataclasses.replace(r, reward=reward) for r in _rollouts()]
+    save_rollouts(rollouts, tmp_path / "rollouts.jsonl")
+    config = _config(model, optimizer=OptimizerConfig(lr=1e-3, updates_per_batch=2))
+    metrics, weights = run(1, config, tmp_path / "rollouts.jsonl")
+    assert all(m["optimizer/updates"] == 0 and m["batch/degenerate_share"] == 1 for m in metrics)
+    assert all(torch.equal(weights[k], v) for k, v in _weights(model).items())
+
+
+def test_grpo_runs_no_teacher_and_follows_the_schedule(model, tmp_path):
+    save_rollouts(_rollouts(), tmp_path / "rollouts.jsonl")
+    optimizer = OptimizerConfig(lr=1e-3, min_lr=1e-4, schedule="linear", warmup_steps=1)
+    config = _config(model, objective=ObjectiveConfig.preset("grpo"), optimizer=optimizer)
+    metrics, weights = run(1, config, tmp_path / "rollouts.jsonl")
+    assert all("teacher/entropy" not in m and m["optimizer/grad_norm"] > 0 for m in metrics)
+    # Warm-up starts above zero: half, the peak, then half way down to min_lr.
+    assert [m["optimizer/lr"] for m in metrics] == pytest.approx([5e-4, 1e-3, 5.5e-4])
+    assert not any(torch.equal(weights[k], v) for k, v in _weights(model).items())
+
+
+def test_one_update_equals_one_update_scored_beforehand(model, tmp_path):
+    """pi_old from the training pass is pi_old from a pass of its own: the first of two updates sees the same policy."""
+    rollouts = [r for r in _rollouts() if r.group < 2]
+    save_rollouts(rollouts, tmp_path / "two.jsonl")
+    base = _config(model, steps=1)
+    one = dataclasses.replace(
+        base, rollout=dataclasses.replace(base.rollout, prompts_per_step=2), optimizer=OptimizerConfig(lr=1e-3)
+    )
+    # The same two groups and two empty ones in a second share, which skips its update but makes the engine score first.
+    filler = [dataclasses.replace(r, reward=0.0) for r in _rollouts() if r.group >= 2]
+    save_rollouts(rollouts + filler, tmp_path / "four.jsonl")
+    normalized = ObjectiveConfig(entropy_normalization="max")  # the batch quantile would see the fillers
+    two = dataclasses.replace(base, optimizer=OptimizerConfig(lr=1e-3, updates_per_batch=2), objective=normalized)
+    one = dataclasses.replace(one, objective=normalized)
+    got, expected = run(1, two, tmp_path / "four.jsonl"), run(1, one, tmp_path / "two.jsonl")
+    assert got[0][0]["optimizer/grad_norm"] == pytest.approx(expected[0][0]["optimizer/grad_norm"], rel=1e-5)
+    for name, weight in expected[1].items():
+        assert (got[1][name] - weight).norm() < 1e-5 * weight.norm(), name
