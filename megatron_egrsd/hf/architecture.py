@@ -9,7 +9,7 @@ from megatron_egrsd.errors import BadArgument
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes that decide every tensor shape of a dense Qwen3."""
+    """The sizes that decide every tensor shape of a Qwen3, dense (num_experts = 0) or mixture of experts."""
 
     vocab_size: int
     hidden_size: int
@@ -22,10 +22,14 @@ class Architecture:
     rope_theta: float
     max_position_embeddings: int
     tied_embeddings: bool
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate_size: int = 0
+    normalize_expert_weights: bool = True  # over the chosen experts; norm_topk_prob in config.json
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Architecture":
-        """Read `path`/config.json. BadArgument where it is missing, unreadable or not a dense Qwen3."""
+        """Read `path`/config.json. BadArgument where it is missing, unreadable or not a Qwen3."""
         file = Path(path) / "config.json"
         if not Path(path).is_dir():
             raise BadArgument(f"the model directory {path} does not exist; give a local Hugging Face checkpoint")
@@ -35,14 +39,19 @@ class Architecture:
             config = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise BadArgument(f"{file} is not valid JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise BadArgument(f"{file} is not a JSON object")
         return cls.from_config(config, str(file))
 
     @classmethod
     def from_config(cls, config: dict, where: str = "config.json") -> "Architecture":
         """From the decoded config.json; transformers 4 and 5 spell the rope parameters differently."""
         architectures = config.get("architectures") or ["nothing"]
-        if architectures != ["Qwen3ForCausalLM"]:
-            raise BadArgument(f"{where} describes {', '.join(architectures)}; only Qwen3ForCausalLM is supported")
+        if architectures not in (["Qwen3ForCausalLM"], ["Qwen3MoeForCausalLM"]):
+            raise BadArgument(
+                f"{where} describes {', '.join(map(str, architectures))}; "
+                "only Qwen3ForCausalLM and Qwen3MoeForCausalLM are supported"
+            )
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise BadArgument(
@@ -51,6 +60,7 @@ class Architecture:
             )
         if config.get("attention_bias") or config.get("use_sliding_window"):
             raise BadArgument(f"{where} sets attention_bias or use_sliding_window, which Qwen3 releases do not use")
+        experts = _experts(config, where) if architectures == ["Qwen3MoeForCausalLM"] else {}
         try:
             return cls(
                 vocab_size=config["vocab_size"],
@@ -64,6 +74,7 @@ class Architecture:
                 rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 1_000_000))),
                 max_position_embeddings=config["max_position_embeddings"],
                 tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+                **experts,
             )
         except KeyError as error:
             raise BadArgument(f"{where} lacks the key {error}") from None
@@ -81,7 +92,7 @@ class Architecture:
         for name, size in (
             ("attention heads", self.num_heads),
             ("key/value heads", self.num_kv_heads),
-            ("rows of the MLP", self.intermediate_size),
+            ("rows of the MLP", self.expert_intermediate_size or self.intermediate_size),
         ):
             if size % tensor:
                 raise BadArgument(f"parallel.tensor = {tensor} does not divide the model's {size} {name}")
@@ -92,6 +103,24 @@ class Architecture:
     def num_parameters(self) -> int:
         """Parameters, counting tied embeddings once and no padding."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads) + 2 * self.head_dim
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        if self.num_experts:
+            mlp = self.num_experts * self.hidden_size * (3 * self.expert_intermediate_size + 1)
+        layer = attention + mlp + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return embeddings + self.num_layers * layer + self.hidden_size
+
+
+def _experts(config: dict, where: str) -> dict:
+    """The fields of a mixture of experts; BadArgument where some layers would be dense."""
+    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        raise BadArgument(f"{where} mixes dense and expert layers, which Qwen3 releases do not do")
+    try:
+        return {
+            "num_experts": config["num_experts"],
+            "experts_per_token": config["num_experts_per_tok"],
+            "expert_intermediate_size": config["moe_intermediate_size"],
+            "normalize_expert_weights": bool(config.get("norm_topk_prob", False)),
+        }
+    except KeyError as error:
+        raise BadArgument(f"{where} lacks the key {error}") from None

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.mapping import hf_shapes
+from megatron_egrsd.hf.safetensors_file import DTYPES, INDEX, SHARD_BYTES, SINGLE, SafetensorsWriter
+from megatron_egrsd.hf.staging import staged
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+_INDICES = (".safetensors.index.json", ".bin.index.json")
 
 
 class HFCheckpoint:
@@ -38,9 +41,15 @@ class HFCheckpoint:
         if index.is_file():
             try:
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError):
+                located = {name: self.path / file for name, file in weight_map.items()}
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise BadArgument(f"{index} is not a safetensors index") from None
-            return {name: self.path / file for name, file in weight_map.items()}
+            for file in set(located.values()):
+                for name in self._handle(file).keys():  # noqa: SIM118 (safe_open is no dictionary)
+                    if located.get(name) != file:
+                        other = located[name].name if name in located else "nowhere"
+                        raise BadArgument(f"{file} holds {name}, which {INDEX} places {other}: duplicated or stray")
+            return located
         file = self.path / SINGLE
         if not file.is_file():
             raise BadArgument(f"{self.path} holds neither {SINGLE} nor {INDEX}; weights must be safetensors")
@@ -59,7 +68,8 @@ class HFCheckpoint:
     def _check(self) -> None:
         expected = hf_shapes(self.architecture)
         # Some exports of tied models carry the embedding a second time under the head's name.
-        extra = set(self._files) - set(expected) - ({"lm_head.weight"} if self.architecture.tied_embeddings else set())
+        self.stores_tied_head = self.architecture.tied_embeddings and HEAD in self._files
+        extra = set(self._files) - set(expected) - ({HEAD} if self.stores_tied_head else set())
         missing = set(expected) - set(self._files)
         if missing or extra:
             what = f"lacks {min(missing)}" if missing else f"has the unknown tensor {min(extra)}"
@@ -74,12 +84,30 @@ class HFCheckpoint:
                     f"{name} in {self.path} has shape {list(found)}, but config.json implies {list(shape)}"
                 )
 
-    def _shape(self, name: str) -> tuple[int, ...]:
+    def _slice(self, name: str):
         file = self._files[name]
         try:
-            return tuple(self._handle(file).get_slice(name).get_shape())
+            return self._handle(file).get_slice(name)
         except SafetensorError:
             raise BadArgument(f"the index says that {file.name} holds {name}, but it does not") from None
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self) -> torch.dtype:
+        """The one type of all weights. BadArgument where they differ or are not bf16, fp16 or fp32."""
+        found = {self._slice(name).get_dtype(): name for name in self.names()}
+        if len(found) > 1 or not set(found) <= set(DTYPES):
+            what = " and ".join(f"{dtype} ({name})" for dtype, name in found.items())
+            raise BadArgument(f"the weights in {self.path} are {what}; one of {', '.join(DTYPES)} is supported")
+        return DTYPES[next(iter(found))]
+
+    def check_tied_head(self) -> None:
+        """BadArgument where a tied model stores a head that is not its embedding: the two disagree with the config."""
+        if self.stores_tied_head:
+            head, embedding = self[HEAD], self[EMBEDDING]
+            if head.shape != embedding.shape or head.dtype != embedding.dtype or not _same_bytes(head, embedding):
+                raise BadArgument(f"{HEAD} in {self.path} differs from {EMBEDDING}, though config.json ties them")
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._handle(self._files[name]).get_tensor(name)
@@ -89,50 +117,55 @@ class HFCheckpoint:
         return list(hf_shapes(self.architecture))
 
 
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
 def save_hf(
-    named_tensors: Iterable[tuple[str, torch.Tensor]], like: str | Path, path: str | Path, shard_bytes: int = 5 << 30
+    named_tensors: Iterable[tuple[str, torch.Tensor]],
+    like: str | Path,
+    path: str | Path,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a Hugging Face checkpoint: tensors from the iterator, everything else copied from `like`.
+    """Write a Hugging Face checkpoint: tensors from the iterator, in mapping order, everything else from `like`.
 
-    Shards are written as they fill, into a temporary directory beside `path` that is renamed at the end, so `path`
-    either does not exist or is complete. BadArgument where `path` exists already.
+    Nothing is kept in memory. `path` either does not exist afterwards or is complete. BadArgument where it exists
+    already, RunError where a tensor is missing, unexpected or mis-shaped.
     """
-    path, like = Path(path), Path(like)
-    if path.exists():
-        raise BadArgument(f"{path} exists already; choose another directory or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for file in like.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX:
-            shutil.copy2(file, temporary / file.name)
-
-    shard, size, shards = {}, 0, []
-    for name, tensor in named_tensors:
-        if shard and size + tensor.nbytes > shard_bytes:
-            shards.append(_write_shard(shard, temporary, len(shards)))
-            shard, size = {}, 0
-        # A copy also where it is contiguous already: the source may reuse its buffer for the next tensor.
-        shard[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        size += tensor.nbytes
-    shards.append(_write_shard(shard, temporary, len(shards)))
-
-    if len(shards) == 1:
-        shards[0][0].rename(temporary / SINGLE)
-    else:
-        weight_map, total = {}, 0
-        for i, (file, names, nbytes) in enumerate(shards):
-            final = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            file.rename(temporary / final)
-            weight_map |= dict.fromkeys(names, final)
-            total += nbytes
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(path)
+    shapes = hf_shapes(Architecture.from_pretrained(like))
+    tensors = iter(named_tensors)
+    first, tensor = next(tensors, (None, None))
+    if first is None:
+        raise RunError("there are no weights to export")
+    with staged(path) as directory:
+        copy_assets(like, directory)
+        writer = SafetensorsWriter(directory, shapes, tensor.dtype, shard_bytes)
+        try:
+            writer.write(first, tensor.cpu())
+            for name, later in tensors:
+                writer.write(name, later.cpu())
+            writer.finish()
+        finally:
+            writer.abort()
 
 
-def _write_shard(shard: dict[str, torch.Tensor], directory: Path, number: int) -> tuple[Path, list[str], int]:
-    file = directory / f"shard-{number}.safetensors"
-    save_file(shard, file, metadata={"format": "pt"})
-    return file, list(shard), sum(t.nbytes for t in shard.values())
+def assets(path: str | Path) -> dict[str, Path]:
+    """Everything of a checkpoint that is not weights: config, generation config, tokenizer, templates, licence.
+
+    Relative name -> file. Hidden directories (download caches) are left out.
+    """
+    path = Path(path)
+    found = {}
+    for file in sorted(path.rglob("*")):
+        relative = file.relative_to(path)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if file.is_file() and not hidden and file.suffix not in _WEIGHTS and not file.name.endswith(_INDICES):
+            found[relative.as_posix()] = file
+    return found
+
+
+def copy_assets(source: str | Path, target: Path) -> None:
+    """Copy `assets(source)` into `target`, byte for byte."""
+    for name, file in assets(source).items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / name)

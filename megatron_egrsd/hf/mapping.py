@@ -4,6 +4,8 @@ Loading, export, weight synchronisation and conversion all read this table. A fu
 made from one or more Hugging Face tensors by `join`, taken apart by `split`, cut into tensor-parallel shards by
 `shard` and put together by `unshard`; each pair is exact, byte for byte.
 
+`pieces` is the full tensor without padding in pieces along its first dimension, for writers that need not join them.
+
 Shapes: H hidden, F intermediate, D head_dim, N heads, G key/value heads, V vocabulary, P its padded rows.
 """
 
@@ -26,6 +28,9 @@ class Copy:
 
     def split(self, full: torch.Tensor, arch: Architecture) -> list[torch.Tensor]:
         return [full]
+
+    def pieces(self, tensors: Sequence[torch.Tensor], arch: Architecture) -> list[torch.Tensor]:
+        return list(tensors)
 
     def shard(self, full: torch.Tensor, rank: int, tp: int) -> torch.Tensor:
         return full if self.dim is None else full.chunk(tp, self.dim)[rank]
@@ -57,6 +62,9 @@ class QKV(Copy):
         grouped = full.view(arch.num_kv_heads, -1, arch.hidden_size)
         parts = grouped.split([q_rows, arch.head_dim, arch.head_dim], 1)
         return [p.reshape(-1, arch.hidden_size) for p in parts]
+
+    def pieces(self, tensors, arch):
+        return [self.join(tensors, arch, 1)]
 
 
 class GateUp(Copy):
@@ -97,9 +105,17 @@ _LAYER = [
     ("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), Copy(None)),
     ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), Copy(1)),
     ("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), Copy(None)),
-    ("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), GateUp(0)),
-    ("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), Copy(1)),
 ]
+_ROUTER = ("mlp.router.weight", ("mlp.gate.weight",), Copy(None))
+
+
+def _mlp(megatron: str, hf: str) -> list[tuple]:
+    """The MLP of a layer, or one of its experts."""
+    return [
+        (f"{megatron}.linear_fc1.weight", (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"), GateUp(0)),
+        (f"{megatron}.linear_fc2.weight", (f"{hf}.down_proj.weight",), Copy(1)),
+    ]
+
 
 # Transformer Engine fuses each norm into the linear layer behind it and renames its weight.
 _TRANSFORMER_ENGINE_NAMES = {
@@ -111,8 +127,13 @@ _TRANSFORMER_ENGINE_NAMES = {
 def entries(arch: Architecture) -> list[Entry]:
     """Every tensor of the model, in the order of the layers, by megatron-core's local names."""
     table = [Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Vocabulary(0))]
+    if arch.num_experts:
+        experts = [_mlp(f"mlp.experts.local_experts.{e}", f"mlp.experts.{e}") for e in range(arch.num_experts)]
+        layer = [*_LAYER, _ROUTER, *(row for expert in experts for row in expert)]
+    else:
+        layer = [*_LAYER, *_mlp("mlp", "mlp")]
     for i in range(arch.num_layers):
-        for megatron, hf, layout in _LAYER:
+        for megatron, hf, layout in layer:
             table.append(Entry(f"decoder.layers.{i}.{megatron}", tuple(f"model.layers.{i}.{h}" for h in hf), layout))
     table.append(Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Copy(None)))
     if not arch.tied_embeddings:
@@ -130,7 +151,7 @@ def local_name(name: str) -> str:
 
 def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the Hugging Face checkpoint."""
-    hidden, ffn = arch.hidden_size, arch.intermediate_size
+    hidden, ffn = arch.hidden_size, arch.expert_intermediate_size or arch.intermediate_size
     q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     by_suffix = {
         "embed_tokens.weight": (arch.vocab_size, hidden),
@@ -141,6 +162,7 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         "o_proj.weight": (hidden, q),
         "q_norm.weight": (arch.head_dim,),
         "k_norm.weight": (arch.head_dim,),
+        "gate.weight": (arch.num_experts, hidden),
         "gate_proj.weight": (ffn, hidden),
         "up_proj.weight": (ffn, hidden),
         "down_proj.weight": (hidden, ffn),

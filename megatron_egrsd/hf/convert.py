@@ -1,0 +1,168 @@
+"""Moving Qwen3 between Hugging Face and Megatron-LM directories, tensor by tensor, in one process.
+
+Each conversion is opened (everything that can be wrong with its input is checked), described, and run. Memory holds
+one mapping entry at a time; the output is staged, so it is complete or absent.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_egrsd.errors import RunError
+from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.hf.checkpoint import EMBEDDING, HEAD, HFCheckpoint, copy_assets
+from megatron_egrsd.hf.mapping import entries, hf_shapes
+from megatron_egrsd.hf.megatron_checkpoint import (
+    RELEASE,
+    SIDECAR,
+    TRACKER,
+    MegatronCheckpoint,
+    common_state,
+    describe,
+    extra_states,
+    megatron_shape,
+    places,
+    read_json,
+)
+from megatron_egrsd.hf.safetensors_file import SHARD_BYTES, SafetensorsWriter
+from megatron_egrsd.hf.staging import check_absent, free_bytes, staged
+from megatron_egrsd.hf.torch_dist_writer import TorchDistWriter
+
+RECORD = "conversion.json"
+Advance = Callable[[int], object]  # called with the bytes written since the last call
+
+
+class ToMegatron:
+    """Hugging Face `source` -> Megatron-LM `target`, in the source's type or in `dtype`."""
+
+    def __init__(self, source: str | Path, target: str | Path, dtype: torch.dtype | None = None):
+        self.source, self.target = Path(source), Path(target)
+        check_absent(self.target)
+        self.checkpoint = HFCheckpoint(source)
+        self.architecture = self.checkpoint.architecture
+        self.source_dtype = self.checkpoint.dtype()
+        self.dtype = dtype or self.source_dtype
+        self.nbytes = weight_bytes(self.architecture, self.dtype)
+
+    def describe(self) -> str:
+        """The plan, for people."""
+        return _plan(self, f"torch_dist in {RELEASE}/, config and tokenizer in {SIDECAR}/")
+
+    def run(self, advance: Advance = lambda nbytes: None) -> None:
+        """Convert. RunError where the disk is full; nothing is left at `target` then."""
+        arch, checkpoint = self.architecture, self.checkpoint
+        checkpoint.check_tied_head()
+        shapes = hf_shapes(arch)
+        with staged(self.target, self.nbytes) as directory:
+            (directory / RELEASE).mkdir()
+            writer = TorchDistWriter(directory / RELEASE)
+            try:
+                for entry in entries(arch):
+                    place, shape = places(entry, arch)[0], megatron_shape(entry, arch, shapes)
+                    row = 0
+                    for piece in entry.layout.pieces([checkpoint[name] for name in entry.hf], arch):
+                        piece = piece.to(self.dtype)
+                        chunk = piece.view(*(1 for _ in place.lead), *piece.shape)
+                        offsets = (*place.index, row, *(0 for _ in shape[1:]))
+                        writer.tensor(place.key, chunk, offsets, (*place.lead, *shape))
+                        row += piece.shape[0]
+                        advance(chunk.nbytes)
+                for key, offsets, shape in extra_states(arch):
+                    writer.object(key, offsets, shape, None)
+                writer.finish(common_state(arch, self.dtype))
+            finally:
+                writer.abort()
+            copy_assets(self.source, directory / SIDECAR)
+            if self.dtype != self.source_dtype:
+                set_config_dtype(directory / SIDECAR / "config.json", self.dtype)
+            record = {"dtype": _name(self.dtype), "source_dtype": _name(self.source_dtype),
+                      "stores_tied_head": checkpoint.stores_tied_head}  # fmt: skip
+            (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            (directory / TRACKER).write_text(RELEASE, encoding="utf-8")
+
+
+class ToHF:
+    """Megatron-LM `source` -> Hugging Face `target`; config and tokenizer from `like` or from the source itself."""
+
+    def __init__(self, source: str | Path, target: str | Path, like: str | Path | None = None,
+                 dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES):  # fmt: skip
+        self.source, self.target = Path(source), Path(target)
+        check_absent(self.target)
+        self.checkpoint = MegatronCheckpoint(source, like)
+        self.architecture = self.checkpoint.architecture
+        raise_problems(self.checkpoint.problems(), self.source)
+        self.source_dtype = self.checkpoint.dtype()
+        self.dtype = dtype or self.source_dtype
+        self.shard_bytes = shard_bytes
+        record = self.checkpoint.root / RECORD
+        self.stores_tied_head = (
+            like is None and record.is_file() and bool(read_json(record).get("stores_tied_head"))
+        ) and self.architecture.tied_embeddings
+        self.nbytes = weight_bytes(self.architecture, self.dtype)
+
+    def describe(self) -> str:
+        """The plan, for people."""
+        state = self.checkpoint.training_state()
+        note = f"; {len(state)} tensors of optimizer state are left behind" if state else ""
+        return _plan(self, f"safetensors in shards of at most {self.shard_bytes / 1e9:.1f} GB{note}")
+
+    def run(self, advance: Advance = lambda nbytes: None) -> None:
+        """Convert. RunError where a chunk is damaged or the disk is full; nothing is left at `target` then."""
+        arch = self.architecture
+        shapes = hf_shapes(arch)
+        if self.stores_tied_head:
+            shapes = {HEAD: shapes[EMBEDDING], **shapes}
+        with staged(self.target, self.nbytes) as directory:
+            copy_assets(self.checkpoint.like, directory)
+            if self.dtype != self.source_dtype:
+                set_config_dtype(directory / "config.json", self.dtype)
+            writer = SafetensorsWriter(directory, shapes, self.dtype, self.shard_bytes)
+            try:
+                for entry in entries(arch):
+                    for name, tensor in self.checkpoint.read(entry).items():
+                        tensor = tensor.to(self.dtype)
+                        for copy in (HEAD, name) if name == EMBEDDING and self.stores_tied_head else (name,):
+                            writer.write(copy, tensor)
+                        advance(tensor.nbytes)
+                writer.finish()
+            finally:
+                writer.abort()
+
+
+def weight_bytes(arch: Architecture, dtype: torch.dtype) -> int:
+    """Bytes of all weights, without padding and counting tied embeddings once."""
+    return arch.num_parameters * dtype.itemsize
+
+
+def set_config_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Say in config.json what the weights now are; every other key stays."""
+    content = read_json(config)
+    key = "torch_dtype" if "torch_dtype" in content and "dtype" not in content else "dtype"
+    config.write_text(json.dumps(content | {key: _name(dtype)}, indent=2) + "\n", encoding="utf-8")
+
+
+def raise_problems(problems: list[str], where: Path) -> None:
+    """RunError that names the first problem and counts the others."""
+    if problems:
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        raise RunError(f"{where}: {problems[0]}{more}")
+
+
+def _plan(conversion: ToMegatron | ToHF, form: str) -> str:
+    arch, free = conversion.architecture, free_bytes(conversion.target)
+    types = _name(conversion.dtype)
+    if conversion.dtype != conversion.source_dtype:
+        types = f"{_name(conversion.source_dtype)} -> {types}"
+    return (
+        f"from    {conversion.source}\n"
+        f"to      {conversion.target}: {form}\n"
+        f"model   {describe(arch)}\n"
+        f"tensors {len(hf_shapes(arch))} in Hugging Face, {len(entries(arch))} in Megatron, {types}\n"
+        f"disk    {conversion.nbytes / 1e9:.2f} GB to write, {free / 1e9:.1f} GB free"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

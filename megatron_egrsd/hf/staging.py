@@ -1,0 +1,103 @@
+"""Output that is complete or absent: written in a temporary directory beside its place, renamed at the end."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_egrsd.errors import BadArgument, RunError
+
+PARTIAL = ".partial"
+
+
+@contextlib.contextmanager
+def staged(path: str | Path, nbytes: int = 0) -> Iterator[Path]:
+    """A temporary directory that becomes `path` when the block ends well, and goes away when it does not.
+
+    A process that was killed leaves `path`.partial behind; the next run to the same place removes it. BadArgument
+    where `path` exists or another process is writing it; RunError where `nbytes` do not fit or a write fails.
+    """
+    path = Path(path).absolute()
+    check_absent(path)
+    temporary = path.with_name(path.name + PARTIAL)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir(exist_ok=True)
+    except OSError as error:
+        raise BadArgument(f"{temporary} cannot be made: {error.strerror}") from None
+    with _locked(temporary):
+        _empty(temporary)
+        check_space(temporary, nbytes)
+        try:
+            yield temporary
+            check_absent(path)
+            temporary.rename(path)
+        except OSError as error:
+            _empty(temporary, itself=True)
+            # EFBIG: the limit on a file's size, the quota's sibling.
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise RunError(f"no room to write {path} ({error.strerror}); nothing was left there") from None
+            raise RunError(f"{path} was not written: {error}") from None
+        except BaseException:
+            _empty(temporary, itself=True)
+            raise
+
+
+def check_absent(path: Path) -> None:
+    """BadArgument where there is something at `path`; nothing is ever overwritten."""
+    if os.path.lexists(path):
+        raise BadArgument(f"{path} exists already; choose another directory or remove it")
+
+
+def free_bytes(path: str | Path) -> int:
+    """Free space of the file system that will hold `path`, which need not exist yet."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def check_space(path: Path, nbytes: int) -> None:
+    """RunError where `nbytes` do not fit at `path`."""
+    free = free_bytes(path)
+    if free < nbytes:
+        raise RunError(f"{path.parent} has {free / 1e9:.1f} GB free, but {nbytes / 1e9:.1f} GB are needed")
+
+
+def sha256_of(path: Path) -> str | None:
+    """SHA-256 of a file in hexadecimal; None where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _empty(directory: Path, itself: bool = False) -> None:
+    for child in directory.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child, ignore_errors=True)
+        else:
+            child.unlink()
+    if itself:
+        directory.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep a second process out of `directory`. The lock dies with its process, so a killed run blocks nobody."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadArgument(f"another process is writing {directory}; wait for it") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)

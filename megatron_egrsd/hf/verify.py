@@ -1,0 +1,110 @@
+"""Comparing a Hugging Face and a Megatron checkpoint tensor by tensor, bit by bit."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.hf.checkpoint import HFCheckpoint, assets
+from megatron_egrsd.hf.mapping import entries
+from megatron_egrsd.hf.megatron_checkpoint import SIDECAR, MegatronCheckpoint, places
+from megatron_egrsd.hf.safetensors_file import raw_bytes
+
+
+def verify(
+    hf_path: str | Path,
+    megatron_path: str | Path,
+    dtype: torch.dtype | None = None,
+    advance: Callable[[int], object] = lambda nbytes: None,
+) -> dict:
+    """Compare names, shapes, types, bytes and the files beside the weights; returns the report.
+
+    `report["problems"]` is empty where the two are the same model, and names every tensor and file that is not.
+    `report["tensors"]` has name, place, shape and SHA-256 of each tensor on both sides. `dtype` is the type that
+    `to-megatron --dtype` was given: the Hugging Face side is rounded to it first. BadArgument where a side is no
+    checkpoint at all.
+    """
+    hf = HFCheckpoint(hf_path)
+    hf.check_tied_head()
+    own = Path(megatron_path, SIDECAR, "config.json").is_file() or Path(megatron_path, "..", SIDECAR).is_dir()
+    megatron = MegatronCheckpoint(megatron_path, like=None if own else hf_path)
+    problems = [f"{megatron.directory / name} is damaged: its SHA-256 is not the one in integrity.json"
+                for name in megatron.reader.damaged_files()]  # fmt: skip
+    if megatron.architecture != hf.architecture:
+        problems.append(f"{megatron.like}/config.json describes another model than {hf.path}/config.json")
+    elif own:
+        problems += _different_files(hf.path, megatron.like, config_may_differ=dtype is not None)
+    megatron.architecture = hf.architecture
+    structure = megatron.problems()
+    problems += structure
+    tensors = [] if structure else _compare(hf, megatron, dtype, problems, advance)
+    return {
+        "hf_path": str(hf.path),
+        "megatron_path": str(megatron.path),
+        "tensors": tensors,
+        "training_state_ignored": len(megatron.training_state()),
+        "problems": problems,
+    }
+
+
+def write_report(report: dict, path: Path) -> None:
+    """The report as JSON. BadArgument where `path` cannot be written."""
+    try:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise BadArgument(f"the report cannot be written to {path}: {error.strerror}") from None
+
+
+def _compare(hf: HFCheckpoint, megatron: MegatronCheckpoint, dtype: torch.dtype | None, problems: list[str],
+             advance: Callable[[int], object]) -> list[dict]:  # fmt: skip
+    rows = []
+    for entry in entries(hf.architecture):
+        place = places(entry, hf.architecture)[0]
+        try:
+            converted = megatron.read(entry)
+        except RunError as error:
+            problems.append(str(error))
+            continue
+        for name in entry.hf:
+            expected, found = hf[name], converted[name]
+            if dtype is not None:
+                expected = expected.to(dtype)
+            digests = [_sha256(tensor) for tensor in (expected, found)]
+            if expected.dtype != found.dtype:
+                problems.append(f"{name} is {expected.dtype} in Hugging Face and {found.dtype} in Megatron; "
+                                "say --dtype where that was asked for")  # fmt: skip
+            elif digests[0] != digests[1]:
+                count = int((expected != found).sum()) or "only the bits of some"
+                problems.append(
+                    f"{name} differs from {place.key}{list(place.index)}: {count} of {found.numel()} values"
+                )
+            rows.append(
+                {
+                    "name": name,
+                    "megatron": f"{place.key}{list(place.index)}",
+                    "shape": list(found.shape),
+                    "dtype": str(found.dtype),
+                    "sha256_hf": digests[0],
+                    "sha256_megatron": digests[1],
+                }
+            )
+            advance(found.nbytes)
+    return rows
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
+
+
+def _different_files(hf: Path, carried: Path, config_may_differ: bool) -> list[str]:
+    """Problems with the files beside the weights: config, tokenizer, templates."""
+    left, right = assets(hf), assets(carried)
+    problems = [f"{name} is missing from {carried}" for name in left.keys() - right.keys()]
+    problems += [f"{name} in {carried} is not in {hf}" for name in right.keys() - left.keys()]
+    for name in sorted(left.keys() & right.keys()):
+        if left[name].read_bytes() != right[name].read_bytes() and not (config_may_differ and name == "config.json"):
+            problems.append(f"{name} differs between {hf} and {carried}")
+    return problems
