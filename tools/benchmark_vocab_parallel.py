@@ -269,9 +269,9 @@ def compare_linear(n, d, v, device, rounds):
         log_prob, _ = log_prob_and_entropy(hidden @ weight.T, target, inplace_backward=True)
         return log_prob, torch.autograd.grad((log_prob * g_lp).sum(), (hidden, weight))
 
-    def chunks(dtype):
+    def chunks(dtype, keep_bytes=None):
         def run():
-            log_prob, _ = linear_log_prob_and_entropy(hidden, weight, target, logits_dtype=dtype)
+            log_prob, _ = linear_log_prob_and_entropy(hidden, weight, target, logits_dtype=dtype, keep_bytes=keep_bytes)
             return log_prob, torch.autograd.grad((log_prob * g_lp).sum(), (hidden, weight))
 
         return run
@@ -279,6 +279,7 @@ def compare_linear(n, d, v, device, rounds):
     entries = {
         "materialised, bf16 logits": materialised,
         "chunks, bf16 logits": chunks(torch.bfloat16),
+        "chunks, bf16 logits, none kept": chunks(torch.bfloat16, 0),
         "chunks, fp32 logits": chunks(torch.float32),
     }
     times = interleaved(entries, rounds, Clock(device))

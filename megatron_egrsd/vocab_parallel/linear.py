@@ -2,6 +2,7 @@
 
 Chunks run over the vocabulary, not over the tokens: each chunk's weight gradient is then final when it is computed,
 so it goes straight into its rows of the result, and the transient memory (tokens x chunk) does not depend on V.
+Backward needs the logits once more. As many chunks as fit into a fixed budget are kept for it, the rest is recomputed.
 """
 
 import torch
@@ -12,6 +13,7 @@ from megatron_egrsd.vocab_parallel.collectives import gather_parts, gather_seque
 from megatron_egrsd.vocab_parallel.shard import LOGIT_DTYPES, Shard, check_target, check_temperature
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits held at a time: stays in the L3 cache; fills a GPU
+_KEEP_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # a small part of the machine; TP 8 and 8192 bf16 tokens of Qwen3 fit
 
 
 def linear_log_prob_and_entropy(
@@ -26,12 +28,13 @@ def linear_log_prob_and_entropy(
     chunk_size: int | None = None,
     sequence_parallel: bool = False,
     logits_dtype: torch.dtype | None = None,
+    keep_bytes: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`log_prob_and_entropy(hidden @ weight.T, target)` without ever holding the logits: both results [...] fp32, nats.
+    """`log_prob_and_entropy(hidden @ weight.T, target)` without holding all logits: both results [...] fp32, nats.
 
-    Forward makes one all-gather of four floats a token; backward recomputes the logits and reduces the gradient of
-    `hidden` over the group once, in fp32. With `sequence_parallel` the sequence is gathered in forward and its
-    gradient reduce-scattered in backward instead.
+    Forward makes one all-gather of four floats a token; backward recomputes the logits that were not kept and reduces
+    the gradient of `hidden` over the group once, in fp32. With `sequence_parallel` the sequence is gathered in forward
+    and its gradient reduce-scattered in backward instead.
 
     hidden             [..., D]; with sequence_parallel this rank's [S / ranks, ..., D] of the sequence dimension
     weight             [V / ranks, D], dtype of hidden: the LM head, or the embedding table when the two are tied
@@ -39,9 +42,13 @@ def linear_log_prob_and_entropy(
     chunk_size         vocabulary columns at a time; default: as many as keep tokens x columns at a fixed size
     logits_dtype       float32 keeps the GEMM's accuracy (bf16 logits cost about 1e-2 in a log-prob). Default: float32
                        where the GEMM writes it at no cost (CUDA), else the dtype of hidden
+    keep_bytes         logits kept from forward to backward, where a gradient is asked for; 0 keeps none. Default:
+                       64 MiB (CPU), 1 GiB (CUDA). Each micro-batch in flight in a pipeline holds as much
     The other arguments and the errors are those of `log_prob_and_entropy`.
     """
     _check_operands(hidden, weight, chunk_size, logits_dtype)
+    if keep_bytes is not None and keep_bytes < 0:
+        raise ValueError(f"keep_bytes must not be negative, got {keep_bytes}")
     check_temperature(temperature)
     shard = Shard.of(weight.shape[0], group, vocab_size)
     sequence_ranks = shard.ranks if sequence_parallel else 1
@@ -56,9 +63,15 @@ def linear_log_prob_and_entropy(
     if chunk_size is None:
         held = _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 27)
         chunk_size = max(1024, held // max(1, target.numel()) // 64 * 64)
+    if keep_bytes is None:
+        keep_bytes = _KEEP_BYTES.get(hidden.device.type, 0)
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        keep_bytes = 0
+    chunk_size = min(chunk_size, shard.columns)
+    kept_chunks = keep_bytes // max(1, target.numel() * chunk_size * logits_dtype.itemsize)
     log_prob_N, entropy_N = _LinearLogProbAndEntropy.apply(
         hidden, weight, target.reshape(-1), shard, temperature, entropy_grad,
-        min(chunk_size, shard.columns), sequence_ranks > 1, logits_dtype,
+        chunk_size, sequence_ranks > 1, logits_dtype, kept_chunks,
     )  # fmt: skip
     return log_prob_N.view(target.shape), entropy_N.view(target.shape)
 
@@ -82,11 +95,13 @@ def _check_operands(hidden, weight, chunk_size, logits_dtype) -> None:
 class _LinearLogProbAndEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight_VD, target_N, shard, temperature, entropy_grad, chunk, sequence_parallel, logits_dtype
-    ):
+        ctx, hidden, weight_VD, target_N, shard, temperature, entropy_grad, chunk, sequence_parallel, logits_dtype,
+        kept_chunks,
+    ):  # fmt: skip
         hidden_ND = (gather_sequence(hidden, shard) if sequence_parallel else hidden).reshape(-1, hidden.shape[-1])
         part_N4 = None
-        for columns, logits_NC in _logit_chunks(hidden_ND, weight_VD, shard, chunk, logits_dtype):
+        ctx.kept = _empty_chunks(hidden_ND, shard, chunk, logits_dtype, kept_chunks)
+        for columns, logits_NC in _logit_chunks(hidden_ND, weight_VD, shard, chunk, logits_dtype, ctx.kept):
             chunk_N4 = ops.statistics(logits_NC, target_N, shard.slice(columns.start, columns.stop), temperature)
             part_N4 = chunk_N4 if part_N4 is None else ops.combine(torch.stack([part_N4, chunk_N4]))[0]
         statistics_N4, log_prob_N, entropy_N = ops.combine(gather_parts(part_N4, shard))
@@ -109,7 +124,10 @@ class _LinearLogProbAndEntropy(torch.autograd.Function):
         # Chunks add up in fp32: a bf16 sum over tens of chunks loses what the reduction over ranks then multiplies.
         grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if need_hidden else None
         grad_weight_VD = torch.empty_like(weight_VD) if need_weight else None
-        for columns, logits_NC in _logit_chunks(hidden_ND, weight_VD, ctx.shard, ctx.chunk, ctx.logits_dtype):
+        # The gradient overwrites the kept logits, so that a second backward pass must compute all of them.
+        kept, ctx.kept = ctx.kept, []
+        chunks = _logit_chunks(hidden_ND, weight_VD, ctx.shard, ctx.chunk, ctx.logits_dtype, kept, computed=True)
+        for columns, logits_NC in chunks:
             grad_NC = ops.logits_grad(
                 logits_NC, target_N, statistics_N4, grad_log_prob_N, grad_entropy_N,
                 ctx.shard.slice(columns.start, columns.stop), ctx.temperature, inplace=True,
@@ -123,23 +141,37 @@ class _LinearLogProbAndEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden.to(hidden_ND.dtype).view(ctx.hidden_shape)
         else:
             grad_hidden = None
-        return grad_hidden, grad_weight_VD, *[None] * 7
+        return grad_hidden, grad_weight_VD, *[None] * 8
 
 
-def _logit_chunks(hidden_ND, weight_VD, shard: Shard, chunk: int, logits_dtype: torch.dtype):
-    """Yield (columns, logits [N, C] of those columns); one buffer serves all chunks, the caller may overwrite it."""
+def _empty_chunks(hidden_ND, shard: Shard, chunk: int, logits_dtype: torch.dtype, count: int) -> list[torch.Tensor]:
+    """Memory [N, C] for the logits of the first `count` chunks, or of all where there are fewer."""
+    widths = [min(chunk, shard.columns - first) for first in range(0, shard.columns, chunk)][:count]
+    return [hidden_ND.new_empty((hidden_ND.shape[0], width), dtype=logits_dtype) for width in widths]
+
+
+def _logit_chunks(
+    hidden_ND, weight_VD, shard: Shard, chunk: int, logits_dtype: torch.dtype, kept: list[torch.Tensor], computed=False
+):
+    """Yield (columns, logits [N, C] of those columns); the caller may overwrite them.
+
+    The first chunks live in `kept` and are taken from there where `computed`; one buffer serves all others.
+    """
     tokens = hidden_ND.shape[0]
     widen = logits_dtype != hidden_ND.dtype
-    buffer = hidden_ND.new_empty(tokens * chunk, dtype=logits_dtype)
+    left_over = shard.columns - sum(k.shape[1] for k in kept)
+    buffer = hidden_ND.new_empty(tokens * min(chunk, left_over), dtype=logits_dtype)
     if widen and not hidden_ND.is_cuda:
         hidden_ND = hidden_ND.to(logits_dtype)
-    for first in range(0, shard.columns, chunk):
+    for i, first in enumerate(range(0, shard.columns, chunk)):
         columns = slice(first, min(first + chunk, shard.columns))
         width = columns.stop - columns.start
-        logits_NC = buffer[: tokens * width].view(tokens, width)  # not -1: there may be no tokens
-        weight_CD = weight_VD[columns]
-        if widen and hidden_ND.is_cuda:  # bf16 GEMM with fp32 output: the accumulators are stored as they are
-            torch.mm(hidden_ND, weight_CD.t(), out_dtype=logits_dtype, out=logits_NC)
-        else:
-            torch.mm(hidden_ND, weight_CD.to(logits_dtype).t(), out=logits_NC)
+        is_kept = i < len(kept)
+        logits_NC = kept[i] if is_kept else buffer[: tokens * width].view(tokens, width)  # not -1: maybe no tokens
+        if not (is_kept and computed):
+            weight_CD = weight_VD[columns]
+            if widen and hidden_ND.is_cuda:  # bf16 GEMM with fp32 output: the accumulators are stored as they are
+                torch.mm(hidden_ND, weight_CD.t(), out_dtype=logits_dtype, out=logits_NC)
+            else:
+                torch.mm(hidden_ND, weight_CD.to(logits_dtype).t(), out=logits_NC)
         yield columns, logits_NC

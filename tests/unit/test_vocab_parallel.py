@@ -321,6 +321,24 @@ def test_linear_form_skips_what_needs_no_gradient():
     assert hidden.grad is not None and weight.grad is None
 
 
+def test_kept_logits_change_nothing_and_stay_within_their_budget():
+    """Kept or recomputed, the values and gradients are the same bits, in a second backward pass as well."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True)
+    target, results = torch.randint(0, 100, (6,)), {}
+    for keep_bytes in (0, 6 * 16 * 4 * 3, None):  # none; three chunks of seven; all
+        log_prob, _ = linear_log_prob_and_entropy(hidden, weight, target, chunk_size=16, keep_bytes=keep_bytes)
+        (node, _), *_ = log_prob.grad_fn.next_functions
+        kept = sum(chunk.nbytes for chunk in node.kept)
+        assert kept == (6 * 100 * 4 if keep_bytes is None else keep_bytes)
+        first = torch.autograd.grad(log_prob.sum(), (hidden, weight), retain_graph=True)
+        second = torch.autograd.grad(log_prob.sum(), (hidden, weight))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        results[keep_bytes] = (log_prob.detach(), *first)
+    for other in list(results.values())[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 BAD_INPUT = {
     "dtype": (lambda: log_prob_and_entropy(torch.zeros(2, 5).double(), torch.zeros(2).long()), "logits.*float64"),
     "integer": (lambda: log_prob_and_entropy(torch.zeros(2, 5).long(), torch.zeros(2).long()), "logits.*int64"),
