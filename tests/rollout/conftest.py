@@ -48,24 +48,24 @@ def wait_until(condition, seconds: float) -> bool:
     return bool(result)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def model_directory(tmp_path_factory) -> Path:
     """Without a tokenizer: the rollout side needs none."""
     return make_qwen3(tmp_path_factory.mktemp("model"), num_hidden_layers=2)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def model(model_directory) -> ModelConfig:
     return ModelConfig(str(model_directory), "float32")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def servers(model, tmp_path_factory):
     with RolloutServers(rollout_config(), model, 0, tmp_path_factory.mktemp("logs")) as running:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def client(servers) -> RolloutClient:
     return RolloutClient(servers, rollout_config())
 
