@@ -26,7 +26,7 @@ def load_problems(source: str, config: DataConfig, *, privileged: bool = True) -
     A row without an id gets its line number. Raises BadArgument, naming file and line.
     """
     need_solution = privileged and "{solution}" in config.teacher_template
-    problems = [_problem(row, where, number, config, need_solution) for where, number, row in _rows(source)]
+    problems = [_problem(row, where, number, config, need_solution) for where, number, row in read_rows(source)]
     if not problems:
         raise BadArgument(
             f"{source} holds no problems; write one JSON object a line, such as "
@@ -55,7 +55,7 @@ def _permutation(n_problems: int, epoch: int, seed: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def _rows(source: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def read_rows(source: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """(place for messages, row number from 1, row) of every row."""
     path = Path(source)
     if path.suffix not in (".jsonl", ".parquet"):

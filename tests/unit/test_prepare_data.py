@@ -1,0 +1,166 @@
+"""tools/prepare_data.py: every dataset's rows into one schema, and nothing of the evaluation sets among them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_egrsd.config import DataConfig
+from megatron_egrsd.data.problems import load_problems
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests/data"
+AIME = [json.loads(line) for line in (DATA / "aime24.jsonl").read_text().splitlines()]
+DAPO_PROMPT = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
+
+
+def prepare(*words) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "tools/prepare_data.py", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def jsonl(path: Path, *rows: dict) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def written(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+ROWS = {
+    "dapo": (
+        {
+            "prompt": [{"role": "user", "content": DAPO_PROMPT.format("What is 2+3?\n\nGive a digit.")}],
+            "reward_model": {"ground_truth": "5", "style": "rule"},
+            "extra_info": {"index": "u-1"},
+        },
+        {"id": "u-1", "problem": "What is 2+3?\n\nGive a digit.", "answer": "5", "solution": ""},
+    ),
+    "openthoughts": (
+        {
+            "problem": "Return your final response within \\boxed{}. What is 2+3?",
+            "ground_truth_solution": "Two and three are $\\boxed{5}$.",
+            "deepseek_solution": "Five.",
+            "domain": "math",
+        },
+        {"id": "x-1", "problem": "What is 2+3?", "answer": "5", "solution": "Two and three are $\\boxed{5}$."},
+    ),
+    "deepmath": (
+        {
+            "question": "What is 2+3?",
+            "final_answer": "5",
+            "r1_solution_1": "<think>hm</think>\n\nIt is 5.",
+            "topic": "Algebra",
+        },
+        {"id": "x-1", "problem": "What is 2+3?", "answer": "5", "solution": "It is 5."},
+    ),
+    "gsm8k": (
+        {"question": "What is 2+3?", "answer": "Count.\n#### 5"},
+        {"id": "x-1", "problem": "What is 2+3?", "answer": "5", "solution": "Count."},
+    ),
+    "plain": (
+        {"id": 7, "problem": "What is 2+3?", "answer": 5, "solution": "Count."},
+        {"id": "7", "problem": "What is 2+3?", "answer": "5", "solution": "Count."},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_every_dataset(name, tmp_path):
+    row, expected = ROWS[name]
+    done = prepare(jsonl(tmp_path / "x.jsonl", row), "-o", tmp_path / "out.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert written(tmp_path / "out.jsonl") == [expected]
+    assert ("have no solution" in done.stdout) == (not expected["solution"])
+
+
+def test_parquet_and_the_trainers_own_reader(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [ROWS["dapo"][0], ROWS["dapo"][0] | {"prompt": [{"role": "user", "content": DAPO_PROMPT.format("1+1?")}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "dapo.parquet")
+    assert prepare(tmp_path / "dapo.parquet", "-o", tmp_path / "out.jsonl").returncode == 0
+    config = DataConfig(teacher_template="{problem} {answer}")
+    assert [p.problem for p in load_problems(str(tmp_path / "out.jsonl"), config)] == [
+        "What is 2+3?\n\nGive a digit.",
+        "1+1?",
+    ]
+
+
+def test_contaminated_rows_are_dropped_and_named(tmp_path):
+    def row(i: int, problem: str) -> dict:
+        return {"id": f"row-{i}", "problem": problem, "answer": "1", "solution": "s"}
+
+    leaked = AIME[1]["problem"]
+    rows = [
+        row(0, "An entirely different question about nine green bottles and how many of them are left over, please?"),
+        row(1, leaked),
+        # Other case, typesetting and surroundings; and a part of thirteen words or more.
+        row(2, "Warm-up: " + AIME[2]["problem"].upper().replace("$", "").replace(" ", "  ")),
+        row(3, "Consider this. " + " ".join(AIME[3]["problem"].split()[:30])),
+    ]
+    done = prepare(
+        jsonl(tmp_path / "in.jsonl", *rows), "-o", tmp_path / "out.jsonl",
+        "--evaluation", DATA / "aime24.jsonl", "--evaluation", DATA / "minerva_math.jsonl",
+        "--evaluation", DATA / "gsm8k_test.jsonl", "--evaluation", DATA / "amc23.jsonl",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [r["id"] for r in written(tmp_path / "out.jsonl")] == ["row-0"]
+    assert "3 contaminated" in done.stdout
+    for i in (1, 2, 3):
+        assert f"row-{i} is like aime24.jsonl:{AIME[i]['id']}" in done.stdout
+
+
+def test_short_evaluation_problems_count_only_as_a_whole(tmp_path):
+    evaluation = jsonl(tmp_path / "short.jsonl", {"problem": "What is $2+3$?", "answer": "5"})
+    rows = [{"problem": p, "answer": "5", "solution": "s"} for p in ("what is 2+3", "What is 2+3 in base four?")]
+    done = prepare(jsonl(tmp_path / "in.jsonl", *rows), "-o", tmp_path / "out.jsonl", "--evaluation", evaluation)
+    assert done.returncode == 0, done.stderr
+    assert [r["problem"] for r in written(tmp_path / "out.jsonl")] == ["What is 2+3 in base four?"]
+
+
+def test_unusable_rows_are_counted(tmp_path):
+    thoughts = ROWS["openthoughts"][0]
+    rows = [
+        thoughts,
+        thoughts | {"problem": "What is  $2+3$ ?"},  # a duplicate but for spaces and delimiters
+        thoughts | {"problem": "Sort a list.", "domain": "code"},
+        thoughts | {"problem": "Prove it.", "ground_truth_solution": "Clear."},
+        thoughts | {"problem": "A long one", "ground_truth_solution": "\\boxed{5}" + "x" * 500},
+    ]
+    out = tmp_path / "out.jsonl"
+    done = prepare(jsonl(tmp_path / "in.jsonl", *rows), "-o", out, "--max-characters", "500")
+    assert done.returncode == 0, done.stderr
+    for line in ("5 rows read", "1 duplicates", "2 without a problem or a verifiable answer", "1 longer than 500"):
+        assert line in done.stdout
+    assert len(written(out)) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "reason"),
+    [
+        ([{"text": "x"}], [], "has the fields text"),
+        ([ROWS["plain"][0], {"id": 8}], [], "line 2 is not like the rows before it"),
+        ([ROWS["plain"][0]], ["--evaluation", "missing.jsonl"], "there is no file missing.jsonl"),
+        ([ROWS["plain"][0] | {"answer": ""}], [], "no row is left"),
+    ],
+)
+def test_refusals_leave_nothing(rows, words, reason, tmp_path):
+    out = tmp_path / "out" / "train.jsonl"
+    done = prepare(jsonl(tmp_path / "in.jsonl", *rows), "-o", out, *words)
+    assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not out.exists() and not list(tmp_path.rglob("*.partial"))
+
+
+def test_an_existing_file_is_kept(tmp_path):
+    out = jsonl(tmp_path / "out.jsonl", {"mine": 1})
+    done = prepare(jsonl(tmp_path / "in.jsonl", ROWS["plain"][0]), "-o", out)
+    assert done.returncode == 2 and "exists" in done.stderr and written(out) == [{"mine": 1}]
