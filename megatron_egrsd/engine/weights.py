@@ -14,7 +14,7 @@ from megatron_egrsd.hf.mapping import Entry, entries, local_name
 
 
 def _own_entries(module: torch.nn.Module, arch: Architecture) -> list[tuple[Entry, torch.nn.Parameter]]:
-    """This stage's parameters with their place in the mapping, in model order.
+    """This stage's parameters with their place in the mapping, in its order, which the export must keep.
 
     The last stage of a tied model holds a copy of the embedding as output_layer.weight; it maps to the same entry.
     """
@@ -28,7 +28,8 @@ def _own_entries(module: torch.nn.Module, arch: Architecture) -> list[tuple[Entr
         if name not in table:
             raise RunError(f"megatron-core calls a parameter {name}, which the weight mapping does not know")
         own.append((table[name], parameter))
-    return own
+    order = {name: i for i, name in enumerate(table)}  # megatron-core registers a layer's parameters in another one
+    return sorted(own, key=lambda pair: order[pair[0].megatron])
 
 
 @torch.no_grad()
