@@ -77,8 +77,7 @@ class ToMegatron:
             copy_assets(self.source, directory / SIDECAR)
             if self.dtype != self.source_dtype:
                 set_config_dtype(directory / SIDECAR / "config.json", self.dtype)
-            record = {"dtype": _name(self.dtype), "source_dtype": _name(self.source_dtype),
-                      "stores_tied_head": checkpoint.stores_tied_head}  # fmt: skip
+            record = record_of(checkpoint, self.dtype)
             (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             (directory / TRACKER).write_text(RELEASE, encoding="utf-8")
 
@@ -129,6 +128,15 @@ class ToHF:
                 writer.finish()
             finally:
                 writer.abort()
+
+
+def record_of(checkpoint: HFCheckpoint, dtype: torch.dtype) -> dict:
+    """conversion.json: what config.json does not say about the files a conversion to `dtype` started from."""
+    return {
+        "dtype": _name(dtype),
+        "source_dtype": _name(checkpoint.dtype()),
+        "stores_tied_head": checkpoint.stores_tied_head,
+    }
 
 
 def weight_bytes(arch: Architecture, dtype: torch.dtype) -> int:

@@ -173,7 +173,7 @@ class MegatronCheckpoint:
                 known.add(key)
                 shape_of[key] = (isinstance(entry.layout, Vocabulary), (*place.lead, *half))
         for key, (is_vocabulary, expected) in shape_of.items():
-            shape = reader.shape(key)
+            shape = reader.tensors[key].shape
             padded = is_vocabulary and len(shape) == 2 and shape[0] >= expected[0] and shape[1] == expected[1]
             if shape != expected and not padded:
                 found.append(f"{key} has shape {list(shape)}, but config.json implies {list(expected)}")
@@ -193,7 +193,9 @@ class MegatronCheckpoint:
 
     def dtype(self) -> torch.dtype:
         """The one type of all weights; BadArgument where they differ."""
-        found = {self.reader.dtype(k): k for e in entries(self.architecture) for k in self._keys(self._place(e))}
+        found = {
+            self.reader.tensors[k].dtype: k for e in entries(self.architecture) for k in self._keys(self._place(e))
+        }
         if len(found) > 1:
             raise BadArgument(f"{self.path} mixes {' and '.join(f'{t} ({k})' for t, k in found.items())}")
         return next(iter(found))
@@ -229,7 +231,9 @@ class MegatronCheckpoint:
             if name in ("seq_length", "max_position_embeddings", "vocab_size") or "dropout" in name or found is None:
                 continue  # of the run, not of the weights
             if found != expected and isinstance(found, bool | int | float | str):
-                raise BadArgument(f"{self.path} was saved with {name} = {found}, but {self.like} implies {expected}")
+                raise BadArgument(
+                    f"{self.path} was saved with {name} = {found}, but {self.like}/config.json implies {expected}"
+                )
 
 
 def is_state(key: str) -> bool:

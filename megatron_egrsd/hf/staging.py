@@ -30,9 +30,9 @@ def staged(path: str | Path, nbytes: int = 0) -> Iterator[Path]:
     except OSError as error:
         raise BadArgument(f"{temporary} cannot be made: {error.strerror}") from None
     with _locked(temporary):
-        _empty(temporary)
-        check_space(temporary, nbytes)
         try:
+            _empty(temporary)
+            check_space(temporary, nbytes)
             yield temporary
             check_absent(path)
             temporary.rename(path)

@@ -6,11 +6,12 @@ torch_dist_writer.py describes the format.
 import io
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.hf.safe_pickle import MetadataUnpickler, load_without_code
@@ -18,10 +19,30 @@ from megatron_egrsd.hf.staging import sha256_of
 from megatron_egrsd.hf.torch_dist_writer import COMMON, CONFIG, INTEGRITY, METADATA
 
 
-class TorchDistReader:
-    """Lazy view of a torch_dist directory. RunError, naming file or tensor, where it is damaged.
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor, and the torch.save archive that holds it: `length` bytes at `start` of `file`."""
 
-    `tensors`: key -> TensorStorageMetadata; `objects`: names of the objects.
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the checkpoint: its global shape, its type, and the boxes that together are it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+
+class TorchDistReader:
+    """Lazy view of a torch_dist directory; `tensors` says what is in it by key.
+
+    RunError, naming the file or the tensor, where it is damaged.
     """
 
     def __init__(self, directory: Path):
@@ -30,48 +51,60 @@ class TorchDistReader:
             config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
             with open(directory / METADATA, "rb") as file:
                 metadata = MetadataUnpickler(file).load()
-            found = metadata.state_dict_metadata.items()
-            self.tensors = {k: v for k, v in found if isinstance(v, TensorStorageMetadata)}
-            self.objects = [k for k, v in found if isinstance(v, BytesStorageMetadata)]
             self._storage = {(i.fqn, i.offset and tuple(i.offset)): info for i, info in metadata.storage_data.items()}
+            self.tensors = {
+                key: self._stored(key, value)
+                for key, value in metadata.state_dict_metadata.items()
+                if isinstance(value, TensorStorageMetadata)
+            }
+            backend = config["sharded_backend"]
         except OSError as error:
             raise RunError(
                 f"{error.filename} cannot be read ({error.strerror}), so {directory} is incomplete"
             ) from None
         except Exception as error:  # a damaged pickle can raise anything
             raise RunError(f"{directory / METADATA} is damaged ({type(error).__name__}: {error})") from None
-        if config.get("sharded_backend") != "torch_dist":
-            raise RunError(f"{directory} has the format {config.get('sharded_backend')}; only torch_dist is supported")
+        if backend != "torch_dist":
+            raise RunError(f"{directory} has the format {backend}; only torch_dist is supported")
 
-    def dtype(self, key: str) -> torch.dtype:
-        return self.tensors[key].properties.dtype
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self.tensors[key].size)
+    def _stored(self, key: str, value: TensorStorageMetadata) -> Stored:
+        """The record in plain types; any exception means a damaged file."""
+        chunks = []
+        for chunk in value.chunks:
+            offsets = tuple(map(int, chunk.offsets))
+            info = self._storage[(key, offsets)]
+            place = str(info.relative_path), int(info.offset), int(info.length)
+            chunks.append(Chunk(offsets, tuple(map(int, chunk.sizes)), *place))
+        if not isinstance(value.properties.dtype, torch.dtype):
+            raise TypeError(f"{key} has no type")
+        return Stored(tuple(map(int, value.size)), value.properties.dtype, tuple(chunks))
 
     def read(self, key: str, index: tuple[int, ...] = ()) -> torch.Tensor:
         """The tensor at `index` of the leading dimensions of `key`, put together from its chunks.
 
         Reads the chunks that touch it, one at a time. RunError where they do not cover it exactly once.
         """
-        lead, shape = len(index), self.shape(key)
+        stored, lead = self.tensors[key], len(index)
+        shape = stored.shape[lead:]
         full, covered = None, 0
-        for chunk in self.tensors[key].chunks:
-            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            if any(not start <= i < start + n for i, start, n in zip(index, offsets, sizes, strict=False)):
+        for chunk in stored.chunks:
+            inner = tuple(i - start for i, start in zip(index, chunk.offsets, strict=False))
+            if any(not 0 <= i < size for i, size in zip(inner, chunk.sizes, strict=False)):
                 continue
-            part = self._load(key, offsets, sizes)[tuple(i - start for i, start in zip(index, offsets, strict=False))]
-            if part.shape == shape[lead:]:
-                full, covered = part, covered + part.numel()  # one chunk holds it all: no copy
+            part = self._load(key, chunk)[inner]
+            covered += part.numel()
+            if part.shape == shape:
+                full = part  # one chunk holds it all: no copy
                 continue
             if full is None:
-                full = torch.empty(shape[lead:], dtype=self.dtype(key))
-            place = tuple(slice(o, o + n) for o, n in zip(offsets[lead:], sizes[lead:], strict=True))
-            full[place] = part
-            covered += part.numel()
-        if covered != math.prod(shape[lead:]):
-            raise RunError(f"the chunks of {key}{list(index)} in {self.directory} hold {covered} elements of "
-                           f"{math.prod(shape[lead:])}: some are missing or doubled")  # fmt: skip
+                full = torch.empty(shape, dtype=stored.dtype)
+            box = zip(chunk.offsets[lead:], chunk.sizes[lead:], strict=True)
+            full[tuple(slice(start, start + size) for start, size in box)] = part
+        if covered != math.prod(shape):
+            raise RunError(
+                f"the chunks of {key}{list(index)} in {self.directory} hold {covered} elements of {math.prod(shape)}: "
+                "some are missing or doubled"
+            )
         return full
 
     def common(self) -> dict[str, Any]:
@@ -88,50 +121,49 @@ class TorchDistReader:
 
     def check_tiling(self, key: str) -> None:
         """RunError where the chunks of `key` leave its bounds, overlap or leave a gap."""
-        shape = self.shape(key)
-        boxes = [(tuple(c.offsets), tuple(c.sizes)) for c in self.tensors[key].chunks]
-        for offsets, sizes in boxes:
-            if len(offsets) != len(shape) or any(o + n > s for o, n, s in zip(offsets, sizes, shape, strict=True)):
-                raise RunError(f"{key} has a chunk at {list(offsets)} of {list(sizes)} outside its shape {list(shape)}")
-        # Chunks of different places in the leading dimension cannot overlap; comparing within it keeps this short.
-        by_lead: dict[int, list] = {}
-        for box in boxes:
-            for lead in range(box[0][0], box[0][0] + box[1][0]) if len(shape) > 2 else [0]:
-                by_lead.setdefault(lead, []).append(box)
-        for group in by_lead.values():
-            for n, first in enumerate(group):
-                for second in group[n + 1 :]:
-                    if _overlap(first, second):
-                        raise RunError(f"{key} is duplicated: two chunks hold the elements at {list(second[0])}")
-        if sum(math.prod(sizes) for _, sizes in boxes) != math.prod(shape):
+        shape, chunks = self.tensors[key].shape, self.tensors[key].chunks
+        for chunk in chunks:
+            boxes = zip(chunk.offsets, chunk.sizes, shape, strict=False)
+            if len(chunk.offsets) != len(shape) or any(start + size > end for start, size, end in boxes):
+                raise RunError(f"{key} has a chunk at {list(chunk.offsets)} outside its shape {list(shape)}")
+        active: list[Chunk] = []  # those that reach into the layer (or row) where the next chunk begins
+        for chunk in sorted(chunks, key=lambda chunk: chunk.offsets):
+            active = [other for other in active if other.offsets[0] + other.sizes[0] > chunk.offsets[0]]
+            if any(_overlap(chunk, other) for other in active):
+                raise RunError(f"{key} is duplicated: two chunks hold the elements at {list(chunk.offsets)}")
+            active.append(chunk)
+        if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
             raise RunError(f"{key} lacks chunks: its shape {list(shape)} is not covered")
 
     def damaged_files(self) -> list[str]:
-        """Names of files that are missing or differ from integrity.json; empty where there is no such manifest."""
+        """Names of files that integrity.json does not vouch for; empty where there is no such manifest."""
         file = self.directory / INTEGRITY
         if not file.is_file():
             return []
         try:
-            expected = json.loads(file.read_text(encoding="utf-8"))["files"]
-            return [name for name, digest in expected.items() if sha256_of(self.directory / name) != digest]
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            expected = manifest["files"].items()
+            if manifest["algorithm"] != "sha256":
+                return [INTEGRITY]
         except (ValueError, KeyError, AttributeError, TypeError):
             return [INTEGRITY]
+        present = {f.name for f in self.directory.iterdir() if f.is_file() and f.name != INTEGRITY}
+        damaged = [name for name, digest in expected if sha256_of(self.directory / name) != digest]
+        return damaged + sorted(present - {name for name, _ in expected})
 
-    def _load(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        info = self._storage.get((key, offsets))
-        if info is None:
-            raise RunError(f"{self.directory / METADATA} does not say where the chunk of {key} at {list(offsets)} lies")
-        path = self.directory / info.relative_path
+    def _load(self, key: str, chunk: Chunk) -> torch.Tensor:
+        path = self.directory / chunk.file
         try:
             with open(path, "rb", buffering=0) as file:
-                tensor = torch.load(_Window(file, info.offset, info.length), map_location="cpu", weights_only=True)
+                tensor = torch.load(_Window(file, chunk.start, chunk.length), map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise RunError(f"{path} is missing; it holds {key}") from None
         except Exception as error:  # torch.load raises a zoo of types on damaged bytes
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RunError(f"{key} in {path} cannot be read ({reason}); the file is truncated or damaged") from None
-        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != sizes or tensor.dtype != self.dtype(key):
-            raise RunError(f"the chunk of {key} at {list(offsets)} in {path} is not the {list(sizes)} tensor announced")
+        announced = (chunk.sizes, self.tensors[key].dtype)
+        if not isinstance(tensor, torch.Tensor) or (tuple(tensor.shape), tensor.dtype) != announced:
+            raise RunError(f"the chunk of {key} at {list(chunk.offsets)} in {path} is not the tensor announced")
         return tensor
 
 
@@ -162,5 +194,6 @@ class _Window(io.RawIOBase):
         return count
 
 
-def _overlap(first: tuple, second: tuple) -> bool:
-    return all(a < b + m and b < a + n for a, n, b, m in zip(*first, *second, strict=True))
+def _overlap(a: Chunk, b: Chunk) -> bool:
+    boxes = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    return all(x < y + m and y < x + n for x, n, y, m in boxes)

@@ -89,7 +89,12 @@ class TorchDistWriter:
             self._file = _HashedFile(self.directory / f"__0_{self._count}.distcp")
             self._count += 1
         start = self._file.position
-        torch.save(value, self._file)
+        try:
+            torch.save(value, self._file)
+        except RuntimeError as error:  # torch closes its archive after a failed write, and that fails again
+            if isinstance(error.__context__, OSError | KeyboardInterrupt):
+                raise error.__context__ from None
+            raise
         self.metadata.storage_data[index] = _StorageInfo(self._file.path.name, start, self._file.position - start)
 
     def _close(self) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.hf.checkpoint import HFCheckpoint, assets
+from megatron_egrsd.hf.convert import RECORD, record_of
 from megatron_egrsd.hf.mapping import entries
-from megatron_egrsd.hf.megatron_checkpoint import SIDECAR, MegatronCheckpoint, places
+from megatron_egrsd.hf.megatron_checkpoint import SIDECAR, MegatronCheckpoint, places, read_json
 from megatron_egrsd.hf.safetensors_file import raw_bytes
 
 
@@ -29,14 +30,20 @@ def verify(
     """
     hf = HFCheckpoint(hf_path)
     hf.check_tied_head()
-    own = Path(megatron_path, SIDECAR, "config.json").is_file() or Path(megatron_path, "..", SIDECAR).is_dir()
+    roots = (Path(megatron_path), Path(megatron_path).absolute().parent)
+    own = any((root / name).exists() for root in roots for name in (RECORD, SIDECAR))
     megatron = MegatronCheckpoint(megatron_path, like=None if own else hf_path)
-    problems = [f"{megatron.directory / name} is damaged: its SHA-256 is not the one in integrity.json"
-                for name in megatron.reader.damaged_files()]  # fmt: skip
+    problems = [
+        f"{megatron.directory / name} is damaged: its SHA-256 is not the one in integrity.json"
+        for name in megatron.reader.damaged_files()
+    ]
     if megatron.architecture != hf.architecture:
         problems.append(f"{megatron.like}/config.json describes another model than {hf.path}/config.json")
     elif own:
-        problems += _different_files(hf.path, megatron.like, config_may_differ=dtype is not None)
+        problems += _different_files(hf.path, megatron.like, dtype)
+        expected = record_of(hf, dtype or hf.dtype())
+        if read_json(megatron.root / RECORD) != expected:
+            problems.append(f"{megatron.root / RECORD} is not {json.dumps(expected)}")
     megatron.architecture = hf.architecture
     structure = megatron.problems()
     problems += structure
@@ -72,11 +79,13 @@ def _compare(hf: HFCheckpoint, megatron: MegatronCheckpoint, dtype: torch.dtype 
             expected, found = hf[name], converted[name]
             if dtype is not None:
                 expected = expected.to(dtype)
-            digests = [_sha256(tensor) for tensor in (expected, found)]
+            left, right = raw_bytes(expected), raw_bytes(found)
+            same = expected.dtype == found.dtype and left == right
+            digest = hashlib.sha256(left).hexdigest()
             if expected.dtype != found.dtype:
                 problems.append(f"{name} is {expected.dtype} in Hugging Face and {found.dtype} in Megatron; "
                                 "say --dtype where that was asked for")  # fmt: skip
-            elif digests[0] != digests[1]:
+            elif not same:
                 count = int((expected != found).sum()) or "only the bits of some"
                 problems.append(
                     f"{name} differs from {place.key}{list(place.index)}: {count} of {found.numel()} values"
@@ -87,24 +96,28 @@ def _compare(hf: HFCheckpoint, megatron: MegatronCheckpoint, dtype: torch.dtype 
                     "megatron": f"{place.key}{list(place.index)}",
                     "shape": list(found.shape),
                     "dtype": str(found.dtype),
-                    "sha256_hf": digests[0],
-                    "sha256_megatron": digests[1],
+                    "sha256_hf": digest,
+                    "sha256_megatron": digest if same else hashlib.sha256(right).hexdigest(),
                 }
             )
             advance(found.nbytes)
     return rows
 
 
-def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
-
-
-def _different_files(hf: Path, carried: Path, config_may_differ: bool) -> list[str]:
-    """Problems with the files beside the weights: config, tokenizer, templates."""
+def _different_files(hf: Path, carried: Path, dtype: torch.dtype | None) -> list[str]:
+    """Problems with the files beside the weights: config, tokenizer, templates. `dtype` may differ in the config."""
     left, right = assets(hf), assets(carried)
     problems = [f"{name} is missing from {carried}" for name in left.keys() - right.keys()]
     problems += [f"{name} in {carried} is not in {hf}" for name in right.keys() - left.keys()]
     for name in sorted(left.keys() & right.keys()):
-        if left[name].read_bytes() != right[name].read_bytes() and not (config_may_differ and name == "config.json"):
-            problems.append(f"{name} differs between {hf} and {carried}")
+        if left[name].read_bytes() == right[name].read_bytes():
+            continue
+        if name == "config.json" and dtype is not None and _same_but_dtype(left[name], right[name]):
+            continue
+        problems.append(f"{name} differs between {hf} and {carried}")
     return problems
+
+
+def _same_but_dtype(left: Path, right: Path) -> bool:
+    a, b = read_json(left), read_json(right)
+    return {k: v for k, v in a.items() if "dtype" not in k} == {k: v for k, v in b.items() if "dtype" not in k}

@@ -1,0 +1,176 @@
+#!/usr/bin/env python3
+"""How fast and how lean conversion is, against `cp` of the same bytes in the same run.
+
+    python tools/benchmark_convert.py                 # a 0.6B-shaped model in bf16, both ways and verify
+    python tools/benchmark_convert.py --memory        # peak anonymous memory of models of 4 to 32 layers
+
+Every measurement runs in a fresh process. Anonymous memory is what the process allocates itself (VmRSS without the
+pages of mapped files, which the kernel can drop at any time), sampled every 5 ms; the number includes Python and torch.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+QWEN3_06B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+
+
+def make_model(path: Path, **changes) -> int:
+    """Write random bf16 weights of that shape to `path`; returns their bytes."""
+    import torch
+
+    from megatron_egrsd.hf.architecture import Architecture
+    from megatron_egrsd.hf.mapping import hf_shapes
+    from megatron_egrsd.hf.safetensors_file import SafetensorsWriter
+
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(QWEN3_06B | changes))
+    shapes = hf_shapes(Architecture.from_pretrained(path))
+    writer = SafetensorsWriter(path, shapes, torch.bfloat16)
+    for seed, (name, shape) in enumerate(shapes.items()):
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randint(-(2**15), 2**15, shape, generator=generator, dtype=torch.int16)
+        writer.write(name, noise.view(torch.bfloat16))
+    writer.finish()
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def measured(action: str, source: Path, target: Path) -> dict:
+    """Seconds and peak anonymous bytes of one conversion in a fresh process."""
+    command = [sys.executable, __file__, "--child", action, str(source), str(target)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def child(action: str, source: Path, target: Path) -> None:
+    """Run one conversion here and print its seconds (imports excluded) and peak anonymous bytes."""
+    import torch
+
+    from megatron_egrsd.hf.convert import ToHF, ToMegatron
+    from megatron_egrsd.hf.verify import verify
+
+    torch.set_num_threads(1)
+    peak, done = [0], threading.Event()
+
+    def sample():
+        with open("/proc/self/status") as status:
+            while not done.wait(0.005):
+                status.seek(0)
+                peak[0] = max(peak[0], next(int(x.split()[1]) for x in status if x.startswith("RssAnon")) * 1024)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    start = time.perf_counter()
+    if action == "to-megatron":
+        ToMegatron(source, target).run()
+    elif action == "to-hf":
+        ToHF(source, target).run()
+    else:
+        assert not verify(source, target)["problems"]
+    seconds = time.perf_counter() - start
+    done.set()
+    sampler.join()
+    print(json.dumps({"seconds": seconds, "peak": peak[0]}))
+
+
+def copied(source: Path, target: Path) -> float:
+    """Seconds of `cp` of the weights."""
+    files = [str(file) for file in source.glob("*.safetensors")]
+    target.mkdir()
+    start = time.perf_counter()
+    subprocess.run(["cp", *files, str(target)], check=True)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return seconds
+
+
+def throughput(directory: Path, repeats: int) -> None:
+    """Interleaved runs of cp and the conversions, each with no writes pending; the medians and their ratio."""
+    nbytes = make_model(directory / "hf")
+    seconds = {name: [] for name in ("cp", "to-megatron", "to-hf", "verify")}
+    peaks = dict.fromkeys(seconds, 0)
+    for _ in range(repeats):
+        os.sync()
+        seconds["cp"].append(copied(directory / "hf", directory / "copy"))
+        for action, source, target in (
+            ("to-megatron", "hf", "megatron"),
+            ("to-hf", "megatron", "again"),
+            ("verify", "hf", "megatron"),
+        ):
+            os.sync()
+            result = measured(action, directory / source, directory / target)
+            seconds[action].append(result["seconds"])
+            peaks[action] = max(peaks[action], result["peak"])
+        for name in ("megatron", "again"):
+            shutil.rmtree(directory / name)
+    cp = statistics.median(seconds["cp"])
+    print(f"{nbytes / 1e9:.2f} GB of bf16, median of {repeats} runs\n")
+    print("| | seconds | GB/s | ratio to cp | peak anonymous GB |\n|---|---|---|---|---|")
+    for name, runs in seconds.items():
+        median = statistics.median(runs)
+        peak = f"{peaks[name] / 1e9:.2f}" if peaks[name] else ""
+        print(f"| {name} | {median:.2f} ({min(runs):.2f}-{max(runs):.2f}) | {nbytes / 1e9 / median:.2f} "
+              f"| {cp / median:.2f} | {peak} |")  # fmt: skip
+
+
+def memory(directory: Path) -> None:
+    """Peak anonymous memory against depth, at a vocabulary small enough that the layers decide."""
+    print("| layers | weights GB | to-megatron GB | to-hf GB | verify GB |\n|---|---|---|---|---|")
+    for layers in (4, 8, 16, 32):
+        root = directory / str(layers)
+        nbytes = make_model(root / "hf", num_hidden_layers=layers, vocab_size=32000)
+        peaks = [
+            measured(*step)["peak"]
+            for step in (
+                ("to-megatron", root / "hf", root / "megatron"),
+                ("to-hf", root / "megatron", root / "again"),
+                ("verify", root / "hf", root / "megatron"),
+            )
+        ]
+        print(f"| {layers} | {nbytes / 1e9:.2f} | {' | '.join(f'{peak / 1e9:.3f}' for peak in peaks)} |", flush=True)
+        shutil.rmtree(root)
+
+
+def main() -> None:
+    """Parse the arguments and run one of the two benchmarks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", action="store_true", help="peak memory against depth instead of throughput")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--directory", type=Path, help="where to write (default: the system's temporary directory)")
+    parser.add_argument("--child", nargs=3, metavar=("ACTION", "SOURCE", "TARGET"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child[0], Path(arguments.child[1]), Path(arguments.child[2]))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="convert-") as directory:
+        if arguments.memory:
+            memory(Path(directory))
+        else:
+            throughput(Path(directory), arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
