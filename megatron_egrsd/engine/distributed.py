@@ -1,6 +1,7 @@
 """Process groups: torchrun's environment (or one process alone) into megatron-core's parallel state."""
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_egrsd.config import ParallelConfig
+from megatron_egrsd.errors import RunError
 
 T = TypeVar("T")
 
@@ -45,6 +47,21 @@ def shutdown() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost_contact(error: BaseException | None) -> RunError | None:
+    """What to tell a user for an exception that a collective raised: another rank is gone, stuck or out of reach.
+
+    None for any other exception. gloo raises plain RuntimeErrors that name its source file; the rest are DistErrors.
+    """
+    if not isinstance(error, dist.DistError) and not (type(error) is RuntimeError and "gloo" in str(error)):
+        return None
+    reason = str(error).strip().splitlines()[0].rpartition("] ")[2]
+    rank = os.environ.get("RANK", "0")
+    return RunError(
+        f"rank {rank} on {socket.gethostname()} lost contact to another rank; if a node or rank failed first, its own "
+        f"message says why, else check the network, or raise parallel.timeout ({reason})"
+    )
 
 
 def on_first_rank(function: Callable[[], T]) -> T:

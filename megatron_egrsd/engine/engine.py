@@ -87,8 +87,10 @@ class Engine:
     def __enter__(self) -> "Engine":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         self.close()
+        if reason := distributed.lost_contact(error):
+            raise reason from error
 
     def close(self) -> None:
         distributed.shutdown()

@@ -187,6 +187,8 @@ def server_command(config: RolloutConfig, model: ModelConfig, seed: int, port: i
             "max-running-requests": config.max_concurrent_requests,
         }
     arguments |= {name.replace("_", "-"): value for name, value in config.server_args.items()}
+    if device == "cpu":
+        arguments.pop("base-gpu-id", None)  # SGLang would take it for a NUMA node
     words = []
     for name, value in arguments.items():
         if value is False or value is None:
@@ -213,8 +215,8 @@ def _launch(
     if device == "cpu":
         # More threads a server than cores make it fifty times slower: one, unless the user says otherwise.
         environment = {"OMP_NUM_THREADS": "1"} | environment | {"SGLANG_PLATFORM": cpu_platform.NAME}
-    elif config.engines * config.engine_tensor_parallel > 1 and "base_gpu_id" not in config.server_args:
-        first = index * config.engine_tensor_parallel
+    else:  # the servers stand side by side from the user's base_gpu_id on
+        first = int(config.server_args.get("base_gpu_id", 0)) + index * config.engine_tensor_parallel
         command += ["--base-gpu-id", str(first)]
     with open(log, "wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,

@@ -123,7 +123,8 @@ class WeightSync:
 
     def _form_group(self) -> BroadcastGroup:
         sizes = [self._request("GET", url, "server_info")["tp_size"] for url in self.servers.urls]
-        address = address_towards(self.servers.urls[-1])
+        # One address for all servers: where one is elsewhere, not this host's loopback.
+        address = max(map(address_towards, self.servers.urls), key=lambda a: not a.startswith("127."))
         group = BroadcastGroup(_GROUP, address, 1 + sum(sizes), self.device, self.config.sync_timeout)
         bodies = [{"master_address": address, "master_port": group.port, "rank_offset": 1 + sum(sizes[:i]),
                    "world_size": group.world_size, "group_name": _GROUP, "backend": group.backend}

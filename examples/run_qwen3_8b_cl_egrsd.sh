@@ -1,0 +1,126 @@
+#!/usr/bin/env bash
+# CL-EGRSD on Qwen3-8B, on one node or many: run this same script on every node.
+#
+#   MODEL=/models/Qwen3-8B DATA=/data/train.jsonl bash examples/run_qwen3_8b_cl_egrsd.sh
+#   NNODES=4 NODE_RANK=0 MASTER_ADDR=10.0.0.1 ROLLOUT_URLS=http://10.0.0.9:30000 MODEL=... DATA=... bash ...
+#
+# Placement is disaggregated: the first NPROC_PER_NODE GPUs of every node train. Without ROLLOUT_URLS the remaining
+# GPUs of the first node run SGLang, started and ended by the first training rank; those of other nodes stay idle.
+#
+# Further words are overrides: bash ... --optimizer.lr 2e-6 --steps 50, or --dry-run. What is not set here or there is in
+# CONFIG. Nothing is downloaded. Status: 0 done, 2 what this script refuses, 1 whatever fails under torchrun. The whole script has run on CPU, on one host and on two (tests/end_to_end/test_multi_node.py);
+# it has not run on a GPU yet. docs/cluster.md says more.
+set -euo pipefail
+
+fail() {
+    echo "$(basename "$0"): error: $1" >&2
+    exit 2
+}
+positive() { [[ "${!1}" =~ ^[1-9][0-9]*$ ]] || fail "$1 is '${!1}'; it must be a positive whole number"; }
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+# What to train, on what, and where to.
+MODEL="${MODEL:-models/Qwen3-8B}"            # directory of the Hugging Face checkpoint, at the same path on every node
+DATA="${DATA:-data/train.jsonl}"             # problem, answer, solution; the same file on every node (docs/data.md)
+EVAL_DATA="${EVAL_DATA:-}"                   # held-out problems; empty: no evaluation
+OUTPUT="${OUTPUT:-runs/qwen3-8b-cl-egrsd}"   # must be new or empty; only the first node writes to it
+CONFIG="${CONFIG:-$here/configs/qwen3_8b_cl_egrsd.yaml}"  # every hyper-parameter that no line below sets
+
+# The nodes. Slurm's own numbering is used where NODE_RANK is not given.
+NNODES="${NNODES:-1}"
+NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-}}"  # 0 is the first node
+MASTER_ADDR="${MASTER_ADDR:-}"               # an address of the first node that every node reaches
+MASTER_PORT="${MASTER_PORT:-29500}"          # a free port on the first node, the same value everywhere
+RENDEZVOUS_TIMEOUT="${RENDEZVOUS_TIMEOUT:-900}"  # seconds that nodes wait for each other at the start
+
+# Their GPUs.
+ROLLOUT_URLS="${ROLLOUT_URLS:-}"             # servers that already run, separated by commas; empty: launch them here
+GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
+if [[ -n "$ROLLOUT_URLS" ]]; then
+    NPROC_PER_NODE="${NPROC_PER_NODE:-$GPUS_PER_NODE}"          # training ranks of each node: all GPUs
+else
+    NPROC_PER_NODE="${NPROC_PER_NODE:-$(((GPUS_PER_NODE + 1) / 2))}"  # or half of them, the others sample
+fi
+TENSOR="${TENSOR:-4}"                        # TP; keep it within a node
+PIPELINE="${PIPELINE:-1}"                    # PP; may cross nodes
+ENGINE_TENSOR="${ENGINE_TENSOR:-1}"          # TP of each launched SGLang server: an 8B model fits on one GPU
+
+for name in NNODES MASTER_PORT RENDEZVOUS_TIMEOUT GPUS_PER_NODE NPROC_PER_NODE TENSOR PIPELINE ENGINE_TENSOR; do
+    positive "$name"
+done
+if ((NNODES == 1)); then
+    NODE_RANK="${NODE_RANK:-0}"
+    MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
+fi
+[[ -n "$MASTER_ADDR" ]] || fail "MASTER_ADDR is not set; with NNODES=$NNODES every node needs the first node's address"
+if ! [[ "$NODE_RANK" =~ ^(0|[1-9][0-9]*)$ && "$NODE_RANK" -lt "$NNODES" ]]; then
+    fail "NODE_RANK is '$NODE_RANK'; it must be this node's number, 0 to $((NNODES - 1))"
+fi
+(((NNODES * NPROC_PER_NODE) % (TENSOR * PIPELINE) == 0)) ||
+    fail "$NNODES x $NPROC_PER_NODE training GPUs do not divide into copies of TENSOR x PIPELINE = $TENSOR x $PIPELINE"
+[[ -f "$CONFIG" ]] || fail "there is no configuration file $CONFIG; set CONFIG"
+[[ -f "$MODEL/config.json" ]] || fail "there is no Hugging Face checkpoint in $MODEL (no config.json); set MODEL"
+[[ -f "$DATA" ]] || fail "there is no training file $DATA; set DATA (tools/prepare_data.py makes one)"
+[[ -z "$EVAL_DATA" || -f "$EVAL_DATA" ]] ||
+    fail "there is no evaluation file $EVAL_DATA; set EVAL_DATA, or leave it empty"
+command -v torchrun >/dev/null || fail "torchrun is not on PATH; activate the environment that megatron_egrsd is in"
+
+MODEL_ARGS=(
+    --model.path "$MODEL"
+)
+DATA_ARGS=(
+    --data.train "$DATA"
+    --data.evaluation "$EVAL_DATA"
+)
+OBJECTIVE_ARGS=(
+    ${ATTENUATION:+--objective.attenuation "$ATTENUATION"}  # alpha: how far the gate may close; 0 is RLSD
+    ${LOOKAHEAD:+--objective.lookahead "$LOOKAHEAD"}        # K: tokens the gate looks ahead; 0 is EGRSD
+    ${MIX:+--objective.mix "$MIX"}                          # lam: share of the teacher/student ratio
+)
+ROLLOUT_ARGS=(
+    ${MAX_RESPONSE:+--rollout.max_response_tokens "$MAX_RESPONSE"}  # longest response; cut ones count as wrong
+)
+if [[ -n "$ROLLOUT_URLS" ]]; then
+    ROLLOUT_ARGS+=(
+        --rollout.urls "[\"${ROLLOUT_URLS//,/\",\"}\"]"
+    )
+else
+    serving=$((GPUS_PER_NODE - NPROC_PER_NODE))
+    ((serving >= ENGINE_TENSOR)) || fail "NPROC_PER_NODE=$NPROC_PER_NODE of GPUS_PER_NODE=$GPUS_PER_NODE train, which \
+leaves no $ENGINE_TENSOR for SGLang; lower NPROC_PER_NODE, or set ROLLOUT_URLS"
+    ROLLOUT_ARGS+=(
+        --rollout.engines "$((serving / ENGINE_TENSOR))"
+        --rollout.engine_tensor_parallel "$ENGINE_TENSOR"
+        --rollout.server_args.base_gpu_id "$NPROC_PER_NODE"  # the first GPU that no training rank uses
+    )
+fi
+PARALLEL_ARGS=(
+    --parallel.tensor "$TENSOR"
+    --parallel.pipeline "$PIPELINE"
+    --parallel.sequence_parallel "$( ((TENSOR > 1)) && echo true || echo false)"  # needs TP > 1
+)
+OPTIMIZER_ARGS=(
+    ${LR:+--optimizer.lr "$LR"}  # peak learning rate
+)
+RUN_ARGS=(
+    --output "$OUTPUT"
+    ${STEPS:+--steps "$STEPS"}  # rollout batches
+    ${SEED:+--seed "$SEED"}     # data order and sampling
+)
+TORCHRUN_ARGS=(
+    --nnodes "$NNODES"
+    --node-rank "$NODE_RANK"
+    --nproc-per-node "$NPROC_PER_NODE"
+    --master-addr "$MASTER_ADDR"
+    --master-port "$MASTER_PORT"
+    --rdzv-conf "timeout=$RENDEZVOUS_TIMEOUT"
+    --max-restarts 0  # a failure ends the job on every node: half-updated weights must not go on
+)
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"                            # torchrun's own choice, without its warning
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"    # megatron-core: TP overlap before Blackwell
+
+exec torchrun "${TORCHRUN_ARGS[@]}" -m megatron_egrsd.cli train --config "$CONFIG" \
+    "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${OBJECTIVE_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${PARALLEL_ARGS[@]}" \
+    "${OPTIMIZER_ARGS[@]}" "${RUN_ARGS[@]}" "$@"

@@ -1,0 +1,188 @@
+"""The example script on two hosts: network namespaces with addresses of their own and a cable (veth) between them.
+
+Traffic stays between the two and their loopbacks. Needs root and iproute2, and is skipped without.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_egrsd.rollout import cpu_platform
+
+ROOT = Path(__file__).parents[2]
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+TIMEOUT = 120  # seconds a collective may take; it includes the start of SGLang, for which the second host waits
+OVERRIDES = {
+    "model.dtype": "float32",
+    "rollout.prompts_per_step": 8,
+    "rollout.rollouts_per_prompt": 8,
+    "rollout.max_response_tokens": 120,
+    "rollout.max_total_tokens": 16384,
+    "rollout.verify_sync": "true",
+    "evaluation.rollouts_per_problem": 1,
+    "parallel.timeout": TIMEOUT,
+}
+
+
+def ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=20).stdout
+
+
+class Host:
+    """A network namespace, and what runs in it."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+        self.name = f"egrsd-{os.getpid()}-{rank}"
+        self.cable = f"egrsd{rank}"
+        self.started: list[subprocess.Popen] = []
+
+    def popen(self, words: list[str], log: Path, **variables: str) -> subprocess.Popen:
+        environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+            # Both hosts have this machine's name, so gloo must be told where the other one is to be found.
+            "GLOO_SOCKET_IFNAME": self.cable,
+        } | variables  # fmt: skip
+        with open(log, "wb") as file:
+            process = subprocess.Popen(
+                ["ip", "netns", "exec", self.name, *words],
+                cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def train(self, output: Path, steps: int, **variables: str) -> None:
+        """Start the example script, as a user does on each node."""
+        words = [w for k, v in {**OVERRIDES, "steps": steps}.items() for w in (f"--{k}", str(v))]
+        variables = {
+            "NNODES": "2", "NODE_RANK": str(self.rank), "MASTER_ADDR": ADDRESSES[0], "RENDEZVOUS_TIMEOUT": "120",
+            "NPROC_PER_NODE": "1", "GPUS_PER_NODE": "2", "TENSOR": "1", "PIPELINE": "2",
+            "MODEL": "examples/tiny/model", "DATA": "examples/tiny/train.jsonl",
+            "EVAL_DATA": "examples/tiny/heldout.jsonl", "OUTPUT": str(output),
+        } | variables  # fmt: skip
+        self.log = output.parent / f"host-{self.rank}.log"
+        self.process = self.popen(["bash", "examples/run_qwen3_8b_cl_egrsd.sh", *words], self.log, **variables)
+
+    def processes(self) -> list[int]:
+        return [int(pid) for pid in ip("netns", "pids", self.name).split()]
+
+    def reasons(self) -> list[str]:
+        return re.findall(r"^megatron-egrsd: error: .*", self.log.read_text(), re.M)
+
+    def tail(self) -> str:
+        return f"--- host {self.rank}\n{self.log.read_text()[-4000:]}"
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[Host, Host]]:
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("two hosts are two network namespaces: that takes root and `ip` (iproute2)")
+    pair = Host(0), Host(1)
+    with contextlib.ExitStack() as stack:
+        for host in pair:
+            try:
+                ip("netns", "add", host.name)
+            except subprocess.CalledProcessError as error:
+                pytest.skip(f"no network namespace can be made here: {error.stderr.strip()}")
+            stack.callback(ip, "netns", "del", host.name)
+        first, second = pair
+        ip("link", "add", first.cable, "netns", first.name, "type", "veth",
+           "peer", "name", second.cable, "netns", second.name)  # fmt: skip
+        for host, address in zip(pair, ADDRESSES, strict=True):
+            ip("-n", host.name, "address", "add", f"{address}/24", "dev", host.cable)
+            ip("-n", host.name, "link", "set", "lo", "up")
+            ip("-n", host.name, "link", "set", host.cable, "up")
+            stack.callback(end, host)
+        yield pair
+
+
+def end(host: Host) -> None:
+    """Kill whatever is left in a namespace, by process id."""
+    for pid in host.processes():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for process in host.started:
+        process.wait(20)
+
+
+def metrics(output: Path) -> list[dict]:
+    path = output / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if "loss/policy" in row]
+
+
+def finish(hosts: tuple[Host, Host], output: Path) -> None:
+    """Both hosts end well; two steps were made with weights in agreement, and the trained model is written."""
+    for host in hosts:
+        host.process.wait(300)
+    assert [host.process.returncode for host in hosts] == [0, 0], hosts[0].tail() + hosts[1].tail()
+    steps = metrics(output)
+    assert [m["step"] for m in steps] == [1, 2]
+    # SGLang sampled with the weights that both stages sent it: the start's in step 1, the synchronised ones in step 2.
+    assert all(m["sync/log_prob_difference"] < 1e-5 for m in steps)
+    assert all(m["optimizer/grad_norm"] > 0 for m in steps)
+    from safetensors.torch import load_file
+
+    start = load_file(ROOT / "examples/tiny/model/model.safetensors")
+    trained = load_file(output / "hf" / "model.safetensors")
+    assert trained.keys() == start.keys() and not any(trained[k].equal(start[k]) for k in start)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_pipeline_across_two_hosts(hosts, tmp_path):
+    for host in hosts:
+        host.train(tmp_path / "run", steps=2)
+    finish(hosts, tmp_path / "run")
+    assert [host.processes() for host in hosts] == [[], []]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_the_server_is_on_the_other_host(hosts, tmp_path):
+    """ROLLOUT_URLS, and weights that cross the cable: started by the command of docs/cluster.md and CPU flags."""
+    server = hosts[1].popen(
+        [sys.executable, "-m", "megatron_egrsd.rollout.launch", "--model-path", "examples/tiny/model",
+         "--host", ADDRESSES[1], "--port", "30000", "--dtype", "float32", "--weight-version", "0",
+         "--skip-tokenizer-init", "--skip-server-warmup",
+         "--device", "cpu", "--sampling-backend", "pytorch", "--disable-cuda-graph", "--max-total-tokens", "16384"],
+        tmp_path / "server.log", SGLANG_PLATFORM=cpu_platform.NAME,
+    )  # fmt: skip
+    for host in hosts:
+        host.train(tmp_path / "run", steps=2, ROLLOUT_URLS=f"http://{ADDRESSES[1]}:30000")
+    finish(hosts, tmp_path / "run")
+    assert server.poll() is None, "a server that the user started is the user's to end"
+    assert hosts[0].processes() == [] and not (tmp_path / "run" / "logs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_the_cable_is_cut(hosts, tmp_path):
+    output = tmp_path / "run"
+    for host in hosts:
+        host.train(output, steps=10_000)
+    deadline = time.monotonic() + 200
+    while len(metrics(output)) < 1 and time.monotonic() < deadline:
+        assert all(host.process.poll() is None for host in hosts), hosts[0].tail() + hosts[1].tail()
+        time.sleep(0.2)
+    ip("-n", hosts[1].name, "link", "set", hosts[1].cable, "down")
+    cut = time.monotonic()
+    for host in hosts:
+        host.process.wait(max(0, cut + TIMEOUT + 60 - time.monotonic()))
+    print(f"both ended {time.monotonic() - cut:.0f} s after the cut", [host.reasons() for host in hosts])
+
+    assert all(host.process.returncode == 1 for host in hosts), hosts[0].tail() + hosts[1].tail()
+    for host in hosts:
+        assert len(host.reasons()) == 1, host.tail()
+    assert [host.processes() for host in hosts] == [[], []]
+    assert not (output / "hf").exists()

@@ -1,0 +1,109 @@
+"""The example configurations and scripts, as far as they can be checked without a cluster."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_egrsd.config import parse_config
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+SCRIPTS = [*sorted(EXAMPLES.glob("run_*.sh")), *sorted(EXAMPLES.glob("slurm/*.sbatch"))]
+RUNS = RUN_4B, RUN_8B = EXAMPLES / "run_qwen3_4b_cl_egrsd.sh", EXAMPLES / "run_qwen3_8b_cl_egrsd.sh"
+TINY = {"MODEL": "examples/tiny/model", "DATA": "examples/tiny/train.jsonl"}
+# Training ranks: what each configuration and script is written for, up to the largest run docs/cluster.md speaks of.
+WORLDS = {"tiny_cpu.yaml": (1, 2, 4), "qwen3_8b_cl_egrsd.yaml": (4, 8, 16, 32, 64)}
+
+
+def run(script: Path, *words: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("NNODES", "NODE_RANK", "MASTER_ADDR", "SLURM_NODEID")
+    }
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | variables
+    return subprocess.run(
+        ["bash", script, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("configs/*.yaml")), ids=lambda p: p.name)
+def test_configurations_parse_and_their_batches_divide(path):
+    config = parse_config(["--config", str(path)])
+    for world in WORLDS[path.name]:
+        assert config.check_world(world) * config.parallel.model_parallel == world
+    # Every other rank waits in a collective for the first one's requests.
+    assert config.parallel.timeout > max(config.rollout.request_timeout, config.rollout.start_timeout)
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    assert path.name == "tiny_cpu.yaml" or longest <= config.parallel.max_tokens_per_microbatch
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_are_bash(script):
+    assert subprocess.run(["bash", "-n", script], timeout=20).returncode == 0
+    text = script.read_text()
+    assert "set -euo pipefail" in text and "pkill" not in text and "killall" not in text
+
+
+@pytest.mark.parametrize("script", RUNS, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"MODEL": "no/model"}, "no Hugging Face checkpoint in no/model"),
+        ({"DATA": "no/train.jsonl"}, "no training file no/train.jsonl"),
+        ({"EVAL_DATA": "no/eval.jsonl"}, "no evaluation file no/eval.jsonl"),
+        ({"CONFIG": "no.yaml"}, "no configuration file no.yaml"),
+        ({"NNODES": "2"}, "MASTER_ADDR is not set"),
+        ({"NNODES": "2", "MASTER_ADDR": "10.0.0.1"}, "NODE_RANK is ''"),
+        ({"NNODES": "2", "MASTER_ADDR": "10.0.0.1", "NODE_RANK": "2"}, "NODE_RANK is '2'"),
+        ({"NNODES": "two"}, "NNODES is 'two'"),
+        ({"NPROC_PER_NODE": "6"}, "6 training GPUs do not divide"),
+        ({"NPROC_PER_NODE": "8"}, "leaves no 1 for SGLang"),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+)
+def test_scripts_refuse_in_one_sentence(script, variables, reason):
+    # TENSOR=4 for both: the scripts' own defaults differ, and the refusals are about divisibility by it.
+    done = run(script, **(TINY | {"TENSOR": "4"} | variables))
+    assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.fixture
+def started(tmp_path):
+    """What a script starts: torchrun's words, and the configuration that the training ranks would read."""
+    stub = tmp_path / "torchrun"
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+
+    def start(script: Path, *words: str, **variables: str):
+        done = run(script, *words, PATH=f"{tmp_path}:{os.environ['PATH']}", **(TINY | variables))
+        assert done.returncode == 0, done.stderr
+        launch, _, arguments = done.stdout.partition("-m\nmegatron_egrsd.cli\ntrain\n")
+        return launch.split("\n"), parse_config(arguments.removesuffix("\n").split("\n"))
+
+    return start
+
+
+@pytest.mark.parametrize(("script", "tensor", "data_parallel"), [(RUN_4B, 2, 2), (RUN_8B, 4, 1)], ids=["4b", "8b"])
+def test_a_node_of_eight_gpus(script, tensor, data_parallel, started):
+    launch, config = started(script, "--steps", "7", "--objective.mix", "0.25", LOOKAHEAD="5")
+    assert launch[:6] == ["--nnodes", "1", "--node-rank", "0", "--nproc-per-node", "4"]
+    assert config.parallel.tensor == tensor and config.parallel.sequence_parallel
+    assert config.check_world(4) == data_parallel
+    assert config.rollout.engines == 4 and config.rollout.server_args == {"base_gpu_id": 4}
+    assert (config.steps, config.objective.mix, config.objective.lookahead) == (7, 0.25, 5)
+    assert config.model.path == TINY["MODEL"] and config.data.evaluation == ""
+
+
+def test_servers_of_two_gpus(started):
+    _, config = started(RUN_8B, ENGINE_TENSOR="2")
+    assert config.rollout.engines == 2 and config.rollout.engine_tensor_parallel == 2
+
+
+def test_external_servers_leave_every_gpu_to_training(started):
+    nodes = {"NNODES": "2", "SLURM_NODEID": "1", "MASTER_ADDR": "10.0.0.1", "PIPELINE": "2"}
+    launch, config = started(RUN_8B, ROLLOUT_URLS="http://a:1,http://b:2", **nodes)
+    assert launch[launch.index("--node-rank") + 1] == "1" and launch[launch.index("--nproc-per-node") + 1] == "8"
+    assert config.rollout.urls == ["http://a:1", "http://b:2"] and config.rollout.server_args == {}
+    assert config.check_world(16) == 2
