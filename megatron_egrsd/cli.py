@@ -8,8 +8,11 @@ import contextlib
 import io
 import os
 import sys
+import time
 
 from megatron_egrsd.errors import BadArgument, RunError
+
+_PATIENCE = 20.0  # seconds
 
 USAGE = """\
 usage: megatron-egrsd COMMAND ...
@@ -109,9 +112,11 @@ def _train(arguments: list[str]) -> None:
 
 
 def _fail(reason: object, status: int) -> int:
-    # Under torchrun every rank meets the same error; one line a node is enough.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"megatron-egrsd: error: {' '.join(str(reason).split())}", file=sys.stderr)
+    # Under torchrun every rank meets the same error; one line a node is enough. The moment one rank exits, torchrun
+    # ends the others: the node's first rank, which has servers to close before it speaks, is waited for.
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_PATIENCE)
+    print(f"megatron-egrsd: error: {' '.join(str(reason).split())}", file=sys.stderr)
     return status
 
 
