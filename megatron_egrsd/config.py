@@ -330,6 +330,25 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """Training checkpoints under output/checkpoints; any parallel layout can continue from them.
+
+    Args:
+        every: Steps between checkpoints, the last step included; 0 writes none.
+        keep: Newest checkpoints that are kept.
+        resume: Continue from the newest complete checkpoint in output, from the start where there is none.
+    """
+
+    every: int = 0
+    keep: int = 2
+    resume: bool = False
+
+    def __post_init__(self):
+        _require(self.every >= 0, "checkpoint.every must not be negative")
+        _require(self.keep > 0, "checkpoint.keep must be positive")
+
+
+@dataclass(frozen=True)
 class Config:
     """A training run.
 
@@ -342,6 +361,7 @@ class Config:
         parallel: How the training ranks split model and batch.
         optimizer: AdamW.
         evaluation: Held-out evaluation.
+        checkpoint: Saving and resuming.
         steps: Rollout batches to train on.
         seed: Seed of the data order, of sampling and of the initial state of every random generator.
         output: Directory of the run: metrics, logs, final Hugging Face checkpoint. Must not hold another run.
@@ -358,6 +378,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     steps: int = 100
     seed: int = 0
     output: str = "runs/egrsd"

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
+import psutil
+
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """`function(rank, world_size, *args)` on every rank under torchrun's environment; its results in rank order.
@@ -23,7 +25,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     processes, pipes = [], []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(function, rank, world_size, port, sender, args), daemon=True)
+        process = context.Process(target=_rank, args=(function, rank, world_size, port, sender, args))
         process.start()
         sender.close()
         processes.append(process)
@@ -45,6 +47,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         for process in processes:
             process.join(0.5)
             if process.is_alive():
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
                 process.kill()
                 process.join()
 

@@ -139,16 +139,17 @@ def finish(hosts: tuple[Host, Host], output: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_pipeline_across_two_hosts(hosts, tmp_path):
+    """TP within each host, PP between them."""
     for host in hosts:
-        host.train(tmp_path / "run", steps=2)
+        host.train(tmp_path / "run", steps=2, TENSOR="2", NPROC_PER_NODE="2", GPUS_PER_NODE="3")
     finish(hosts, tmp_path / "run")
     assert [host.processes() for host in hosts] == [[], []]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(600)
 def test_the_server_is_on_the_other_host(hosts, tmp_path):
     """ROLLOUT_URLS, and weights that cross the cable: started by the command of docs/cluster.md and CPU flags."""
     server = hosts[1].popen(
@@ -166,7 +167,7 @@ def test_the_server_is_on_the_other_host(hosts, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(600)
 def test_the_cable_is_cut(hosts, tmp_path):
     output = tmp_path / "run"
     for host in hosts:
@@ -175,10 +176,11 @@ def test_the_cable_is_cut(hosts, tmp_path):
     while len(metrics(output)) < 1 and time.monotonic() < deadline:
         assert all(host.process.poll() is None for host in hosts), hosts[0].tail() + hosts[1].tail()
         time.sleep(0.2)
+    # The first host may be sampling: its own wait begins when it next needs the other.
     ip("-n", hosts[1].name, "link", "set", hosts[1].cable, "down")
     cut = time.monotonic()
     for host in hosts:
-        host.process.wait(max(0, cut + TIMEOUT + 60 - time.monotonic()))
+        host.process.wait(max(0, cut + TIMEOUT + 120 - time.monotonic()))
     print(f"both ended {time.monotonic() - cut:.0f} s after the cut", [host.reasons() for host in hosts])
 
     assert all(host.process.returncode == 1 for host in hosts), hosts[0].tail() + hosts[1].tail()

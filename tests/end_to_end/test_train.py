@@ -97,6 +97,22 @@ def test_three_steps_of_the_whole_loop(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_stopped_run_continues(tmp_path):
+    output = tmp_path / "run"
+    first = run(output, steps=2, **{"checkpoint.every": 1})
+    assert first.returncode == 0, first.stderr[-3000:]
+    done = run(output, steps=2, **{"checkpoint.every": 1, "checkpoint.resume": "true"})
+    assert done.returncode == 2 and "finished its 2 steps" in done.stderr
+    again = run(output, steps=3, **{"checkpoint.every": 1, "checkpoint.resume": "true"})
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert [m["step"] for m in metrics(output) if "loss/policy" in m] == [1, 2, 3]
+    assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
+    assert (output / "hf" / "model.safetensors").exists()
+    assert not descendants_with(str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_tensor_and_pipeline_parallel_ranks_with_a_server_and_disk_sync(tmp_path):
     overrides = {
         "parallel.tensor": 2,
