@@ -6,6 +6,7 @@ answered here with its CPU counterpart; no call that works without CUDA changes 
 than an answer (norms, attention) are replaced through ModuleSpec in layers.py instead.
 """
 
+import contextlib
 import functools
 import sys
 import types
@@ -20,10 +21,14 @@ def install() -> None:
         return
     torch.cuda._megatron_egrsd_cpu = True
     cpu = torch.device("cpu")
-    stream = types.SimpleNamespace(wait_event=lambda event: None, wait_stream=lambda stream: None)
+    event = types.SimpleNamespace(synchronize=lambda: None)
+    stream = types.SimpleNamespace(
+        wait_event=lambda event: None, wait_stream=lambda stream: None, record_event=lambda: event
+    )
     torch.cuda.current_device = lambda: cpu
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: stream
+    torch.cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     torch.cuda.manual_seed = torch.manual_seed
@@ -35,7 +40,9 @@ def install() -> None:
     torch.Tensor.type = _cuda_type_name(torch.Tensor.type)
 
     import megatron.core.tensor_parallel.random as tracker
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = stream  # else it makes a CUDA stream
     tracker._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     tracker._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
 

@@ -73,7 +73,24 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
         apply_rope_fusion=fused,
         batch_p2p_sync=on_gpu,
         **(recompute if parallel.recompute else {}),
+        **(_experts(arch, fused) if arch.num_experts else {}),
     )
+
+
+def _experts(arch: Architecture, fused: bool) -> dict:
+    """The mixture of experts as Hugging Face routes: fp32 softmax over all experts, the best k, normalised or not.
+
+    Normalising the chosen probabilities is the softmax over the chosen logits, which megatron-core calls post-softmax.
+    """
+    return {
+        "num_moe_experts": arch.num_experts,
+        "moe_ffn_hidden_size": arch.expert_intermediate_size,
+        "moe_router_topk": arch.experts_per_token,
+        "moe_router_pre_softmax": not arch.normalize_expert_weights,
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": fused,
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+    }
 
 
 def build_model(arch: Architecture, config: TransformerConfig, parallel: ParallelConfig) -> GPTModel:
@@ -94,8 +111,14 @@ def build_model(arch: Architecture, config: TransformerConfig, parallel: Paralle
 
 def _layer_spec(config: TransformerConfig, fused: bool):
     if fused:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
+        )
+    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=True, normalization="RMSNorm")
+    if config.num_moe_experts:
+        # The local spec stores this norm as if an MLP followed it; Transformer Engine's spec, which GPUs run, does not.
+        keys = layer.submodules.sharded_state_dict_keys_map
+        layer.submodules.sharded_state_dict_keys_map = {k: v for k, v in keys.items() if "pre_mlp_layernorm" not in k}
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules

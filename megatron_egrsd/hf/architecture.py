@@ -117,7 +117,8 @@ def _experts(config: dict, where: str) -> dict:
         raise BadArgument(f"{where} mixes dense and expert layers, which Qwen3 releases do not do")
     try:
         return {
-            "num_experts": config["num_experts"],
+            # transformers 5 renames it when it saves
+            "num_experts": config["num_local_experts" if "num_local_experts" in config else "num_experts"],
             "experts_per_token": config["num_experts_per_tok"],
             "expert_intermediate_size": config["moe_intermediate_size"],
             "normalize_expert_weights": bool(config.get("norm_topk_prob", False)),

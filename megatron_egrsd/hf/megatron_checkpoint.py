@@ -63,11 +63,16 @@ def places(entry: Entry, arch: Architecture) -> list[Place]:
             Place(f"decoder.layers.{layer}.{name}", (e,), (arch.num_experts,)),
             Place(f"decoder.layers.{layer}.mlp.experts.experts.{e}.{expert[2]}"),
         ]
-    if not (arch.num_experts and name == "pre_mlp_layernorm.weight"):  # a norm before a router is fused with nothing
-        name = _STORED_NAMES.get(name, name)
+    names = [_STORED_NAMES.get(name, name)]
+    if arch.num_experts and name == "pre_mlp_layernorm.weight":
+        names.insert(0, name)  # before a router it is fused with nothing, though local layers store it as if it were
     return [
-        Place(f"decoder.layers.{name}", (layer,), (arch.num_layers,)),
-        Place(f"decoder.layers.{layer}.{name}"),
+        place
+        for name in names
+        for place in (
+            Place(f"decoder.layers.{name}", (layer,), (arch.num_layers,)),
+            Place(f"decoder.layers.{layer}.{name}"),
+        )
     ]
 
 

@@ -45,12 +45,56 @@ def hf_logits(path: Path) -> torch.Tensor:
 @pytest.mark.parametrize("layout", [pytest.param(x, marks=pytest.mark.slow if x == "TP4" else ()) for x in LAYOUTS])
 def test_megatron_core_loads_the_checkpoint_and_its_own_is_read(layout, models, tmp_path):
     tensor, pipeline, last = LAYOUTS[layout]
-    jobs = [(str(models[tied][1]), str(tmp_path / f"saved-{tied}"), NAMES.get(layout, {})) for tied in models]
-    answers = run_ranks(_load_and_save, tensor * pipeline, (tensor, pipeline, last), jobs)[-1]
-    for (tied, (hf, _)), logits in zip(models.items(), answers, strict=True):
+    check(models, (tensor, pipeline, last, 1), NAMES.get(layout, {}), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def expert_models(tmp_path_factory):
+    """Mixtures of experts, normalising the chosen experts' weights or not."""
+    root = tmp_path_factory.mktemp("convert-moe")
+    found = {}
+    for normalized in (True, False):
+        hf = make_qwen3_moe(root / f"hf-{normalized}", norm_topk_prob=normalized)
+        ToMegatron(hf, root / f"megatron-{normalized}").run()
+        found[normalized] = hf, root / f"megatron-{normalized}"
+    return found
+
+
+EXPERT_LAYOUTS = {"TP1": (1, 1, None, 1), "EP2": (1, 1, None, 2), "TP2": (2, 1, None, 1), "PP2": (1, 2, 1, 1),
+                  "PP2 EP2": (1, 2, 1, 2)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(x, marks=pytest.mark.slow if x not in ("TP1", "EP2") else ()) for x in EXPERT_LAYOUTS]
+)
+def test_experts(layout, expert_models, tmp_path):
+    check(expert_models, EXPERT_LAYOUTS[layout], NAMES.get(layout, {}), tmp_path)
+
+
+def make_qwen3_moe(path: Path, **changes) -> Path:
+    """A random Qwen3Moe as transformers saves it."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(5)
+    config = Qwen3MoeConfig(
+        hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=LAYERS, num_experts=6,
+        num_experts_per_tok=2, num_attention_heads=8, num_key_value_heads=4, head_dim=12, vocab_size=VOCAB,
+        max_position_embeddings=128, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        initializer_range=0.1, tie_word_embeddings=False, **changes,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).float().save_pretrained(path)
+    return path
+
+
+def check(models, layout, names, directory) -> None:
+    """megatron-core at `layout` gives HF's logits from our checkpoint, and we read what it saves under `names`."""
+    tensor, pipeline, _, expert = layout
+    jobs = [(str(converted), str(directory / f"saved-{key}"), names) for key, (_, converted) in models.items()]
+    answers = run_ranks(_load_and_save, tensor * pipeline * expert, layout, jobs)[-1]
+    for (key, (hf, _)), logits in zip(models.items(), answers, strict=True):
         assert torch.from_numpy(logits).sub(hf_logits(hf)).abs().max() < 1e-5
-        ToHF(tmp_path / f"saved-{tied}", tmp_path / f"again-{tied}", like=hf).run()
-        assert_same_tensors(hf, tmp_path / f"again-{tied}")
+        ToHF(directory / f"saved-{key}", directory / f"again-{key}", like=hf).run()
+        assert_same_tensors(hf, directory / f"again-{key}")
 
 
 def assert_same_tensors(expected: Path, found: Path) -> None:
@@ -64,22 +108,25 @@ def _load_and_save(rank, world_size, layout, jobs):
     """Logits [T, V] of each job's converted checkpoint, on the last rank; megatron-core saves each again."""
     # megatron-core's writer starts a manager process, which multiprocessing refuses to the daemons of run_ranks.
     multiprocessing.current_process()._config["daemon"] = False
-    from megatron.core import dist_checkpointing
+    from megatron.core import dist_checkpointing, parallel_state
 
     from megatron_egrsd.config import ParallelConfig
     from megatron_egrsd.engine import distributed
     from megatron_egrsd.engine.model import build_model, transformer_config
     from megatron_egrsd.hf.megatron_checkpoint import MegatronCheckpoint
 
-    tensor, pipeline, last = layout
+    tensor, pipeline, last, expert = layout
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     distributed.initialize(parallel, seed=0)
+    if expert > 1:  # training has no expert parallelism yet; the checkpoint does not care
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(tensor, pipeline, expert_model_parallel_size=expert)
     answers = []
     for source, target, names in jobs:
         checkpoint = MegatronCheckpoint(source)
         config = transformer_config(checkpoint.architecture, parallel, torch.float32)
         config.num_layers_in_last_pipeline_stage = last
-        model = build_model(checkpoint.architecture, config, parallel)
+        model = build_model(checkpoint.architecture, config, parallel).eval()
         for parameter in model.parameters():
             torch.nn.init.constant_(parameter, float("nan"))  # whatever is not loaded shows
         state, missing, unexpected = dist_checkpointing.load(

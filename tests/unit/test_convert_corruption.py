@@ -187,6 +187,23 @@ def test_missing_and_extra_tensors_in_megatron(copies):
         ToHF(copies[1], copies[1] / "never")
 
 
+def test_the_router_norm_under_the_name_of_local_layers(tmp_path):
+    """megatron-core's local layers store a mixture's second norm as if it were fused with an MLP."""
+    hf = random_qwen3(tmp_path / "hf", base=MOE)
+    ToMegatron(hf, tmp_path / "megatron").run()
+
+    def rename(metadata):
+        old, new = "decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight"
+        metadata.state_dict_metadata[new] = metadata.state_dict_metadata.pop(old)
+        for layer in range(3):
+            metadata.storage_data[MetadataIndex(new, (layer, 0))] = metadata.storage_data.pop(
+                MetadataIndex(old, (layer, 0))
+            )
+
+    _metadata(tmp_path / "megatron", rename)
+    assert findings(hf, tmp_path / "megatron") == ""
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
