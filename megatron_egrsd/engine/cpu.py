@@ -40,9 +40,10 @@ def install() -> None:
     torch.Tensor.type = _cuda_type_name(torch.Tensor.type)
 
     import megatron.core.tensor_parallel.random as tracker
-    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
-    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = stream  # else it makes a CUDA stream
+    token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = stream  # else it makes a CUDA stream
+    token_dispatcher.maybe_move_tensor_to_cpu = _on_host
     tracker._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     tracker._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
 
@@ -57,6 +58,11 @@ def _on_cpu(factory):
         return factory(*args, **kwargs)
 
     return wrapper
+
+
+def _on_host(tensor, as_numpy: bool = False, record_stream: bool = False):
+    """megatron-core converts only what it moves; split sizes must become numbers also where they are here already."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _cuda_type_name(tensor_type):

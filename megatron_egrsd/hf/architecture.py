@@ -88,7 +88,9 @@ class Architecture:
         return -(-self.vocab_size // unit) * unit
 
     def check_parallel(self, tensor: int, pipeline: int) -> None:
-        """BadArgument where the model cannot be split that way."""
+        """BadArgument where the model cannot be trained in that layout."""
+        if self.num_experts:
+            raise BadArgument("training a mixture of experts is not supported yet; tools/convert_hf.py converts it")
         for name, size in (
             ("attention heads", self.num_heads),
             ("key/value heads", self.num_kv_heads),
