@@ -171,7 +171,7 @@ def test_the_server_is_on_the_other_host(hosts, tmp_path):
 def test_the_cable_is_cut(hosts, tmp_path):
     output = tmp_path / "run"
     for host in hosts:
-        host.train(output, steps=10_000)
+        host.train(output, steps=10_000, TENSOR="2", NPROC_PER_NODE="2", GPUS_PER_NODE="3")
     deadline = time.monotonic() + 200
     while len(metrics(output)) < 1 and time.monotonic() < deadline:
         assert all(host.process.poll() is None for host in hosts), hosts[0].tail() + hosts[1].tail()
