@@ -92,9 +92,10 @@ class TorchDistWriter:
         try:
             torch.save(value, self._file)
         except RuntimeError as error:  # torch closes its archive after a failed write, and that fails again
-            if isinstance(error.__context__, OSError | KeyboardInterrupt):
-                raise error.__context__ from None
-            raise
+            reason = error
+            while reason is not None and not isinstance(reason, OSError | KeyboardInterrupt):
+                reason = reason.__context__
+            raise reason or error from None
         self.metadata.storage_data[index] = _StorageInfo(self._file.path.name, start, self._file.position - start)
 
     def _close(self) -> None:

@@ -183,7 +183,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(how, tmp_path):
         time.sleep(0.002)
     process.send_signal(how)
     _, message = process.communicate(timeout=60)
-    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), message
     assert not target.exists()
     if how == signal.SIGINT:
         assert not partial.exists() and "interrupted" in message
