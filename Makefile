@@ -46,7 +46,8 @@ test-all: install  ## the slow ones as well
 	@$(RUN) python -m pytest
 
 bench: install  ## the benchmarks behind the tables in docs/
-	@$(RUN) python tools/benchmark_vocab_parallel.py
+	@$(RUN) python tools/benchmark_vocab_parallel.py --output docs/performance
+	@$(RUN) python tools/benchmark_convert.py
 
 lint: install  ## ruff
 	@$(RUN) ruff check .
