@@ -393,11 +393,6 @@ class Config:
             f"rollout.prompts_per_step = {self.rollout.prompts_per_step} does not divide into "
             f"optimizer.updates_per_batch = {self.optimizer.updates_per_batch} equal shares",
         )
-        template = self.data.teacher_template
-        _require(
-            not self.objective.needs_teacher or "{solution}" in template or "{answer}" in template,
-            "data.teacher_template gives the teacher no privileged context",
-        )
 
     def check_world(self, world_size: int) -> int:
         """The data-parallel size for `world_size` ranks; BadArgument where the sizes do not divide."""

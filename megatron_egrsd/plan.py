@@ -17,7 +17,6 @@ def world_size() -> int:
 def describe_plan(config: Config, num_train: int, num_heldout: int) -> str:
     """Configuration, model, layout and batch arithmetic as text. BadArgument where the sizes do not divide."""
     arch = Architecture.from_pretrained(config.model.path)
-    arch.check_parallel(config.parallel.tensor, config.parallel.pipeline)
     ranks = world_size()
     data_parallel = config.check_world(ranks)
     p, r, o = config.parallel, config.rollout, config.optimizer
