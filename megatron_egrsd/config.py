@@ -367,7 +367,9 @@ class Config:
         output: Directory of the run: metrics, logs, final Hugging Face checkpoint. Must not hold another run.
         max_log_prob_difference: Largest mean |log-prob(engine) - log-prob(SGLang)| over a batch, in nats;
             beyond it the weights of the two disagree and the run ends.
-        dump_rollouts: Write every step's scored rollouts under output/rollouts.
+        dump_rollouts: Write every step's rollouts under output/rollouts.
+        dump_scores: Write what the objective saw and decided at every token under output/scores, for the token page
+            (docs/report.md). Costs one more student pass a step and about 130 bytes a response token.
     """
 
     model: ModelConfig
@@ -384,6 +386,7 @@ class Config:
     output: str = "runs/egrsd"
     max_log_prob_difference: float = 0.1
     dump_rollouts: bool = False
+    dump_scores: bool = False
 
     def __post_init__(self):
         _require(self.steps > 0, f"steps is {self.steps}; it must be positive")

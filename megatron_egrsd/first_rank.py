@@ -21,6 +21,7 @@ from megatron_egrsd.rollout.servers import RolloutServers
 from megatron_egrsd.rollout.weight_sync import WeightSync
 from megatron_egrsd.samples import Prompt, Rollout, save_rollouts
 from megatron_egrsd.sampling import Sampler, summarize
+from megatron_egrsd.scores import Record, gather_scores, save_scores, scored_rollouts
 
 
 class FirstRank:
@@ -75,7 +76,8 @@ class FirstRank:
         if self.engine.is_first_rank:
             self.log.message(f"continuing from {path}")
             # What the stopped run left behind its last checkpoint makes room, and is not lost.
-            stale = [p for p in self.output.glob("rollouts/step_*.jsonl") if int(p.stem.removeprefix("step_")) > step]
+            dumps = [p for kind in ("rollouts", "scores") for p in self.output.glob(f"{kind}/step_*.jsonl")]
+            stale = [p for p in dumps if int(p.stem.removeprefix("step_")) > step]
             for left in [*stale, *self.output.glob("hf")]:
                 left.rename(left.with_name(f"{left.name}.before-{time.time_ns()}"))
         return step
@@ -96,6 +98,18 @@ class FirstRank:
         if self.config.rollout.verify_sync:
             weights = self.engine.export_weights()
             on_first_rank_while(lambda: self.sync.verify(weights), weights)
+
+    def recorder(self, step: int, rollouts: list[Rollout]) -> Record | None:
+        """What `learn` calls with the scores of `rollouts` where dump_scores is set; None where it is not."""
+
+        def record(advantage, student, teacher) -> None:
+            student, teacher = gather_scores(self.engine, student), gather_scores(self.engine, teacher)
+            objective, vocab_size = self.config.objective, self.engine.arch.vocab_size
+            batch = rollouts, advantage, student, teacher, objective, self.tokenizer
+            path = self.output / "scores" / f"step_{step:06d}.jsonl"
+            on_first_rank(lambda: save_scores(scored_rollouts(*batch, step=step, vocab_size=vocab_size), path))
+
+        return record if self.config.dump_scores else None
 
     def check_agreement(self, metrics: dict[str, float], step: int) -> None:
         """RunError where engine and SGLang disagree about the sampled tokens."""

@@ -10,16 +10,19 @@ from megatron_egrsd.config import Config, ObjectiveConfig
 from megatron_egrsd.data.packing import MicroBatch, Sequence
 from megatron_egrsd.objective import advantages, confidence_gate, loss_normalizer, magnitude, policy_loss
 from megatron_egrsd.samples import Rollout
+from megatron_egrsd.scores import Record
 
 if TYPE_CHECKING:
     from megatron_egrsd.engine.engine import Engine
 
 
-def learn(engine: "Engine", rollouts: list[Rollout], config: Config) -> dict[str, float]:
+def learn(engine: "Engine", rollouts: list[Rollout], config: Config, record: Record | None = None) -> dict[str, float]:
     """Train on `rollouts` (all of them, on every rank) and return the step's metrics, equal on every rank.
 
     With one update per batch the policy that is updated is the one that sampled, so log pi_old is the training pass's
     own log-prob and no separate student pass is run. Rollouts of advantage 0 carry no gradient and are not trained.
+    `record` gets the scores of all rollouts before the update, on every rank; it costs a student pass of its own where
+    there is one update.
     """
     objective, started = config.objective, time.perf_counter()
     rewards = torch.tensor([r.reward for r in rollouts])
@@ -39,16 +42,20 @@ def learn(engine: "Engine", rollouts: list[Rollout], config: Config) -> dict[str
     own = everyone[engine.data_parallel_rank]
 
     fields = {i: {"advantage": advantage[i], "rollout_log_prob": rollouts[i].rollout_log_probs} for i in own}
+    teacher_scores = None
     if objective.needs_teacher:
-        scores = engine.score(teachers, everyone, teacher=True)
+        teacher_scores = scores = engine.score(teachers, everyone, teacher=True)
         gates, normalized = _gates(engine, [scores[i].entropy for i in own], objective)
         for i, gate, h in zip(own, gates, normalized, strict=True):
             fields[i] |= {"teacher_log_prob": scores[i].log_prob, "teacher_entropy": scores[i].entropy}
             fields[i] |= {"gate": gate, "normalized_entropy": h}
-    if len(minibatches) > 1:
+    if len(minibatches) > 1 or record:
         scores = engine.score(students, everyone)
-        for i in own:
-            fields[i]["old_log_prob"] = scores[i].log_prob
+        if len(minibatches) > 1:
+            for i in own:
+                fields[i]["old_log_prob"] = scores[i].log_prob
+        if record:
+            record(advantage, scores, teacher_scores)
     score_seconds = time.perf_counter() - started
 
     sums: dict[str, float] = {}

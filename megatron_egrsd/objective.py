@@ -109,25 +109,37 @@ def normalized_entropy(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """h_t in [0, 1], [T] fp32, 0 outside the mask. Ours.
-
-    "quantile": H over its p-quantile over the response tokens of all ranks of `group`, never below the floor.
-    "max": H over the maximum of its sequence. "log_vocab": H over ln(vocab_size).
-    """
+    """h_t = H_t / entropy_scale, at most 1, [T] fp32, 0 outside the mask. Ours."""
     entropy = torch.where(mask, teacher_entropy.detach().float(), 0.0)
+    scale = entropy_scale(entropy, cu_seqlens, mask, config, vocab_size=vocab_size, group=group)
+    tiny = torch.finfo(torch.float32).tiny
+    return (entropy / scale.clamp(min=tiny)).clamp(0, 1)
+
+
+def entropy_scale(
+    entropy: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    mask: torch.Tensor,
+    config: "ObjectiveConfig",
+    *,
+    vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """The entropy, in nats, that counts as h = 1: a scalar, or [T] where sequences differ. entropy [T] fp32. Ours.
+
+    "quantile": the p-quantile over the response tokens of all ranks of `group`, never below the floor.
+    "max": the maximum of the sequence, for which `entropy` must be 0 outside the mask. "log_vocab": ln(vocab_size).
+    """
     if config.entropy_normalization == "log_vocab":
         if not vocab_size:
             raise ValueError('entropy_normalization = "log_vocab" needs vocab_size')
-        scale = torch.log(torch.tensor(float(vocab_size), device=entropy.device))
-    elif config.entropy_normalization == "max":
+        return torch.log(torch.tensor(float(vocab_size), device=entropy.device))
+    if config.entropy_normalization == "max":
         ids = _sequence_ids(cu_seqlens, entropy.numel())
         peaks = torch.zeros(cu_seqlens.numel() + 1, device=entropy.device)
-        scale = peaks.scatter_reduce_(0, ids, entropy, "amax")[ids]
-    else:
-        scale = entropy_quantile(entropy[mask], config.entropy_quantile, group=group)
-        scale = scale.clamp(min=config.entropy_quantile_floor)
-    tiny = torch.finfo(torch.float32).tiny
-    return (entropy / scale.clamp(min=tiny)).clamp(0, 1)
+        return peaks.scatter_reduce_(0, ids, entropy, "amax")[ids]
+    quantile = entropy_quantile(entropy[mask], config.entropy_quantile, group=group)
+    return quantile.clamp(min=config.entropy_quantile_floor)
 
 
 def entropy_quantile(entropy: torch.Tensor, quantile: float, *, group: dist.ProcessGroup | None = None) -> torch.Tensor:

@@ -34,7 +34,7 @@ def main(config: Config) -> None:
             batch = batch_indices(len(prompts), config.rollout.prompts_per_step, step, config.seed)
             rollouts = first.sample([prompts[i] for i in batch], version=step)
             generated = time.perf_counter()
-            metrics = learn(engine, rollouts, config)
+            metrics = learn(engine, rollouts, config, first.recorder(step + 1, rollouts))
             first.check_agreement(metrics, step)
             trained = time.perf_counter()
             first.push_weights(version=step + 1)

@@ -1,0 +1,232 @@
+"""Scored dumps: what the objective saw and decided at every token of a batch, one JSON object a rollout.
+
+`learn` hands over the scores, the first rank gathers and writes them (`dump_scores: true`), the token page reads them.
+docs/report.md describes the format. Reading needs neither megatron-core nor SGLang, and executes nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import orjson
+import torch
+import torch.distributed as dist
+from tokenizers.decoders import DecodeStream
+
+from megatron_egrsd.config import ObjectiveConfig
+from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.objective import TokenWeights, entropy_scale, lookahead_min, token_weights
+from megatron_egrsd.samples import Problem, Rollout
+
+if TYPE_CHECKING:
+    from megatron_egrsd.engine.engine import Engine, Scores
+
+# (advantage of every rollout, this data-parallel rank's student scores, its teacher scores or None)
+Record = Callable[[list[float], "dict[int, Scores]", "dict[int, Scores] | None"], None]
+
+_STUDENT = ("student_log_prob", "student_entropy", "rollout_log_prob", "gate", "weight")
+_TEACHER = ("teacher_log_prob", "teacher_entropy", "normalized_entropy", "lookahead_entropy")
+_TYPES = {
+    int: ("step", "vocab_size", "group", "weight_version"),
+    (int, float): ("reward", "advantage"),
+    str: ("prompt", "finish_reason"),
+    list: ("response_ids", "pieces"),
+}
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """One rollout of T response tokens as the objective saw it, before the update. Arrays are [T] fp32.
+
+    Log-probs and entropies in nats; the four teacher arrays are None where the objective runs no teacher (GRPO).
+    `normalized_entropy` is h_t, `lookahead_entropy` its minimum over the lookahead, `entropy_scale` the nats at which
+    h reaches 1: the batch's quantile, this response's maximum, or ln(vocabulary). `pieces` joined are the response.
+    """
+
+    step: int
+    objective: ObjectiveConfig
+    vocab_size: int
+    problem: Problem
+    prompt: str  # what the student read, as text
+    group: int
+    reward: float
+    advantage: float
+    finish_reason: str  # "stop" | "length"
+    weight_version: int
+    entropy_scale: float | None
+    response_ids: list[int]
+    pieces: list[str]
+    student_log_prob: np.ndarray
+    student_entropy: np.ndarray
+    rollout_log_prob: np.ndarray
+    gate: np.ndarray
+    weight: np.ndarray
+    teacher_log_prob: np.ndarray | None = None
+    teacher_entropy: np.ndarray | None = None
+    normalized_entropy: np.ndarray | None = None
+    lookahead_entropy: np.ndarray | None = None
+
+
+def gather_scores(engine: "Engine", own: "dict[int, Scores] | None") -> dict[int, np.ndarray] | None:
+    """[2, T] log-prob and entropy of every rollout by index, on the first rank; None elsewhere or where `own` is None.
+
+    Every rank calls it. `engine.score` leaves a replica's scores on all its ranks, so one gather over the
+    data-parallel ranks is enough.
+    """
+    if own is None:
+        return None
+    part = {i: torch.stack([s.log_prob, s.entropy]).float().cpu().numpy() for i, s in own.items()}
+    parts = [part]
+    if engine.data_parallel > 1:
+        parts = [None] * engine.data_parallel if engine.data_parallel_rank == 0 else None
+        dist.gather_object(part, parts, group=engine.data_parallel_group, group_dst=0)
+    return {i: s for p in parts for i, s in p.items()} if engine.is_first_rank else None
+
+
+def scored_rollouts(
+    rollouts: list[Rollout],
+    advantage: list[float],
+    student: dict[int, np.ndarray],
+    teacher: dict[int, np.ndarray] | None,
+    objective: ObjectiveConfig,
+    tokenizer,
+    *,
+    step: int,
+    vocab_size: int,
+) -> list[ScoredRollout]:
+    """The whole batch, weighted by objective.token_weights; scores [2, T] by rollout index as gathered."""
+    lengths = [len(r.response_ids) for r in rollouts]
+    count = sum(lengths)
+    log_prob, entropy = np.concatenate([student[i] for i in range(len(rollouts))], 1)
+    columns = {"student_log_prob": log_prob, "student_entropy": entropy}
+    columns["rollout_log_prob"] = np.concatenate([np.asarray(r.rollout_log_probs, np.float32) for r in rollouts])
+    scales = [None] * len(rollouts)
+    if teacher is None:
+        columns["gate"] = np.ones(count, np.float32)
+        columns["weight"] = np.repeat(np.asarray(advantage, np.float32), lengths)
+    else:
+        scores = np.concatenate([teacher[i] for i in range(len(rollouts))], 1)
+        columns |= {"teacher_log_prob": scores[0], "teacher_entropy": scores[1]}
+        weights, lookahead, scales = batch_weights(advantage, *scores, log_prob, lengths, objective, vocab_size)
+        columns |= {"gate": weights.gate.numpy(), "weight": weights.weight.numpy()}
+        columns |= {"normalized_entropy": weights.normalized_entropy.numpy(), "lookahead_entropy": lookahead.numpy()}
+    ends = np.cumsum(lengths)
+    return [
+        ScoredRollout(
+            step=step,
+            objective=objective,
+            vocab_size=vocab_size,
+            problem=r.prompt.problem,
+            prompt=tokenizer.decode(r.prompt.student_ids),
+            group=r.group,
+            reward=r.reward,
+            advantage=advantage[i],
+            finish_reason=r.finish_reason,
+            weight_version=r.weight_version,
+            entropy_scale=scales[i],
+            response_ids=list(r.response_ids),
+            pieces=token_pieces(tokenizer, r.response_ids),
+            **{name: column[ends[i] - lengths[i] : ends[i]] for name, column in columns.items()},
+        )
+        for i, r in enumerate(rollouts)
+    ]
+
+
+def batch_weights(
+    advantage: list[float],
+    teacher_log_prob: np.ndarray,
+    teacher_entropy: np.ndarray,
+    student_log_prob: np.ndarray,
+    lengths: list[int],
+    objective: ObjectiveConfig,
+    vocab_size: int,
+) -> tuple[TokenWeights, torch.Tensor, list[float]]:
+    """Token weights of a whole batch on one process: arrays [T] of all responses end to end, `lengths` [R].
+
+    Returns the weights, the entropy after the lookahead [T] and the entropy scale of each rollout in nats.
+    """
+    entropy = torch.from_numpy(teacher_entropy)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    mask = torch.ones_like(entropy, dtype=torch.bool)
+    a = torch.tensor(advantage, dtype=torch.float32).repeat_interleave(torch.tensor(lengths))
+    log_probs = torch.from_numpy(teacher_log_prob), torch.from_numpy(student_log_prob)
+    weights = token_weights(a, *log_probs, entropy, cu_seqlens, mask, objective, vocab_size=vocab_size)
+    lookahead = lookahead_min(weights.normalized_entropy, cu_seqlens, mask, objective.lookahead)
+    scale = entropy_scale(entropy, cu_seqlens, mask, objective, vocab_size=vocab_size).expand(entropy.numel())
+    return weights, lookahead, scale[cu_seqlens[:-1].long()].tolist()
+
+
+def token_pieces(tokenizer, ids: list[int]) -> list[str]:
+    """The text each token adds; joined, the decoded response with its special tokens.
+
+    A character that takes several byte-level tokens is the last one's, the others add nothing; bytes that never
+    become a character are U+FFFD, as the tokenizer decodes them.
+    """
+    stream, backend = DecodeStream(skip_special_tokens=False), tokenizer.backend_tokenizer
+    pieces = [stream.step(backend, token) or "" for token in ids]
+    whole = backend.decode(ids, skip_special_tokens=False)
+    if pieces:
+        pieces[-1] += whole[sum(map(len, pieces)) :]
+    return pieces
+
+
+def save_scores(scored: list[ScoredRollout], path: Path) -> None:
+    """One JSON object a line, written to a temporary name and renamed; RunError where `path` exists or cannot be."""
+    if path.exists():
+        raise RunError(f"{path} exists already; scores are never overwritten")
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            for rollout in scored:
+                row = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
+                row |= {"objective": asdict(rollout.objective), "problem": asdict(rollout.problem)}
+                # orjson writes fp32 in the fewest digits that read back exactly, and what is not finite as null.
+                file.write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
+        temporary.rename(path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}") from None
+
+
+def load_scores(path: Path) -> list[ScoredRollout]:
+    """What `save_scores` wrote. BadArgument naming the line that is not a scored rollout."""
+    scored = []
+    try:
+        with Path(path).open("rb") as file:
+            for number, line in enumerate(file, 1):
+                scored.append(_parse(line, f"{path}, line {number}"))
+    except OSError as error:
+        raise BadArgument(f"cannot read {path}: {error.strerror}") from None
+    if not scored:
+        raise BadArgument(f"{path} is empty; it should hold one scored rollout a line (dump_scores: true)")
+    return scored
+
+
+def _parse(line: bytes, where: str) -> ScoredRollout:
+    try:
+        row = orjson.loads(line)
+        row |= {"problem": Problem(**row["problem"]), "objective": ObjectiveConfig(**row["objective"])}
+        for name in (*_STUDENT, *_TEACHER):
+            if name in _STUDENT or row[name] is not None:
+                row[name] = np.array(row[name], np.float32)  # null becomes NaN
+        rollout = ScoredRollout(**row)
+        _check(rollout)
+    except (ValueError, KeyError, TypeError) as error:
+        detail = error if type(error) is BadArgument else "it is not an object that dump_scores writes"
+        raise BadArgument(f"{where} is no scored rollout: {detail}") from None
+    return rollout
+
+
+def _check(rollout: ScoredRollout) -> None:
+    for kind, names in _TYPES.items():
+        for name in names:
+            if not isinstance(getattr(rollout, name), kind):
+                raise BadArgument(f"{name} is {getattr(rollout, name)!r}")
+    for name in ("response_ids", "pieces", *_STUDENT, *_TEACHER):
+        values = getattr(rollout, name)
+        if values is not None and np.shape(values) != (len(rollout.response_ids),):
+            raise BadArgument(f"{name} does not hold one value a response token")
+    if not all(isinstance(text, str) for text in (*asdict(rollout.problem).values(), *rollout.pieces)):
+        raise BadArgument("the problem's fields and the pieces must be text")
