@@ -99,7 +99,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     dtype = _dtype(arguments)
     total = weight_bytes(checkpoint.architecture, dtype or checkpoint.dtype())
     with _progress(total, arguments.quiet) as advance:
-        report = verify(arguments.hf_path, arguments.megatron_path, dtype, advance)
+        report = verify(arguments.hf_path, arguments.megatron_path, dtype, advance, arguments.report is not None)
     if arguments.report:
         write_report(report, arguments.report)
     for problem in report["problems"]:

@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.hf.mapping import hf_shapes
-from megatron_egrsd.hf.safetensors_file import DTYPES, INDEX, SHARD_BYTES, SINGLE, SafetensorsWriter
+from megatron_egrsd.hf.byte_ranges import Range
+from megatron_egrsd.hf.mapping import Entry, hf_shapes
+from megatron_egrsd.hf.safetensors_file import DTYPES, INDEX, SHARD_BYTES, SINGLE, SafetensorsWriter, data_ranges
 from megatron_egrsd.hf.staging import staged
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -32,6 +33,7 @@ class HFCheckpoint:
         self.path = Path(path)
         self.architecture = Architecture.from_pretrained(path)
         self._open = {}
+        self._ranges: dict[str, Range] = {}
         self._files = self._locate()
         self._check()
 
@@ -111,6 +113,21 @@ class HFCheckpoint:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._handle(self._files[name]).get_tensor(name)
+
+    def range(self, name: str) -> Range:
+        """Where the bytes of a tensor lie."""
+        if name not in self._ranges:
+            self._ranges |= data_ranges(self._files[name])
+        return self._ranges[name]
+
+    def ranges(self, entry: Entry, shapes: dict[str, tuple[int, ...]]) -> list[Range]:
+        """Where the bytes of the entry's full megatron tensor lie, in order; `shapes` is `hf_shapes`."""
+        sizes, found = [shapes[name][0] for name in entry.hf], []
+        for i, first, end in entry.layout.rows(sizes, self.architecture):
+            path, offset, nbytes = self.range(entry.hf[i])
+            row = nbytes // sizes[i]
+            found.append(Range(path, offset + first * row, (end - first) * row))
+        return found
 
     def names(self) -> list[str]:
         """The names of the tensors that Qwen3 has, in mapping order."""

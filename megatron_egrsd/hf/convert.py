@@ -1,17 +1,18 @@
 """Moving Qwen3 between Hugging Face and Megatron-LM directories, tensor by tensor, in one process.
 
 Each conversion is opened (everything that can be wrong with its input is checked), described, and run. Memory holds
-one mapping entry at a time; the output is staged, so it is complete or absent.
+places, not tensors; the output is staged, so it is complete or absent.
 """
 
 import json
-from collections.abc import Callable
+import math
 from pathlib import Path
 
 import torch
 
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.hf.byte_ranges import Advance, pieces
 from megatron_egrsd.hf.checkpoint import EMBEDDING, HEAD, HFCheckpoint, copy_assets
 from megatron_egrsd.hf.mapping import entries, hf_shapes
 from megatron_egrsd.hf.megatron_checkpoint import (
@@ -28,10 +29,9 @@ from megatron_egrsd.hf.megatron_checkpoint import (
 )
 from megatron_egrsd.hf.safetensors_file import SHARD_BYTES, SafetensorsWriter
 from megatron_egrsd.hf.staging import check_absent, free_bytes, staged
-from megatron_egrsd.hf.torch_dist_writer import TorchDistWriter
+from megatron_egrsd.hf.torch_dist_writer import Object, Part, write_torch_dist
 
 RECORD = "conversion.json"
-Advance = Callable[[int], object]  # called with the bytes written since the last call
 
 
 class ToMegatron:
@@ -54,26 +54,23 @@ class ToMegatron:
         """Convert. RunError where the disk is full; nothing is left at `target` then."""
         arch, checkpoint = self.architecture, self.checkpoint
         checkpoint.check_tied_head()
-        shapes = hf_shapes(arch)
+        shapes, parts = hf_shapes(arch), []
+        for entry in entries(arch):
+            place, shape = places(entry, arch)[0], megatron_shape(entry, arch, shapes)
+            offsets, sizes = (*place.index, *(0 for _ in shape)), (*(1 for _ in place.lead), *shape)
+            parts.append(Part(place.key, offsets, sizes, (*place.lead, *shape), checkpoint.ranges(entry, shapes)))
         with staged(self.target, self.nbytes) as directory:
             (directory / RELEASE).mkdir()
-            writer = TorchDistWriter(directory / RELEASE)
-            try:
-                for entry in entries(arch):
-                    place, shape = places(entry, arch)[0], megatron_shape(entry, arch, shapes)
-                    row = 0
-                    for piece in entry.layout.pieces([checkpoint[name] for name in entry.hf], arch):
-                        piece = piece.to(self.dtype)
-                        chunk = piece.view(*(1 for _ in place.lead), *piece.shape)
-                        offsets = (*place.index, row, *(0 for _ in shape[1:]))
-                        writer.tensor(place.key, chunk, offsets, (*place.lead, *shape))
-                        row += piece.shape[0]
-                        advance(chunk.nbytes)
-                for key, offsets, shape in extra_states(arch):
-                    writer.object(key, offsets, shape, None)
-                writer.finish(common_state(arch, self.dtype))
-            finally:
-                writer.abort()
+            objects = [Object(*place, None) for place in extra_states(arch)]
+            write_torch_dist(
+                directory / RELEASE,
+                parts,
+                objects,
+                common_state(arch, self.dtype),
+                self.source_dtype,
+                self.dtype,
+                advance,
+            )
             copy_assets(self.source, directory / SIDECAR)
             if self.dtype != self.source_dtype:
                 set_config_dtype(directory / SIDECAR / "config.json", self.dtype)
@@ -120,11 +117,10 @@ class ToHF:
             writer = SafetensorsWriter(directory, shapes, self.dtype, self.shard_bytes)
             try:
                 for entry in entries(arch):
-                    for name, tensor in self.checkpoint.read(entry).items():
-                        tensor = tensor.to(self.dtype)
+                    for name, ranges in self.checkpoint.ranges(entry, shapes).items():
                         for copy in (HEAD, name) if name == EMBEDDING and self.stores_tied_head else (name,):
-                            writer.write(copy, tensor)
-                        advance(tensor.nbytes)
+                            writer.write_pieces(copy, pieces(ranges, self.source_dtype, self.dtype))
+                        advance(math.prod(shapes[name]) * self.dtype.itemsize)
                 writer.finish()
             finally:
                 writer.abort()

@@ -4,7 +4,8 @@ Loading, export, weight synchronisation and conversion all read this table. A fu
 made from one or more Hugging Face tensors by `join`, taken apart by `split`, cut into tensor-parallel shards by
 `shard` and put together by `unshard`; each pair is exact, byte for byte.
 
-`pieces` is the full tensor without padding in pieces along its first dimension, for writers that need not join them.
+`rows` says the same without tensors, for those who move bytes from file to file: which rows of which Hugging Face
+tensor come one after the other in the full tensor without padding.
 
 Shapes: H hidden, F intermediate, D head_dim, N heads, G key/value heads, V vocabulary, P its padded rows.
 """
@@ -29,8 +30,13 @@ class Copy:
     def split(self, full: torch.Tensor, arch: Architecture) -> list[torch.Tensor]:
         return [full]
 
-    def pieces(self, tensors: Sequence[torch.Tensor], arch: Architecture) -> list[torch.Tensor]:
-        return list(tensors)
+    def groups(self, arch: Architecture) -> int:
+        return 1
+
+    def rows(self, sizes: Sequence[int], arch: Architecture) -> list[tuple[int, int, int]]:
+        """(Hugging Face tensor, first row, end row), in order; `sizes` are those tensors' rows."""
+        groups = self.groups(arch)
+        return [(i, n // groups * g, n // groups * (g + 1)) for g in range(groups) for i, n in enumerate(sizes)]
 
     def shard(self, full: torch.Tensor, rank: int, tp: int) -> torch.Tensor:
         return full if self.dim is None else full.chunk(tp, self.dim)[rank]
@@ -63,8 +69,8 @@ class QKV(Copy):
         parts = grouped.split([q_rows, arch.head_dim, arch.head_dim], 1)
         return [p.reshape(-1, arch.hidden_size) for p in parts]
 
-    def pieces(self, tensors, arch):
-        return [self.join(tensors, arch, 1)]
+    def groups(self, arch):
+        return arch.num_kv_heads
 
 
 class GateUp(Copy):

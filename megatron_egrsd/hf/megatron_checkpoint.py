@@ -19,6 +19,7 @@ import torch
 
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.hf.byte_ranges import Range
 from megatron_egrsd.hf.mapping import Entry, GateUp, Vocabulary, entries, hf_shapes
 from megatron_egrsd.hf.torch_dist_reader import CONFIG, TorchDistReader
 
@@ -210,12 +211,23 @@ class MegatronCheckpoint:
         itemsize = self.dtype().itemsize
         return sum(torch.Size(shape).numel() * itemsize for shape in hf_shapes(self.architecture).values())
 
-    def read(self, entry: Entry) -> dict[str, torch.Tensor]:
-        """The Hugging Face tensors of one entry. Padding rows are cut off here."""
-        place = self._place(entry)
-        parts = [self.reader.read(key, place.index) for key in self._keys(place)]
-        full = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return dict(zip(entry.hf, entry.layout.split(full, self.architecture), strict=True))
+    def ranges(self, entry: Entry, shapes: dict[str, tuple[int, ...]]) -> dict[str, list[Range]]:
+        """Where the bytes of the Hugging Face tensors of one entry lie, in order, without padding.
+
+        `shapes` is `hf_shapes`. RunError where a chunk is missing or damaged.
+        """
+        place, sizes = self._place(entry), [shapes[name][0] for name in entry.hf]
+        keys = self._keys(place)
+        found, row = {name: [] for name in entry.hf}, 0
+        for i, first, end in entry.layout.rows(sizes, self.architecture):
+            half, inside = divmod(row, sum(sizes) // len(keys))
+            found[entry.hf[i]] += self.reader.ranges(keys[half], place.index, inside, inside + end - first)
+            row += end - first
+        return found
+
+    def dtype_of(self, entry: Entry) -> torch.dtype:
+        """The type one entry is stored in."""
+        return self.reader.tensors[self._keys(self._place(entry))[0]].dtype
 
     def _place(self, entry: Entry) -> Place | None:
         for place in places(entry, self.architecture):

@@ -3,11 +3,13 @@
 import json
 import math
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from megatron_egrsd.errors import RunError
+from megatron_egrsd.hf.byte_ranges import Range, raw_bytes, write_all
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -15,11 +17,6 @@ SHARD_BYTES = 5 << 30
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's elements as they lie in memory; copies only what is not contiguous."""
-    return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 class SafetensorsWriter:
@@ -42,15 +39,26 @@ class SafetensorsWriter:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append the next tensor."""
-        expected, shard = next(self._order, (None, None))
-        if (name, tuple(tensor.shape), tensor.dtype) != (expected, self.shapes.get(name), self.dtype):
+        if name in self.shapes and (tuple(tensor.shape), tensor.dtype) != (self.shapes[name], self.dtype):
             raise RunError(
-                f"the export should write {expected} as {self.dtype} {list(self.shapes.get(expected, ()))} now, but "
-                f"was given {name} as {tensor.dtype} {list(tensor.shape)}"
+                f"the export should write {name} as {self.dtype} {list(self.shapes[name])}, but was given "
+                f"{tensor.dtype} {list(tensor.shape)}"
             )
+        self.write_pieces(name, [raw_bytes(tensor)])
+
+    def write_pieces(self, name: str, pieces: Iterable[memoryview]) -> None:
+        """Append the next tensor, given as its bytes in pieces."""
+        expected, shard = next(self._order, (None, None))
+        if name != expected:
+            raise RunError(f"the export should write {expected} now, but was given {name}")
         if shard != self._shard:
             self._next_file(shard)
-        self._file.write(raw_bytes(tensor))
+        missing = math.prod(self.shapes[name]) * self.dtype.itemsize
+        for piece in pieces:
+            write_all(self._file, piece)
+            missing -= len(piece)
+        if missing:
+            raise RunError(f"the export was given {missing} bytes too few of {name}")
 
     def finish(self) -> None:
         """Close the last shard and write the index. RunError where tensors are missing."""
@@ -75,7 +83,6 @@ class SafetensorsWriter:
     def _next_file(self, shard: int) -> None:
         self.abort()
         self._shard = shard
-        # Unbuffered: every write is a whole tensor.
         self._file = open(self.directory / self.files[shard], "wb", buffering=0)  # noqa: SIM115
         header, end = {"__metadata__": {"format": "pt"}}, 0
         for name in self.shards[shard]:
@@ -87,7 +94,17 @@ class SafetensorsWriter:
             }
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
-        self._file.write(struct.pack("<Q", len(encoded)) + encoded)
+        write_all(self._file, struct.pack("<Q", len(encoded)) + encoded)
+
+
+def data_ranges(file: Path) -> dict[str, Range]:
+    """Tensor name -> where its bytes lie, of a safetensors file that safe_open has accepted."""
+    with open(file, "rb") as opened:
+        length = struct.unpack("<Q", opened.read(8))[0]
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    ends = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {name: Range(file, 8 + length + start, end - start) for name, (start, end) in ends.items()}
 
 
 def _split(shapes: dict[str, tuple[int, ...]], itemsize: int, shard_bytes: int) -> list[list[str]]:

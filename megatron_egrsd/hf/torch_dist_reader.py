@@ -4,8 +4,10 @@ torch_dist_writer.py describes the format.
 """
 
 import io
+import itertools
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +16,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_egrsd.errors import RunError
+from megatron_egrsd.hf.byte_ranges import Range, in_threads
 from megatron_egrsd.hf.safe_pickle import MetadataUnpickler, load_without_code
 from megatron_egrsd.hf.staging import sha256_of
 from megatron_egrsd.hf.torch_dist_writer import COMMON, CONFIG, INTEGRITY, METADATA
@@ -47,6 +50,8 @@ class TorchDistReader:
 
     def __init__(self, directory: Path):
         self.directory = directory
+        self._begins: dict[Chunk, int] = {}
+        self._boxes: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}
         try:
             config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
             with open(directory / METADATA, "rb") as file:
@@ -79,33 +84,63 @@ class TorchDistReader:
             raise TypeError(f"{key} has no type")
         return Stored(tuple(map(int, value.size)), value.properties.dtype, tuple(chunks))
 
-    def read(self, key: str, index: tuple[int, ...] = ()) -> torch.Tensor:
-        """The tensor at `index` of the leading dimensions of `key`, put together from its chunks.
+    def ranges(self, key: str, index: tuple[int, ...], first: int, end: int) -> list[Range]:
+        """Where rows [`first`, `end`) of the tensor at `index` of the leading dimensions of `key` lie, in order.
 
-        Reads the chunks that touch it, one at a time. RunError where they do not cover it exactly once.
+        Rows may be split along their columns. RunError where the chunks do not cover them exactly once.
         """
         stored, lead = self.tensors[key], len(index)
-        shape = stored.shape[lead:]
-        full, covered = None, 0
-        for chunk in stored.chunks:
-            inner = tuple(i - start for i, start in zip(index, chunk.offsets, strict=False))
-            if any(not 0 <= i < size for i, size in zip(inner, chunk.sizes, strict=False)):
-                continue
-            part = self._load(key, chunk)[inner]
-            covered += part.numel()
-            if part.shape == shape:
-                full = part  # one chunk holds it all: no copy
-                continue
-            if full is None:
-                full = torch.empty(shape, dtype=stored.dtype)
-            box = zip(chunk.offsets[lead:], chunk.sizes[lead:], strict=True)
-            full[tuple(slice(start, start + size) for start, size in box)] = part
-        if covered != math.prod(shape):
-            raise RunError(
-                f"the chunks of {key}{list(index)} in {self.directory} hold {covered} elements of {math.prod(shape)}: "
-                "some are missing or doubled"
-            )
-        return full
+        columns, itemsize = math.prod(stored.shape[lead + 1 :]), stored.dtype.itemsize
+        found, row = [], first
+        while row < end:  # from one set of chunks to the next
+            chunks = [
+                chunk
+                for chunk in self._boxes_at(key, index)
+                if chunk.offsets[lead] <= row < chunk.offsets[lead] + chunk.sizes[lead]
+            ]
+            chunks.sort(key=lambda chunk: chunk.offsets[lead + 1 :])
+            widths = [math.prod(chunk.sizes[lead + 1 :]) for chunk in chunks]
+            if sum(widths) != columns:
+                raise RunError(
+                    f"the chunks of {key}{list(index)} in {self.directory} hold {sum(widths)} of the {columns} "
+                    f"elements of row {row}: some are missing or doubled"
+                )
+            until = min([end, *(chunk.offsets[lead] + chunk.sizes[lead] for chunk in chunks)])
+            places = [
+                (self.directory / chunk.file, self._offset(key, chunk, (*index, row)), width * itemsize)
+                for chunk, width in zip(chunks, widths, strict=True)
+            ]
+            if len(places) == 1:
+                path, offset, nbytes = places[0]
+                found.append(Range(path, offset, (until - row) * nbytes))
+            else:
+                found += [
+                    Range(path, offset + i * nbytes, nbytes)
+                    for i in range(until - row)
+                    for path, offset, nbytes in places
+                ]
+            row = until
+        return found
+
+    def _boxes_at(self, key: str, index: tuple[int, ...]) -> list[Chunk]:
+        """The chunks that hold a part of the tensor at `index`; the first call for `key` sorts all of them."""
+        if key not in self._boxes:
+            boxes = self._boxes[key] = {}
+            for chunk in self.tensors[key].chunks:
+                spans = [range(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+                for inside in itertools.product(*spans[: len(index)]):
+                    boxes.setdefault(inside, []).append(chunk)
+        return self._boxes[key].get(index, [])
+
+    def _offset(self, key: str, chunk: Chunk, row: tuple[int, ...]) -> int:
+        """Where in its file the part of `row` (an index without the column) that `chunk` holds begins."""
+        elements = 0
+        for i, start, size in zip(row, chunk.offsets, chunk.sizes, strict=False):
+            elements = elements * size + i - start
+        elements *= math.prod(chunk.sizes[len(row) :])
+        if chunk not in self._begins:
+            self._begins[chunk] = self._begin(key, chunk)
+        return self._begins[chunk] + elements * self.tensors[key].dtype.itemsize
 
     def common(self) -> dict[str, Any]:
         """The common state: iteration, arguments, content metadata. Unknown classes come as empty stand-ins."""
@@ -148,23 +183,36 @@ class TorchDistReader:
         except (ValueError, KeyError, AttributeError, TypeError):
             return [INTEGRITY]
         present = {f.name for f in self.directory.iterdir() if f.is_file() and f.name != INTEGRITY}
-        damaged = [name for name, digest in expected if sha256_of(self.directory / name) != digest]
-        return damaged + sorted(present - {name for name, _ in expected})
+        damaged = present - {name for name, _ in expected}
 
-    def _load(self, key: str, chunk: Chunk) -> torch.Tensor:
-        path = self.directory / chunk.file
+        def check(name: str, digest: str) -> Iterator[int]:
+            if sha256_of(self.directory / name) != digest:
+                damaged.add(name)
+            yield 0
+
+        in_threads((check(name, digest) for name, digest in expected), lambda nbytes: None)
+        return sorted(damaged)
+
+    def _begin(self, key: str, chunk: Chunk) -> int:
+        """Where in its file the elements of a chunk begin. RunError where its archive is not the tensor announced."""
+        path, stored = self.directory / chunk.file, self.tensors[key]
         try:
             with open(path, "rb", buffering=0) as file:
-                tensor = torch.load(_Window(file, chunk.start, chunk.length), map_location="cpu", weights_only=True)
+                window = _Window(file, chunk.start, chunk.length)
+                tensor = torch.load(window, map_location="meta", weights_only=True)  # reads no elements
+            announced = isinstance(tensor, torch.Tensor) and (tuple(tensor.shape), tensor.dtype) == (
+                chunk.sizes,
+                stored.dtype,
+            )
+            begin = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
         except FileNotFoundError:
             raise RunError(f"{path} is missing; it holds {key}") from None
         except Exception as error:  # torch.load raises a zoo of types on damaged bytes
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RunError(f"{key} in {path} cannot be read ({reason}); the file is truncated or damaged") from None
-        announced = (chunk.sizes, self.tensors[key].dtype)
-        if not isinstance(tensor, torch.Tensor) or (tuple(tensor.shape), tensor.dtype) != announced:
+        if not announced or not tensor.is_contiguous() or begin + tensor.nbytes > chunk.length:
             raise RunError(f"the chunk of {key} at {list(chunk.offsets)} in {path} is not the tensor announced")
-        return tensor
+        return chunk.start + begin
 
 
 class _Window(io.RawIOBase):

@@ -1,4 +1,4 @@
-"""Writing megatron-core's torch_dist checkpoints chunk by chunk, in one process and without megatron-core.
+"""Writing megatron-core's torch_dist checkpoints from byte ranges of files, without megatron-core.
 
 The format is torch.distributed.checkpoint's: `.metadata` says which chunk of which tensor lies at which place of
 which `.distcp` file, and each chunk is one torch.save archive. megatron-core adds `metadata.json` (the format's
@@ -6,15 +6,15 @@ name), one object called `common_state` (older releases: common.pt) and, on dema
 every file). What the tensors mean is megatron_checkpoint.py's affair.
 """
 
-import contextlib
+import functools
 import hashlib
 import io
 import json
+import math
 import pickle
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_egrsd.hf.safetensors_file import raw_bytes
+from megatron_egrsd.hf.byte_ranges import THREADS, Advance, Range, in_threads, pieces, write_all
 
 METADATA = ".metadata"
 CONFIG = "metadata.json"
@@ -37,113 +37,143 @@ COMMON = "common.pt"
 FILE_BYTES = 5 << 30
 
 
-class TorchDistWriter:
-    """Writes chunks of tensors as they come and keeps none. `finish` makes the directory a checkpoint."""
+class Part(NamedTuple):
+    """A box of the tensor `key` of global `shape`, and where its elements now lie, in order."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.metadata = Metadata(state_dict_metadata={}, storage_data={}, storage_meta=StorageMeta(), version="1.0.0")
-        self.hashes: dict[str, str] = {}
-        self._file: _HashedFile | None = None
-        self._count = 0
-
-    def tensor(self, key: str, chunk: torch.Tensor, offsets: tuple[int, ...], shape: tuple[int, ...]) -> None:
-        """Write `chunk` as the part of tensor `key` (global `shape`) that begins at `offsets`."""
-        # A view of a mapped file drags its whole storage into torch.save: hand it a storage of the right size.
-        chunk = torch.frombuffer(raw_bytes(chunk), dtype=chunk.dtype).view(chunk.shape)
-        with _without_crc():
-            self._append(MetadataIndex(key, offsets), chunk)
-        entry = self.metadata.state_dict_metadata.setdefault(
-            key, TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), torch.Size(shape), [])
-        )
-        entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), chunk.shape))
-
-    def object(self, key: str, offsets: tuple[int, ...], shape: tuple[int, ...], value: Any) -> None:
-        """Write a picklable object as megatron-core's ShardedObject `key` of that place and global shape."""
-        name = f"{key}/shard_{'.'.join(map(str, offsets))}_{'.'.join(map(str, shape))}"
-        self._append(MetadataIndex(name), [value])
-        self.metadata.state_dict_metadata[name] = BytesStorageMetadata()
-
-    def finish(self, common: dict[str, Any]) -> None:
-        """Write the common state and everything that makes the files a checkpoint."""
-        self.object("common_state", (0,), (1,), common)
-        self._close()
-        for name, content in (
-            (COMMON, _saved(common)),
-            (METADATA, pickle.dumps(self.metadata)),
-            (CONFIG, json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode()),
-        ):
-            (self.directory / name).write_bytes(content)
-            self.hashes[name] = hashlib.sha256(content).hexdigest()
-        manifest = {"algorithm": "sha256", "files": dict(sorted(self.hashes.items()))}
-        (self.directory / INTEGRITY).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-    def abort(self) -> None:
-        """Close what is open; the caller removes the directory."""
-        if self._file:
-            self._file.close()
-
-    def _append(self, index: MetadataIndex, value: Any) -> None:
-        if self._file is None or self._file.position > FILE_BYTES:
-            self._close()
-            self._file = _HashedFile(self.directory / f"__0_{self._count}.distcp")
-            self._count += 1
-        start = self._file.position
-        try:
-            torch.save(value, self._file)
-        except RuntimeError as error:  # torch closes its archive after a failed write, and that fails again
-            reason = error
-            while reason is not None and not isinstance(reason, OSError | KeyboardInterrupt):
-                reason = reason.__context__
-            raise reason or error from None
-        self.metadata.storage_data[index] = _StorageInfo(self._file.path.name, start, self._file.position - start)
-
-    def _close(self) -> None:
-        if self._file:
-            self._file.close()
-            self.hashes[self._file.path.name] = self._file.digest()
-            self._file = None
+    key: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    shape: tuple[int, ...]
+    ranges: list[Range]
 
 
-class _HashedFile(io.RawIOBase):
-    """A file opened for writing whose SHA-256 is known when it is closed. The hash runs beside the write."""
+class Object(NamedTuple):
+    """A picklable value, as megatron-core's ShardedObject `key` of that place and global shape."""
 
-    def __init__(self, path: Path):
-        self.path, self.position = path, 0
-        self._raw, self._sha, self._thread = open(path, "wb", buffering=0), hashlib.sha256(), ThreadPoolExecutor(1)  # noqa: SIM115
+    key: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    value: Any
 
-    def write(self, data) -> int:
-        hashed = self._thread.submit(self._sha.update, data) if len(data) > 1 << 16 else self._sha.update(data)
-        view, written = memoryview(data), 0
-        while written < len(view):
-            written += self._raw.write(view[written:])
-        self.position += written
-        if hashed:
-            hashed.result()  # `data` is the caller's again when this returns
-        return written
 
-    def digest(self) -> str:
-        return self._sha.hexdigest()
+def write_torch_dist(directory: Path, parts: list[Part], objects: list[Object], common: dict[str, Any],
+                     stored: torch.dtype, wanted: torch.dtype, advance: Advance) -> None:  # fmt: skip
+    """Make `directory` a checkpoint of `parts`, whose ranges hold type `stored`, rounded to `wanted`.
+
+    Several files even of a small model: each has a SHA-256 of its own, and hashing takes longer than writing, so they
+    are written side by side.
+    """
+    files = [_HashedFile(directory / f"__0_{i}.distcp", wanted) for i in range(_file_count(parts, wanted))]
+    try:
+        groups = _divided(parts, len(files))
+        in_threads((f.tensors(group, stored) for f, group in zip(files, groups, strict=True)), advance)
+        for value in (*objects, Object("common_state", (0,), (1,), common)):
+            files[-1].object(value)
+    finally:
+        for file in files:
+            file.close()
+    hashes = {file.path.name: file.sha.hexdigest() for file in files}
+    for name, content in (
+        (COMMON, _saved(common)),
+        (METADATA, pickle.dumps(_metadata(parts, files, wanted))),
+        (CONFIG, json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode()),
+    ):
+        (directory / name).write_bytes(content)
+        hashes[name] = hashlib.sha256(content).hexdigest()
+    manifest = {"algorithm": "sha256", "files": dict(sorted(hashes.items()))}
+    (directory / INTEGRITY).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+class _HashedFile:
+    """A `.distcp` file that is being written: its hash, and the places of what is in it."""
+
+    def __init__(self, path: Path, dtype: torch.dtype):
+        self.path, self.dtype, self.sha, self.places = path, dtype, hashlib.sha256(), {}
+        self._raw, self._position = open(path, "wb", buffering=0), 0  # noqa: SIM115
+
+    def tensors(self, parts: list[Part], stored: torch.dtype) -> Iterator[int]:
+        """Write `parts`; yields the bytes of each."""
+        for part in parts:
+            start = self._position
+            before, behind = _archive(part.sizes, self.dtype)
+            self._write(before)
+            for piece in pieces(part.ranges, stored, self.dtype):
+                self._write(piece)
+            self._write(behind)
+            self._place(MetadataIndex(part.key, part.offsets), start)
+            yield math.prod(part.sizes) * self.dtype.itemsize
+
+    def object(self, value: Object) -> None:
+        start = self._position
+        self._write(_saved([value.value]))
+        name = f"{value.key}/shard_{'.'.join(map(str, value.offsets))}_{'.'.join(map(str, value.shape))}"
+        self._place(MetadataIndex(name), start)
 
     def close(self) -> None:
-        if not self.closed:
-            self._thread.shutdown()
-            self._raw.close()
-        super().close()
+        self._raw.close()
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self.sha.update(data)
+        write_all(self._raw, data)
+        self._position += len(data)
+
+    def _place(self, index: MetadataIndex, start: int) -> None:
+        self.places[index] = _StorageInfo(self.path.name, start, self._position - start)
+
+
+def _metadata(parts: list[Part], files: list[_HashedFile], dtype: torch.dtype) -> Metadata:
+    places = {index: place for file in files for index, place in file.places.items()}
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    for key, offsets, sizes, shape, _ in parts:
+        entry = entries.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), []))
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+    entries |= {index.fqn: BytesStorageMetadata() for index in places if index.offset is None}
+    return Metadata(entries, storage_data=places, storage_meta=StorageMeta(), version="1.0.0")
+
+
+def _file_count(parts: list[Part], dtype: torch.dtype) -> int:
+    nbytes = sum(math.prod(part.sizes) for part in parts) * dtype.itemsize
+    return max(THREADS, math.ceil(nbytes / FILE_BYTES))
+
+
+def _divided(parts: list[Part], count: int) -> list[list[Part]]:
+    """`parts` in `count` runs of about equal size."""
+    total, done, runs = sum(math.prod(part.sizes) for part in parts), 0, [[] for _ in range(count)]
+    for part in parts:
+        runs[done * count // total].append(part)
+        done += math.prod(part.sizes)
+    return runs
+
+
+@functools.lru_cache(256)
+def _archive(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
+    """What torch.save writes before and behind the elements of a tensor; it checks no CRC, integrity.json has more."""
+    sink = _Sink()
+    with torch.serialization.skip_data():
+        torch.save(torch.empty(sizes, dtype=dtype), sink)
+    before, behind = map(bytes, sink.halves)
+    return before, behind
+
+
+class _Sink(io.RawIOBase):
+    """Takes what torch.save writes, and notices where it seeks over the elements."""
+
+    def __init__(self):
+        self.halves = [bytearray()]
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.halves.append(bytearray())
+        return 0
+
+    def write(self, data) -> int:
+        self.halves[-1].extend(data)
+        return len(data)
 
 
 def _saved(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
-
-
-@contextlib.contextmanager
-def _without_crc() -> Iterator[None]:
-    """torch.save without the zip's CRC-32, which costs twice the write; integrity.json's SHA-256 takes its place."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)

@@ -2,31 +2,33 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.hf.byte_ranges import Advance, in_threads, pieces
 from megatron_egrsd.hf.checkpoint import HFCheckpoint, assets
 from megatron_egrsd.hf.convert import RECORD, record_of
-from megatron_egrsd.hf.mapping import entries
+from megatron_egrsd.hf.mapping import Entry, entries, hf_shapes
 from megatron_egrsd.hf.megatron_checkpoint import SIDECAR, MegatronCheckpoint, places, read_json
-from megatron_egrsd.hf.safetensors_file import raw_bytes
 
 
 def verify(
     hf_path: str | Path,
     megatron_path: str | Path,
     dtype: torch.dtype | None = None,
-    advance: Callable[[int], object] = lambda nbytes: None,
+    advance: Advance = lambda nbytes: None,
+    hashes: bool = False,
 ) -> dict:
     """Compare names, shapes, types, bytes and the files beside the weights; returns the report.
 
     `report["problems"]` is empty where the two are the same model, and names every tensor and file that is not.
-    `report["tensors"]` has name, place, shape and SHA-256 of each tensor on both sides. `dtype` is the type that
-    `to-megatron --dtype` was given: the Hugging Face side is rounded to it first. BadArgument where a side is no
-    checkpoint at all.
+    `report["tensors"]` has name, place, shape and, if `hashes` are wanted (they take longer than the
+    comparison), SHA-256 of each tensor on both sides. `dtype` is the type that `to-megatron --dtype` was given: the
+    Hugging Face side is rounded to it first. BadArgument where a side is no checkpoint at all.
     """
     hf = HFCheckpoint(hf_path)
     hf.check_tied_head()
@@ -47,7 +49,7 @@ def verify(
     megatron.architecture = hf.architecture
     structure = megatron.problems()
     problems += structure
-    tensors = [] if structure else _compare(hf, megatron, dtype, problems, advance)
+    tensors = [] if structure else _compare(hf, megatron, dtype, hashes, problems, advance)
     return {
         "hf_path": str(hf.path),
         "megatron_path": str(megatron.path),
@@ -65,43 +67,64 @@ def write_report(report: dict, path: Path) -> None:
         raise BadArgument(f"the report cannot be written to {path}: {error.strerror}") from None
 
 
-def _compare(hf: HFCheckpoint, megatron: MegatronCheckpoint, dtype: torch.dtype | None, problems: list[str],
-             advance: Callable[[int], object]) -> list[dict]:  # fmt: skip
-    rows = []
-    for entry in entries(hf.architecture):
-        place = places(entry, hf.architecture)[0]
+def _compare(hf: HFCheckpoint, megatron: MegatronCheckpoint, dtype: torch.dtype | None, hashes: bool,
+             problems: list[str], advance: Advance) -> list[dict]:  # fmt: skip
+    """The report's rows; what is wrong goes to `problems`."""
+    arch, stored = hf.architecture, hf.dtype()
+    expected, shapes = dtype or stored, hf_shapes(arch)
+    rows: dict[str, dict] = {}
+    wrong: dict[str, str] = {}
+
+    def compare(entry: Entry) -> Iterator[int]:
+        place, found = places(entry, arch)[0], megatron.dtype_of(entry)
+        where = f"{place.key}{list(place.index)}"
         try:
-            converted = megatron.read(entry)
+            ranges = megatron.ranges(entry, shapes)
+            for name in entry.hf:
+                sides = pieces([hf.range(name)], stored, expected), pieces(ranges[name], found, found)
+                if expected != found:
+                    wrong[name] = (f"{name} is {expected} in Hugging Face and {found} in Megatron; "
+                                   "say --dtype where that was asked for")  # fmt: skip
+                    digests = [_sha256(side) for side in sides] if hashes else []
+                else:
+                    count, digests = _difference(*sides, expected, hashes)
+                    if count:
+                        wrong[name] = f"{name} differs from {where}: {count} of {math.prod(shapes[name])} values"
+                rows[name] = {"name": name, "megatron": where, "shape": list(shapes[name]), "dtype": str(found)}
+                rows[name] |= zip(("sha256_hf", "sha256_megatron"), digests, strict=False)
+                yield math.prod(shapes[name]) * expected.itemsize
         except RunError as error:
-            problems.append(str(error))
-            continue
-        for name in entry.hf:
-            expected, found = hf[name], converted[name]
-            if dtype is not None:
-                expected = expected.to(dtype)
-            left, right = raw_bytes(expected), raw_bytes(found)
-            same = expected.dtype == found.dtype and left == right
-            digest = hashlib.sha256(left).hexdigest()
-            if expected.dtype != found.dtype:
-                problems.append(f"{name} is {expected.dtype} in Hugging Face and {found.dtype} in Megatron; "
-                                "say --dtype where that was asked for")  # fmt: skip
-            elif not same:
-                count = int((expected != found).sum()) or "only the bits of some"
-                problems.append(
-                    f"{name} differs from {place.key}{list(place.index)}: {count} of {found.numel()} values"
-                )
-            rows.append(
-                {
-                    "name": name,
-                    "megatron": f"{place.key}{list(place.index)}",
-                    "shape": list(found.shape),
-                    "dtype": str(found.dtype),
-                    "sha256_hf": digest,
-                    "sha256_megatron": digest if same else hashlib.sha256(right).hexdigest(),
-                }
-            )
-            advance(found.nbytes)
-    return rows
+            wrong[entry.hf[0]] = str(error)
+
+    in_threads(map(compare, entries(arch)), advance)
+    problems += [wrong[name] for name in shapes if name in wrong]
+    return [rows[name] for name in shapes if name in rows]
+
+
+def _difference(left: Iterator[memoryview], right: Iterator[memoryview], dtype: torch.dtype,
+                hashes: bool) -> tuple[int, list[str]]:  # fmt: skip
+    """How many values differ in a bit, and the SHA-256 of both sides where `hashes` are wanted."""
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    count, first, second = 0, hashlib.sha256(), None
+    for a, b in zip(left, right, strict=True):
+        values = torch.frombuffer(a, dtype=bits), torch.frombuffer(b, dtype=bits)
+        same = torch.equal(*values)
+        if not same:
+            count += int((values[0] != values[1]).sum())
+        if hashes:
+            if not same and not second:
+                second = first.copy()  # one hash does for both sides as long as they are the same
+            first.update(a)
+            if second:
+                second.update(b)
+    return count, [first.hexdigest(), (second or first).hexdigest()] if hashes else []
+
+
+def _sha256(side: Iterator[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for piece in side:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _different_files(hf: Path, carried: Path, dtype: torch.dtype | None) -> list[str]:

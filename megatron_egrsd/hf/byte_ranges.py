@@ -1,0 +1,99 @@
+"""Tensors as byte ranges of files, moved through one small buffer, and the threads that move them.
+
+Weights change neither in a conversion nor in a comparison; they lie elsewhere. So nothing is loaded: bytes go from a
+buffer that was faulted in once to where they belong. docs/conversion.md has the measurements behind that.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from threading import Event
+from typing import BinaryIO, NamedTuple
+
+import torch
+
+from megatron_egrsd.errors import RunError
+
+# 256 KiB of bf16: in a core's cache, and large enough that the calls do not count.
+PIECE_ELEMENTS = 1 << 17
+PIECE_BYTES = 1 << 18
+THREADS = 2
+
+Advance = Callable[[int], object]  # called with the bytes done since the last call
+
+
+class Range(NamedTuple):
+    """`nbytes` bytes at `offset` of the file at `path`."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+def pieces(ranges: Iterable[Range], stored: torch.dtype, wanted: torch.dtype) -> Iterator[memoryview]:
+    """The elements of `ranges` one after the other, rounded from type `stored` to `wanted`, PIECE_ELEMENTS at a time.
+
+    Each piece lies in one buffer and holds until the next is asked for. RunError where a file ends too early.
+    """
+    source = torch.empty(PIECE_ELEMENTS, dtype=stored)
+    target = source if wanted == stored else torch.empty(PIECE_ELEMENTS, dtype=wanted)
+    buffer, filled = raw_bytes(source), 0
+
+    def piece() -> memoryview:
+        count = filled // stored.itemsize
+        if target is not source:
+            target[:count].copy_(source[:count])
+        return raw_bytes(target[:count])
+
+    with contextlib.ExitStack() as stack:
+        files: dict[Path, BinaryIO] = {}
+        for path, offset, nbytes in ranges:
+            if path not in files:
+                files[path] = stack.enter_context(open(path, "rb", buffering=0))
+            files[path].seek(offset)
+            while nbytes:
+                count = files[path].readinto(buffer[filled : filled + nbytes])
+                if not count:
+                    raise RunError(f"{path} is truncated: it ends before byte {offset + nbytes}")
+                filled, offset, nbytes = filled + count, offset + count, nbytes - count
+                if filled == len(buffer):
+                    yield piece()
+                    filled = 0
+        if filled:
+            yield piece()
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's elements as they lie in memory; copies only what is not contiguous."""
+    return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
+    """Write all of `data` to an unbuffered file, whose own `write` may stop short: at 2 GiB, or at a disk's end."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view[:PIECE_BYTES]) :]
+
+
+def in_threads(tasks: Iterable[Iterator[int]], advance: Advance) -> None:
+    """Run every task to its end, THREADS at a time. What a task yields, bytes done, goes to `advance`.
+
+    After an error or an interrupt the others end where they yield next, and it is raised.
+    """
+    stopped = Event()
+
+    def run(task: Iterator[int]) -> None:
+        for nbytes in task:
+            advance(nbytes)
+            if stopped.is_set():
+                return
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for future in as_completed([pool.submit(run, task) for task in tasks]):
+                future.result()
+        except BaseException:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
