@@ -98,8 +98,8 @@ class Architecture:
         ):
             if size % tensor:
                 raise BadArgument(f"parallel.tensor = {tensor} does not divide the model's {size} {name}")
-        if pipeline > self.num_layers:
-            raise BadArgument(f"parallel.pipeline = {pipeline} is more than the model's {self.num_layers} layers")
+        if self.num_layers % pipeline:
+            raise BadArgument(f"parallel.pipeline = {pipeline} does not divide the model's {self.num_layers} layers")
 
     @property
     def num_parameters(self) -> int:

@@ -1,0 +1,232 @@
+"""Bytes that one training rank allocates, term by term: what a dry run prints and refuses by. Arithmetic only.
+
+What stays (weights, gradients, optimizer, teacher) follows the buffers of megatron-core 0.19.2 to the byte; what a step
+adds follows the tensors that autograd keeps. tests/parallel/test_memory.py compares both with the engine on CPU.
+Transformer Engine's layers are counted from its source and have not been measured here.
+
+Symbols: T tokens of a micro-batch, all of which may be response tokens; b bytes of a weight; H, F, D, N, G, V as in
+hf/mapping.py.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_egrsd.config import Config
+from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.hf.mapping import Entry, entries, hf_shapes
+from megatron_egrsd.vocab_parallel.linear import _CHUNK_ELEMENTS, _KEEP_BYTES
+
+# CUDA context, cuBLAS workspaces, NCCL channels and the allocator's fragmentation. Assumed; no GPU has been measured.
+GPU_RUNTIME_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What the engine runs on: it decides which kernels, and so which tensors, there are."""
+
+    gpu: bool
+    transformer_engine: bool
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpu else "cpu"
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of a rank: what stays through the run, and what each phase of a step adds to it.
+
+    `rank` is the first global rank of pipeline stage `stage`.
+    """
+
+    rank: int
+    stage: int
+    resident: dict[str, int]
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def total(self) -> int:
+        return sum(self.resident.values()) + sum(self.phases[self.peak_phase].values())
+
+
+def shard_shapes(arch: Architecture, tensor: int, pipeline: int, stage: int, expert: int = 1) -> dict[str, torch.Size]:
+    """Shape of every parameter that a rank of `stage` holds, by megatron-core's local name (layers from 0 here).
+
+    The last stage of a tied model holds a copy of the embedding; megatron-core splits only the experts over `expert`.
+    """
+    hf = hf_shapes(arch)
+    layers = arch.num_layers // pipeline
+    shapes = {}
+
+    def add(name: str, entry: Entry) -> None:
+        full = entry.layout.join([torch.empty(hf[h], device="meta") for h in entry.hf], arch, tensor)
+        shapes[name] = entry.layout.shard(full, 0, tensor).shape
+
+    for entry in entries(replace(arch, num_layers=layers, num_experts=arch.num_experts // expert)):
+        first, last = stage == 0, stage == pipeline - 1
+        if entry.megatron.startswith("embedding."):
+            if first:
+                add(entry.megatron, entry)
+            if last and arch.tied_embeddings and not first:
+                add("output_layer.weight", entry)
+        elif entry.megatron.startswith("decoder.layers.") or last:
+            add(entry.megatron, entry)
+    return shapes
+
+
+def rank_memory(
+    config: Config, arch: Architecture, world_size: int, stage: int, place: Placement, *, tokens: int, expert: int = 1
+) -> RankMemory:
+    """Bytes of a rank of pipeline stage `stage` where the longest micro-batch has `tokens` tokens."""
+    parallel = config.parallel
+    b = getattr(torch, config.model.dtype).itemsize
+    shapes = shard_shapes(arch, parallel.tensor, parallel.pipeline, stage, expert)
+    data_parallel = world_size // parallel.model_parallel
+    resident = _resident(config, shapes, data_parallel, max(1, data_parallel // expert), b)
+    if place.gpu:
+        resident["CUDA runtime"] = GPU_RUNTIME_BYTES
+
+    in_flight = parallel.pipeline - stage  # 1F1B: forward passes of a stage before its first backward pass
+    layers = arch.num_layers // parallel.pipeline
+    is_last = stage == parallel.pipeline - 1
+    h = arch.hidden_size // (parallel.tensor if parallel.sequence_parallel else 1)
+    layer = layer_activations(arch, parallel.tensor, h, b, place)
+    kept = layers * (h * b if parallel.recompute else layer) + (0 if is_last else h * b)
+    activations = {"activations": in_flight * tokens * kept}
+    head = lm_head(arch, parallel.tensor, tokens, b, place) | {
+        "final norm": tokens * (_norm(h, b, place) + (arch.hidden_size * b if parallel.sequence_parallel else 0))
+    }
+    backward = {"gradients of activations": tokens * _layer_gradients(arch, parallel.tensor, h, b, place)}
+    if parallel.recompute:
+        backward["recomputed layer"] = tokens * (layer - h * b)
+    phases = {"backward pass of the layers": activations | backward}
+    if is_last:
+        phases["backward pass of the LM head"] = activations | head
+    phases["optimizer step"] = {"temporaries": _adam_temporaries(shapes, config, data_parallel, place)}
+    if config.teacher.weights == "ema" and b < 4:
+        phases["scoring"] = {"teacher in the type of the weights": _numel(shapes) * b,
+                             "one layer": tokens * layer}  # fmt: skip
+    rank = stage * (world_size // parallel.pipeline)
+    if rank == 0:
+        largest = arch.padded_vocab_size(parallel.tensor) * arch.hidden_size * b
+        bucket = min(config.rollout.sync_bucket_mib << 20, arch.num_parameters * b)
+        phases["weight sync"] = {"a bucket's tensors and the next one": bucket + largest,
+                                 "flat copy": max(bucket, largest)}  # fmt: skip
+    return RankMemory(rank, stage, resident, phases)
+
+
+def _resident(config: Config, shapes: dict[str, torch.Size], data_parallel: int, expert_data_parallel: int, b: int):
+    """Weights, gradients, optimizer state and the teacher's own weights, in bytes.
+
+    Source: megatron-core's _ParamAndGradBuffer (fp32 gradients, grad_reduce_in_fp32), its Float16 and distributed
+    optimizers (an fp32 copy of weights that are not fp32, two fp32 moments), Engine.__init__ (teacher).
+    """
+    weights = gradients = optimizer = 0
+    sharded = config.parallel.distributed_optimizer
+    for experts, ranks in ((False, data_parallel), (True, expert_data_parallel)):
+        sizes = [math.prod(s) for name, s in shapes.items() if (".local_experts." in name) == experts]
+        buffer = _buffer_numel(sizes, ranks) if sharded else sum(sizes)
+        weights += buffer * b
+        gradients += buffer * 4
+        optimizer += (buffer // ranks if sharded else buffer) * (8 + (4 if b < 4 else 0))
+    result = {"weights": weights, "gradients (fp32)": gradients, "optimizer": optimizer}
+    if config.teacher.weights != "live" and config.objective.needs_teacher:
+        ema = config.teacher.weights == "ema"
+        result[f"teacher ({config.teacher.weights})"] = _numel(shapes) * (4 if ema else b)
+    return result
+
+
+def _buffer_numel(sizes: list[int], data_parallel: int) -> int:
+    """Elements of the distributed optimizer's one buffer: parameters start on multiples of 64, its end is padded.
+
+    Source: megatron.core.optimizer.param_layout (pad_param_start, pad_bucket_end). A rank owns an equal share, of which
+    the padding carries no optimizer state; counting it errs by less than 64 elements a parameter.
+    """
+    unit = math.lcm(data_parallel, 128)
+    aligned = sum(-(-n // 64) * 64 for n in sizes)
+    return -(-aligned // unit) * unit
+
+
+def _numel(shapes: dict[str, torch.Size]) -> int:
+    return sum(math.prod(s) for s in shapes.values())
+
+
+def _norm(width: int, b: int, place: Placement) -> int:
+    """Bytes a token that an RMSNorm of `width` and the layer behind it keep: the input and the normalised output."""
+    if place.transformer_engine:
+        return 2 * b * width + 4
+    return 12 * width + 4  # engine/layers.py computes in fp32: fp32 two copies and bf16 two, or fp32 three
+
+
+def layer_activations(arch: Architecture, tensor: int, h: int, b: int, place: Placement) -> int:
+    """Bytes a token that one transformer layer keeps from forward to backward, `h` = H / TP under sequence parallelism.
+
+    Ours, in the manner of Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1), for RMSNorm, grouped queries, SwiGLU
+    and attention that keeps no scores: two norms, queries and keys before their norms and after the rotary embedding,
+    values, the attention's output and its log-sum-exp, and the MLP's intermediate results.
+    """
+    heads, groups = arch.num_heads // tensor, max(1, arch.num_kv_heads // tensor)
+    q, kv = heads * arch.head_dim, groups * arch.head_dim
+    # Queries before the norm; keys are kept as a view of the whole projection.
+    norms = 2 * _norm(h, b, place)
+    if place.transformer_engine:
+        attention = b * (q + (q + 2 * kv)) + b * (q + kv) + b * q + 4 * (heads + groups)
+    else:
+        fp32_inputs = 8 * q + 4 * (q + 2 * kv) + 4 * kv if b == 4 else 10 * (q + kv)
+        # The core attention copies queries, keys, values and output into padded batches (engine/layers.py).
+        attention = fp32_inputs + b * (2 * q + 2 * kv) + b * q + 4 * (heads + groups)
+        attention += 4 * arch.head_dim * b  # the unfused rotary embedding keeps cosines and sines, twice
+    attention += 4 * heads
+    return norms + attention + _mlp(arch, tensor, h, b, place)
+
+
+def _mlp(arch: Architecture, tensor: int, h: int, b: int, place: Placement) -> int:
+    """Bytes a token of SwiGLU: fc1's output and fc2's input; unfused (CPU) also SiLU's output and the linear half."""
+    rows = 3 if place.gpu else 5
+    if not arch.num_experts:
+        return rows * b * arch.intermediate_size // tensor
+    # Each token visits k experts: dispatched and returned rows, router probabilities (ours, not measured).
+    k = arch.experts_per_token
+    return k * b * (rows * arch.expert_intermediate_size // tensor + 2 * h) + 4 * arch.num_experts
+
+
+def _layer_gradients(arch: Architecture, tensor: int, h: int, b: int, place: Placement) -> int:
+    """Bytes a token of the gradients alive at once in a layer's backward pass, at its widest: the MLP's (ours)."""
+    experts = arch.experts_per_token if arch.num_experts else 1
+    width = (arch.expert_intermediate_size or arch.intermediate_size) * experts // tensor
+    return b * (4 * width + 2 * h)
+
+
+def lm_head(arch: Architecture, tensor: int, tokens: int, b: int, place: Placement) -> dict[str, int]:
+    """What vocab_parallel.linear holds in the backward pass of `tokens` response rows, in bytes."""
+    columns = arch.padded_vocab_size(tensor) // tensor
+    logit = 4 if place.gpu else b
+    chunk = min(max(1024, _CHUNK_ELEMENTS[place.device] // tokens // 64 * 64), columns)
+    kept = min(_KEEP_BYTES[place.device] // (tokens * chunk * logit) * chunk, columns)
+    buffer = min(chunk, columns - kept)
+    cast = chunk * b if logit > b else 0  # the gradient of one chunk, in the type of the weights
+    rows = tokens * arch.hidden_size
+    return {
+        "LM head: logits kept and one chunk": tokens * ((kept + buffer) * logit + cast),
+        "LM head: rows and their gradient": rows * (b + 4 + b),
+        "LM head: gradient of the weight": columns * arch.hidden_size * b,
+    }
+
+
+def _adam_temporaries(shapes: dict[str, torch.Size], config: Config, data_parallel: int, place: Placement) -> int:
+    """What AdamW allocates for its update: nothing when fused (Transformer Engine), else torch's square roots.
+
+    torch's AdamW takes all parameters at once on a GPU, and one by one with two temporaries on a CPU.
+    """
+    owned, largest = _numel(shapes), max(math.prod(s) for s in shapes.values())
+    if config.parallel.distributed_optimizer:
+        owned = -(-owned // data_parallel)
+    if place.gpu:
+        return 0 if place.transformer_engine else 4 * owned
+    return 8 * min(owned, largest)

@@ -1,0 +1,115 @@
+"""Layouts of up to 512 ranks in one process: torch's fake process group and meta tensors, the real model sizes.
+
+Every distinct rank's shard is built by the engine's own code. Together they are the Hugging Face model, and each is
+what megatron_egrsd/memory.py counts. No data moves here; that the layout does not change training is test_layouts.py.
+"""
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_egrsd.config import ParallelConfig
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.hf.mapping import entries, hf_shapes
+from megatron_egrsd.memory import _buffer_numel, shard_shapes
+from tests.published import PARAMETERS, PUBLISHED
+
+# model, ranks, TP, PP, EP: an upper stage of each is uneven in what it holds besides layers.
+LAYOUTS = [
+    ("Qwen3-8B", 8, 4, 1, 1),
+    ("Qwen3-8B", 64, 2, 2, 1),
+    ("Qwen3-8B", 512, 8, 4, 1),
+    ("Qwen3-4B", 512, 4, 4, 1),  # tied embeddings: the last stage has a copy
+    ("Qwen3-32B", 64, 8, 2, 1),
+    ("Qwen3-32B", 512, 8, 8, 1),
+    pytest.param("Qwen3-30B-A3B", 64, 2, 1, 8, marks=pytest.mark.slow),
+    ("Qwen3-30B-A3B", 512, 1, 4, 16),
+]
+
+
+def build_shard(arch: Architecture, world_size: int, rank: int, layout: ParallelConfig, expert: int):
+    """(model on the meta device, TP rank, EP rank) of one rank of a world that exists only in this process."""
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_egrsd.engine import distributed
+    from megatron_egrsd.engine.model import build_model, transformer_config
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        parallel_state.initialize_model_parallel(
+            layout.tensor, layout.pipeline, expert_model_parallel_size=expert, create_gloo_process_groups=False
+        )
+        with torch.device("meta"):
+            model = build_model(arch, transformer_config(arch, layout, torch.bfloat16), layout)
+        ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
+    finally:
+        distributed.shutdown()
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    return model, *ranks
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "tensor", "pipeline", "expert"), LAYOUTS, ids=lambda v: str(v).replace("Qwen3-", "")
+)
+def test_the_shards_of_every_rank_are_the_model(name, world_size, tensor, pipeline, expert):
+    arch = Architecture.from_config(PUBLISHED[name])
+    layout = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence_parallel=tensor > 1)
+    # Ranks of a stage run over TP first, then EP, then the replicas: what follows repeats the first of them.
+    distinct = [(stage, i) for stage in range(pipeline) for i in range(tensor * expert)]
+    last_replica = (pipeline - 1, world_size // pipeline - 1)
+    found: dict[str, dict[int, torch.Tensor]] = {}
+    counted = [shard_shapes(arch, tensor, pipeline, stage, expert) for stage in range(pipeline)]
+    for stage, i in [*distinct, last_replica]:
+        rank = stage * (world_size // pipeline) + i
+        model, tensor_rank, expert_rank = build_shard(arch, world_size, rank, layout, expert)
+        assert (tensor_rank, expert_rank) == (i % tensor, i // tensor % expert)
+        assert {n: p.shape for n, p in model.named_parameters()} == counted[stage]
+        _check_buffers(model, world_size // pipeline // tensor, expert)
+        if (stage, i) == last_replica:
+            continue
+        for local, parameter in model.named_parameters():
+            full = _global_name(local, stage * arch.num_layers // pipeline, expert_rank * arch.num_experts // expert)
+            if full == "output_layer.weight" and arch.tied_embeddings:
+                full = "embedding.word_embeddings.weight"  # the last stage's copy overwrites its equal
+            found.setdefault(full, {})[tensor_rank] = parameter.detach()
+
+    shapes = {}
+    for entry in entries(arch):
+        shards = found.pop(entry.megatron)
+        whole = entry.layout.unshard([shards[r] for r in range(tensor)])
+        shapes |= {n: tuple(t.shape) for n, t in zip(entry.hf, entry.layout.split(whole, arch), strict=True)}
+    assert not found
+    assert shapes == hf_shapes(arch)
+    assert sum(torch.Size(s).numel() for s in shapes.values()) == arch.num_parameters == PARAMETERS[name]
+
+
+def _check_buffers(model, data_parallel: int, expert: int) -> None:
+    """The distributed optimizer's own layout of its buffers is what the dry run counts."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    parameters = list(model.parameters())
+    layouts = DistributedOptimizer.compute_full_param_layout(
+        parameters, None, data_parallel, settings, data_parallel // expert
+    ).layouts
+    for key, layout in layouts.items():
+        sizes = [p.numel() for p in layout.param_index_map]
+        ranks = data_parallel // expert if key.is_expert_parallel else data_parallel
+        assert layout.bucket_indices[-1][1] == _buffer_numel(sizes, ranks)
+
+
+def _global_name(name: str, first_layer: int, first_expert: int) -> str:
+    name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda m: str(int(m[0]) + first_layer), name)
+    return re.sub(r"(?<=local_experts\.)\d+", lambda m: str(int(m[0]) + first_expert), name)
+
+
+def test_layers_that_do_not_divide_over_the_stages_are_refused():
+    arch = Architecture.from_config(PUBLISHED["Qwen3-8B"])
+    arch.check_parallel(8, 4)
+    with pytest.raises(BadArgument, match="does not divide the model's 36 layers"):
+        arch.check_parallel(4, 8)

@@ -1,0 +1,134 @@
+"""The dry run's memory against the engine: what stays exactly, the peak of a step within a tenth, on every rank."""
+
+import dataclasses
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_egrsd.config import ModelConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.memory import Placement, rank_memory
+from megatron_egrsd.samples import load_rollouts, save_rollouts
+from tests.models import make_qwen3
+from tests.parallel.test_layouts import _config, _rollouts
+from tests.ranks import run_ranks
+
+# Sizes in multiples of 64, so that the distributed optimizer pads nothing but the end of its buffer.
+SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages alive, of those handed in and of those that operations make, and their peak."""
+
+    def __init__(self, known: list[torch.Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive: dict[int, weakref.ref] = {}
+        for tensor in known:
+            self._see(tensor)
+        self.start = self.now
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.alive:
+            return
+
+        def gone(_):
+            self.now -= size
+            del self.alive[key]
+
+        self.alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor)
+        return out
+
+
+def _bytes(tensors) -> int:
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _measure(rank, world_size, config, path):
+    """(resident bytes by name, peak bytes that the second step adds, longest micro-batch, stage) of this rank."""
+    from megatron.core import parallel_state
+
+    from megatron_egrsd.engine.engine import Engine
+    from megatron_egrsd.learn import learn
+
+    rollouts = load_rollouts(path)
+    with Engine(config) as engine:
+        learn(engine, rollouts, config)
+        weights = list(engine.module.parameters())
+        gradients = [buffer.grad_data for buffer in engine.model.buffers]
+        own = {w.untyped_storage().data_ptr() for w in weights}
+        optimizers = [o.optimizer for o in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])]
+        state = [t for o in optimizers for s in o.state.values() for name, t in s.items() if name != "step"]
+        main = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        state += [p for p in main if p.untyped_storage().data_ptr() not in own]
+        teacher = engine.teacher_weights or []
+        lengths, micro_batches = [], engine._micro_batches
+
+        def note(*args):
+            batches = micro_batches(*args)
+            lengths[:] = [batch.tokens.numel() for batch in batches]
+            return batches
+
+        engine._micro_batches = note
+        with LiveBytes([*weights, *gradients, *state, *teacher]) as live:
+            learn(engine, rollouts, config)
+        resident = {"weights": _bytes(weights), "gradients (fp32)": _bytes(gradients), "optimizer": _bytes(state),
+                    "teacher": _bytes(teacher)}  # fmt: skip
+        return resident, live.peak - live.start, max(lengths), parallel_state.get_pipeline_model_parallel_rank()
+
+
+# name -> (ranks, dtype, parallel, tied embeddings, teacher)
+LAYOUTS = {
+    "fp32": (1, "float32", {}, False, "live"),
+    "bf16, moving average": (1, "bfloat16", {}, True, "ema"),
+    "bf16, recompute": (1, "bfloat16", {"recompute": True}, False, "frozen"),
+    "TP2": (2, "float32", {"tensor": 2}, True, "live"),
+    "TP2 SP": (2, "bfloat16", {"tensor": 2, "sequence_parallel": True}, False, "live"),
+    "PP2": (2, "bfloat16", {"pipeline": 2}, True, "frozen"),
+    "DP2 distributed optimizer": (2, "bfloat16", {"distributed_optimizer": True}, False, "live"),
+    "TP2 PP2": (4, "float32", {"tensor": 2, "pipeline": 2, "distributed_optimizer": True}, True, "live"),
+}
+
+
+SLOW = {"fp32", "TP2", "TP2 PP2"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS])
+def test_memory_is_what_the_engine_allocates(name, tmp_path):
+    ranks, dtype, parallel, tied, teacher = LAYOUTS[name]
+    model = make_qwen3(tmp_path / "model", tied=tied, **SIZES)
+    rollouts = [
+        dataclasses.replace(r, response_ids=r.response_ids * 8, rollout_log_probs=r.rollout_log_probs * 8)
+        for r in _rollouts()
+    ]
+    save_rollouts(rollouts, tmp_path / "rollouts.jsonl")
+    config = dataclasses.replace(
+        _config(model),
+        model=ModelConfig(path=str(model), dtype=dtype),
+        parallel=ParallelConfig(max_tokens_per_microbatch=1200, **parallel),
+        teacher=TeacherConfig(weights=teacher),
+        max_log_prob_difference=100.0,  # the rollouts are made up
+    )
+    for rank, (resident, peak, tokens, stage) in enumerate(
+        run_ranks(_measure, ranks, config, tmp_path / "rollouts.jsonl", timeout=240)
+    ):
+        arch = Architecture.from_pretrained(model)
+        predicted = rank_memory(config, arch, ranks, stage, Placement(False, False), tokens=tokens)
+        expected = dict(predicted.resident)
+        expected["teacher"] = expected.pop(f"teacher ({teacher})", 0)
+        assert resident == expected, f"rank {rank}"
+        phases = {k: sum(v.values()) for k, v in predicted.phases.items() if k != "weight sync"}
+        assert max(phases.values()) == pytest.approx(peak, rel=0.1), f"rank {rank}: {phases}"
