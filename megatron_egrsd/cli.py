@@ -24,7 +24,8 @@ commands:
                      train; --dry-run prints the resolved configuration and plan and starts nothing
   evaluate --config FILE [--section.key VALUE ...]
                      accuracy, pass@k and response lengths of model.path on data.evaluation
-  report RUN         the table before/after and the plot of a run directory
+  report RUN ...     the table before/after and the report page of a run, or of several compared
+  report --tokens X  the token page of a run or scored dump: every token coloured by its weight
   doctor             what of the stack is installed, and what each missing piece costs
 
 `megatron-egrsd train --help` lists every configuration key. On several ranks:
@@ -73,11 +74,9 @@ def _run(command: str, arguments: list[str]) -> int:
 
         evaluate.main(arguments)
     elif command == "report":
-        if len(arguments) != 1 or arguments[0].startswith("-"):
-            raise BadArgument("report takes the directory of one run: megatron-egrsd report RUN")
-        from megatron_egrsd import report
+        from megatron_egrsd.report import command as report
 
-        report.main(arguments[0])
+        report.main(arguments)
     elif command == "doctor":
         if arguments:
             raise BadArgument("doctor takes no arguments")

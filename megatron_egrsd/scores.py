@@ -191,17 +191,24 @@ def save_scores(scored: list[ScoredRollout], path: Path) -> None:
 
 
 def load_scores(path: Path) -> list[ScoredRollout]:
-    """What `save_scores` wrote. BadArgument naming the line that is not a scored rollout."""
+    """What `save_scores` wrote. BadArgument naming the line that is not a scored rollout, or of another batch."""
     scored = []
     try:
         with Path(path).open("rb") as file:
             for number, line in enumerate(file, 1):
                 scored.append(_parse(line, f"{path}, line {number}"))
+                # The gate's entropy scale is that of the batch.
+                if _batch(scored[-1]) != _batch(scored[0]):
+                    raise BadArgument(f"{path}, line {number} belongs to another batch than line 1")
     except OSError as error:
         raise BadArgument(f"cannot read {path}: {error.strerror}") from None
     if not scored:
         raise BadArgument(f"{path} is empty; it should hold one scored rollout a line (dump_scores: true)")
     return scored
+
+
+def _batch(rollout: ScoredRollout) -> tuple:
+    return rollout.step, rollout.objective, rollout.vocab_size, rollout.teacher_log_prob is None
 
 
 def _parse(line: bytes, where: str) -> ScoredRollout:
@@ -224,6 +231,8 @@ def _check(rollout: ScoredRollout) -> None:
         for name in names:
             if not isinstance(getattr(rollout, name), kind):
                 raise BadArgument(f"{name} is {getattr(rollout, name)!r}")
+    if len({getattr(rollout, name) is None for name in _TEACHER}) > 1:
+        raise BadArgument(f"some of {', '.join(_TEACHER)} are missing")
     for name in ("response_ids", "pieces", *_STUDENT, *_TEACHER):
         values = getattr(rollout, name)
         if values is not None and np.shape(values) != (len(rollout.response_ids),):

@@ -72,7 +72,7 @@ def test_a_bug_keeps_its_traceback(train):
         (["trian"], "did you mean train?"),
         (["quux"], "see megatron-egrsd --help"),
         (["train", "--stepz", "1"], "did you mean steps?"),
-        (["report"], "report takes the directory"),
+        (["report"], "report takes the directories"),
         (["report", "/no/such/run"], "metrics.jsonl"),
         (["doctor", "now"], "no arguments"),
     ],

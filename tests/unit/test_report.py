@@ -1,12 +1,17 @@
-"""The table before/after, the picture, and both from a run's metrics.jsonl."""
+"""The table before/after, the pictures and the report page, all from a run's metrics.jsonl."""
 
 import io
+import re
 
 import pytest
+import yaml
 
 from megatron_egrsd import report
 from megatron_egrsd.console import RunLog
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.report import command
+from megatron_egrsd.report.figures import phases
+from megatron_egrsd.report.runs import accuracy_interval, read_run, read_runs
 
 BEFORE = {
     "accuracy": 0.5,
@@ -19,6 +24,20 @@ BEFORE = {
     "problems": 64,
 }
 AFTER = BEFORE | {"accuracy": 0.95, "length/mean": 50.0, "truncated": 0.0}
+
+
+def make_run(path, steps=3, objective=None, **metrics):
+    log = RunLog(path, steps, tensorboard=False, file=io.StringIO())
+    log.evaluation(0, BEFORE)
+    for step in range(1, steps + 1):
+        times = {"time/generate": 2.0, "time/score": 1.0, "time/train": 1.5, "time/sync": 0.25, "time/step": 5.0}
+        shares = {"accuracy": 0.5, "gate/mean": 0.9, "student/entropy": 0.3, "teacher/entropy": float("nan")}
+        log.step({"step": step, "batch/tokens": 1000.0, **times, **shares, **metrics})
+    log.evaluation(steps, AFTER)
+    log.close()
+    if objective is not None:
+        (path / "config.yaml").write_text(yaml.safe_dump({"objective": objective}))
+    return path
 
 
 def test_table():
@@ -55,25 +74,91 @@ def test_plot_of_equal_and_of_broken_evaluations(tmp_path):
 
 
 def test_report_of_a_run(tmp_path, capsys):
-    log = RunLog(tmp_path, 2, tensorboard=False, file=io.StringIO())
-    log.evaluation(0, BEFORE)
-    log.step({"step": 1, "reward/mean": 0.5})
-    log.evaluation(2, BEFORE)
-    log.evaluation(2, AFTER)  # a resumed run evaluates a step again: the last one counts
+    run = make_run(tmp_path / "mine", objective={"mix": 0.0, "attenuation": 0.0})
+    command.main([str(run)])
+    out = capsys.readouterr().out
+    assert "+45.0 pts" in out and out.splitlines()[-1] == str(run / "report.html")
+    assert size(run / "frontier.png") == (1500, 750)
+    assert all(size(run / f"{name}.png")[0] == 1500 for name in ("training", "gate", "time"))
+    page = (run / "report.html").read_text()
+    assert "GRPO (λ 0, ε 0.2, α 0, K 2)" in page and "95.0 %" in page and "−50.0 %" in page
+    assert page.count("<svg") == 4
+    assert not [p for p in run.iterdir() if p.name.endswith(".partial")]
+    # Nothing is fetched: no address but the names of XML's vocabularies.
+    assert set(re.findall(r"https?://[^\s\"')<]+", page)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert not re.search(r"<(script|link|img|iframe)\b|@import|url\((?!#)", page)
+
+
+def test_several_runs_in_one_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [make_run(tmp_path / seed / "run") for seed in ("a", "b", "c&<d>")]
+    command.main([*map(str, runs)])
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "report/report.html" and "a/run" in out
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "3 runs compared" in page and "c&amp;&lt;d&gt;/run" in page and "<d>" not in page
+    assert read_runs(runs)[1].name == "b/run"
+    with pytest.raises(BadArgument, match="twice"):
+        read_runs([runs[0], runs[0]])
+
+
+def test_the_last_row_of_a_step_counts_and_a_run_without_evaluation_has_a_page(tmp_path, capsys):
+    run = make_run(tmp_path / "run", steps=4)
+    log = RunLog(run, 4, tensorboard=False, file=io.StringIO())
+    log.step({"step": 2, "time/step": 7.0})  # a resumed run repeats its steps
+    log.evaluation(4, BEFORE)
     log.close()
-    evaluations = report.read_evaluations(tmp_path)
-    assert [e["step"] for e in evaluations] == [0, 2] and evaluations[1] == AFTER | {"step": 2}
-    report.main(str(tmp_path))
-    assert "+45.0 pts" in capsys.readouterr().out
-    assert size(tmp_path / "frontier.png") == (1500, 750)
+    read = read_run(run)
+    assert [s["step"] for s in read.steps] == [1, 2, 3, 4] and read.steps[1]["time/step"] == 7.0
+    assert [e["step"] for e in read.evaluations] == [0, 4] and read.evaluations[1] == BEFORE | {"step": 4}
+    assert phases(read)["other"].tolist() == [0.25, 7.0, 0.25, 0.25]
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "metrics.jsonl").write_text('{"step": 1, "accuracy": 0.5}\n')
+    command.main([str(bare)])
+    assert "no evaluation" in capsys.readouterr().out
+    assert (bare / "training.png").exists() and not (bare / "frontier.png").exists()
 
 
-def test_runs_without_evaluations(tmp_path):
+def test_interval():
+    """Wilson's interval, by the numbers of his paper's formula for 32 of 64, and the run's own where there is one."""
+    low, high = accuracy_interval(BEFORE)
+    assert (low, high) == (pytest.approx(0.3810, abs=1e-4), pytest.approx(0.6190, abs=1e-4))
+    low, high = accuracy_interval(BEFORE | {"accuracy": 1.0})
+    assert 0.9 < low < 1 and high == pytest.approx(1)
+    assert accuracy_interval(BEFORE | {"accuracy/low": 0.45, "accuracy/high": 0.56}) == (0.45, 0.56)
+
+
+def test_what_is_no_run(tmp_path):
     with pytest.raises(BadArgument, match=r"no metrics\.jsonl"):
-        report.read_evaluations(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(BadArgument, match="no evaluation"):
-        report.read_evaluations(tmp_path)
+        read_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(BadArgument, match="no step and no evaluation"):
+        read_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
     with pytest.raises(BadArgument, match="line 2"):
-        report.read_evaluations(tmp_path)
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tokens", "x", "y"], "no further ones"),
+        (["run", "--step", "3"], "belong to --tokens"),
+        (["--tokens", "x", "--groups", "a"], "no list of numbers"),
+        (["--tokens", "/no/such"], "no scored rollouts"),
+        (["--frontier"], "unrecognized arguments"),
+    ],
+)
+def test_mistakes(arguments, words):
+    with pytest.raises(BadArgument, match=words):
+        command.main(arguments)
+
+
+def test_help(capsys):
+    command.main(["--help"])
+    assert "--tokens" in capsys.readouterr().out

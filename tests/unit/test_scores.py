@@ -115,6 +115,7 @@ BREAKS = {
     "a short column": (lambda row: row | {"gate": [1.0]}, "gate does not hold one value"),
     "text for numbers": (lambda row: row | {"weight": ["a"] * 5}, "not an object"),
     "a number for text": (lambda row: row | {"pieces": [1] * 5}, "must be text"),
+    "half a teacher": (lambda row: row | {"teacher_entropy": None}, "teacher_entropy, normalized_entropy"),
     "no reward": (lambda row: row | {"reward": None}, "reward is None"),
 }
 
@@ -130,6 +131,12 @@ def test_a_broken_line_is_named(name, tmp_path):
     with pytest.raises(BadArgument, match="line 2 is no scored rollout") as error:
         load_scores(path)
     assert reason.replace("not an object", "it is not an object") in str(error.value)
+
+
+def test_a_line_of_another_batch_is_named(tmp_path):
+    save_scores([batch(ObjectiveConfig())[0], batch(ObjectiveConfig(lookahead=3))[1]], tmp_path / "s.jsonl")
+    with pytest.raises(BadArgument, match="line 2 belongs to another batch"):
+        load_scores(tmp_path / "s.jsonl")
 
 
 def test_empty_and_missing_files(tmp_path):

@@ -1,0 +1,22 @@
+"""What training has achieved and why: the table before and after, the report page, the token page (docs/report.md)."""
+
+from pathlib import Path
+
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.report.table import summary_table
+
+__all__ = ["plot_frontier", "summary_table"]
+
+
+def plot_frontier(evaluations: list[dict], path: Path) -> None:
+    """A PNG: accuracy against mean response length, one point an evaluation, and both over the steps.
+
+    An evaluation has the keys of sampling.summarize, and "step". BadArgument where there is none to draw.
+    """
+    from megatron_egrsd.report import figures
+    from megatron_egrsd.report.runs import Run
+
+    points = sorted(figures.drawable(evaluations), key=lambda e: e["step"])
+    if not points:
+        raise BadArgument("there is no evaluation to draw; set data.evaluation")
+    figures.save_png(figures.frontier([Run(path.parent.name, "", [], points)]), path)

@@ -1,0 +1,94 @@
+"""What a run has left behind: its metrics, its evaluations, the objective it was trained with."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from megatron_egrsd.config import ObjectiveConfig
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.report.objectives import NAMES, member, settings
+
+
+@dataclass(frozen=True)
+class Run:
+    """`steps` and `evaluations` are rows of metrics.jsonl in the order of their steps, the last one of each step.
+
+    A step has the keys of docs/metrics.md; an evaluation those of sampling.summarize, and both "step".
+    """
+
+    name: str
+    objective: str  # name and settings; empty where the run has no readable config.yaml
+    steps: list[dict]
+    evaluations: list[dict]
+
+
+def read_runs(paths: list[Path]) -> list[Run]:
+    """The runs in directories `paths`, named by what tells these apart. BadArgument names what is no run."""
+    resolved = [p.resolve() for p in paths]
+    if len(set(resolved)) < len(resolved):
+        raise BadArgument("the same run is given twice")
+    depth = 1
+    while len({p.parts[-depth:] for p in resolved}) < len(resolved):
+        depth += 1
+    return [read_run(path, "/".join(full.parts[-depth:])) for path, full in zip(paths, resolved, strict=True)]
+
+
+def read_run(path: Path, name: str = "") -> Run:
+    file = path / "metrics.jsonl"
+    if not file.is_file():
+        raise BadArgument(f"{path} holds no metrics.jsonl; give the directory of a run (the `output` of its config)")
+    steps: dict[int, dict] = {}
+    evaluations: dict[int, dict] = {}
+    prefix = "evaluation/"
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            step = int(row["step"])
+        except (ValueError, KeyError, TypeError):
+            raise BadArgument(f"{file} line {number} is not JSON with a step; remove the line") from None
+        if any(key.startswith(prefix) for key in row):
+            values = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
+            evaluations[step] = values | {"step": step}
+        else:
+            steps[step] = row | {"step": step}
+    if not steps and not evaluations:
+        raise BadArgument(f"{file} holds no step and no evaluation")
+    return Run(name or path.resolve().name, _objective(path), _ordered(steps), _ordered(evaluations))
+
+
+def _ordered(rows: dict[int, dict]) -> list[dict]:
+    return [rows[step] for step in sorted(rows)]
+
+
+def _objective(path: Path) -> str:
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        objective = ObjectiveConfig(**config["objective"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return ""
+    return f"{NAMES[member(objective)]} ({settings(objective)})"
+
+
+def value(row: dict, key: str) -> float:
+    """A number of a row; NaN where it is missing, null or no number."""
+    found = row.get(key)
+    return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else math.nan
+
+
+def accuracy_interval(evaluation: dict) -> tuple[float, float]:
+    """95 % interval of the accuracy: the run's own where it has measured one, else Wilson's over the problems.
+
+    The k samples of a problem are not independent; counting problems instead of samples is what would be right if they
+    were all equal, so the interval is never too narrow (E. B. Wilson, JASA 22 (1927), 209-212).
+    """
+    low, high = value(evaluation, "accuracy/low"), value(evaluation, "accuracy/high")
+    if math.isfinite(low) and math.isfinite(high):
+        return low, high
+    p, n, z = value(evaluation, "accuracy"), value(evaluation, "problems"), 1.959964
+    if not (0 <= p <= 1 and n > 0):
+        return math.nan, math.nan
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
