@@ -38,13 +38,13 @@ def pieces(ranges: Iterable[Range], stored: torch.dtype, wanted: torch.dtype) ->
     """
     source = torch.empty(PIECE_ELEMENTS, dtype=stored)
     target = source if wanted == stored else torch.empty(PIECE_ELEMENTS, dtype=wanted)
-    buffer, filled = raw_bytes(source), 0
+    buffer, result, filled = raw_bytes(source), raw_bytes(target), 0
 
     def piece() -> memoryview:
         count = filled // stored.itemsize
         if target is not source:
             target[:count].copy_(source[:count])
-        return raw_bytes(target[:count])
+        return result[: count * wanted.itemsize]
 
     with contextlib.ExitStack() as stack:
         files: dict[Path, BinaryIO] = {}

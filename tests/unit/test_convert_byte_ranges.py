@@ -1,0 +1,106 @@
+"""Bytes move from file to file: whole, rounded once, in torch's own format, and not at all after an error."""
+
+import io
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_egrsd.errors import RunError
+from megatron_egrsd.hf import byte_ranges
+from megatron_egrsd.hf.byte_ranges import Range, in_threads, pieces, write_all
+from megatron_egrsd.hf.convert import ToHF, ToMegatron
+from megatron_egrsd.hf.torch_dist_reader import TorchDistReader
+from tests.random_checkpoints import MOE, random_qwen3
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def joined(*arguments) -> bytes:
+    return b"".join(bytes(piece) for piece in pieces(*arguments))
+
+
+def test_ranges_of_several_files_are_joined_in_order_whatever_their_size(tmp_path):
+    contents = [torch.randint(0, 256, (n,), dtype=torch.uint8).numpy().tobytes() for n in (700_000, 3_000_001)]
+    for name, content in zip("ab", contents, strict=True):
+        (tmp_path / name).write_bytes(content)
+    wanted = [(0, 10, 600_000), (1, 1, 2), (0, 0, 10), (1, 99, 2_900_000)]
+    ranges = [Range(tmp_path / "ab"[file], offset, nbytes) for file, offset, nbytes in wanted]
+    assert joined(ranges, BF16, BF16) == b"".join(contents[f][o : o + n] for f, o, n in wanted)
+    sizes = [len(piece) for piece in pieces(ranges, BF16, BF16)]
+    assert set(sizes[:-1]) == {2 * byte_ranges.PIECE_ELEMENTS}
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(FP32, BF16), (BF16, FP32), (FP32, torch.float16)])
+def test_a_type_change_rounds_as_torch_does(stored, wanted, tmp_path):
+    values = torch.randn(byte_ranges.PIECE_ELEMENTS + 77).to(stored)
+    (tmp_path / "file").write_bytes(byte_ranges.raw_bytes(values))
+    found = joined([Range(tmp_path / "file", 0, values.nbytes)], stored, wanted)
+    assert found == bytes(byte_ranges.raw_bytes(values.to(wanted)))
+
+
+def test_a_file_that_ends_too_early_is_named(tmp_path):
+    (tmp_path / "short").write_bytes(b"12345678")
+    with pytest.raises(RunError, match="short is truncated: it ends before byte 10"):
+        joined([Range(tmp_path / "short", 2, 8)], BF16, BF16)
+
+
+def test_a_write_that_stops_short_is_continued():
+    class Slow(io.BytesIO):
+        def write(self, data):
+            return super().write(data[:1000])
+
+    file, data = Slow(), bytes(range(256)) * 20
+    write_all(file, data)
+    assert file.getvalue() == data
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("error", [RunError("the third"), KeyboardInterrupt()])
+def test_after_an_error_the_other_threads_end_at_their_next_step(error):
+    """The others would run for ever; KeyboardInterrupt stands for one in the waiting thread."""
+    begun, done, threads = threading.Barrier(2), [], threading.active_count()
+
+    def endless():
+        begun.wait()
+        while True:
+            yield 1
+
+    def failing():
+        begun.wait()
+        yield 1
+        raise error
+
+    with pytest.raises(type(error)):
+        in_threads([endless(), failing(), endless()], done.append)
+    assert done and threading.active_count() == threads
+
+
+def test_every_chunk_is_an_archive_that_torch_reads(tmp_path):
+    source = random_qwen3(tmp_path / "hf", base=MOE)
+    ToMegatron(source, tmp_path / "megatron").run()
+    weights = load_file(source / "model.safetensors")
+    reader = TorchDistReader(tmp_path / "megatron" / "release")
+    for key, stored in reader.tensors.items():
+        for chunk in stored.chunks:
+            content = (reader.directory / chunk.file).read_bytes()[chunk.start : chunk.start + chunk.length]
+            tensor = torch.load(io.BytesIO(content), weights_only=True)
+            assert (tuple(tensor.shape), tensor.dtype) == (chunk.sizes, BF16)
+            if key == "decoder.layers.self_attention.linear_proj.weight":
+                expected = weights[f"model.layers.{chunk.offsets[0]}.self_attn.o_proj.weight"]
+                assert torch.equal(tensor[0].view(torch.int16), expected.view(torch.int16))
+
+
+def test_truncated_and_foreign_chunks_end_an_export_with_nothing_written(tmp_path):
+    source = random_qwen3(tmp_path / "hf")
+    ToMegatron(source, tmp_path / "megatron").run()
+    data = tmp_path / "megatron" / "release" / "__0_1.distcp"
+    content = data.read_bytes()
+    data.write_bytes(content[: len(content) // 2])
+    with pytest.raises(RunError, match=r"decoder\..*__0_1.distcp.*truncated or damaged"):
+        ToHF(tmp_path / "megatron", tmp_path / "again").run()
+    data.write_bytes(b"\0" * len(content))
+    with pytest.raises(RunError, match=r"decoder\..*__0_1.distcp.*truncated or damaged"):
+        ToHF(tmp_path / "megatron", tmp_path / "again").run()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
