@@ -7,16 +7,15 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from megatron_egrsd.answers import final_answer, gold_answer, normalize, same_text
+from megatron_egrsd.answers import final_answer, gold_answer
+from megatron_egrsd.equality import equal
 from megatron_egrsd.errors import BadArgument, RunError
-from megatron_egrsd.verifier import algebra_equal
 
 if TYPE_CHECKING:
     from megatron_egrsd.samples import Rollout
 
 Reward = Callable[[str, str], float]
 log = logging.getLogger(__name__)
-_LONGEST = 400  # characters of an answer that math-verify is asked about
 
 
 def math_reward(response: str, answer: str) -> float:
@@ -29,22 +28,7 @@ def math_reward(response: str, answer: str) -> float:
     No string makes it raise or take longer than a few seconds; RunError only where math-verify itself is missing.
     """
     gold = gold_answer(answer)
-    is_list = "," in normalize(gold) or " or " in gold or " and " in gold
-    for number, candidate in enumerate(final_answer(response)):
-        if number and not is_list:  # the second reading joins several boxes
-            break
-        if _equal(gold, candidate):
-            return 1.0
-    return 0.0
-
-
-def _equal(gold: str, candidate: str) -> bool:
-    known = same_text(gold, candidate)
-    if known is not None:
-        return known
-    if max(len(gold), len(candidate)) > _LONGEST:
-        return False
-    return algebra_equal(normalize(gold), normalize(candidate)) or algebra_equal(gold, candidate)
+    return float(any(equal(gold, reading) for reading in final_answer(response)))
 
 
 def load_reward(name: str) -> Reward:

@@ -23,9 +23,12 @@ START_SECONDS = 120  # importing sympy, likewise
 MEMORY = 4 << 30  # bytes of address space
 
 
-@lru_cache(maxsize=16384)
+class GaveUp(Exception):
+    """A comparison took more than its time or memory."""
+
+
 def algebra_equal(gold: str, answer: str) -> bool:
-    """Whether math-verify finds the two equal; False where it takes too long or gives up. Any thread may call."""
+    """Whether math-verify finds the two equal. Any thread may call. GaveUp where it takes too long."""
     return _worker.ask(gold, answer)
 
 
@@ -42,12 +45,12 @@ class _Worker:
             try:
                 self.process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
                 self.process.stdin.flush()
+                reply = self._reply(WALL_SECONDS)
             except OSError:  # it died between the check and the question
-                self._end()
-                return False
-            reply = self._reply(WALL_SECONDS)
+                reply = None
             if reply is None:
                 self._end()
+                raise GaveUp
             return reply == b"1"
 
     def _start(self) -> None:
@@ -85,23 +88,39 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then closes our input
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable(logging.CRITICAL)
-    from math_verify import parse, verify
+    from math_verify import LatexExtractionConfig, parse, verify
 
     @lru_cache(maxsize=1024)
     def parsed(text: str) -> list:
-        return parse(f"${text}$", parsing_timeout=None)
+        # Whole, or not at all: math-verify's fallbacks take a part of what they cannot read ("3:1" is 3).
+        return parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
 
-    verify(parsed("x+1"), parsed("1+x"), timeout_seconds=None)  # the first comparison builds the parser's tables
+    def equal(gold: str, answer: str) -> bool:
+        expressions = parsed(gold), parsed(answer)
+        if _far_apart(*expressions):
+            return False
+        return verify(*expressions, timeout_seconds=None, allow_set_relation_comp=True)
+
+    equal("x+1", "1+x")  # the first comparison builds the parser's tables
     print("ready", flush=True)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # SIGPROF, unhandled, ends the process
         gold, answer = json.loads(line)
         try:
-            equal = verify(parsed(gold), parsed(answer), timeout_seconds=None)
+            same = equal(gold, answer)
         except (Exception, RecursionError, MemoryError):
-            equal = False
+            same = False
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(int(equal), flush=True)
+        print(int(same), flush=True)
+
+
+def _far_apart(golds: list, answers: list) -> bool:
+    """Numbers that differ by more than a relative 1e-5; math-verify rounds to six places, where 3e-9 is 4e-9."""
+    numbers = [e for e in (*golds, *answers) if getattr(e, "is_number", False) and e.is_finite]
+    if len(golds) != 1 or len(answers) != 1 or len(numbers) != 2:
+        return False
+    a, b = (e.evalf(20) for e in numbers)
+    return bool(abs(a - b) > 1e-5 * max(abs(a), abs(b)))
 
 
 if __name__ == "__main__":
