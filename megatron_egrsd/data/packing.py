@@ -1,5 +1,6 @@
 """From ragged sequences to packed micro-batches: balanced over the ranks, padding-free, every sample exactly once."""
 
+import heapq
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -53,25 +54,43 @@ class MicroBatch:
         return dict(zip(self.samples, packed.split(lengths), strict=True))
 
 
-def balance(costs: Seq[int], parts: int) -> list[list[int]]:
+def balance(costs: Seq[int], parts: int, loads: Seq[int] | None = None) -> list[list[int]]:
     """Split indices 0..len(costs)-1 into `parts` lists of nearly equal total cost: longest first, to the lightest.
 
-    Every index appears exactly once; the order within a part follows the index. Deterministic.
+    `loads` is what the parts carry already. Every index appears exactly once; the order within a part follows the
+    index. Deterministic. (Graham 1969: LPT.)
     """
-    loads, assignment = [0] * parts, [[] for _ in range(parts)]
+    assignment = [[] for _ in range(parts)]
+    heap = [(load, 0, part) for part, load in enumerate(loads or [0] * parts)]
+    heapq.heapify(heap)
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        lightest = min(range(parts), key=lambda p: (loads[p], len(assignment[p]), p))
-        assignment[lightest].append(i)
-        loads[lightest] += costs[i]
+        load, count, part = heap[0]
+        assignment[part].append(i)
+        heapq.heapreplace(heap, (load + costs[i], count + 1, part))
+    return [sorted(part) for part in assignment]
+
+
+def balance_passes(scored: Seq[int], trained: Seq[int], parts: int) -> list[list[int]]:
+    """`balance` for two passes over the same samples, each of which ends when its slowest rank does.
+
+    First the samples that are trained, by `trained`; then those that are only scored (trained cost 0), by `scored`, to
+    where least is to be scored. With even sums of both costs instead, each pass alone can be 30 % uneven.
+    """
+    order = [i for i in range(len(scored)) if trained[i]], [i for i in range(len(scored)) if not trained[i]]
+    assignment: list[list[int]] = [[] for _ in range(parts)]
+    for members, costs in zip(order, (trained, scored), strict=True):
+        loads = [sum(costs[i] for i in part) for part in assignment]
+        for part, more in zip(assignment, balance([costs[i] for i in members], parts, loads), strict=True):
+            part += [members[i] for i in more]
     return [sorted(part) for part in assignment]
 
 
 def schedule(lengths_per_rank: Seq[Seq[int]], budget: int) -> list[list[list[int]]]:
-    """Micro-batches of each rank, as indices into the rank's own samples.
+    """Micro-batches of each rank, as indices into the rank's own samples, the longest first.
 
     The number of micro-batches is the same on every rank (the pipeline and the gradient reduction run in step), and
     none holds more than `budget` tokens unless it holds a single sample. Parts may be empty where a rank has few
-    samples.
+    samples. Longest first, the n-th micro-batches of all ranks are alike, and memory is at its peak from the start.
     """
     count = max(min(-(-sum(lengths) // budget), len(lengths)) for lengths in lengths_per_rank) or 1
     while True:
@@ -81,8 +100,12 @@ def schedule(lengths_per_rank: Seq[Seq[int]], budget: int) -> list[list[list[int
             for lengths, parts in zip(lengths_per_rank, plan, strict=True)
             for part in parts
         ):
-            return plan
+            break
         count += 1
+    return [
+        sorted(parts, key=lambda part, own=lengths: -sum(own[i] for i in part))
+        for lengths, parts in zip(lengths_per_rank, plan, strict=True)
+    ]
 
 
 def _fits(part: list[int], lengths: Seq[int], budget: int) -> bool:
