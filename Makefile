@@ -14,7 +14,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 RUN := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help install demo test test-all bench lint clean gpu-check
+.PHONY: help install browser demo test test-all bench lint clean gpu-check
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,10 +39,13 @@ install: $(VENV)/.package  ## make .venv with everything pinned, and build the e
 demo: install  ## train the tiny Qwen3 with CL-EGRSD on the CPU; make demo SEED=1
 	@$(RUN) megatron-egrsd train --config examples/configs/tiny_cpu.yaml --seed $(SEED) --output runs/demo-$(STAMP)
 
-test: install  ## every test that needs minutes, not more
+browser: install
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/install_browser.sh $(VENV)
+
+test: install browser  ## every test that needs minutes, not more
 	@$(RUN) python -m pytest -m "not slow"
 
-test-all: install  ## the slow ones as well
+test-all: install browser  ## the slow ones as well
 	@$(RUN) python -m pytest
 
 bench: install  ## the benchmarks behind the tables in docs/

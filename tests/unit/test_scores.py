@@ -32,14 +32,16 @@ def byte_level() -> PreTrainedTokenizerFast:
 TOKENIZER = byte_level()
 
 
-def batch(objective: ObjectiveConfig, teacher: bool = True, seed: int = 0):
-    """Six scored rollouts in two groups, the second without advantage."""
-    g = np.random.default_rng(seed)
+def batch(objective: ObjectiveConfig, teacher: bool = True, text: str = "", problem: Problem | None = None):
+    """Six scored rollouts of 5 (or `text`), 1, 9, 4, 7 and 3 tokens in two groups, the second without advantage."""
+    g = np.random.default_rng(0)
     rollouts, student, scores = [], {}, {}
     for i, length in enumerate([5, 1, 9, 4, 7, 3]):
-        problem = Problem(str(i // 3), "1 + 1?", "2", "1 + 1 = 2")
-        prompt = Prompt(problem, TOKENIZER.encode("1 + 1?"), TOKENIZER.encode("1 + 1? It is 2."))
         ids = [*g.integers(0, 256, length - 1).tolist(), TOKENIZER.eos_token_id]
+        if text and i == 0:
+            ids = TOKENIZER.encode(text)
+        length, asked = len(ids), problem or Problem(str(i // 3), "1 + 1?", "2", "1 + 1 = 2")
+        prompt = Prompt(asked, TOKENIZER.encode("1 + 1?"), TOKENIZER.encode("1 + 1? It is 2."))
         rollouts.append(Rollout(prompt, i // 3, ids, (-g.random(length)).tolist(), "stop", 3, "", float(i % 2)))
         student[i], scores[i] = (
             np.stack([-4 * g.random(length), 3 * g.random(length)]).astype(np.float32) for _ in range(2)

@@ -7,6 +7,7 @@ const articles = [...document.querySelectorAll(".rollout")];
 const texts = articles.map((article) => [...article.querySelectorAll(".text span")]);
 const kinds = texts.map((spans) => spans.map((span) => span.className));
 let current = null; // [rollout, token] in the inspector
+let pointed = null; // the one under the pointer
 let pinned = false;
 
 texts.forEach((spans, rollout) =>
@@ -129,7 +130,9 @@ function mark(rollout, token) {
 
 const main = document.querySelector("main");
 main.addEventListener("pointerover", (event) => {
-  if (event.target.at && !pinned) inspect(...event.target.at);
+  if (!event.target.at) return;
+  pointed = event.target.at;
+  if (!pinned) inspect(...pointed);
 });
 main.addEventListener("click", (event) => {
   if (!event.target.at) return;
@@ -151,7 +154,9 @@ main.addEventListener("keydown", (event) => {
   texts[rollout][to].focus();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") pin(false);
+  if (event.key !== "Escape" || !pinned) return;
+  pin(false);
+  inspect(...pointed);
 });
 
 function pin(on) {

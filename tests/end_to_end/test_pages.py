@@ -1,0 +1,274 @@
+"""The token page and the report page in a real headless browser: clicked, hovered, switched, filtered, and attacked.
+
+Needs a Chromium: $CHROMIUM or one on PATH (`make test` gets one from npm where it can). Skipped where there is none.
+"""
+
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_egrsd.config import ObjectiveConfig
+from megatron_egrsd.report import command
+from megatron_egrsd.samples import Problem
+from megatron_egrsd.scores import save_scores
+from tests.unit.test_report import make_run
+from tests.unit.test_scores import batch
+
+pytestmark = pytest.mark.timeout(120)
+
+HOSTILE = "</script></span><script>window.broken = 1</script><img src=x onerror='window.broken = 2'>"
+TEXT = f"so 1 + 1 = 2\n\n{HOSTILE} {{{{ 7 * 7 }}}} ünï 🙂 \u202egnp.exe {{% raw %}}"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium: set CHROMIUM, put one on PATH, or run tools/install_browser.sh")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=60_000)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens a file; at the end, nothing but files may have been asked for and no script may have failed."""
+    contexts, requests, errors = [], [], []
+
+    def open_page(path: Path, width: int = 1280, **options):
+        context = browser.new_context(viewport={"width": width, "height": 800}, **options)
+        context.set_default_timeout(15_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not errors
+    assert all(url.startswith("file://") for url in requests), requests
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A dump's rollouts and the page that the command makes of it; whatever is text in it is hostile."""
+    root = tmp_path_factory.mktemp("pages") / "run & <i>"
+    scored = batch(ObjectiveConfig(), text=TEXT, problem=Problem(HOSTILE, HOSTILE, HOSTILE, HOSTILE))
+    save_scores(scored, root / "scores" / "step_000004.jsonl")
+    command.main(["--tokens", str(root)])
+    return scored, root / "tokens_step_000004.html"
+
+
+def token(page, rollout: int, index: int):
+    return page.locator(".rollout").nth(rollout).locator(".text span").nth(index)
+
+
+def shown(page) -> dict[str, str]:
+    """What the inspector says, by name."""
+    cells = page.locator(".inspector dt, .inspector dd").all_text_contents()
+    weights = page.locator(".weights > span:not(.bar)").all_text_contents()
+    return dict(zip(cells[::2], cells[1::2], strict=True)) | dict(zip(weights[::2], weights[1::2], strict=True))
+
+
+def number(text: str) -> float:
+    return float(re.search(r"[+−\-]?[\d.]+", text)[0].replace("−", "-"))
+
+
+def test_hovering_shows_the_numbers_of_the_token(made, open_page):
+    scored, path = made
+    page = open_page(path)
+    for rollout, t in ((0, 7), (1, 0), (2, 3), (2, 8), (4, 2)):
+        token(page, rollout, t).hover()
+        r, values = scored[rollout], shown(page)
+        a, log_ratio = r.advantage, r.teacher_log_prob[t] - r.student_log_prob[t]
+        ratio = np.exp(np.sign(a) * log_ratio)
+        magnitude = 0.5 + 0.5 * np.clip(ratio, 0.8, 1.2)
+        expected = {
+            "student log-prob": r.student_log_prob[t],
+            "teacher log-prob": r.teacher_log_prob[t],
+            "teacher − student": log_ratio,
+            "ratio student / teacher" if a < 0 else "ratio teacher / student": ratio,
+            "student entropy": r.student_entropy[t],
+            "teacher entropy": r.teacher_entropy[t],
+            "normalised, h": r.normalized_entropy[t],
+            "lookahead entropy, K 2": r.lookahead_entropy[t],
+            "gate": r.gate[t],
+            "GRPO": a,
+            "RLSD": a * magnitude,
+            "EGRSD": a * magnitude * (1 - 0.9 * r.normalized_entropy[t]),
+            "CL-EGRSD": r.weight[t],
+        }
+        for name, value in expected.items():
+            assert number(values[name]) == pytest.approx(float(value), abs=6e-4), name
+        clip = "to 0.80" if ratio < 0.8 else "to 1.20" if ratio > 1.2 else "not reached"
+        assert values["clip"] == clip
+
+
+def test_switching_the_objective_repaints_every_token(made, open_page):
+    page = open_page(made[1])
+    assert page.locator("input[name=objective]:checked").get_attribute("value") == "cl_egrsd"
+
+    def colours(rollout):
+        return page.locator(".rollout").nth(rollout).locator(".text span").evaluate_all(
+            "spans => spans.map(s => (s.className.match(/[pn]\\d+/) || [''])[0])"
+        )  # fmt: skip
+
+    before = colours(2)
+    page.get_by_text("GRPO", exact=True).first.click()
+    assert len(set(colours(2))) == 1 and colours(2) != before  # GRPO weighs every token of a response alike
+    assert all(c.startswith("p") for c in colours(2)) and all(c.startswith("n") for c in colours(1))
+    assert set(colours(3)) == {""}  # no advantage
+    token(page, 2, 0).hover()
+    assert shown(page)["gate"] == "1.000"
+    assert page.locator(".weights .chosen").first.text_content() == "GRPO"
+    page.get_by_text("CL-EGRSD", exact=True).first.click()
+    assert colours(2) == before
+    background = token(page, 2, 0).evaluate("s => getComputedStyle(s).backgroundColor")
+    assert background.startswith("rgba(0, 114, 178")
+
+
+def test_keyboard_and_pin(made, open_page):
+    page = open_page(made[1])
+    token(page, 2, 0).focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".inspector .muted").first.text_content() == "token 3 of 9"
+    page.keyboard.press("End")
+    assert page.locator(".inspector h2").text_content() == "<|im_end|>"
+    page.keyboard.press("ArrowRight")  # stays
+    assert page.locator(".inspector .muted").first.text_content() == "token 9 of 9"
+
+    token(page, 2, 4).click()
+    token(page, 4, 1).hover()
+    assert "token 5 of 9" in page.locator(".inspector").text_content()  # pinned
+    page.keyboard.press("Escape")  # shows what the pointer is on
+    assert "token 2 of 7" in page.locator(".inspector").text_content()
+
+
+def test_the_lookahead_is_marked(made, open_page):
+    scored, path = made
+    page = open_page(path)
+    for t in range(9):
+        token(page, 2, t).hover()
+        ahead = page.locator(".text span").evaluate_all("s => s.filter(x => x.classList.contains('ahead')).length")
+        assert ahead == min(2, 8 - t)
+        h = scored[2].teacher_entropy[t : t + 3]
+        offset = int(np.argmin(np.minimum(h / scored[2].entropy_scale, 1)))
+        said = shown(page)["lookahead entropy, K 2"]
+        assert ("here" if offset == 0 else f"{offset} ahead") in said
+
+
+def test_filters(made, open_page):
+    page = open_page(made[1])
+    visible = page.locator(".rollout:visible")
+    assert visible.count() == 6
+    page.select_option("select[name=reward]", "right")
+    assert visible.count() == 3
+    page.select_option("select[name=group]", "1")
+    assert visible.count() == 2 and page.locator(".group:visible").count() == 1
+    page.select_option("select[name=reward]", "")
+    page.fill("input[name=shortest]", "4")
+    page.fill("input[name=longest]", "5")
+    assert visible.count() == 1
+    assert page.locator("output").text_content() == "1 of 6 rollouts, 4 tokens"
+    page.fill("input[name=longest]", "")
+    assert visible.count() == 2
+    page.fill("input[name=shortest]", "5000")
+    assert visible.count() == 0 and page.get_by_text("No rollout passes").is_visible()
+
+
+def test_nothing_breaks_out_of_the_data(made, open_page):
+    """The fixture also asserts that the page asked for nothing and that no script failed."""
+    scored, path = made
+    page = open_page(path)
+    assert page.evaluate("window.broken") is None
+    assert page.locator("img").count() == 0 and page.locator("script").count() == 2
+    spans = page.locator(".rollout").first.locator(".text span").all_text_contents()
+    assert spans == scored[0].pieces and "".join(spans) == TEXT
+    assert HOSTILE in page.locator(".group header").first.text_content()
+    assert "run & <i>" in page.title()
+    token(page, 0, TEXT.index("<")).hover()
+
+
+def test_the_page_runs_no_script_but_its_own(made, browser):
+    """Were one to get in all the same, the page's policy would refuse to run it."""
+    page = browser.new_page()
+    page.goto(made[1].as_uri())
+    page.evaluate("document.body.append(Object.assign(document.createElement('script'), {text: 'window.broken = 3'}))")
+    assert page.evaluate("window.broken") is None and page.locator("script").count() == 3
+    page.close()
+
+
+def test_a_run_without_a_teacher(tmp_path, open_page):
+    save_scores(batch(ObjectiveConfig.preset("grpo"), teacher=False), tmp_path / "s.jsonl")
+    command.main(["--tokens", str(tmp_path / "s.jsonl"), "--output", str(tmp_path / "page.html")])
+    page = open_page(tmp_path / "page.html")
+    assert page.locator("input[name=objective]:enabled").count() == 1
+    token(page, 2, 1).hover()
+    assert shown(page)["GRPO"] == "+0.500" and "teacher log-prob" not in shown(page)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [480, 1280, 1920])
+def test_both_pages_fit(width, scheme, made, tmp_path, open_page):
+    runs = [make_run(tmp_path / name, objective={}) for name in ("one", "two")]
+    command.main([*map(str, runs), "--output", str(tmp_path / "report")])
+    for path in (made[1], tmp_path / "report" / "report.html"):
+        page = open_page(path, width, color_scheme=scheme)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.locator("h1").is_visible()
+        ink, paper = page.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
+        assert (luminance(ink) > luminance(paper)) == (scheme == "dark")
+    assert page.locator("svg").count() == 4
+    boxes = [page.locator("figure").nth(i).bounding_box() for i in range(4)]
+    assert all(box["height"] > 150 for box in boxes)
+
+
+def luminance(colour: str) -> float:
+    return sum(map(float, re.findall(r"[\d.]+", colour)[:3]))
+
+
+def test_both_pages_print(made, tmp_path, open_page):
+    run = make_run(tmp_path / "run")
+    command.main([str(run)])
+    for path in (made[1], run / "report.html"):
+        page = open_page(path, color_scheme="dark")
+        page.emulate_media(media="print", color_scheme="dark")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert page.locator("select:visible").count() == 0
+        assert page.pdf(format="A4").startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(("rollouts", "length", "seconds"), [(128, 200, 5), (8, 8000, 15)])
+def test_large_dumps_stay_quick(rollouts, length, seconds, tmp_path, open_page):
+    """On two busy cores it took 0.3 s and 1 s to load, 10 and 20 ms to repaint; the bounds allow for a slow machine."""
+    template, g = batch(ObjectiveConfig())[0], np.random.default_rng(0)
+    scored = [
+        replace(
+            template,
+            group=i // 4,
+            response_ids=[0] * length,
+            pieces=[" word"] * length,
+            **{k: g.random(length, np.float32) for k, v in vars(template).items() if isinstance(v, np.ndarray)},
+        )
+        for i in range(rollouts)
+    ]
+    save_scores(scored, tmp_path / "s.jsonl")
+    command.main(["--tokens", str(tmp_path / "s.jsonl")])
+    page = open_page(tmp_path / "s.html")
+    timing = page.evaluate("performance.getEntriesByType('navigation')[0].domComplete")
+    assert page.locator(".text span").count() == rollouts * length
+    repaint = page.evaluate("(t => (paint(), document.body.offsetHeight, performance.now() - t))(performance.now())")
+    assert timing < 1000 * seconds and repaint < 1000, (timing, repaint)
