@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.report.runs import Run, read_evaluations
 from megatron_egrsd.report.table import summary_table
 
-__all__ = ["plot_frontier", "summary_table"]
+__all__ = ["plot_frontier", "read_evaluations", "summary_table"]
 
 
 def plot_frontier(evaluations: list[dict], path: Path) -> None:
@@ -14,7 +15,6 @@ def plot_frontier(evaluations: list[dict], path: Path) -> None:
     An evaluation has the keys of sampling.summarize, and "step". BadArgument where there is none to draw.
     """
     from megatron_egrsd.report import figures
-    from megatron_egrsd.report.runs import Run
 
     points = sorted(figures.drawable(evaluations), key=lambda e: e["step"])
     if not points:

@@ -59,6 +59,14 @@ def read_run(path: Path, name: str = "") -> Run:
     return Run(name or path.resolve().name, _objective(path), _ordered(steps), _ordered(evaluations))
 
 
+def read_evaluations(path: Path) -> list[dict]:
+    """The evaluations of the run in `path`, the last one of each step. BadArgument where there is none."""
+    evaluations = read_run(path).evaluations
+    if not evaluations:
+        raise BadArgument(f"{path / 'metrics.jsonl'} holds no evaluation; the run was made without data.evaluation")
+    return evaluations
+
+
 def _ordered(rows: dict[int, dict]) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 

@@ -17,6 +17,7 @@ CONFIG = "examples/configs/tiny_cpu.yaml"
 SMALL = {
     "steps": 3, "rollout.prompts_per_step": 4, "rollout.rollouts_per_prompt": 4, "evaluation.rollouts_per_problem": 1,
     "rollout.max_total_tokens": 16384, "dump_rollouts": "true", "rollout.max_response_tokens": 120,
+    "dump_scores": "true",
 }  # fmt: skip
 
 
@@ -86,9 +87,13 @@ def test_three_steps_of_the_whole_loop(tmp_path):
     assert trained.keys() == start.keys()
     assert all(trained[k].shape == start[k].shape and not trained[k].equal(start[k]) for k in start)
     from megatron_egrsd.samples import load_rollouts
+    from megatron_egrsd.scores import load_scores
 
     rollouts = load_rollouts(output / "rollouts" / "step_000003.jsonl")
     assert len(rollouts) == 16 and {r.weight_version for r in rollouts} == {2}
+    scored = load_scores(output / "scores" / "step_000003.jsonl")
+    assert ["".join(r.pieces).removesuffix("<|im_end|>") for r in scored] == [r.text for r in rollouts]
+    assert all(abs(r.student_log_prob - r.rollout_log_prob).max() < 1e-4 for r in scored)
     assert (output / "frontier.png").stat().st_size > 10_000
     assert any((output / "tensorboard").iterdir())
     assert not [p for p in output.iterdir() if p.name.endswith(".partial")]

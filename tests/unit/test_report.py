@@ -121,6 +121,9 @@ def test_the_last_row_of_a_step_counts_and_a_run_without_evaluation_has_a_page(t
     (bare / "metrics.jsonl").write_text('{"step": 1, "accuracy": 0.5}\n')
     command.main([str(bare)])
     assert "no evaluation" in capsys.readouterr().out
+    assert report.read_evaluations(run) == read.evaluations
+    with pytest.raises(BadArgument, match="no evaluation"):
+        report.read_evaluations(bare)
     assert (bare / "training.png").exists() and not (bare / "frontier.png").exists()
 
 
