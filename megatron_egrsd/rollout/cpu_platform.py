@@ -33,6 +33,9 @@ def __getattr__(name: str) -> "type[SRTPlatform]":
         device_type = "cpu"
 
         def apply_server_args_defaults(self, server_args):
+            from sglang.srt.arg_groups.choices import add_deterministic_attention_backend_choices
+
+            add_deterministic_attention_backend_choices([NAME])
             if server_args.attention_backend in (None, "intel_amx"):  # not given: SGLang filled in AMX for "cpu"
                 server_args.attention_backend = NAME
 
@@ -40,7 +43,15 @@ def __getattr__(name: str) -> "type[SRTPlatform]":
             return NAME
 
         def init_backend(self):
+            from sglang.srt.batch_invariant_ops import batch_invariant_ops
+            from sglang.srt.layers import sampler
             from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+            from megatron_egrsd.rollout.cpu_sampling import multinomial_with_seed
+
+            # Of deterministic inference the CPU has the seeded sampling; the batch-invariant kernels are for GPUs.
+            batch_invariant_ops._batch_invariant_MODE = True
+            sampler.multinomial_with_seed = multinomial_with_seed
 
             @register_attention_backend(NAME)
             def batched_decode(runner):
