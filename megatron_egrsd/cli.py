@@ -4,9 +4,11 @@ Exit status: 0 success, 2 a request that cannot work, 130 interrupted, 1 anythin
 stderr. Heavy imports happen inside the subcommand, so that help and mistakes are answered at once.
 """
 
+import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 import time
 
@@ -20,7 +22,7 @@ usage: megatron-egrsd COMMAND ...
 EGRSD and CL-EGRSD: on-policy self-distillation of Qwen3 reasoning models on Megatron-Core and SGLang.
 
 commands:
-  train --config FILE [--section.key VALUE ...] [--dry-run]
+  train --config FILE [--section.key VALUE ...] [--dry-run [--world-size N] [--gpu-memory 80GB]]
                      train; --dry-run prints the resolved configuration and plan and starts nothing
   evaluate --config FILE [--section.key VALUE ...]
                      accuracy, pass@k and response lengths of model.path on data.evaluation
@@ -35,7 +37,9 @@ commands:
 TRAIN_USAGE = """\
 megatron-egrsd train --config FILE [--section.key VALUE ...] [--dry-run]
 
-  --dry-run             Print the resolved configuration and the plan; start nothing.
+  --dry-run             Print the resolved configuration and the plan; start nothing. Refuse what cannot work.
+  --world-size N        Training ranks to plan for; default: torchrun's, else one.
+  --gpu-memory 80GB     Memory of a GPU to plan for; default: this machine's.
 
 The keys below go into the YAML file as sections, or on the command line with dots; the later one wins:
   megatron-egrsd train --config examples/configs/tiny_cpu.yaml --objective.lookahead 4 --seed 1
@@ -101,13 +105,44 @@ def _train(arguments: list[str]) -> None:
             parse_config(["--help"])
         print(TRAIN_USAGE + keys.getvalue().partition("\n\n")[2], end="")  # without argparse's list of every key
         return
-    config = parse_config([a for a in arguments if a != "--dry-run"])
-    from megatron_egrsd import train
+    dry_run, words = _dry_run(arguments)
+    config = parse_config(words)
+    if dry_run is not None:
+        from megatron_egrsd.plan import print_plan
 
-    if "--dry-run" in arguments:
-        train.print_plan(config)
+        print_plan(config, **dry_run)
     else:
+        from megatron_egrsd import train
+
         train.main(config)
+
+
+def _dry_run(arguments: list[str]) -> tuple[dict | None, list[str]]:
+    """Arguments of print_plan if a dry run is asked for, and the words that are left."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--world-size")
+    parser.add_argument("--gpu-memory")
+    try:
+        options, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise BadArgument(f"{error.argument_name}: {error.message}") from None
+    ranks, memory = options.world_size, options.gpu_memory
+    if not options.dry_run:
+        for name, value in (("world-size", ranks), ("gpu-memory", memory)):
+            if value is not None:
+                raise BadArgument(f"--{name} goes with --dry-run; torchrun sets the ranks of a run")
+        return None, rest
+    if ranks is not None and not (ranks.isdecimal() and int(ranks) > 0):
+        raise BadArgument(f"--world-size is {ranks!r}; it must be a positive whole number")
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?Gi?B", memory or "1GB", re.IGNORECASE)
+    if not size or float(size[1]) == 0:
+        raise BadArgument(f"--gpu-memory is {memory!r}; give a size such as 80GB")
+    return {
+        "ranks": None if ranks is None else int(ranks),
+        # 2^30, as the vendors of GPUs count: an H100 of 80 GB has 79.6 GiB.
+        "gpu_memory": None if memory is None else int(float(size[1]) * 2**30),
+    }, rest
 
 
 def _fail(reason: object, status: int) -> int:

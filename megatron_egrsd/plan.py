@@ -1,12 +1,26 @@
-"""The resolved plan of a run, before anything is started: `megatron-egrsd train --dry-run`."""
+"""The resolved plan of a run, before anything is started: `megatron-egrsd train --dry-run`.
 
+One process, any world size, no GPU. What cannot work is refused behind the plan, with the reason.
+"""
+
+import importlib.util
 import os
-from dataclasses import asdict
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
+import torch
 import yaml
 
 from megatron_egrsd.config import Config
+from megatron_egrsd.data.packing import schedule
+from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.memory import Placement, RankMemory, rank_memory
+from megatron_egrsd.samples import Prompt
+
+_SERVER_SHARE = 0.88  # of a GPU's memory that SGLang takes for weights and KV cache: about its default
 
 
 def world_size() -> int:
@@ -14,27 +28,250 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def describe_plan(config: Config, num_train: int, num_heldout: int) -> str:
-    """Configuration, model, layout and batch arithmetic as text. BadArgument where the sizes do not divide."""
+def readable(size: float) -> str:
+    """Bytes in the largest fitting unit."""
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size / 2**10:.2f} KiB"
+
+
+def print_plan(config: Config, ranks: int | None = None, gpu_memory: int | None = None) -> None:
+    """Check everything that can be checked without starting a process, and print the resolved plan, once a job.
+
+    Args:
+        ranks: Training ranks to plan for; default: torchrun's, else one.
+        gpu_memory: Bytes that a GPU has; default: what torch reports, and no check where there is no GPU.
+
+    Raises:
+        BadArgument: Something cannot work; where the plan shows it, the plan is printed before.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    os.environ["WORLD_SIZE"] = str(ranks or world_size())  # this process stands for the first rank of that world
+    from megatron_egrsd.train import prepare
+
+    prompts, heldout, _ = prepare(config)
+    plan = resolve(config, prompts, heldout, world_size(), gpu_memory)
+    print(yaml.safe_dump(asdict(config), sort_keys=False) + "\n" + "\n".join(plan.lines))
+    if plan.refusals:
+        raise BadArgument("this plan cannot work: " + "; ".join(plan.refusals))
+
+
+@dataclass
+class Plan:
+    """The plan in lines, and why it cannot work, if so."""
+
+    lines: list[str] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+
+    def add(self, name: str, *texts: str) -> None:
+        for text in texts:
+            self.lines.append(f"{name:<12}{text}")
+            name = ""
+
+
+def resolve(
+    config: Config, prompts: Sequence[Prompt], heldout: Sequence[Prompt], ranks: int, gpu_memory: int | None = None
+) -> Plan:
+    """Model, layout, batch, memory, servers and disk of a run. BadArgument where the sizes do not divide."""
     arch = Architecture.from_pretrained(config.model.path)
-    ranks = world_size()
+    plan = Plan()
+    if gpu_memory is None and torch.cuda.is_available():
+        gpu_memory = torch.cuda.get_device_properties(0).total_memory
+    tokens = _add_batch(plan, config, arch, prompts, heldout, ranks)
+    _add_memory(plan, config, arch, ranks, tokens, gpu_memory)
+    _add_servers(plan, config, arch, prompts, gpu_memory)
+    _add_disk(plan, config, arch)
+    return plan
+
+
+def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout, ranks: int) -> int:
+    """Model, layout, batch arithmetic; returns the tokens of the longest possible micro-batch."""
     data_parallel = config.check_world(ranks)
     p, r, o = config.parallel, config.rollout, config.optimizer
     padded = arch.padded_vocab_size(p.tensor)
-    updates = config.steps * o.updates_per_batch
-    epochs = config.steps * r.prompts_per_step / num_train
-    lines = [
-        f"model       {arch.num_parameters:,} parameters, {arch.num_layers} layers, {config.model.dtype}",
-        f"vocabulary  {arch.vocab_size:,} tokens, padded to {padded:,} ({padded // p.tensor:,} a rank)",
-        f"layout      {ranks} ranks = TP {p.tensor} x PP {p.pipeline} x DP {data_parallel}"
+    plan.add("model", f"{arch.num_parameters:,} parameters, {arch.num_layers} layers, {config.model.dtype}")
+    plan.add(
+        "vocabulary",
+        f"{arch.vocab_size:,} tokens, padded to {padded:,} ({padded // p.tensor:,} a tensor-parallel rank)",
+    )
+    plan.add(
+        "layout",
+        f"{ranks} ranks = TP {p.tensor} x PP {p.pipeline} x DP {data_parallel}"
         + (", sequence parallel" if p.sequence_parallel else "")
-        + (", distributed optimizer" if p.distributed_optimizer else ""),
-        f"batch       {r.prompts_per_step} prompts x {r.rollouts_per_prompt} rollouts = {r.rollouts_per_step} a step, "
-        f"{r.rollouts_per_step // o.updates_per_batch} an update, at most {p.max_tokens_per_microbatch:,} tokens a "
-        "micro-batch",
-        f"run         {config.steps} steps, {updates} updates, {epochs:.2f} epochs of {num_train} problems; "
-        f"{num_heldout} held-out problems",
-        "rollouts    " + (f"at {', '.join(r.urls)}" if r.urls else f"{r.engines} SGLang server(s) on {r.host}"),
-        f"output      {config.output}",
+        + (", distributed optimizer" if p.distributed_optimizer else "")
+        + (", recomputation" if p.recompute else ""),
+    )
+    an_update = r.rollouts_per_step // o.updates_per_batch
+    a_rank = an_update // data_parallel
+    plan.add(
+        "batch",
+        f"{r.prompts_per_step} prompts x {r.rollouts_per_prompt} rollouts = {r.rollouts_per_step} a step, "
+        f"{an_update} an update, {a_rank} of them a data-parallel rank",
+    )
+    longest = max(len(x.student_ids) for x in prompts) + r.max_response_tokens
+    budget = p.max_tokens_per_microbatch
+    most = len(schedule([[longest] * a_rank], budget)[0])
+    bubble = f", {_bubble(p.pipeline, most)} of the time in the pipeline's bubble" if p.pipeline > 1 else ""
+    plan.add(
+        "",
+        f"samples of at most {longest:,} tokens in micro-batches of at most {budget:,}: "
+        f"at most {most} an update a rank{bubble}",
+    )
+    if longest > budget:
+        plan.add(
+            "", f"a sample longer than parallel.max_tokens_per_microbatch = {budget:,} is a micro-batch of its own"
+        )
+    plan.add(
+        "run",
+        f"{config.steps} steps, {config.steps * o.updates_per_batch} updates, "
+        f"{config.steps * r.prompts_per_step / len(prompts):.2f} epochs of {len(prompts)} problems; "
+        f"{len(heldout)} held-out problems",
+    )
+    return max(longest, min(budget, longest * a_rank))
+
+
+def _bubble(pipeline: int, micro_batches: int) -> str:
+    """Share of its time that a stage of the 1F1B schedule waits: (P - 1) / (M + P - 1), Narayanan et al. 2021."""
+    return f"{(pipeline - 1) / (micro_batches + pipeline - 1):.0%}"
+
+
+def _add_memory(
+    plan: Plan, config: Config, arch: Architecture, ranks: int, tokens: int, gpu_memory: int | None
+) -> None:
+    """Bytes of the largest rank, term by term; a refusal where they are more than the GPU has."""
+    place = placement(config, gpu_memory)
+    stages = memory_of_stages(config, arch, ranks, place, tokens)
+    worst = max(stages, key=lambda m: m.total)
+    kind = "a GPU with Transformer Engine" if place.transformer_engine else "a GPU" if place.gpu else "the CPU"
+    plan.add(
+        "memory", f"of rank {worst.rank} (pipeline stage {worst.stage}), {tokens:,} tokens a micro-batch, on {kind}"
+    )
+    for name, size in worst.resident.items():
+        plan.add("", f"  {name:<45}{readable(size):>12}")
+    plan.add("", f"  at the peak, the {worst.peak_phase}:")
+    for name, size in worst.phases[worst.peak_phase].items():
+        plan.add("", f"    {name:<43}{readable(size):>12}")
+    limit = f" of {readable(gpu_memory)}" if gpu_memory else ""
+    plan.add("", f"  {'total':<45}{readable(worst.total):>12}{limit}")
+    if others := [m for m in stages if m.stage != worst.stage]:
+        lightest = min(others, key=lambda m: m.total)
+        plan.add("", f"  the other stages need less, rank {lightest.rank} (stage {lightest.stage}) the least: "
+                     f"{readable(lightest.total)}")  # fmt: skip
+    if gpu_memory and worst.total > gpu_memory:
+        plan.refusals.append(
+            f"rank {worst.rank} needs {readable(worst.total)} where a GPU has {readable(gpu_memory)}; "
+            + _remedy(config, arch, ranks, place, tokens, gpu_memory)
+        )
+
+
+def placement(config: Config, gpu_memory: int | None) -> Placement:
+    """The kernels to count: a GPU's where one is here or planned for, with Transformer Engine if not known absent."""
+    here = torch.cuda.is_available()
+    installed = not here or importlib.util.find_spec("transformer_engine") is not None
+    on_gpu = here or gpu_memory is not None
+    return Placement(on_gpu, on_gpu and installed and config.parallel.transformer_engine != "never")
+
+
+def memory_of_stages(config: Config, arch: Architecture, ranks: int, place: Placement, tokens: int) -> list[RankMemory]:
+    stages = range(config.parallel.pipeline)
+    return [rank_memory(config, arch, ranks, stage, place, tokens=tokens) for stage in stages]
+
+
+def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, tokens: int, gpu_memory: int) -> str:
+    """The mildest single change of the parallel section that fits, as advice; each is tried."""
+    p = config.parallel
+    changes = [
+        {"distributed_optimizer": True},
+        {"recompute": True},
+        {"recompute": True, "distributed_optimizer": True},
+        *({"tensor": p.tensor * k, "recompute": True, "distributed_optimizer": True} for k in (2, 4, 8)),
+        *({"pipeline": p.pipeline * k, "recompute": True, "distributed_optimizer": True} for k in (2, 4, 8)),
     ]
-    return yaml.safe_dump(asdict(config), sort_keys=False) + "\n" + "\n".join(lines)
+    for change in changes:
+        try:
+            other = replace(config, parallel=replace(p, **change))
+            other.check_world(ranks)
+            arch.check_parallel(other.parallel.tensor, other.parallel.pipeline)
+        except BadArgument:
+            continue
+        if max(m.total for m in memory_of_stages(other, arch, ranks, place, tokens)) <= gpu_memory:
+            new = {k: v for k, v in change.items() if getattr(p, k) != v}
+            return "it fits with " + ", ".join(f"--parallel.{k} {str(v).lower()}" for k, v in new.items())
+    return "neither recomputation, the distributed optimizer, more TP nor more PP makes it fit: it takes more GPUs"
+
+
+def _add_servers(plan: Plan, config: Config, arch: Architecture, prompts, gpu_memory: int | None) -> None:
+    """Where the responses come from: ports that can be bound, GPUs, room for weights and KV cache."""
+    r = config.rollout
+    if r.urls:
+        plan.add("rollouts", f"at {', '.join(r.urls)} (not asked)")
+        return
+    from megatron_egrsd.rollout.servers import choose_port
+
+    ports = [r.port + i for i in range(r.engines)] if r.port else []
+    where = f"ports {ports[0]} to {ports[-1]}" if ports else "free ports"
+    plan.add("rollouts", f"{r.engines} SGLang server(s) of TP {r.engine_tensor_parallel} on {r.host}, {where}")
+    if ports and ports[-1] > 65535:
+        plan.refusals.append(f"rollout.port = {r.port} leaves no ports for {r.engines} servers")
+        ports = []
+    for port in ports:
+        try:
+            choose_port(r.host, port)
+        except BadArgument as error:
+            plan.refusals.append(str(error))
+    needed = int(r.server_args.get("base_gpu_id", 0)) + r.engines * r.engine_tensor_parallel
+    if torch.cuda.is_available() and needed > torch.cuda.device_count():
+        plan.refusals.append(
+            f"the servers need GPUs up to number {needed - 1}, and there are {torch.cuda.device_count()}"
+        )
+    if gpu_memory is None:
+        return
+    b, tensor = getattr(torch, config.model.dtype).itemsize, r.engine_tensor_parallel
+    weights = arch.num_parameters * b // tensor
+    token = 2 * arch.num_layers * max(1, arch.num_kv_heads // tensor) * arch.head_dim * b
+    share = float(r.server_args.get("mem_fraction_static", _SERVER_SHARE))
+    longest = max(len(x.student_ids) for x in prompts) + r.max_response_tokens
+    held = int(max(0, share * gpu_memory - weights) // token)
+    plan.add("", f"weights {readable(weights)} a GPU; the KV cache holds about {held:,} tokens of {readable(token)}, "
+                 f"{held // longest} responses of full length")  # fmt: skip
+    if held < longest:
+        plan.refusals.append(
+            f"a server of rollout.engine_tensor_parallel = {tensor} has room for {held:,} tokens beside the weights, "
+            f"less than the {longest:,} of one longest response; raise it"
+        )
+
+
+def checkpoint_bytes(config: Config, arch: Architecture) -> int:
+    """Size of a training checkpoint: weights, Adam's moments, fp32 weights where the optimizer has its own, teacher."""
+    b = getattr(torch, config.model.dtype).itemsize
+    main = 4 if b < 4 or config.parallel.distributed_optimizer else 0
+    teacher = 4 if config.teacher.weights == "ema" and config.objective.needs_teacher else 0
+    return arch.num_parameters * (b + 8 + main + teacher)
+
+
+def _add_disk(plan: Plan, config: Config, arch: Architecture) -> None:
+    """What the run writes, against what is free; a refusal where that is too little or not allowed."""
+    export = arch.num_parameters * getattr(torch, config.model.dtype).itemsize
+    a_checkpoint = checkpoint_bytes(config, arch)
+    # Before old ones are removed: the newest `keep`, the best one where there is an evaluation, the one being written.
+    count = config.checkpoint.keep + 1 + bool(config.data.evaluation) if config.checkpoint.every else 0
+    needed = export + count * a_checkpoint
+    parts = [f"final model {readable(export)}"]
+    parts += [f"{count} checkpoints of {readable(a_checkpoint)}"] if count else []
+    if config.rollout.weight_sync == "disk":
+        needed += export
+        parts.append(f"weight sync {readable(export)}")
+    output = Path(config.output).resolve()
+    existing = next(path for path in (output, *output.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    plan.add("output", str(config.output), f"  {' + '.join(parts)}; {readable(free)} free")
+    if not count:
+        plan.add("", f"  a run that is stopped leaves a checkpoint of {readable(a_checkpoint)} besides")
+    if not os.access(existing, os.W_OK):
+        plan.refusals.append(f"{existing} is not writable, so output = {config.output} cannot be")
+    if needed > free:
+        plan.refusals.append(
+            f"output = {config.output} needs {readable(needed)} of disk, and {readable(free)} are free"
+        )

@@ -19,7 +19,7 @@ from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.first_rank import FirstRank
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.learn import learn
-from megatron_egrsd.plan import describe_plan, world_size
+from megatron_egrsd.plan import world_size
 from megatron_egrsd.samples import Prompt
 
 
@@ -73,9 +73,3 @@ def prepare(config: Config) -> tuple[list[Prompt], list[Prompt], AutoTokenizer]:
         [builder.build(p, privileged=False) for p in heldout],
         tokenizer,
     )
-
-
-def print_plan(config: Config) -> None:
-    """Check everything that can be checked without starting a process, and print the resolved plan."""
-    prompts, heldout, _ = prepare(config)
-    print(describe_plan(config, len(prompts), len(heldout)))

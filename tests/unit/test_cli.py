@@ -19,10 +19,10 @@ def train(monkeypatch):
     calls = []
     module = types.ModuleType("megatron_egrsd.train")
     module.main = lambda config: calls.append(("main", config))
-    module.print_plan = lambda config: calls.append(("plan", config))
     module.calls = calls
     monkeypatch.setitem(sys.modules, "megatron_egrsd.train", module)
     monkeypatch.setattr("megatron_egrsd.train", module, raising=False)
+    monkeypatch.setattr("megatron_egrsd.plan.print_plan", lambda config, **_: calls.append(("plan", config)))
     return module
 
 

@@ -1,0 +1,166 @@
+"""The dry run: the whole plan of a run of any size in one process, and a reason for each that cannot work."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_egrsd import cli
+from megatron_egrsd.config import parse_config
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.memory import Placement, rank_memory
+from megatron_egrsd.plan import print_plan, resolve
+from megatron_egrsd.samples import Problem, Prompt
+from tests.published import PUBLISHED
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = [Prompt(Problem(str(i), "p", "a", "s"), [1] * (300 + i), [1] * (900 + i)) for i in range(1000)]
+GIB = 2**30
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A function that makes a model directory as far as a plan reads it: sizes and a tokenizer."""
+
+    def make(name: str) -> Path:
+        path = tmp_path / name
+        shutil.copytree(ROOT / "examples/tiny/model", path, ignore=shutil.ignore_patterns("*.safetensors"))
+        (path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+        return path
+
+    return make
+
+
+def config_8b(path: Path, *words: str):
+    return parse_config(
+        ["--config", str(ROOT / "examples/configs/qwen3_8b_cl_egrsd.yaml"), "--model.path", str(path),
+         "--output", str(path.parent / "run"), *words]
+    )  # fmt: skip
+
+
+def test_512_ranks_in_one_process(model, tmp_path):
+    arguments = ["--model.path", model("Qwen3-8B"), "--data.train", "examples/tiny/train.jsonl", "--output",
+                 tmp_path / "run", "--data.evaluation", "examples/tiny/heldout.jsonl"]  # fmt: skip
+    command = [sys.executable, "-m", "megatron_egrsd.cli", "train", "--config",
+               "examples/configs/qwen3_8b_cl_egrsd.yaml", *arguments, "--dry-run", "--world-size", "512",
+               "--gpu-memory", "80GB"]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    room = shutil.disk_usage(tmp_path).free > 16 * GIB  # for the final model
+    assert done.returncode == (0 if room else 2), done.stderr
+    for line in (
+        "model       8,190,735,360 parameters, 36 layers, bfloat16",
+        "vocabulary  151,936 tokens, padded to 151,936 (37,984 a tensor-parallel rank)",
+        "layout      512 ranks = TP 4 x PP 1 x DP 128, sequence parallel, distributed optimizer, recomputation",
+        "batch       32 prompts x 8 rollouts = 256 a step, 256 an update, 2 of them a data-parallel rank",
+    ):
+        assert done.stdout.count(line) == 1, done.stdout
+    for term in ("weights", "gradients (fp32)", "optimizer", "CUDA runtime", "activations", "total"):
+        assert re.search(rf"^ +{re.escape(term)} +[\d.]+ [MG]iB", done.stdout, re.M), term
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_ranks_say_nothing(model, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    print_plan(config_8b(model("Qwen3-8B")), 8)
+    assert capsys.readouterr().out == ""
+
+
+def refusals(plan, word: str) -> list[str]:
+    """Those for one reason: how much disk is free differs from machine to machine."""
+    return [reason for reason in plan.refusals if word in reason]
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "words"),
+    [
+        ("Qwen3-8B", 8, ["--parallel.tensor", "2", "--parallel.distributed_optimizer", "false"]),
+        ("Qwen3-8B", 8, ["--parallel.recompute", "false", "--parallel.max_tokens_per_microbatch", "40000"]),
+        ("Qwen3-32B", 16, []),
+    ],
+)
+def test_too_little_memory_is_refused_with_a_change_that_fits(name, ranks, words, model):
+    path = model(name)
+    plan = resolve(config_8b(path, *words), PROMPTS, PROMPTS[:8], ranks, 60 * GIB)
+    (reason,) = refusals(plan, "where a GPU has")
+    assert re.match(r"rank \d+ needs [\d.]+ GiB where a GPU has 60\.00 GiB; it fits with --parallel", reason), reason
+    remedy = reason.partition("it fits with ")[2].replace(",", "").split()
+    changed = resolve(config_8b(path, *words, *remedy), PROMPTS, PROMPTS[:8], ranks, 60 * GIB)
+    assert not refusals(changed, "where a GPU has")
+
+
+def test_a_model_that_no_layout_of_so_many_gpus_holds(model):
+    plan = resolve(config_8b(model("Qwen3-32B")), PROMPTS, [], 4, 80 * GIB)
+    assert len(refusals(plan, "it takes more GPUs")) == 1
+
+
+def test_the_worst_rank_is_named(model):
+    """First stages hold the activations of more micro-batches, the last one the LM head."""
+    path = model("Qwen3-8B")
+    plan = resolve(config_8b(path, "--parallel.pipeline", "4"), PROMPTS, [], 64, None)
+    totals = []
+    for stage in range(4):
+        config = config_8b(path, "--parallel.pipeline", "4")
+        arch = Architecture.from_pretrained(path)
+        totals.append(rank_memory(config, arch, 64, stage, Placement(False, False), tokens=16384).total)
+    worst = totals.index(max(totals))
+    assert any(f"of rank {worst * 16} (pipeline stage {worst})" in line for line in plan.lines), plan.lines
+
+
+def test_servers_that_cannot_hold_one_response(model):
+    plan = resolve(config_8b(model("Qwen3-32B"), "--parallel.tensor", "8"), PROMPTS, [], 64, 68 * GIB)
+    assert len(refusals(plan, "less than the 9,491 of one longest response")) == 1
+    plan = resolve(config_8b(model("Qwen3-8B"), "--parallel.tensor", "8"), PROMPTS, [], 64, 68 * GIB)
+    assert not refusals(plan, "longest response")
+
+
+def test_ports_that_are_taken(model):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        plan = resolve(config_8b(model("Qwen3-8B"), "--rollout.port", str(port)), PROMPTS, [], 4)
+        assert any(f"port {port} on 127.0.0.1 cannot be used" in reason for reason in plan.refusals)
+    last = config_8b(model("Qwen3-4B"), "--rollout.port", "65535", "--rollout.engines", "2")
+    assert any("leaves no ports for 2 servers" in reason for reason in resolve(last, PROMPTS, [], 4).refusals)
+
+
+def test_disk(model):
+    path = model("Qwen3-8B")
+    plan = resolve(config_8b(path, "--checkpoint.every", "1", "--checkpoint.keep", "100000"), PROMPTS, [], 4)
+    assert any(re.search(r"needs [\d.]+ TiB of disk, and .* are free", reason) for reason in plan.refusals)
+    assert any("15.26 GiB + 100001 checkpoints of 106.80 GiB" in line for line in plan.lines), plan.lines
+    if not os.access("/sys", os.W_OK):
+        config = dataclasses.replace(config_8b(path), output="/sys/run")
+        assert any("/sys is not writable" in reason for reason in resolve(config, PROMPTS, [], 4).refusals)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--world-size", "8"], "--world-size goes with --dry-run"),
+        (["--gpu-memory", "80GB"], "--gpu-memory goes with --dry-run"),
+        (["--dry-run", "--world-size", "none"], "--world-size is 'none'; it must be a positive whole number"),
+        (["--dry-run", "--world-size", "0"], "--world-size is '0'"),
+        (["--dry-run", "--world-size"], "--world-size: expected one argument"),
+        (["--dry-run", "--gpu-memory", "much"], "--gpu-memory is 'much'; give a size such as 80GB"),
+        (["--dry-run", "--gpu-memory", "80"], "--gpu-memory is '80'"),
+    ],
+)
+def test_mistakes(words, reason, capsys):
+    assert cli.main(["train", "--model.path", "m", "--data.train", "t.jsonl", *words]) == 2
+    err = capsys.readouterr().err
+    assert reason in err and err.count("\n") == 1
+
+
+def test_a_world_that_does_not_divide(model, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(BadArgument, match="6 training ranks do not divide"):
+        print_plan(config_8b(model("Qwen3-8B")), 6)
