@@ -48,11 +48,11 @@ def print_plan(config: Config, ranks: int | None = None, gpu_memory: int | None 
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    os.environ["WORLD_SIZE"] = str(ranks or world_size())  # this process stands for the first rank of that world
     from megatron_egrsd.train import prepare
 
-    prompts, heldout, _ = prepare(config)
-    plan = resolve(config, prompts, heldout, world_size(), gpu_memory)
+    ranks = ranks or world_size()
+    prompts, heldout, _ = prepare(config, ranks)
+    plan = resolve(config, prompts, heldout, ranks, gpu_memory)
     print(yaml.safe_dump(asdict(config), sort_keys=False) + "\n" + "\n".join(plan.lines))
     if plan.refusals:
         raise BadArgument("this plan cannot work: " + "; ".join(plan.refusals))

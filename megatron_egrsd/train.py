@@ -52,11 +52,14 @@ def _is_due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def prepare(config: Config) -> tuple[list[Prompt], list[Prompt], AutoTokenizer]:
-    """Training prompts, held-out prompts, tokenizer: everything that can be refused before a process starts."""
+def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], list[Prompt], AutoTokenizer]:
+    """Training prompts, held-out prompts, tokenizer: everything that can be refused before a process starts.
+
+    `ranks` is for a plan of as many training ranks; without it, as torchrun says.
+    """
     arch = Architecture.from_pretrained(config.model.path)
     arch.check_parallel(config.parallel.tensor, config.parallel.pipeline)
-    config.check_world(world_size())
+    config.check_world(ranks or world_size())
     output = Path(config.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not config.checkpoint.resume:
         raise BadArgument(

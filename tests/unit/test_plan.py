@@ -160,7 +160,6 @@ def test_mistakes(words, reason, capsys):
     assert reason in err and err.count("\n") == 1
 
 
-def test_a_world_that_does_not_divide(model, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
+def test_a_world_that_does_not_divide(model):
     with pytest.raises(BadArgument, match="6 training ranks do not divide"):
         print_plan(config_8b(model("Qwen3-8B")), 6)
