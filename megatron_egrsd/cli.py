@@ -12,7 +12,7 @@ import re
 import sys
 import time
 
-from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.errors import BadArgument, Preempted, RunError
 
 _PATIENCE = 20.0  # seconds
 
@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         return _run(command, rest)
+    except Preempted as reason:
+        return _fail(reason, 0)
     except BadArgument as error:
         return _fail(error, 2)
     except RunError as error:
@@ -105,7 +107,7 @@ def _train(arguments: list[str]) -> None:
             parse_config(["--help"])
         print(TRAIN_USAGE + keys.getvalue().partition("\n\n")[2], end="")  # without argparse's list of every key
         return
-    dry_run, words = _dry_run(arguments)
+    dry_run, words = _dry_run(["--checkpoint.resume" if a == "--resume" else a for a in arguments])
     config = parse_config(words)
     if dry_run is not None:
         from megatron_egrsd.plan import print_plan
@@ -150,7 +152,7 @@ def _fail(reason: object, status: int) -> int:
     # ends the others: the node's first rank, which has servers to close before it speaks, is waited for.
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(_PATIENCE)
-    print(f"megatron-egrsd: error: {' '.join(str(reason).split())}", file=sys.stderr)
+    print(f"megatron-egrsd: {'error: ' if status else ''}{' '.join(str(reason).split())}", file=sys.stderr)
     return status
 
 

@@ -48,6 +48,8 @@ class DataConfig:
         enable_thinking: Passed to the chat template (Qwen3's thinking mode).
         max_prompt_tokens: A longer student or teacher prompt is refused, naming the problem.
         reward: "math" or the import path of a function (response: str, answer: str) -> float in [0, 1].
+        bad_rows: Refuse a file with rows that cannot be trained on (not JSON, not UTF-8, empty, without an answer,
+            over-long, duplicate), or leave those rows out and say how many and where.
     """
 
     train: str = ""
@@ -63,6 +65,7 @@ class DataConfig:
     enable_thinking: bool = True
     max_prompt_tokens: int = 2048
     reward: str = "math"
+    bad_rows: Literal["refuse", "skip"] = "refuse"
 
     def __post_init__(self):
         fields = set(re.findall(r"{(\w*)}", self.teacher_template))
@@ -188,9 +191,15 @@ class RolloutConfig:
         sync_bucket_mib: Size of one broadcast bucket.
         verify_sync: Compare every weight in SGLang with the engine's after each synchronisation, bit by bit.
         start_timeout: Seconds until a launched server must be healthy.
+        health_timeout: A server that has not been healthy for so many seconds while it generates counts as hung.
+        max_restarts: Servers that may die or hang, and are started again, in one run.
         request_timeout: Seconds a generation request may take.
+        request_retries: Further attempts after a request that failed on a healthy server.
         sync_timeout: Seconds one weight synchronisation may take.
         server_args: Further SGLang launch arguments, without the leading dashes; true means a bare flag.
+        api_key_variable: Environment variable that holds the servers' API key; it is never written anywhere.
+        dynamic_sampling: Rounds in which groups without a signal (all right or all wrong) are replaced by fresh
+            prompts before a batch is trained; 0 trains the batch as it came.
     """
 
     prompts_per_step: int = 32
@@ -208,9 +217,14 @@ class RolloutConfig:
     sync_bucket_mib: int = 512
     verify_sync: bool = False
     start_timeout: float = 600.0
+    health_timeout: float = 120.0
+    max_restarts: int = 10
     request_timeout: float = 3600.0
+    request_retries: int = 3
     sync_timeout: float = 600.0
     server_args: dict[str, Any] = field(default_factory=dict)
+    api_key_variable: str = ""
+    dynamic_sampling: int = 0
 
     def __post_init__(self):
         for name in (
@@ -221,10 +235,13 @@ class RolloutConfig:
             "max_concurrent_requests",
             "sync_bucket_mib",
             "start_timeout",
+            "health_timeout",
             "request_timeout",
             "sync_timeout",
         ):
             _require(getattr(self, name) > 0, f"rollout.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("max_restarts", "request_retries", "dynamic_sampling"):
+            _require(getattr(self, name) >= 0, f"rollout.{name} must not be negative")
         _require(
             self.rollouts_per_prompt > 1,
             "rollout.rollouts_per_prompt must be at least 2: the advantage compares the rollouts of one prompt",
@@ -312,21 +329,42 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out evaluation during training: avg@k at `temperature`.
+    """Held-out evaluation: avg@k at `temperature`, during training and by `megatron-egrsd evaluate`.
 
     Args:
         every: Steps between evaluations; the start and the end are always evaluated. 0: only those two.
         rollouts_per_problem: k of avg@k.
         temperature: Sampling temperature.
+        top_p: Sample from the smallest set of tokens of this probability. This key and those below are for `evaluate`.
+        top_k: Sample from the k most likely tokens; 0 from all.
+        sets: What to evaluate on: names of benchmarks, files, or NAME=FILE (docs/evaluation.md).
+        directory: Where the files of benchmarks are: aime24.jsonl, gsm8k.parquet, ...
+        hub: Download a benchmark that is not in `directory` from the Hugging Face hub.
+        instruction: Text below every problem, such as "Please reason step by step, and put your final answer within
+            \\boxed{}."
+        deterministic: A seed for every sample, and SGLang's deterministic inference: an evaluation repeats itself,
+            interrupted or not. Slower on a GPU.
+        like: Hugging Face directory with config.json and tokenizer, where model.path is a Megatron checkpoint without.
     """
 
     every: int = 0
     rollouts_per_problem: int = 8
     temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    sets: list[str] = field(default_factory=list)
+    directory: str = ""
+    hub: bool = False
+    instruction: str = ""
+    deterministic: bool = True
+    like: str = ""
 
     def __post_init__(self):
         _require(self.every >= 0, "evaluation.every must not be negative")
         _require(self.rollouts_per_problem > 0, "evaluation.rollouts_per_problem must be positive")
+        _require(self.temperature >= 0, "evaluation.temperature must not be negative")
+        _require(0 < self.top_p <= 1, f"evaluation.top_p is {self.top_p}; it must lie in (0, 1]")
+        _require(self.top_k >= 0, "evaluation.top_k must not be negative")
 
 
 @dataclass(frozen=True)
@@ -334,14 +372,15 @@ class CheckpointConfig:
     """Training checkpoints under output/checkpoints; any parallel layout can continue from them.
 
     Args:
-        every: Steps between checkpoints, the last step included; 0 writes none.
-        keep: Newest checkpoints that are kept.
-        resume: Continue from the newest complete checkpoint in output, from the start where there is none.
+        every: Steps between checkpoints, the last step included; 0 writes one only when the run is stopped.
+        keep: Newest checkpoints that are kept, besides the one with the best evaluation.
+        resume: "auto" continues from the newest intact checkpoint in output, from the start where there is none; a
+            directory continues from that checkpoint; empty starts a new run. `--resume` is short for it.
     """
 
     every: int = 0
     keep: int = 2
-    resume: bool = False
+    resume: str = ""
 
     def __post_init__(self):
         _require(self.every >= 0, "checkpoint.every must not be negative")
@@ -365,8 +404,14 @@ class Config:
         steps: Rollout batches to train on.
         seed: Seed of the data order, of sampling and of the initial state of every random generator.
         output: Directory of the run: metrics, logs, final Hugging Face checkpoint. Must not hold another run.
-        max_log_prob_difference: Largest mean |log-prob(engine) - log-prob(SGLang)| over a batch, in nats;
-            beyond it the weights of the two disagree and the run ends.
+        max_log_prob_difference: Largest mean |log-prob(engine) - log-prob(SGLang)| over a batch, in nats; beyond it the
+            two disagree and the update is skipped.
+        max_skipped_steps: Steps in a row that may be skipped (numbers that are not finite, or the disagreement above)
+            before the run ends; the rollouts of each are kept under output/skipped.
+        debug: "rollout-only" samples and rewards with the weights of model.path, without a training engine;
+            "train-only" trains on `replay`, without SGLang.
+        replay: Rollouts for "train-only", as dump_rollouts writes them: one file for every step, or a directory of
+            step_NNNNNN.jsonl.
         dump_rollouts: Write every step's rollouts under output/rollouts.
         dump_scores: Write what the objective saw and decided at every token under output/scores, for the token page
             (docs/report.md). Costs one more student pass a step and about 130 bytes a response token.
@@ -385,11 +430,19 @@ class Config:
     seed: int = 0
     output: str = "runs/egrsd"
     max_log_prob_difference: float = 0.1
+    max_skipped_steps: int = 3
+    debug: Literal["", "rollout-only", "train-only"] = ""
+    replay: str = ""
     dump_rollouts: bool = False
     dump_scores: bool = False
 
     def __post_init__(self):
         _require(self.steps > 0, f"steps is {self.steps}; it must be positive")
+        _require(self.max_skipped_steps >= 0, "max_skipped_steps must not be negative")
+        _require(
+            bool(self.replay) == (self.debug == "train-only"),
+            "replay and debug train-only go together: the one names the rollouts that the other trains on",
+        )
         _require(bool(self.data.train), "data.train is not set; give a .jsonl or .parquet file of problems")
         _require(
             self.rollout.prompts_per_step % self.optimizer.updates_per_batch == 0,

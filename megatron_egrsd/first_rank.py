@@ -1,6 +1,7 @@
 """What only the first rank does: SGLang, the reward, the log, the files. train.py calls it from every rank."""
 
 import contextlib
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,27 +15,47 @@ from megatron_egrsd.engine.distributed import on_first_rank, on_first_rank_while
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.hf.checkpoint import save_hf
-from megatron_egrsd.report import plot_frontier, summary_table
+from megatron_egrsd.preemption import Preemption
+from megatron_egrsd.report import plot_frontier, read_evaluations, summary_table
 from megatron_egrsd.rewards import load_reward
 from megatron_egrsd.rollout.client import RolloutClient
-from megatron_egrsd.rollout.servers import RolloutServers
+from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
 from megatron_egrsd.rollout.weight_sync import WeightSync
-from megatron_egrsd.samples import Prompt, Rollout, save_rollouts
+from megatron_egrsd.samples import Prompt, Rollout, load_replay, save_rollouts
 from megatron_egrsd.sampling import Sampler, summarize
 from megatron_egrsd.scores import Record, gather_scores, save_scores, scored_rollouts
+
+# Why an update was skipped: learn's metric, and what to tell the user.
+_SKIPPED = {
+    "skipped/log_prob": "a log-prob, SGLang's or the engine's, is not finite",
+    "skipped/loss": "the loss is not finite",
+    "skipped/gradient": "the gradient is not finite",
+    "skipped/disagreement": "SGLang's log-probs differ from the engine's by {difference:.3g} nats on average "
+    "(max_log_prob_difference = {limit:g}): it holds other weights, which rollout.verify_sync true would name, or "
+    "computes differently",
+}
+
+
+def first_rank(config: Config, engine: Engine, tokenizer, preemption: Preemption) -> "FirstRank":
+    """What `config.debug` asks for: with SGLang, or without."""
+    return (Replay if config.debug == "train-only" else FirstRank)(config, engine, tokenizer, preemption)
 
 
 class FirstRank:
     """SGLang, the reward and the log, all on the first rank. Every rank makes the same calls; results reach all."""
 
-    def __init__(self, config: Config, engine: Engine, tokenizer):
-        self.config, self.engine, self.tokenizer = config, engine, tokenizer
+    def __init__(self, config: Config, engine: Engine, tokenizer, preemption: Preemption):
+        self.config, self.engine, self.tokenizer, self.preemption = config, engine, tokenizer, preemption
         self.output = Path(config.output)
         self.checkpoints = self.output / "checkpoints"
+        self.evaluations: list[dict[str, float]] = []
+        self.skipped = 0  # steps in a row
 
     def __enter__(self) -> "FirstRank":
         self.stack = contextlib.ExitStack()
         try:
+            wanted = self.config.checkpoint.resume
+            self.resumed = on_first_rank(lambda: checkpoint.find(self.checkpoints, wanted)) if wanted else None
             on_first_rank(self._start)
         except BaseException:
             self.stack.close()
@@ -42,62 +63,112 @@ class FirstRank:
         return self
 
     def _start(self) -> None:
-        config = self.config
-        where = (
-            ", ".join(config.rollout.urls)
-            or f"{config.rollout.engines} SGLang server(s), log in {self.output / 'logs'}"
-        )
-        print(f"rollouts: {where}; starting takes up to a minute", flush=True)
-        self.servers = self.stack.enter_context(
-            RolloutServers(config.rollout, config.model, config.seed, self.output / "logs")
-        )
+        if self.config.checkpoint.resume:
+            self._clear(checkpoint.step_of(self.resumed) if self.resumed else 0)
+        self._start_servers()
         self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
-        self.sync = WeightSync(self.servers, config.rollout, self.engine.device, self.output)
-        self.stack.callback(self.sync.close)
-        client = RolloutClient(self.servers, config.rollout, [self.tokenizer.eos_token_id])
-        self.sampler = Sampler(client, self.tokenizer, load_reward(config.data.reward))
-        self.log = RunLog(self.output, config.steps)
+        (self.output / "config.yaml").write_text(yaml.safe_dump(asdict(self.config), sort_keys=False), encoding="utf-8")
+        if self.resumed and (history := self.resumed / checkpoint.HISTORY).is_file():
+            shutil.copyfile(history, self.output / history.name)
+            with contextlib.suppress(BadArgument):  # it may hold no evaluation
+                self.evaluations = read_evaluations(self.output)
+        self.log = RunLog(self.output, self.config.steps)
         self.stack.callback(self.log.close)
-        self.evaluations = []
+
+    def _start_servers(self) -> None:
+        config = self.config.rollout
+        where = ", ".join(config.urls) or f"{config.engines} SGLang server(s), log in {self.output / 'logs'}"
+        print(f"rollouts: {where}; starting takes up to a minute", flush=True)
+        # A continued run draws on, and does not sample what it has sampled before.
+        seed = self.config.seed + (1_000_003 * checkpoint.step_of(self.resumed) if self.resumed else 0)
+        self.servers = self.stack.enter_context(
+            RolloutServers(config, self.config.model, seed % 2**31, self.output / "logs")
+        )
+        self.sync = WeightSync(self.servers, config, self.engine.device, self.output)
+        self.stack.callback(self.sync.close)
+        client = RolloutClient(self.servers, config, [self.tokenizer.eos_token_id], self.preemption.check)
+        self.sampler = Sampler(client, self.tokenizer, load_reward(self.config.data.reward))
+
+    def _clear(self, step: int) -> None:
+        """What the stopped run left behind its last checkpoint makes room, and is not lost."""
+        dumps = [p for kind in ("rollouts", "scores", "skipped") for p in self.output.glob(f"{kind}/step_*.jsonl")]
+        stale = [p for p in dumps if int(p.stem.removeprefix("step_")) > step]
+        again = [p for pattern in ("hf", "metrics.jsonl", "logs/*.log") for p in self.output.glob(pattern)]
+        for left in [*stale, *again]:
+            left.rename(left.with_name(f"{left.name}.before-{time.time_ns()}"))
 
     def __exit__(self, *exception) -> None:
         self.stack.close()
 
+    # -- stopping and continuing ----------------------------------------------------------------------------------
+
     def resume(self) -> int:
-        """The step to continue from: 0, or that of the newest complete checkpoint, which is then loaded and served."""
-        path = on_first_rank(lambda: checkpoint.newest(self.checkpoints)) if self.config.checkpoint.resume else None
-        if path is None:
+        """The step to continue from: 0, or that of the checkpoint to resume, which is then loaded and served."""
+        if self.resumed is None:
             return 0
-        step = checkpoint.load(self.engine, path)
+        step = checkpoint.load(self.engine, self.resumed)
         if step >= self.config.steps:
             raise BadArgument(f"{self.output} has finished its {step} steps; raise steps to train on")
-        self.push_weights(version=step)
-        if self.engine.is_first_rank:
-            self.log.message(f"continuing from {path}")
-            # What the stopped run left behind its last checkpoint makes room, and is not lost.
-            dumps = [p for kind in ("rollouts", "scores") for p in self.output.glob(f"{kind}/step_*.jsonl")]
-            stale = [p for p in dumps if int(p.stem.removeprefix("step_")) > step]
-            for left in [*stale, *self.output.glob("hf")]:
-                left.rename(left.with_name(f"{left.name}.before-{time.time_ns()}"))
+        self.push_weights(step)
+        self._say(f"continuing from {self.resumed}")
         return step
 
+    def save(self, step: int) -> Path:
+        """A checkpoint of the state after `step` steps, with the metrics so far."""
+        accuracies = [e["accuracy"] for e in self.evaluations]
+        best = on_first_rank(
+            lambda: bool(accuracies) and self.evaluations[-1]["step"] == step and accuracies[-1] == max(accuracies)
+        )
+        keep, history = self.config.checkpoint.keep, self.output / checkpoint.HISTORY
+        return checkpoint.save(self.engine, self.checkpoints, step, keep, history, best)
+
+    def check_preemption(self) -> None:
+        """Preempted, on every rank, where any rank has been asked to stop."""
+        on_first_rank(self.preemption.check)
+
+    def stopped(self, error: RunError, step: int) -> RunError:
+        """Save the state after `step` steps, and say in the error how to continue."""
+        try:
+            path = self.save(step)
+        except RunError as second:
+            return type(error)(f"{error}; and the state after step {step} could not be saved: {second}")
+        return type(error)(f"{error}; resumable: step {step} is saved in {path}, --resume auto continues")
+
+    def _say(self, text: str) -> None:
+        if self.engine.is_first_rank:
+            self.log.message(text)
+
+    # -- SGLang -------------------------------------------------------------------------------------------------
+
     def sample(self, prompts: list[Prompt], version: int) -> list[Rollout]:
-        """One batch of rewarded rollouts, on every rank."""
+        """One batch of rewarded rollouts, on every rank. Servers that die meanwhile are replaced."""
         n, temperature = self.config.rollout.rollouts_per_prompt, self.config.rollout.temperature
-        rollouts = on_first_rank(lambda: self.sampler.sample(prompts, n, temperature))
+        rollouts = self._sample(prompts, n, temperature, version)
         stale = {r.weight_version for r in rollouts} - {version}
         if stale:
             raise RunError(f"SGLang sampled with weight version {min(stale)}, but the engine holds version {version}")
         return rollouts
 
+    def _sample(self, prompts: list[Prompt], n: int, temperature: float, version: int) -> list[Rollout]:
+        done: dict = {}  # what was sampled survives the servers
+        while True:
+            try:
+                return on_first_rank(lambda: self.sampler.sample(prompts, n, temperature, done))
+            except ServersLost:  # they are starting again; every rank has a part of the weights they need
+                self.push_weights(version)
+
     def push_weights(self, version: int) -> None:
         """The engine's weights into SGLang; every rank streams its part. RunError names what did not arrive."""
-        weights = self.engine.export_weights()
-        on_first_rank_while(lambda: self.sync.push(weights, version), weights)
-        if self.config.rollout.verify_sync:
-            weights = self.engine.export_weights()
-            on_first_rank_while(lambda: self.sync.verify(weights), weights)
+        while True:
+            try:
+                on_first_rank_while(lambda weights: self.sync.push(weights, version), self.engine.export_weights())
+                if self.config.rollout.verify_sync:
+                    on_first_rank_while(lambda weights: self.sync.verify(weights), self.engine.export_weights())
+                return
+            except ServersLost as lost:  # their successors need all of them
+                self._say(f"the weights did not arrive: {lost}; sending them again")
+
+    # -- the log ------------------------------------------------------------------------------------------------
 
     def recorder(self, step: int, rollouts: list[Rollout]) -> Record | None:
         """What `learn` calls with the scores of `rollouts` where dump_scores is set; None where it is not."""
@@ -111,41 +182,72 @@ class FirstRank:
 
         return record if self.config.dump_scores else None
 
-    def check_agreement(self, metrics: dict[str, float], step: int) -> None:
-        """RunError where engine and SGLang disagree about the sampled tokens."""
-        difference = metrics.get("sync/log_prob_difference", 0.0)
-        if difference <= self.config.max_log_prob_difference:
+    def guard(self, step: int, rollouts: list[Rollout], metrics: dict[str, float]) -> None:
+        """Keep the rollouts of a step whose update was skipped, with a word why; RunError after too many in a row."""
+        values = {"difference": metrics.get("sync/log_prob_difference"), "limit": self.config.max_log_prob_difference}
+        reasons = [text.format(**values) for key, text in _SKIPPED.items() if metrics.get(key)]
+        if not reasons:
+            self.skipped = 0
             return
-        raise RunError(
-            f"step {step + 1}: SGLang's log-probs differ from the engine's by {difference:.3g} nats on average "
-            f"(max_log_prob_difference = {self.config.max_log_prob_difference:g}): they hold other weights, which "
-            "rollout.verify_sync true would name, or compute differently"
-        )
+        self.skipped += 1
+        path = self.output / "skipped" / f"step_{step:06d}.jsonl"
+        on_first_rank(lambda: save_rollouts(rollouts, path))
+        sentence = f"step {step} is skipped: {reasons[0]}; its rollouts are in {path}"
+        if self.skipped > self.config.max_skipped_steps:
+            raise RunError(f"{sentence}; {self.skipped} in a row are too many (max_skipped_steps)")
+        self._say(sentence)
 
-    def evaluate(self, prompts: list[Prompt], step: int) -> dict[str, float]:
-        """Held-out avg@k; an empty dictionary without held-out problems."""
-
-        def run() -> dict[str, float]:
-            settings = self.config.evaluation
-            result = summarize(self.sampler.sample(prompts, settings.rollouts_per_problem, settings.temperature))
+    def evaluate(self, prompts: list[Prompt], step: int) -> None:
+        """Held-out avg@k with the weights of `step`, logged; nothing without held-out problems or a second time."""
+        if not prompts or on_first_rank(lambda: any(e["step"] == step for e in self.evaluations)):
+            return
+        settings = self.config.evaluation
+        rollouts = self._sample(prompts, settings.rollouts_per_problem, settings.temperature, step)
+        if self.engine.is_first_rank:
+            result = summarize(rollouts)
             self.evaluations.append(result | {"step": step})
             self.log.evaluation(step, result)
-            return result
-
-        return on_first_rank(run) if prompts else {}
 
     def report(self, step: int, rollouts: list[Rollout], metrics: dict[str, float]) -> None:
-        if self.engine.is_first_rank:
+        def write() -> None:
             metrics["perf/tokens_per_second"] = metrics["batch/tokens"] / metrics["time/step"]
-            self.log.step({"step": step} | metrics)
+            self.log.step({"step": step, "rollout/restarts": self._restarts()} | metrics)
             if self.config.dump_rollouts:
                 save_rollouts(rollouts, self.output / "rollouts" / f"step_{step:06d}.jsonl")
 
-    def finish(self, before: dict[str, float], after: dict[str, float]) -> None:
+        on_first_rank(write)
+
+    def _restarts(self) -> int:
+        return self.servers.restarts
+
+    def finish(self) -> None:
         """The final Hugging Face checkpoint, the table and the plot."""
-        weights = self.engine.export_weights()
-        on_first_rank_while(lambda: save_hf(weights, self.config.model.path, self.output / "hf"), weights)
-        if self.engine.is_first_rank and self.evaluations:
-            self.log.message(summary_table(before, after))
-            plot_frontier(self.evaluations, self.output / "frontier.png")
-            self.log.message(f"model {self.output / 'hf'}   plot {self.output / 'frontier.png'}")
+        model, target = self.config.model.path, self.output / "hf"
+        on_first_rank_while(lambda weights: save_hf(weights, model, target), self.engine.export_weights())
+        if self.engine.is_first_rank:
+            self.log.message(f"model {target}")
+            if self.evaluations:
+                plot_frontier(self.evaluations, self.output / "frontier.png")
+                self.log.message(f"plot  {self.output / 'frontier.png'}")
+                self.log.message(summary_table(self.evaluations[0], self.evaluations[-1]))
+
+
+class Replay(FirstRank):
+    """Trains on dumped rollouts, without SGLang: `debug: train-only`."""
+
+    def _start_servers(self) -> None:
+        print(f"rollouts: replayed from {self.config.replay}, without SGLang", flush=True)
+
+    def push_weights(self, version: int) -> None:
+        """There is no SGLang."""
+
+    def sample(self, prompts: list[Prompt], version: int) -> list[Rollout]:
+        path = Path(self.config.replay)
+        path = path / f"step_{version + 1:06d}.jsonl" if path.is_dir() else path
+        return on_first_rank(lambda: load_replay(path, self.config, self.engine.arch.vocab_size))
+
+    def evaluate(self, prompts: list[Prompt], step: int) -> None:
+        """There is nobody to sample."""
+
+    def _restarts(self) -> int:
+        return 0

@@ -1,5 +1,6 @@
 """One step of the method on a batch of rollouts: direction, teacher, gate, update. Algorithm and engine meet here."""
 
+import math
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ import torch
 
 from megatron_egrsd.config import Config, ObjectiveConfig
 from megatron_egrsd.data.packing import MicroBatch, Sequence
+from megatron_egrsd.errors import BadUpdate
 from megatron_egrsd.objective import advantages, confidence_gate, loss_normalizer, magnitude, policy_loss
 from megatron_egrsd.samples import Rollout
 from megatron_egrsd.scores import Record
@@ -25,9 +27,7 @@ def learn(engine: "Engine", rollouts: list[Rollout], config: Config, record: Rec
     there is one update.
     """
     objective, started = config.objective, time.perf_counter()
-    rewards = torch.tensor([r.reward for r in rollouts])
-    groups = torch.tensor([r.group for r in rollouts])
-    advantage = advantages(rewards, groups, objective).tolist()
+    advantage = _advantages(rollouts, objective)
     students = [Sequence(r.prompt.student_ids, r.response_ids) for r in rollouts]
     teachers = [Sequence(r.prompt.teacher_ids, r.response_ids) for r in rollouts]
 
@@ -68,14 +68,29 @@ def learn(engine: "Engine", rollouts: list[Rollout], config: Config, record: Rec
             students[i] = replace(students[i], fields=_tensors(fields[i]) | {"normalizer": normalizer})
         trained = [[i for i in part if advantage[i]] for part in minibatch]
         if any(trained):
-            update = engine.train_step(students, trained, lambda lp, h, batch: _loss(lp, h, batch, objective))
-            sums = {k: sums.get(k, 0.0) + v for k, v in update.items()} | {"lr": update["lr"]}
-            sums["updates"] = sums.get("updates", 0) + 1
-    metrics = _metrics(rollouts, advantage, sums)
-    return metrics | {
+            try:
+                update = engine.train_step(
+                    students, trained, lambda lp, h, batch: _loss(lp, h, batch, objective), lambda s: _refuse(s, config)
+                )
+                update["updates"] = 1
+            except BadUpdate as bad:
+                update = bad.sums | {f"skipped/{bad.kind}": 1, "skipped": 1}
+            sums = {k: sums.get(k, 0.0) + v for k, v in update.items()} | {"lr": update.get("lr", 0.0)}
+    return _metrics(rollouts, sums, objective) | {
         "time/score": score_seconds,
         "time/train": time.perf_counter() - started - score_seconds,
     }
+
+
+def groups_without_signal(rollouts: list[Rollout], objective: ObjectiveConfig) -> list[int]:
+    """The groups whose rollouts all have advantage 0 (all right or all wrong, under the group advantage)."""
+    signal = {r.group for r, a in zip(rollouts, _advantages(rollouts, objective), strict=True) if a}
+    return sorted({r.group for r in rollouts} - signal)
+
+
+def _advantages(rollouts: list[Rollout], objective: ObjectiveConfig) -> list[float]:
+    rewards = torch.tensor([r.reward for r in rollouts])
+    return advantages(rewards, torch.tensor([r.group for r in rollouts]), objective).tolist()
 
 
 def _tensors(fields: dict) -> dict[str, torch.Tensor | float]:
@@ -125,19 +140,33 @@ def _loss(log_prob: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch, obje
     return result.loss, sums
 
 
-def _metrics(rollouts: list[Rollout], advantage: list[float], sums: dict[str, float]) -> dict[str, float]:
-    """Sums over trained tokens into means, with what the rollouts alone say."""
-    lengths = [len(r.response_ids) for r in rollouts]
-    n, tokens, updates = len(rollouts), max(sums.get("tokens", 0.0), 1.0), max(sums.get("updates", 0), 1)
-    metrics = {
+def _refuse(sums: dict[str, float], config: Config) -> str:
+    """Why an update with these sums must not be made; empty where nothing speaks against it."""
+    difference = sums["log_prob_difference"]
+    if not math.isfinite(difference):
+        return "log_prob"
+    if not math.isfinite(sums["loss"]):
+        return "loss"
+    return "disagreement" if difference > config.max_log_prob_difference * sums["tokens"] else ""
+
+
+def rollout_metrics(rollouts: list[Rollout], objective: ObjectiveConfig) -> dict[str, float]:
+    """What the rollouts alone say."""
+    lengths, n = [len(r.response_ids) for r in rollouts], len(rollouts)
+    return {
         "reward/mean": sum(r.reward for r in rollouts) / n,
         "accuracy": sum(r.reward > 0.5 for r in rollouts) / n,
         "response/length": sum(lengths) / n,
         "response/truncated": sum(r.finish_reason == "length" for r in rollouts) / n,
         "batch/tokens": float(sum(lengths)),
-        "batch/degenerate_share": sum(a == 0 for a in advantage) / n,
-        "optimizer/updates": float(sums.get("updates", 0)),
+        "batch/degenerate_share": sum(a == 0 for a in _advantages(rollouts, objective)) / n,
     }
+
+
+def _metrics(rollouts: list[Rollout], sums: dict[str, float], objective: ObjectiveConfig) -> dict[str, float]:
+    """Sums over trained tokens into means, with what the rollouts alone say."""
+    metrics = rollout_metrics(rollouts, objective) | {"optimizer/updates": float(sums.get("updates", 0))}
+    tokens, updates = max(sums.get("tokens", 0.0), 1.0), max(sums.get("updates", 0), 1)
     if "tokens" not in sums:
         return metrics
     names = {
@@ -152,9 +181,9 @@ def _metrics(rollouts: list[Rollout], advantage: list[float], sums: dict[str, fl
         "log_prob_difference": "sync/log_prob_difference",
     }
     metrics |= {names[k]: v / tokens for k, v in sums.items() if k in names}
-    return metrics | {
-        "loss/policy": sums["loss"] / updates,
-        "optimizer/grad_norm": sums["grad_norm"] / updates,
-        "optimizer/lr": sums["lr"],
-        "batch/micro_batches": sums["micro_batches"],
-    }
+    metrics |= {k: v for k, v in sums.items() if k.startswith("skipped/")}
+    metrics |= {"loss/policy": sums["loss"] / updates, "optimizer/skipped": float(sums.get("skipped", 0))}
+    if "grad_norm" in sums:
+        metrics |= {"optimizer/grad_norm": sums["grad_norm"] / updates, "optimizer/lr": sums["lr"]}
+        metrics |= {"batch/micro_batches": sums["micro_batches"]}
+    return metrics

@@ -1,9 +1,11 @@
 """The shapes a sample takes on its way: Problem -> Prompt -> Rollout (-> Sequence -> MicroBatch, data/packing.py)."""
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_egrsd.config import Config
 from megatron_egrsd.errors import BadArgument, RunError
 
 
@@ -58,15 +60,57 @@ def save_rollouts(rollouts: list[Rollout], path: Path) -> None:
 
 
 def load_rollouts(path: Path) -> list[Rollout]:
-    """What `save_rollouts` wrote. BadArgument naming the line that is not a rollout."""
+    """What `save_rollouts` wrote; nothing in it is executed. BadArgument naming the line that is not a rollout."""
+    path = Path(path)
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise BadArgument(f"{path} cannot be read: {error.strerror}") from None
     rollouts = []
-    with Path(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                prompt = row.pop("prompt")
-                problem = Problem(**prompt.pop("problem"))
-                rollouts.append(Rollout(prompt=Prompt(problem=problem, **prompt), **row))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise BadArgument(f"{path}, line {number}: not a rollout as save_rollouts writes it") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            rollouts.append(_rollout(json.loads(line.decode())))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise BadArgument(f"{path}, line {number}: not a rollout as save_rollouts writes it ({reason})") from None
+    return rollouts
+
+
+def _rollout(row: dict) -> Rollout:
+    """A rollout from its JSON object; ValueError, KeyError, TypeError or AttributeError where it is none."""
+    prompt = row.pop("prompt")
+    problem = Problem(**prompt.pop("problem"))
+    rollout = Rollout(prompt=Prompt(problem=problem, **prompt), **row)
+    texts = [*vars(problem).values(), rollout.finish_reason, rollout.text]
+    ids = [rollout.prompt.student_ids, rollout.prompt.teacher_ids, rollout.response_ids]
+    numbers = [rollout.reward, *rollout.rollout_log_probs]
+    counts = [rollout.group, *(token for tokens in ids for token in tokens)]
+    if not all(type(text) is str for text in texts) or rollout.finish_reason not in ("stop", "length"):
+        raise ValueError("a text is missing, or finish_reason is neither stop nor length")
+    if not all(type(tokens) is list for tokens in ids) or not all(type(c) is int and c >= 0 for c in counts):
+        raise ValueError("group and tokens must be integers from 0 on")
+    if not all(type(number) in (int, float) for number in numbers) or not 0 <= rollout.reward <= 1:
+        raise ValueError("reward must lie in [0, 1], and log-probs be numbers")
+    if type(rollout.weight_version) is not int:
+        raise ValueError("weight_version must be an integer")
+    if not rollout.prompt.student_ids or not 0 < len(rollout.response_ids) == len(rollout.rollout_log_probs):
+        raise ValueError("an empty prompt or response, or not one log-prob a response token")
+    return rollout
+
+
+def load_replay(path: Path, config: Config, vocab_size: int) -> list[Rollout]:
+    """Rollouts that can be trained on as one batch of `config`. BadArgument where they do not fit it."""
+    rollouts = load_rollouts(path)
+    prompts, n = config.rollout.prompts_per_step, config.rollout.rollouts_per_prompt
+    groups = Counter(r.group for r in rollouts)
+    if groups != Counter({group: n for group in range(prompts)}):
+        raise BadArgument(
+            f"{path} holds {len(rollouts)} rollouts in {len(groups)} groups, but rollout.prompts_per_step x "
+            f"rollout.rollouts_per_prompt = {prompts} x {n} are needed, in groups 0 to {prompts - 1}"
+        )
+    for number, r in enumerate(rollouts, 1):
+        if max(*r.prompt.student_ids, *r.prompt.teacher_ids, *r.response_ids) >= vocab_size:
+            raise BadArgument(f"{path}, line {number}: a token beyond the model's vocabulary of {vocab_size}")
+        if config.objective.needs_teacher and not r.prompt.teacher_ids:
+            raise BadArgument(f"{path}, line {number}: no teacher prompt, which this objective needs")
     return rollouts

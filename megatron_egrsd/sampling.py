@@ -4,9 +4,23 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 
+from transformers import AutoTokenizer
+
+from megatron_egrsd.config import Config
+from megatron_egrsd.data.prompts import PromptBuilder
+from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.rewards import score
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.samples import Prompt, Rollout
+from megatron_egrsd.summary import Sample, by_problem, percentile_95
+
+
+def prompt_builder(config: Config, model: str = "") -> PromptBuilder:
+    """What makes prompts for `model` (default: model.path), and holds its tokenizer. BadArgument where they do not fit."""
+    path = model or config.model.path
+    context_length = Architecture.from_pretrained(path).max_position_embeddings
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return PromptBuilder(tokenizer, config.data, config.rollout.max_response_tokens, context_length)
 
 
 class Sampler:
@@ -15,9 +29,13 @@ class Sampler:
     def __init__(self, client: RolloutClient, tokenizer, reward: Callable[[str, str], float]):
         self.client, self.tokenizer, self.reward = client, tokenizer, reward
 
-    def sample(self, prompts: list[Prompt], n: int, temperature: float) -> list[Rollout]:
-        """n rewarded rollouts of each prompt, those of one prompt together; `group` is the prompt's position."""
-        generations = self.client.generate([p.student_ids for p in prompts], n, temperature=temperature)
+    def sample(self, prompts: list[Prompt], n: int, temperature: float, done: dict | None = None) -> list[Rollout]:
+        """n rewarded rollouts of each prompt, those of one prompt together; `group` is the prompt's position.
+
+        `done` as in RolloutClient.generate: what is in it is not sampled again.
+        """
+        ids = [p.student_ids for p in prompts]
+        generations = self.client.generate(ids, n, temperature=temperature, done=done)
         rollouts = [
             Rollout(
                 prompt=prompt,
@@ -37,17 +55,16 @@ class Sampler:
 
 def summarize(rollouts: list[Rollout]) -> dict[str, float]:
     """avg@k and pass@k accuracy, response length in tokens, share cut off by the length limit."""
-    lengths = sorted(len(r.response_ids) for r in rollouts)
-    best: dict[int, float] = {}
-    for r in rollouts:
-        best[r.group] = max(best.get(r.group, 0.0), float(r.reward > 0.5))
+    samples = [Sample(r.group, r.reward > 0.5, len(r.response_ids), r.finish_reason == "length") for r in rollouts]
+    groups = by_problem(samples)
+    lengths = [s.length for s in samples]
     return {
-        "accuracy": statistics.fmean(float(r.reward > 0.5) for r in rollouts),
-        "pass": statistics.fmean(best.values()),
+        "accuracy": statistics.fmean(s.right for s in samples),
+        "pass": statistics.fmean(any(s.right for s in group) for group in groups),
         "length/mean": statistics.fmean(lengths),
         "length/median": statistics.median(lengths),
-        "length/p95": lengths[min(len(lengths) - 1, round(0.95 * len(lengths)))],
-        "truncated": statistics.fmean(r.finish_reason == "length" for r in rollouts),
-        "k": len(rollouts) / len(best),
-        "problems": len(best),
+        "length/p95": percentile_95(lengths),
+        "truncated": statistics.fmean(s.truncated for s in samples),
+        "k": len(samples) / len(groups),
+        "problems": len(groups),
     }

@@ -6,50 +6,87 @@ weights go into SGLang, checked by version (first_rank.py).
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
 from megatron_egrsd.config import Config
-from megatron_egrsd.data.problems import batch_indices, load_problems
-from megatron_egrsd.data.prompts import PromptBuilder
-from megatron_egrsd.engine import checkpoint
+from megatron_egrsd.data.problems import batch_indices
+from megatron_egrsd.data.prompts import PromptBuilder, load_prompts
+from megatron_egrsd.debug import rollout_only
 from megatron_egrsd.engine.engine import Engine
-from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.first_rank import FirstRank
+from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.first_rank import FirstRank, first_rank
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.learn import learn
+from megatron_egrsd.learn import groups_without_signal, learn
 from megatron_egrsd.plan import world_size
-from megatron_egrsd.samples import Prompt
+from megatron_egrsd.preemption import Preemption
+from megatron_egrsd.samples import Prompt, Rollout
 
 
 def main(config: Config) -> None:
-    """Train as `config` says. BadArgument before anything is started, RunError where something fails later."""
+    """Train as `config` says. BadArgument before anything is started, RunError where something fails later.
+
+    A RunError reaches every rank alike, between two updates: the state is saved before it goes on.
+    """
     prompts, heldout, tokenizer = prepare(config)
-    with Engine(config) as engine, FirstRank(config, engine, tokenizer) as first:
-        start = first.resume()
-        before = after = first.evaluate(heldout, step=start)
-        for step in range(start, config.steps):
-            started = time.perf_counter()
-            batch = batch_indices(len(prompts), config.rollout.prompts_per_step, step, config.seed)
-            rollouts = first.sample([prompts[i] for i in batch], version=step)
-            generated = time.perf_counter()
-            metrics = learn(engine, rollouts, config, first.recorder(step + 1, rollouts))
-            first.check_agreement(metrics, step)
-            trained = time.perf_counter()
-            first.push_weights(version=step + 1)
-            done = time.perf_counter()
-            metrics |= {"time/generate": generated - started, "time/sync": done - trained, "time/step": done - started}
-            first.report(step + 1, rollouts, metrics)
-            if _is_due(step + 1, config.checkpoint.every, config.steps):
-                checkpoint.save(engine, first.checkpoints, step + 1, config.checkpoint.keep)
-            if _is_due(step + 1, config.evaluation.every or config.steps, config.steps):
-                after = first.evaluate(heldout, step=step + 1)
-        first.finish(before, after)
+    if config.debug == "rollout-only":
+        rollout_only(config, prompts, tokenizer)
+        return
+    with (
+        Engine(config) as engine,
+        Preemption() as preemption,
+        first_rank(config, engine, tokenizer, preemption) as first,
+    ):
+        step = first.resume()
+        try:
+            first.evaluate(heldout, step)
+            while step < config.steps:
+                first.check_preemption()
+                started = time.perf_counter()
+                rollouts, sampled = _batch(first, prompts, config, step)
+                generated = time.perf_counter()
+                metrics = learn(engine, rollouts, config, first.recorder(step + 1, rollouts))
+                step += 1
+                first.guard(step, rollouts, metrics)
+                trained = time.perf_counter()
+                first.push_weights(step)
+                done = time.perf_counter()
+                metrics |= {"batch/sampled": sampled, "time/generate": generated - started}
+                metrics |= {"time/sync": done - trained, "time/step": done - started}
+                first.report(step, rollouts, metrics)
+                if _is_due(step, config.evaluation.every or config.steps, config.steps):
+                    first.evaluate(heldout, step)
+                if _is_due(step, config.checkpoint.every, config.steps):
+                    first.save(step)
+        except RunError as error:
+            raise first.stopped(error, step) from error
+        first.finish()
 
 
 def _is_due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
+
+
+def _batch(first: FirstRank, prompts: list[Prompt], config: Config, step: int) -> tuple[list[Rollout], int]:
+    """The rollouts of step `step` (from 0), and how many were sampled for them.
+
+    Dynamic sampling: groups without a signal are replaced by groups of fresh prompts, `rollout.dynamic_sampling` times
+    at most. Which prompts follows from seed, step and round, as in the main order: a resumed run draws the same.
+    """
+    size, rounds = config.rollout.prompts_per_step, config.rollout.dynamic_sampling
+    rollouts = first.sample([prompts[i] for i in batch_indices(len(prompts), size, step, config.seed)], step)
+    sampled = len(rollouts)
+    for number in range(rounds):
+        if not (dull := groups_without_signal(rollouts, config.objective)):
+            break
+        fresh = batch_indices(len(prompts), size, step * rounds + number, f"{config.seed}/refill")[: len(dull)]
+        extra = [replace(r, group=dull[r.group]) for r in first.sample([prompts[i] for i in fresh], step)]
+        sampled += len(extra)
+        kept = [r for r in rollouts if r.group not in dull]
+        rollouts = sorted(kept + extra, key=lambda r: r.group)
+    return rollouts, sampled
 
 
 def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], list[Prompt], AutoTokenizer]:
@@ -64,15 +101,10 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not config.checkpoint.resume:
         raise BadArgument(
             f"output = {output} exists and is not an empty directory; choose another one, remove it, or continue its "
-            "run with checkpoint.resume true"
+            "run with --resume auto"
         )
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     builder = PromptBuilder(tokenizer, config.data, config.rollout.max_response_tokens, arch.max_position_embeddings)
-    privileged = config.objective.needs_teacher
-    train = load_problems(config.data.train, config.data, privileged=privileged)
-    heldout = load_problems(config.data.evaluation, config.data, privileged=False) if config.data.evaluation else []
-    return (
-        [builder.build(p, privileged=privileged) for p in train],
-        [builder.build(p, privileged=False) for p in heldout],
-        tokenizer,
-    )
+    train = load_prompts(config.data.train, builder, privileged=config.objective.needs_teacher)
+    heldout = load_prompts(config.data.evaluation, builder, privileged=False) if config.data.evaluation else []
+    return train, heldout, tokenizer

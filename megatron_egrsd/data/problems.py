@@ -1,7 +1,7 @@
 """Problems from a file or the hub, and the order in which training visits them.
 
-Every row is checked here, before anything is started: a dataset that cannot be trained on is one sentence
-that names the file, the line and what to change.
+Every row is checked here, before anything is started. A row that cannot be trained on is one sentence that names the
+file, the line and what to change; or, with `data.bad_rows: skip`, it is left out and counted.
 """
 
 import json
@@ -16,20 +16,65 @@ from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.samples import Problem
 
 _ID_KEYS = ("id", "idx", "unique_id")
+_NAMED = 5  # bad rows of a kind that are named
 
 
-def load_problems(source: str, config: DataConfig, *, privileged: bool = True) -> list[Problem]:
+class BadRow(BadArgument):
+    """A row that cannot be trained on: of what kind, and where ("line 3")."""
+
+    def __init__(self, kind: str, place: str, message: str):
+        super().__init__(message)
+        self.kind, self.place = kind, place
+
+
+class BadRows:
+    """What becomes of bad rows: `add` raises them, or counts them where `policy` is "skip"."""
+
+    def __init__(self, policy: str):
+        self.skip = policy == "skip"
+        self.places: dict[str, list[str]] = {}
+
+    def add(self, row: BadRow) -> None:
+        if not self.skip:
+            raise row
+        self.places.setdefault(row.kind, []).append(row.place)
+
+    def __str__(self) -> str:
+        """Such as "2 not JSON (line 3, line 9), 1 without an answer (line 4)"."""
+        parts = []
+        for kind, places in self.places.items():
+            named = ", ".join(places[:_NAMED]) + (", ..." if len(places) > _NAMED else "")
+            parts.append(f"{len(places)} {kind} ({named})")
+        return ", ".join(parts)
+
+
+def load_problems(
+    source: str, config: DataConfig, *, privileged: bool = True, bad: BadRows | None = None
+) -> list[Problem]:
     """Every problem of `source`: a .jsonl or .parquet file, or a hub dataset "name[:config]:split".
 
     `privileged=False` says that no teacher will read these problems (evaluation, or an objective without a
     teacher); a reference solution may then be missing even where the teacher's template asks for one.
-    A row without an id gets its line number. Raises BadArgument, naming file and line.
+    A row without an id gets its line number. A row that is no problem, or one that stands there already, goes to `bad`
+    (that of `config.bad_rows`). Raises BadArgument, naming file and line.
     """
     need_solution = privileged and "{solution}" in config.teacher_template
-    problems = [_problem(row, where, number, config, need_solution) for where, number, row in read_rows(source)]
+    bad = BadRows(config.bad_rows) if bad is None else bad
+    problems, seen = [], {}
+    for where, number, row in read_rows(source, bad):
+        try:
+            problem = _problem(row, where, number, config, need_solution)
+            text = " ".join(problem.problem.split())
+            if text in seen:
+                raise _bad_row("duplicate", where, f"the problem of {seen[text]} again; remove one of them")
+            seen[text] = where
+            problems.append(problem)
+        except BadRow as error:
+            bad.add(error)
     if not problems:
+        left_out = f" but bad rows: {bad}" if bad.places else ""
         raise BadArgument(
-            f"{source} holds no problems; write one JSON object a line, such as "
+            f"{source} holds no problems{left_out}; write one JSON object a line, such as "
             f'{{"{config.problem_key}": "...", "{config.answer_key}": "..."}}'
         )
     return problems
@@ -55,8 +100,9 @@ def _permutation(n_problems: int, epoch: int, seed: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def read_rows(source: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """(place for messages, row number from 1, row) of every row."""
+def read_rows(source: str, bad: BadRows | None = None) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(place for messages, row number from 1, row) of every row. What is no row goes to `bad`, which raises it."""
+    bad = BadRows("refuse") if bad is None else bad
     path = Path(source)
     if path.suffix not in (".jsonl", ".parquet"):
         if not path.exists() and ":" in source:
@@ -70,10 +116,14 @@ def read_rows(source: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
             f"there is no file {source}; data.train and data.evaluation are paths from the "
             f"directory the run starts in, which is {Path.cwd()}"
         )
-    return _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
+    return _jsonl_rows(path, bad) if path.suffix == ".jsonl" else _parquet_rows(path)
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def _bad_row(kind: str, where: str, message: str) -> BadRow:
+    return BadRow(kind, " ".join(where.split()[-2:]), f"{where}: {message}, or set data.bad_rows skip")
+
+
+def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[tuple[str, int, dict[str, Any]]]:
     with open(path, "rb") as file:  # bytes: a line that is not UTF-8 is then named like any other bad line
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -82,14 +132,16 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8
-                raise BadArgument(
-                    f"{where} is not JSON in UTF-8 ({error}); a .jsonl file holds one JSON object a line"
-                ) from None
+                kind = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
+                reason = f"not JSON in UTF-8 ({error}); write one JSON object a line"
+                bad.add(_bad_row(kind, where, reason))
+                continue
             if not isinstance(row, dict):
-                raise BadArgument(
-                    f"{where} is a JSON {_kind(row)}; each line must be an object with the fields "
-                    "data.problem_key and data.answer_key name"
+                reason = (
+                    f"a JSON {_kind(row)}; write an object with the fields data.problem_key and data.answer_key name"
                 )
+                bad.add(_bad_row("not an object", where, reason))
+                continue
             yield where, number, row
 
 
@@ -135,16 +187,26 @@ def _problem(row: dict, where: str, number: int, config: DataConfig, need_soluti
 def _text(row: dict[str, Any], key: str, where: str, setting: str, blank: bool = False) -> str:
     """The field as text; numbers are written out, 27.0 as "27"."""
     if key not in row:
-        raise BadArgument(f"{where} has no field {key!r}; it has {', '.join(map(repr, row)) or 'none'}: set {setting}")
+        has = ", ".join(map(repr, row)) or "none"
+        raise _bad_row(f"without {key!r}", where, f"no field {key!r}; it has {has[:300]}: set {setting}")
     value = row[key]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) and value is not None:
-        raise BadArgument(f"{where}: field {key!r} is a {_kind(value)}; it must be text or a number")
+        raise _bad_row(
+            f"with another type of {key!r}", where, f"field {key!r} is a {_kind(value)}; write text or a number"
+        )
     if not blank and not (value or "").strip():
-        raise BadArgument(f"{where}: field {key!r} is empty; fill it, remove the row, or set {setting}")
+        raise _bad_row(
+            f"with an empty {key!r}", where, f"field {key!r} is empty; fill it, remove the row, set {setting}"
+        )
+    if not (value or "").isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and no tokenizer takes
+            raise _bad_row("not UTF-8", where, f"field {key!r} holds half a surrogate pair; remove it") from None
     return value or ""
 
 

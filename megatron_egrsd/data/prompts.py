@@ -4,10 +4,12 @@ Student and teacher score the same response ids, appended to either prompt. That
 when both prompts end in the same tokens (assistant header, thinking tags); this is checked on every prompt.
 """
 
+import os
 import re
 from typing import Any
 
 from megatron_egrsd.config import DataConfig
+from megatron_egrsd.data.problems import BadRow, BadRows, load_problems
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.samples import Problem, Prompt
 
@@ -44,10 +46,11 @@ class PromptBuilder:
     def build(self, problem: Problem, *, privileged: bool = True) -> Prompt:
         """The prompts of `problem`; without `privileged`, no teacher will read it and `teacher_ids` is empty.
 
-        Raises BadArgument for a prompt that is empty, too long, or ends otherwise than the template promises.
+        Raises BadRow for a prompt that is empty or too long, BadArgument for one that ends otherwise than the template
+        promises.
         """
         if not problem.problem.strip():
-            raise BadArgument(f"problem {problem.id} is empty")
+            raise BadRow("empty", f"problem {problem.id}", f"problem {problem.id} is empty")
         student = self._student(problem)
         teacher = self._teacher(problem) if privileged else []
         self._check_length(problem.id, "student", student)
@@ -100,17 +103,38 @@ class PromptBuilder:
 
     def _check_length(self, problem_id: str, reader: str, ids: list[int]) -> None:
         if len(ids) > self.config.max_prompt_tokens:
-            raise BadArgument(
-                f"the {reader} prompt of problem {problem_id} has {len(ids)} tokens, more than "
-                f"data.max_prompt_tokens = {self.config.max_prompt_tokens}; raise that or remove the "
-                "problem"
+            raise BadRow(
+                "over-long",
+                f"problem {problem_id}",
+                f"the {reader} prompt of problem {problem_id} has {len(ids)} tokens, more than data.max_prompt_tokens "
+                f"= {self.config.max_prompt_tokens}; raise that, remove the problem, or set data.bad_rows skip",
             )
         if len(ids) + self.max_response_tokens > self.context_length:
-            raise BadArgument(
+            raise BadRow(
+                "over-long",
+                f"problem {problem_id}",
                 f"the {reader} prompt of problem {problem_id} has {len(ids)} tokens, which with "
-                f"rollout.max_response_tokens = {self.max_response_tokens} exceed the model's context "
-                f"of {self.context_length}; shorten the responses or remove the problem"
+                f"rollout.max_response_tokens = {self.max_response_tokens} exceed the model's context of "
+                f"{self.context_length}; shorten the responses, remove the problem, or set data.bad_rows skip",
             )
+
+
+def load_prompts(source: str, builder: PromptBuilder, *, privileged: bool) -> list[Prompt]:
+    """The prompts of a file of problems; says what was left out where `data.bad_rows` is "skip".
+
+    Raises BadArgument, naming file and line, for what `data.bad_rows` refuses and where nothing is left.
+    """
+    bad, prompts = BadRows(builder.config.bad_rows), []
+    for problem in load_problems(source, builder.config, privileged=privileged, bad=bad):
+        try:
+            prompts.append(builder.build(problem, privileged=privileged))
+        except BadRow as error:
+            bad.add(error)
+    if not prompts:
+        raise BadArgument(f"{source} holds no problem that can be used, but {bad}")
+    if bad.places and os.environ.get("RANK", "0") == "0":
+        print(f"{source}: {len(prompts)} problems; left out are {bad}", flush=True)
+    return prompts
 
 
 def teacher_turn(template: str, problem: Problem) -> str:

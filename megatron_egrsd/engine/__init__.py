@@ -9,4 +9,8 @@ from megatron_egrsd.engine import cpu
 warnings.filterwarnings("ignore", module=r"megatron\.core")
 # It also announces at every start that GPTModel will give way to HybridModel, which has no output_processor yet.
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+# And, at every save, that the way it saves itself (without nvidia-resiliency-ext) will go; at every load, that torch's
+# ShardedTensor, which it uses, will.
+logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)
 cpu.install()  # before the first import of megatron.core; does nothing where CUDA is available

@@ -1,60 +1,168 @@
 """Training checkpoints: weights, optimizer, schedule and moving-average teacher, in megatron-core's sharded format.
 
 A checkpoint is a directory step_NNNNNN. It is written under another name and renamed when every rank has finished, so
-it is complete or it is not there. Any layout can load it. What needs no saving: the order of the problems follows from
-seed and step, the frozen teacher from model.path, and training draws no random numbers (there is no dropout).
+it is complete or it is not there; SHA-256 sums of all its files tell later whether it still is what was written. Any
+layout can load it. What needs no saving: the order of the problems follows from seed and step, the frozen teacher from
+model.path, and training draws no random numbers (there is no dropout).
 """
 
+import contextlib
+import hashlib
+import json
+import os
 import re
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_egrsd.engine.distributed import lost_contact, on_first_rank
 from megatron_egrsd.engine.engine import Engine
-from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.hf.safe_pickle import check_metadata
+
+HISTORY = "metrics.jsonl"  # the run's metrics up to the checkpoint's step
+_BEST = "best"  # names the checkpoint of the best evaluation
+_SUMS = "integrity.json"  # megatron-core's list of SHA-256 sums
+_READERS = 8  # threads that compute them
 
 
-def newest(directory: Path) -> Path | None:
-    """The complete checkpoint with the highest step in `directory`, or None."""
+def complete(directory: Path) -> list[Path]:
+    """The checkpoints in `directory` that were written to the end, the newest first."""
     found = [p for p in directory.glob("step_*") if re.fullmatch(r"step_\d+", p.name)] if directory.is_dir() else []
-    return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def save(engine: Engine, directory: Path, step: int, keep: int) -> None:
-    """Write `directory`/step_NNNNNN, then remove all but the newest `keep`. Collective: every rank calls it."""
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def save(
+    engine: Engine, directory: Path, step: int, keep: int, history: Path | None = None, best: bool = False
+) -> Path:
+    """Write `directory`/step_NNNNNN, then remove all but the newest `keep` and the best one. Collective.
+
+    Args:
+        history: A file that becomes part of the checkpoint under the name HISTORY.
+        best: This is the best checkpoint so far; it stays until a later one is.
+
+    Raises:
+        RunError: It could not be written; what was there before is still there.
+    """
     path = directory / f"step_{step:06d}"
     partial = path.with_name(path.name + ".partial")
-    if engine.is_first_rank:
+    if on_first_rank(path.exists):  # saved already, at the end of the step; then a signal came
+        return path
+
+    def prepare() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_state(engine, step, loading=False), str(partial))
-    dist.barrier()
-    if engine.is_first_rank:
+
+    def publish() -> None:
+        if history is not None and history.is_file():
+            shutil.copyfile(history, partial / HISTORY)
         partial.rename(path)
-        complete = sorted(p for p in directory.glob("step_*") if p.suffix != ".partial")
-        for old in complete[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+        if best:
+            _write(directory / _BEST, path.name)
+        kept = {path.name for path in complete(directory)[:keep]} | {_read(directory / _BEST)}
+        for old in complete(directory):
+            if old.name not in kept:
+                shutil.rmtree(old)
+
+    with _as_run_error(f"{path} could not be written"):
+        on_first_rank(prepare)
+        dist_checkpointing.save(_state(engine, step, loading=False), str(partial), verify_integrity=True)
+        on_first_rank(publish)
+    return path
+
+
+@contextlib.contextmanager
+def _as_run_error(what: str) -> Iterator[None]:
+    """An error of the disk, or of megatron-core about the disk, in a sentence; one of the network passes through."""
+    try:
+        yield
+    except RunError:
+        raise
+    except (OSError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+        if lost_contact(error):
+            raise
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        raise RunError(f"{what}: {reason.strip()}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def check(path: Path) -> None:
+    """BadArgument where a file of the checkpoint at `path` is missing, differs from what was written, or holds code."""
+    if not (path / "metadata.json").is_file():
+        raise BadArgument(f"{path} is not a checkpoint: there is no metadata.json in it")
+    try:
+        sums = json.loads((path / _SUMS).read_bytes())["files"]
+        files = {file.name: file for file in path.iterdir() if file.name not in (_SUMS, HISTORY)}
+        if wrong := sums.keys() ^ files.keys():
+            raise ValueError(f"{min(wrong)} is {'missing' if min(wrong) in sums else 'not one of its files'}")
+        with ThreadPoolExecutor(_READERS) as readers:
+            for name, found in zip(files, readers.map(_sha256, files.values()), strict=True):
+                if sums[name] != found:
+                    raise ValueError(f"{name} is not what was written (SHA-256)")
+        check_metadata((path / ".metadata").read_bytes())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadArgument(f"the checkpoint {path} is damaged: {' '.join(str(error).split())[:300]}") from None
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def find(directory: Path, wanted: str) -> Path | None:
+    """The checkpoint to continue from, checked: the path `wanted`, or for "auto" the newest intact one of `directory`.
+
+    Damaged ones are passed over with a word. None where "auto" finds no checkpoint at all.
+
+    Raises:
+        BadArgument: `wanted` is damaged or no checkpoint; or every checkpoint of `directory` is damaged.
+    """
+    if wanted != "auto":
+        check(Path(wanted))
+        return Path(wanted)
+    for path in complete(directory):
+        try:
+            check(path)
+            return path
+        except BadArgument as error:
+            print(f"warning: {error}; trying the one before", flush=True)
+            damaged = path
+    if complete(directory):
+        raise BadArgument(f"every checkpoint in {directory} is damaged, the last one tried being {damaged}; "
+                          "remove them to start from the beginning")  # fmt: skip
+    return None
 
 
 def load(engine: Engine, path: Path) -> int:
-    """Continue from a checkpoint, saved in whatever layout; returns its step. Collective.
+    """Continue from a checkpoint that has passed `check`, saved in whatever layout; returns its step. Collective.
 
-    Raises BadArgument where `path` is not a checkpoint of this model.
+    Raises BadArgument where `path` does not belong to this model.
     """
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
-        raise BadArgument(f"{path} is not a checkpoint")
     for optimizer in _distributed_optimizers(engine):
         _prepare_torch_adam(optimizer)
     try:
-        state = dist_checkpointing.load(_state(engine, 0, loading=True), str(path))
+        with _without_code():
+            state = dist_checkpointing.load(_state(engine, 0, loading=True), str(path))
     except dist_checkpointing.core.CheckpointingException as error:
         raise BadArgument(f"{path} does not belong to this model: {error}") from None
     engine.module.load_state_dict(state["model"])
@@ -64,6 +172,21 @@ def load(engine: Engine, path: Path) -> int:
         for (name, _), teacher in zip(engine.module.named_parameters(), engine.teacher_weights, strict=True):
             teacher.copy_(state["teacher"][name])
     return state["step"]
+
+
+@contextlib.contextmanager
+def _without_code() -> Iterator[None]:
+    """torch.load takes tensors and plain containers alone, whatever megatron-core and torch ask it for."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _state(engine: Engine, step: int, *, loading: bool) -> dict:

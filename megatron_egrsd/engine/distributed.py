@@ -83,12 +83,12 @@ def on_first_rank(function: Callable[[], T]) -> T:
     return result
 
 
-def on_first_rank_while(function: Callable[[], T], stream: Iterator) -> T:
+def on_first_rank_while(function: Callable[[Iterator], T], stream: Iterator) -> T:
     """`on_first_rank` for a `function` that consumes `stream`, an iterator every rank must exhaust."""
 
     def run() -> T:
         try:
-            return function()
+            return function(stream)
         finally:
             for _ in stream:  # after a failure the other ranks are still sending
                 pass

@@ -28,6 +28,7 @@ from megatron_egrsd.engine import distributed
 from megatron_egrsd.engine.model import build_model, transformer_config
 from megatron_egrsd.engine.optimizer import build_optimizer
 from megatron_egrsd.engine.weights import export_hf, load_hf
+from megatron_egrsd.errors import BadUpdate
 from megatron_egrsd.hf.checkpoint import HFCheckpoint
 from megatron_egrsd.vocab_parallel import linear_log_prob_and_entropy
 
@@ -134,17 +135,29 @@ class Engine:
             scores |= {i: Scores(log_probs[i], entropies[i]) for i in batch.samples}
         return scores
 
-    def train_step(self, sequences: Seq[Sequence], partition: list[list[int]], loss: LossFunction) -> dict[str, float]:
+    def train_step(
+        self,
+        sequences: Seq[Sequence],
+        partition: list[list[int]],
+        loss: LossFunction,
+        refuse: Callable[[dict[str, float]], str] = lambda sums: "",
+    ) -> dict[str, float]:
         """One optimizer step on all `sequences`; `loss` sees this rank's micro-batches on the last pipeline stage.
 
         The losses of all micro-batches and ranks are summed, never averaged: the caller divides by the global batch's
         normaliser. Returns the sums that `loss` reports, over the global batch, with grad_norm, lr and micro_batches.
+
+        Raises BadUpdate, before the weights change, where the gradient is not finite or `refuse` finds a reason in the
+        sums.
         """
         batches = self._micro_batches(sequences, partition)
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._run(batches, functools.partial(_differentiate, loss), forward_only=False)
+        sums = self._sum_over_ranks(outputs)
+        if kind := refuse(sums) or ("" if self._gradient_is_finite() else "gradient"):
+            raise BadUpdate(kind, sums)
         lr = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
@@ -152,8 +165,14 @@ class Engine:
             rate = 1 - self._ema_decay()
             for teacher, student in zip(self.teacher_weights, self.module.parameters(), strict=True):
                 teacher.lerp_(student.detach().float(), rate)
-        metrics = self._sum_over_ranks(outputs)
-        return metrics | {"grad_norm": float(grad_norm), "lr": lr, "micro_batches": len(batches)}
+        return sums | {"grad_norm": float(grad_norm), "lr": lr, "micro_batches": len(batches)}
+
+    def _gradient_is_finite(self) -> bool:
+        """Whether every rank's part of the reduced gradient is; megatron-core itself only looks in fp16."""
+        total = sum(buffer.grad_data.sum(dtype=torch.float32) for buffer in self.model.buffers)
+        bad = (~torch.isfinite(total)).int()
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        return not bad.item()
 
     def _ema_decay(self) -> float:
         """Decay per optimizer step that gives config.teacher.ema_decay per rollout batch."""

@@ -29,20 +29,53 @@ class _Unknown:
         pass
 
 
+# What torch.distributed.checkpoint (and its dependencies) write into `.metadata`. Classes and one function that maps a
+# number to a layout; not "everything in those modules", for these import `os` and hold functions that write files.
+_RECORDS = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+}  # fmt: skip
+
+
 class MetadataUnpickler(pickle.Unpickler):
     """Reads `.metadata` without running code of its choosing: torch's checkpoint records and stand-ins, no more."""
 
     def find_class(self, module: str, name: str):
-        if module.startswith("torch.distributed.checkpoint.") or (module, name) in (
-            ("torch.serialization", "_get_layout"),
-            ("collections", "OrderedDict"),
-        ):
+        if name in _RECORDS.get(module, ()):
             return super().find_class(module, name)
         if module == "torch":
             found = getattr(torch, name, None)
             if found is torch.Size or isinstance(found, torch.dtype | torch.layout):
                 return found
+        return self.unknown(module, name)
+
+    def unknown(self, module: str, name: str) -> type:
         return _Unknown
+
+
+class _Checker(MetadataUnpickler):
+    def unknown(self, module: str, name: str) -> type:
+        if module.startswith("pathlib") and name in ("Path", "PosixPath", "PurePosixPath"):
+            return _Unknown
+        raise ValueError(f".metadata names {module}.{name}, which has no place in it and could run code")
+
+
+def check_metadata(content: bytes) -> None:
+    """ValueError where `content`, a `.metadata`, is no pickle or holds more than records: nobody may load it then."""
+    try:
+        _Checker(io.BytesIO(content)).load()
+    except ValueError:
+        raise
+    except Exception as error:  # a broken pickle raises whatever it likes
+        raise ValueError(f".metadata cannot be read ({type(error).__name__}: {error})") from None
 
 
 def load_without_code(content: bytes) -> Any:

@@ -1,20 +1,26 @@
 """Many generation requests in flight over the servers, behind a synchronous call.
 
-Dispatch is our own, to the server with the fewest requests in flight: with whole batches of equal prompts a router
+A request that fails is sent again; a server that ends or hangs is lost, and its requests go to the others. Dispatch
+is our own, to the server with the fewest requests in flight: with whole batches of equal prompts a router
 (sglang-router) has nothing to add, and it does not forward weight updates.
 """
 
 import asyncio
+import contextlib
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 
 from megatron_egrsd.config import RolloutConfig
 from megatron_egrsd.errors import BadArgument, RunError
-from megatron_egrsd.rollout.servers import RolloutServers, Server
+from megatron_egrsd.rollout.servers import RolloutServers, Server, ServersLost
 
-_WATCH = 0.5  # seconds between two looks at the servers while requests are in flight
+_WATCH = 0.5  # seconds between two looks at the servers' processes while requests are in flight
+_HEALTH = 5.0  # seconds between two questions for their health
 
 
 @dataclass(frozen=True)
@@ -32,19 +38,32 @@ class Generation:
     weight_version: int
 
 
+class _RequestFailed(Exception):
+    """One request went wrong in a way that another attempt may not."""
+
+
 class RolloutClient:
     """Samples responses from running servers.
 
     Args:
-        servers: Where to send requests; their death ends a `generate` within a second.
-        config: Temperature, response length, concurrency and timeout.
+        servers: Where to send requests; the end of one is noticed within a second.
+        config: Temperature, response length, concurrency, timeouts and retries.
         stop_token_ids: Tokens that end a response, besides the checkpoint's own (generation_config, config).
+        check: Called twice a second while requests are in flight; what it raises ends the `generate`.
     """
 
-    def __init__(self, servers: RolloutServers, config: RolloutConfig, stop_token_ids: list[int] | None = None):
+    def __init__(
+        self,
+        servers: RolloutServers,
+        config: RolloutConfig,
+        stop_token_ids: list[int] | None = None,
+        check: Callable[[], None] = lambda: None,
+    ):
         self.servers = servers
         self.config = config
         self.stop_token_ids = list(stop_token_ids or [])
+        self.check = check
+        self._requests: dict[Server, set[asyncio.Task]] = {}
 
     def generate(
         self,
@@ -53,15 +72,21 @@ class RolloutClient:
         *,
         temperature: float | None = None,
         max_new_tokens: int | None = None,
-        on_progress: Callable[[int], None] | None = None,
+        done: dict[tuple[int, int], Generation] | None = None,
+        sampling: dict[str, Any] | None = None,
+        seeds: Callable[[int, int], int] | None = None,
     ) -> list[list[Generation]]:
-        """`n` responses to each prompt (token ids), in the order of the prompts.
+        """`n` responses to each prompt (token ids), in the order of the prompts. Not for use inside an event loop.
 
-        `on_progress(k)` is called as k further responses are complete. Not callable from inside an event loop.
+        `done` collects the j-th response to the i-th prompt under (i, j): after ServersLost, and the recovery of the
+        servers, a second call with the same `done` samples only what is missing. `sampling` holds further sampling
+        parameters of SGLang's, `seeds(i, j)` the seed of a response, which servers use that run deterministically.
 
         Raises:
             BadArgument: A prompt is empty (it would kill SGLang's scheduler), or a size is not positive.
-            RunError: A request failed, was aborted or ran into `config.request_timeout`, or a server ended.
+            ServersLost: No server is left; those that we launched are starting again.
+            RunError: A server refused a prompt, a request failed on a healthy server more than
+                `config.request_retries` times, or too many servers were lost.
         """
         for i, prompt in enumerate(prompts):
             if not prompt:
@@ -71,78 +96,138 @@ class RolloutClient:
         if n < 1 or max_new_tokens < 1 or temperature < 0:
             raise BadArgument(f"n = {n} and max_new_tokens = {max_new_tokens} must be positive and temperature = "
                               f"{temperature} not negative")  # fmt: skip
-        sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "skip_special_tokens": False}
+        sampling = dict(sampling or {}) | {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        sampling["skip_special_tokens"] = False
         if self.stop_token_ids:
             sampling["stop_token_ids"] = self.stop_token_ids
-        return asyncio.run(self._generate(prompts, n, sampling, on_progress or (lambda k: None)))
+        done = {} if done is None else done
+        asyncio.run(self._generate(prompts, n, sampling, done, seeds))
+        return [[done[i, j] for j in range(n)] for i in range(len(prompts))]
 
-    async def _generate(self, prompts, n, sampling, on_progress) -> list[list[Generation]]:
-        in_flight = dict.fromkeys(self.servers.servers, 0)
+    async def _generate(self, prompts: list[list[int]], n: int, sampling: dict, done: dict, seeds) -> None:
+        # The samples of one prompt are issued side by side: all but the first find its prefix cached.
+        missing = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]
         slots = asyncio.Semaphore(self.config.max_concurrent_requests)
-        results: list[list[Generation]] = [[None] * n for _ in prompts]
+        self._requests = {server: set() for server in self.servers.servers}
 
         async def sample(session: aiohttp.ClientSession, i: int, j: int) -> None:
             async with slots:
-                server = min(in_flight, key=in_flight.get)
-                in_flight[server] += 1
-                try:
-                    results[i][j] = await self._request(session, server, prompts[i], sampling)
-                finally:
-                    in_flight[server] -= 1
-            on_progress(1)
+                seed = {"sampling_seed": seeds(i, j)} if seeds else {}
+                done[i, j] = await self._sample(session, {"input_ids": prompts[i], "sampling_params": sampling | seed})
 
         timeout = aiohttp.ClientTimeout(total=self.config.request_timeout)
         connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-            # The samples of one prompt are issued side by side: all but the first find its prefix cached.
-            samples = asyncio.gather(*(sample(session, i, j) for i in range(len(prompts)) for j in range(n)))
-            watch = asyncio.create_task(self._watch())
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=self.servers.headers) as session:
+            samples = asyncio.gather(*(sample(session, i, j) for i, j in missing))
+            watches = [self._watch_processes(), *(self._watch_health(session, s) for s in self.servers.live)]
+            tasks = {samples, *map(asyncio.ensure_future, watches)}
             try:
-                done, _ = await asyncio.wait({samples, watch}, return_when=asyncio.FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-            except RunError:
-                self.servers.check_alive()  # the better explanation of a broken connection
-                raise
+                while not samples.done():
+                    finished, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                    for task in finished:
+                        task.result()
+                    tasks -= finished  # a watch ends with its server
             finally:
-                samples.cancel()
-                watch.cancel()
-                await asyncio.gather(samples, watch, return_exceptions=True)
-        return results
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _watch(self) -> None:
-        """Raises when a server has ended; a request to it could otherwise wait for its whole timeout."""
+    async def _sample(self, session: aiohttp.ClientSession, body: dict) -> Generation:
+        """One response from whichever server; ServersLost when none is left."""
+        failures = 0
         while True:
-            self.servers.check_alive()
+            server = min(self.servers.live, key=lambda s: len(self._requests[s]), default=None)
+            if server is None:
+                raise ServersLost("; ".join(s.lost for s in self.servers.servers))
+            request = asyncio.ensure_future(self._request(session, server, body))
+            self._requests[server].add(request)
+            try:
+                await asyncio.wait({request})
+            finally:
+                request.cancel()  # where we are cancelled ourselves
+                self._requests[server].discard(request)
+            if request.cancelled():  # its server was lost
+                continue
+            try:
+                return request.result()
+            except _RequestFailed as error:
+                failures += 1
+                if failures > self.config.request_retries:
+                    if await asyncio.to_thread(self.servers.is_healthy, server):
+                        raise RunError(f"{error}; {failures} attempts (rollout.request_retries)") from None
+                    self._lose(server, str(error))
+                    failures = 0
+                await asyncio.sleep(0.1 * 2**failures)
+
+    def _lose(self, server: Server, reason: str) -> None:
+        self.servers.mark_lost(server, reason)
+        for request in self._requests[server]:
+            request.cancel()
+
+    async def _watch_processes(self) -> None:
+        """A request to a server that has ended could otherwise wait for its whole timeout."""
+        while True:
+            self.check()
+            for server in self.servers.live:
+                if reason := server.ended():
+                    self._lose(server, reason)
             await asyncio.sleep(_WATCH)
 
-    async def _request(self, session: aiohttp.ClientSession, server: Server, prompt: list[int], sampling: dict):
-        body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
+    async def _watch_health(self, session: aiohttp.ClientSession, server: Server) -> None:
+        """Lose `server` when it has not been healthy for `config.health_timeout`."""
+        patience, last = self.config.health_timeout, time.monotonic()
+        while not server.lost:
+            await asyncio.sleep(min(_HEALTH, patience / 4))
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with session.get(f"{server.url}/health", timeout=aiohttp.ClientTimeout(total=patience)) as answer:
+                    if answer.status == 200:
+                        last = time.monotonic()
+            if time.monotonic() - last > patience and not server.lost:
+                self._lose(server, f"the SGLang server at {server.url} has not been healthy for {patience:g} s "
+                                   "(rollout.health_timeout)")  # fmt: skip
+
+    async def _request(self, session: aiohttp.ClientSession, server: Server, body: dict) -> Generation:
+        where = f"{server.url}/generate"
         try:
-            async with session.post(f"{server.url}/generate", json=body) as response:
-                if response.status != 200:
-                    raise RunError(f"{server.url}/generate refused a prompt of {len(prompt)} tokens with HTTP "
+            async with session.post(where, json=body | {"return_logprob": True}) as response:
+                if 400 <= response.status < 500 and response.status not in (408, 429):
+                    raise RunError(f"{where} refused a prompt of {len(body['input_ids'])} tokens with HTTP "
                                    f"{response.status}: {(await response.text())[:300]}")  # fmt: skip
+                if response.status != 200:
+                    raise _RequestFailed(f"{where} failed with HTTP {response.status}: {(await response.text())[:300]}")
                 answer = await response.json()
+            return parse_generation(answer)
         except TimeoutError:
-            raise RunError(f"{server.url}/generate did not answer within rollout.request_timeout = "
-                           f"{self.config.request_timeout:g} s") from None  # fmt: skip
-        except aiohttp.ClientError as error:
-            raise RunError(f"{server.url}/generate failed: {error or type(error).__name__}") from error
-        return parse_generation(answer, server.url)
+            raise _RequestFailed(f"{where} did not answer within rollout.request_timeout = "
+                                 f"{self.config.request_timeout:g} s") from None  # fmt: skip
+        except (aiohttp.ClientError, ValueError) as error:  # ValueError: no JSON, or not SGLang's
+            raise _RequestFailed(f"{where} failed: {error or type(error).__name__}") from error
 
 
-def parse_generation(answer: dict, url: str) -> Generation:
-    """SGLang's answer as a Generation; RunError if it was aborted or contradicts itself."""
-    meta = answer["meta_info"]
-    reason = meta["finish_reason"]
-    if reason is None or reason["type"] not in ("stop", "length"):
+def parse_generation(answer: Any) -> Generation:
+    """SGLang's answer as a Generation; ValueError if it was aborted, contradicts itself or is something else.
+
+    A log-probability that SGLang could not compute (null in JSON) is nan here: the guard of the update skips it.
+    """
+    try:
+        meta = answer["meta_info"]
+        reason, version = meta["finish_reason"], meta["weight_version"]
+        kind = (reason or {}).get("type")
         message = (reason or {}).get("message", "no reason given")
-        raise RunError(f"{url} aborted a generation: {message}")
-    log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
-    sampled_ids = [entry[1] for entry in meta["output_token_logprobs"]]
-    if sampled_ids != answer["output_ids"]:
-        raise RunError(f"{url} returned log-probabilities of other tokens than it sampled; "
-                       f"{len(answer['output_ids'])} tokens, {len(sampled_ids)} log-probabilities")  # fmt: skip
-    version = meta["weight_version"]
-    return Generation(sampled_ids, log_probs, reason["type"], int(version) if version.isdecimal() else -1)
+        entries = [(entry[0], entry[1]) for entry in meta["output_token_logprobs"]]
+        output_ids = list(answer["output_ids"])
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"not an answer of SGLang's ({type(error).__name__}: {error})") from None
+    if kind not in ("stop", "length"):
+        raise ValueError(f"SGLang aborted the generation: {message}")
+    sampled_ids = [token for _, token in entries]
+    if sampled_ids != output_ids:
+        raise ValueError(f"log-probabilities of other tokens than it sampled; {len(output_ids)} tokens, "
+                         f"{len(entries)} log-probabilities")  # fmt: skip
+    if not sampled_ids or not all(type(token) is int and token >= 0 for token in sampled_ids):
+        raise ValueError("no tokens, or something that is no token id")
+    if not all(value is None or type(value) in (int, float) for value, _ in entries):
+        raise ValueError("a log-probability that is no number")
+    log_probs = [math.nan if value is None else float(value) for value, _ in entries]
+    version = version if isinstance(version, str) else ""
+    return Generation(sampled_ids, log_probs, kind, int(version) if version.isdecimal() else -1)

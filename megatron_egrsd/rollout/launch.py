@@ -9,11 +9,13 @@ SGLang's children are spawned, and a spawned child first imports the main module
 the replacement stands in the scheduler and the detokenizer too, before they import SGLang.
 """
 
+import logging
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from megatron_egrsd.rollout.launch_guard import die_with_parent
+from megatron_egrsd.rollout.launch_guard import KEY_VARIABLE, die_with_parent
 
 
 class _Absent(ModuleType):
@@ -51,11 +53,27 @@ def replace_missing_torchvision() -> None:
             setattr(sys.modules[parent], leaf, module)
 
 
+def keep_out_of_the_log(secret: str) -> None:
+    """SGLang logs all its arguments at the start, the API key among them: every log record loses it."""
+    make = logging.getLogRecordFactory()
+
+    def record(*args, **kwargs) -> logging.LogRecord:
+        made = make(*args, **kwargs)
+        made.msg, made.args = made.getMessage().replace(secret, "***"), ()
+        return made
+
+    logging.setLogRecordFactory(record)
+
+
 # At import, so that the spawned children do it as well.
 die_with_parent()
 replace_missing_torchvision()
+if key := os.environ.get(KEY_VARIABLE):
+    keep_out_of_the_log(key)
 
 if __name__ == "__main__":
     import runpy
 
+    if key:
+        sys.argv += ["--api-key", key]
     runpy.run_module("sglang.launch_server", run_name="__main__")

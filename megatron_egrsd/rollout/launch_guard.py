@@ -5,6 +5,7 @@ import os
 import signal
 
 PARENT_VARIABLE = "MEGATRON_EGRSD_SERVER_PARENT"  # id of the process that starts the one that reads it
+KEY_VARIABLE = "MEGATRON_EGRSD_SERVER_KEY"  # the API key of a launched server, unseen by `ps`
 _PR_SET_PDEATHSIG = 1
 
 

@@ -1,8 +1,10 @@
-"""Start, await, watch and stop SGLang servers; or attach to servers that somebody else runs.
+"""Start, await, watch, replace and stop SGLang servers; or attach to servers that somebody else runs.
 
-A server is a group of processes (HTTP server, scheduler, detokenizer): it gets a session of its own, out of reach of
-the terminal's Ctrl-C, and is always signalled as a group, by id. `close` ends it in an orderly exit; where this process
-has no chance to (SIGTERM, SIGKILL, a crash), the kernel does: see launch_guard.py.
+A server that ended or hangs is lost: `mark_lost` starts another one in its place, `recover` awaits it, and it counts
+again once it has the current weights (`rejoin`). Meanwhile the others carry on. A server is a group of processes (HTTP
+server, scheduler, detokenizer): it gets a session of its own, out of reach of the terminal's Ctrl-C, and is always
+signalled as a group, by id. `close` ends it in an orderly exit; where this process has no chance to (SIGTERM, SIGKILL,
+a crash), the kernel does: see launch_guard.py.
 """
 
 import atexit
@@ -23,11 +25,15 @@ import psutil
 from megatron_egrsd.config import ModelConfig, RolloutConfig
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout import cpu_platform
-from megatron_egrsd.rollout.launch_guard import PARENT_VARIABLE
+from megatron_egrsd.rollout.launch_guard import KEY_VARIABLE, PARENT_VARIABLE
 
 _POLL = 0.1  # seconds between two looks at a starting server
 _GRACE = 5.0  # seconds a killed server's processes have to be gone
 _ERROR = re.compile(r"(\[.*\] )?([\w.]*(Error|Exception): .|.*: error: )")  # the end of a traceback, or argparse's
+
+
+class ServersLost(RunError):
+    """No server, or none that holds whole weights, is left: they must be recovered and given the weights again."""
 
 
 class Server:
@@ -38,24 +44,25 @@ class Server:
         self.process = process
         self.log = log
         self.children: list[psutil.Process] = []  # known once it is healthy
+        self.lost = ""  # why it does not count, until it has the current weights again
 
     def note_children(self) -> None:
         if self.process is not None:
             self.children = psutil.Process(self.process.pid).children(recursive=True)
 
-    def check_alive(self) -> None:
-        """RunError with exit code or name of the ended process, last error line and log path of a launched server."""
+    def ended(self) -> str:
+        """Why a launched server has ended: exit code or ended process, last error line and log path; "" if it runs."""
         if self.process is None:
-            return
+            return ""
         if (code := self.process.poll()) is not None:
             reason = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         # Without its scheduler the HTTP server goes on for some seconds, and requests to it hang meanwhile.
         elif ended := [child for child in self.children if not _is_running(child)]:
             reason = f"its process {ended[0].pid} is gone"
         else:
-            return
-        raise RunError(f"the SGLang server at {self.url} has ended ({reason}): {last_error(self.log)}; "
-                       f"the whole log is {self.log}")  # fmt: skip
+            return ""
+        return (f"the SGLang server at {self.url} has ended ({reason}): {last_error(self.log)}; "
+                f"the whole log is {self.log}")  # fmt: skip
 
 
 class RolloutServers:
@@ -75,7 +82,10 @@ class RolloutServers:
 
     def __init__(self, config: RolloutConfig, model: ModelConfig, seed: int, log_directory: Path, wait: bool = True):
         self.config = config
+        self.model = model
+        self.seed = seed
         self.servers: list[Server] = []
+        self.restarts = 0
         self._closed = False
         self._scratch = ""
         if config.urls:
@@ -91,8 +101,8 @@ class RolloutServers:
             if not config.urls:
                 log_directory.mkdir(parents=True, exist_ok=True)
                 for i, port in enumerate(ports):
-                    log = log_directory / f"sglang-{i}.log"
-                    self.servers.append(_launch(config, model, seed + i, i, port, log, self._scratch))
+                    self.servers.append(Server(f"http://{config.host}:{port}"))
+                    self._launch(i, seed + i, log_directory / f"sglang-{i}.log")
             if wait:
                 self.await_health()
         except BaseException:
@@ -103,10 +113,58 @@ class RolloutServers:
     def urls(self) -> list[str]:
         return [server.url for server in self.servers]
 
+    @property
+    def live(self) -> list[Server]:
+        """The servers that are healthy, as far as is known, and hold the current weights."""
+        return [server for server in self.servers if not server.lost]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """HTTP headers of every request: the API key, if `config.api_key_variable` names one."""
+        return {"Authorization": f"Bearer {key}"} if (key := api_key(self.config)) else {}
+
     def check_alive(self) -> None:
         """RunError naming the first server that has ended, with exit code and last error line of its log."""
         for server in self.servers:
-            server.check_alive()
+            if reason := server.ended():
+                raise RunError(reason)
+
+    def mark_lost(self, server: Server, reason: str) -> None:
+        """Count `server` out and, where we launched it, start another one in its place; returns at once.
+
+        Raises:
+            RunError: `config.max_restarts` servers have been lost before.
+        """
+        if server.lost:
+            return
+        server.lost = reason
+        if server.process is not None:
+            _end(server.process)
+        if self.restarts >= self.config.max_restarts:
+            raise RunError(f"{reason}; the run gives up after {self.restarts} lost servers (rollout.max_restarts)")
+        self.restarts += 1
+        if server.process is None:
+            print(f"{reason}; waiting for {server.url} to come back", flush=True)
+            return
+        # Fresh random numbers and a log of its own: the first start's log says why it ended.
+        index = self.servers.index(server)
+        log = server.log.with_name(f"sglang-{index}-restart-{self.restarts}.log")
+        print(f"{reason}; starting it again ({self.restarts} of {self.config.max_restarts} restarts)", flush=True)
+        self._launch(index, self.seed + index + len(self.servers) * self.restarts, log)
+
+    def recover(self) -> None:
+        """Await the health of every lost server; RunError where one does not come back in `config.start_timeout`."""
+        self.await_health([server for server in self.servers if server.lost])
+
+    def rejoin(self) -> None:
+        """Count every server in again: all of them have the current weights."""
+        for server in self.servers:
+            server.lost = ""
+
+    def is_healthy(self, server: Server, timeout: float = 30.0) -> bool:
+        """Whether `server` answers that it is well. SGLang itself says no after 20 s without sign of its scheduler."""
+        with httpx.Client(timeout=timeout, trust_env=False, headers=self.headers) as http:
+            return not server.ended() and _is_healthy(http, server.url)
 
     def close(self) -> None:
         """End every launched server with its children, at once: they hold nothing worth saving. Idempotent."""
@@ -114,15 +172,7 @@ class RolloutServers:
             return
         self._closed = True
         atexit.unregister(self.close)
-        launched = [server.process for server in self.servers if server.process is not None]
-        for process in launched:
-            process.kill()  # its children follow (launch_guard.py); Python's resource tracker tidies up and ends
-        deadline = time.monotonic() + _GRACE
-        while any(_signal_group(process, 0) for process in launched) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        for process in launched:
-            _signal_group(process, signal.SIGKILL)
-            process.wait(_GRACE)
+        _end(*(server.process for server in self.servers if server.process is not None))
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def __enter__(self) -> "RolloutServers":
@@ -131,13 +181,41 @@ class RolloutServers:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def await_health(self) -> None:
-        """Return when every server is healthy; RunError if one ends or `config.start_timeout` passes."""
+    def _launch(self, index: int, seed: int, log: Path) -> None:
+        """Start the process of the server at `index`, on the port of its url."""
+        import torch
+
+        config, server = self.config, self.servers[index]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        command = [sys.executable, "-m", "megatron_egrsd.rollout.launch",
+                   *server_command(config, self.model, seed, int(server.url.rpartition(":")[2]), device)]  # fmt: skip
+        # torchrun's variables describe the training job: SGLang would take its rank and rendezvous from them.
+        torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
+                    "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
+        environment = {k: v for k, v in os.environ.items() if k not in torchrun}
+        environment |= {PARENT_VARIABLE: str(os.getpid()), "TMPDIR": self._scratch}
+        environment |= {KEY_VARIABLE: key} if (key := api_key(config)) else {}
+        if device == "cpu":
+            # More threads a server than cores make it fifty times slower: one, unless the user says otherwise.
+            environment = {"OMP_NUM_THREADS": "1"} | environment | {"SGLANG_PLATFORM": cpu_platform.NAME}
+        else:  # the servers stand side by side from the user's base_gpu_id on
+            first = int(config.server_args.get("base_gpu_id", 0)) + index * config.engine_tensor_parallel
+            command += ["--base-gpu-id", str(first)]
+        with open(log, "wb") as output:
+            server.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output,
+                                              stderr=subprocess.STDOUT, env=environment,
+                                              start_new_session=True)  # fmt: skip
+        server.log, server.children = log, []
+
+    def await_health(self, servers: list[Server] | None = None) -> None:
+        """Return when these servers (all) are healthy; RunError if one ends or `config.start_timeout` passes."""
         deadline = time.monotonic() + self.config.start_timeout
-        waiting = list(self.servers)
-        with httpx.Client(timeout=5.0, trust_env=False) as http:
+        waiting = list(self.servers if servers is None else servers)
+        with httpx.Client(timeout=5.0, trust_env=False, headers=self.headers) as http:
             while waiting:
-                self.check_alive()
+                for server in waiting:
+                    if reason := server.ended():
+                        raise RunError(reason)
                 for server in [server for server in waiting if _is_healthy(http, server.url)]:
                     server.note_children()
                     waiting.remove(server)
@@ -184,6 +262,7 @@ def server_command(config: RolloutConfig, model: ModelConfig, seed: int, port: i
             "device": "cpu",
             "sampling-backend": "pytorch",
             "disable-cuda-graph": True,
+            "sleep-on-idle": True,  # the scheduler polls: on few cores it would take one from training
             "max-running-requests": config.max_concurrent_requests,
         }
     arguments |= {name.replace("_", "-"): value for name, value in config.server_args.items()}
@@ -199,29 +278,25 @@ def server_command(config: RolloutConfig, model: ModelConfig, seed: int, port: i
     return words
 
 
-def _launch(
-    config: RolloutConfig, model: ModelConfig, seed: int, index: int, port: int, log: Path, scratch: str
-) -> Server:
-    import torch
+def api_key(config: RolloutConfig) -> str:
+    """The key in `config.api_key_variable`, "" where none is named; BadArgument where the variable is not set."""
+    if not config.api_key_variable:
+        return ""
+    if not (key := os.environ.get(config.api_key_variable, "")):
+        raise BadArgument(f"rollout.api_key_variable names {config.api_key_variable}, but that variable is not set")
+    return key
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    command = [sys.executable, "-m", "megatron_egrsd.rollout.launch",
-               *server_command(config, model, seed, port, device)]  # fmt: skip
-    # torchrun's variables describe the training job: SGLang would take its rank and rendezvous from them.
-    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
-                "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k not in torchrun}
-    environment |= {PARENT_VARIABLE: str(os.getpid()), "TMPDIR": scratch}
-    if device == "cpu":
-        # More threads a server than cores make it fifty times slower: one, unless the user says otherwise.
-        environment = {"OMP_NUM_THREADS": "1"} | environment | {"SGLANG_PLATFORM": cpu_platform.NAME}
-    else:  # the servers stand side by side from the user's base_gpu_id on
-        first = int(config.server_args.get("base_gpu_id", 0)) + index * config.engine_tensor_parallel
-        command += ["--base-gpu-id", str(first)]
-    with open(log, "wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                   env=environment, start_new_session=True)  # fmt: skip
-    return Server(f"http://{config.host}:{port}", process, log)
+
+def _end(*processes: subprocess.Popen) -> None:
+    """Kill servers with all their children, and wait until they are gone."""
+    for process in processes:
+        process.kill()  # its children follow (launch_guard.py); Python's resource tracker tidies up and ends
+    deadline = time.monotonic() + _GRACE
+    while any(_signal_group(process, 0) for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for process in processes:
+        _signal_group(process, signal.SIGKILL)
+        process.wait(_GRACE)
 
 
 def _signal_group(process: subprocess.Popen, number: int) -> bool:

@@ -5,6 +5,7 @@ and one broadcast of the flattened bytes; end_weight_update; then the new versio
 Or, with `weight_sync: disk`, the same through a temporary checkpoint. Whatever can wait has a deadline.
 """
 
+import itertools
 import shutil
 import tempfile
 import time
@@ -21,17 +22,18 @@ import torch
 from megatron_egrsd.config import RolloutConfig
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.rollout.process_group import BroadcastGroup, address_towards
-from megatron_egrsd.rollout.servers import RolloutServers
+from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
 from megatron_egrsd.rollout.weight_checksums import expected_checksums
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
-_GROUP = "megatron_egrsd_weights"
+_numbers = itertools.count()  # a group that was abandoned may still be ending when the next one forms
 
 
 class WeightSync:
     """Pushes weights to the servers and checks that they arrived. Used by one process, with no generation running.
 
-    A failed push leaves the servers with a mixture of old and new weights: the run must end or start them anew.
+    A failed push leaves the servers with a mixture of old and new weights: those we launched are started anew, and the
+    next push, of the same weights, awaits them first.
 
     Args:
         servers: Receivers; they must all run the same model.
@@ -47,31 +49,42 @@ class WeightSync:
         self.config = config
         self.device = torch.device(device)
         self.output_directory = output_directory
-        self._http = httpx.Client(timeout=config.sync_timeout, trust_env=False)
+        self._http = httpx.Client(timeout=config.sync_timeout, trust_env=False, headers=servers.headers)
         self._threads = ThreadPoolExecutor(len(servers.urls), thread_name_prefix="weight-sync")
         self._group: BroadcastGroup | None = None
-        self._deadline = 0.0
-        if config.weight_sync == "distributed":
-            self._start_clock()
-            try:
-                self._group = self._form_group()
-            except RunError:
-                self.close()
-                raise
+        self._start_clock()
+        try:
+            self._connect()
+        except RunError:
+            self.close()
+            raise
 
     def push(self, named_tensors: NamedTensors, version: int) -> float:
         """Send HF-named tensors (full, unsharded) to every server as `version`; returns the seconds it took.
 
+        Servers that were lost before are awaited first. Afterwards every server counts again.
+
         Raises:
-            RunError: A server refused, died or reports another version, or `config.sync_timeout` passed.
+            ServersLost: A server died or hangs; push again, from the first tensor on.
+            RunError: A server refused, or cannot be started again.
         """
+        if any(server.lost for server in self.servers.servers):
+            self.servers.recover()
+            self._disconnect()
         start = self._start_clock()
-        if self._group is not None:
-            self._push_by_broadcast(named_tensors)
-        else:
-            self._push_by_disk(named_tensors)
-        self._on_all("update_weight_version", {"new_version": str(version), "abort_all_requests": False})
-        self.check_version(version)
+        try:
+            self._connect()
+            if self._group is not None:
+                self._push_by_broadcast(named_tensors)
+            else:
+                self._push_by_disk(named_tensors)
+            self._on_all("update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+            self.check_version(version)
+        except ServersLost as lost:
+            for server in self.servers.servers:
+                self.servers.mark_lost(server, str(lost))
+            raise
+        self.servers.rejoin()
         return time.monotonic() - start
 
     def check_version(self, version: int) -> None:
@@ -111,23 +124,32 @@ class WeightSync:
 
     def close(self) -> None:
         """Leave the process group, on both sides where that is still possible. Idempotent; raises nothing."""
+        self._disconnect()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._http.close()
+
+    def _disconnect(self) -> None:
         group, self._group = self._group, None
         if group is not None:
             # First the servers' ends: it also ends a broadcast that was abandoned, which our end would wait for.
             for url in self.servers.urls:
                 with suppress(httpx.HTTPError):  # a server that is ending takes its end along
-                    self._http.post(f"{url}/destroy_weights_update_group", json={"group_name": _GROUP}, timeout=5)
+                    self._http.post(f"{url}/destroy_weights_update_group", json={"group_name": group.name}, timeout=5)
             group.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._http.close()
+
+    def _connect(self) -> None:
+        """Form the process group with all servers, if the transport needs one and there is none."""
+        if self.config.weight_sync == "distributed" and self._group is None:
+            self._group = self._form_group()
 
     def _form_group(self) -> BroadcastGroup:
         sizes = [self._request("GET", url, "server_info")["tp_size"] for url in self.servers.urls]
         # One address for all servers: where one is elsewhere, not this host's loopback.
         address = max(map(address_towards, self.servers.urls), key=lambda a: not a.startswith("127."))
-        group = BroadcastGroup(_GROUP, address, 1 + sum(sizes), self.device, self.config.sync_timeout)
+        name = f"megatron_egrsd_weights_{next(_numbers)}"
+        group = BroadcastGroup(name, address, 1 + sum(sizes), self.device, self.config.sync_timeout)
         bodies = [{"master_address": address, "master_port": group.port, "rank_offset": 1 + sum(sizes[:i]),
-                   "world_size": group.world_size, "group_name": _GROUP, "backend": group.backend}
+                   "world_size": group.world_size, "group_name": name, "backend": group.backend}
                   for i in range(len(sizes))]  # fmt: skip
         self._on_all("init_weights_update_group", bodies, meanwhile=lambda check: group.join())
         return group
@@ -140,7 +162,7 @@ class WeightSync:
                 "names": [name for name, _ in bucket],
                 "dtypes": [str(t.dtype).removeprefix("torch.") for _, t in bucket],
                 "shapes": [list(t.shape) for _, t in bucket],
-                "group_name": _GROUP,
+                "group_name": self._group.name,
                 "load_format": "flattened_bucket",
                 "flush_cache": True,  # the KV cache belongs to the old weights
             }
@@ -179,26 +201,36 @@ class WeightSync:
         if meanwhile is not None:
             try:
                 meanwhile(lambda: _raise_failed(requests))
-            except RunError:
+            except RunError as error:
                 wait(requests, timeout=1.0)  # a refusal explains more than the broadcast that it broke
                 _raise_failed(requests)
-                self.servers.check_alive()
-                raise
+                self._check_alive()
+                raise ServersLost(str(error)) from error
         while wait(requests, timeout=0.2).not_done:
             _raise_failed(requests)
-            self.servers.check_alive()
+            self._check_alive()
         return [request.result() for request in requests]
+
+    def _check_alive(self) -> None:
+        try:
+            self.servers.check_alive()
+        except RunError as error:
+            raise ServersLost(str(error)) from None
 
     def _request(self, method: str, url: str, endpoint: str, body: dict | None = None) -> dict[str, Any]:
         remaining = self._deadline - time.monotonic()
         try:
             response = self._http.request(method, f"{url}/{endpoint}", json=body, timeout=max(0.1, remaining))
         except httpx.TimeoutException:
-            raise RunError(f"{url}/{endpoint} did not answer within rollout.sync_timeout = "
-                           f"{self.config.sync_timeout:g} s") from None  # fmt: skip
+            raise ServersLost(f"{url}/{endpoint} did not answer within rollout.sync_timeout = "
+                              f"{self.config.sync_timeout:g} s") from None  # fmt: skip
         except httpx.TransportError as error:
-            raise RunError(f"{url}/{endpoint} failed: {error or type(error).__name__}; is the server alive?") from error
-        answer = response.json() if "json" in response.headers.get("content-type", "") else {}
+            reason = error or type(error).__name__
+            raise ServersLost(f"{url}/{endpoint} failed: {reason}; is the server alive?") from error
+        try:
+            answer = response.json() if "json" in response.headers.get("content-type", "") else {}
+        except ValueError:
+            raise ServersLost(f"{url}/{endpoint} answered with something that is not JSON") from None
         if response.status_code != 200 or answer.get("success") is False:
             reason = answer.get("message") or response.text[:300]
             raise RunError(f"{url}/{endpoint} refused with HTTP {response.status_code}: {reason}")

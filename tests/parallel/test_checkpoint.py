@@ -1,11 +1,17 @@
 """A run that was stopped and continued is the run that never stopped."""
 
 import dataclasses
+import hashlib
+import json
+import pickle
+import random
+import shutil
 
 import pytest
 import torch
 
 from megatron_egrsd.config import OptimizerConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.samples import load_rollouts, save_rollouts
 from tests.models import make_qwen3
 from tests.parallel.test_layouts import VOCAB, _config, _rollouts, assert_same_training
@@ -21,7 +27,7 @@ def _train(rank, world_size, config, rollouts, directory, start, stop):
     rollouts = load_rollouts(rollouts)
     with Engine(config) as engine:
         if start:
-            assert checkpoint.load(engine, checkpoint.newest(directory)) == start
+            assert checkpoint.load(engine, checkpoint.complete(directory)[0]) == start
         metrics = [learn(engine, rollouts, config) for _ in range(start, stop)]
         checkpoint.save(engine, directory, stop, keep=2)
         weights = {name: tensor.clone().numpy() for name, tensor in engine.export_weights()}
@@ -84,9 +90,87 @@ def test_only_complete_checkpoints_count_and_old_ones_go(setting, tmp_path):
 
     for name in ("step_000002", "step_000010", "step_000012.partial", "step_x", "other"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert checkpoint.newest(tmp_path / "checkpoints").name == "step_000010"
-    assert checkpoint.newest(tmp_path / "none") is None
+    assert [p.name for p in checkpoint.complete(tmp_path / "checkpoints")] == ["step_000010", "step_000002"]
+    assert checkpoint.complete(tmp_path / "none") == []
     config, rollouts, root = setting
     for start, stop in [(0, 1), (1, 2), (2, 3)]:
         _run(1, config, rollouts, root / "run", start, stop)
     assert sorted(p.name for p in (root / "run").iterdir()) == ["step_000002", "step_000003"]
+
+
+def test_the_best_checkpoint_stays(setting):
+    config, _, root = setting
+    run_ranks(_save_four, 1, config, root / "run")
+    assert sorted(p.name for p in (root / "run").glob("step_*")) == ["step_000002", "step_000003", "step_000004"]
+
+
+def _save_four(rank, world_size, config, directory):
+    from megatron_egrsd.engine import checkpoint
+    from megatron_egrsd.engine.engine import Engine
+
+    with Engine(config) as engine:
+        for step in (1, 2, 3, 4):
+            checkpoint.save(engine, directory, step, keep=2, best=step in (1, 2))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint of step 1, to be copied before it is damaged."""
+    root = tmp_path_factory.mktemp("saved")
+    save_rollouts(_rollouts(), root / "rollouts.jsonl")
+    config = _config(make_qwen3(root / "model", vocab_size=VOCAB), steps=4)
+    _run(1, config, root / "rollouts.jsonl", root / "run", 0, 1)
+    return root / "run" / "step_000001"
+
+
+def test_any_damage_is_noticed(saved, tmp_path):
+    """One bit, one cut, one file more or less: the check names the file."""
+    from megatron_egrsd.engine import checkpoint
+
+    checkpoint.check(saved)
+    generator = random.Random(0)
+    files = sorted(p.name for p in saved.iterdir())
+    for trial in range(60):
+        copy = shutil.copytree(saved, tmp_path / str(trial))
+        file = copy / generator.choice(files)
+        content = bytearray(file.read_bytes())
+        kind = generator.choice(["flip", "cut", "remove", "add"])
+        if kind == "flip":
+            content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+            file.write_bytes(content)
+        elif kind == "cut":
+            file.write_bytes(content[: generator.randrange(len(content))])
+        elif kind == "remove":
+            file.unlink()
+        else:
+            (copy / "__9_9.distcp").write_bytes(b"")
+        with pytest.raises(BadArgument, match=r"damaged|not a checkpoint"):
+            checkpoint.check(copy)
+        shutil.rmtree(copy)
+
+
+class _Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("dotted", [False, True])
+def test_a_checkpoint_cannot_run_code(dotted, saved, tmp_path):
+    """Consistent sums are no protection against who computed them: `.metadata` may name records alone."""
+    from megatron_egrsd.engine import checkpoint
+
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    content = pickle.dumps(_Evil(tmp_path / "ran"))
+    if dotted:  # os.system, reached through a module of torch's that imports os
+        content = (b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\x09os.system\x93\x8c"
+                   + bytes([len(f"touch {tmp_path}/ran")]) + f"touch {tmp_path}/ran".encode() + b"\x85R.")  # fmt: skip
+    (copy / ".metadata").write_bytes(content)
+    sums = json.loads((copy / "integrity.json").read_text())
+    sums["files"][".metadata"] = hashlib.sha256(content).hexdigest()
+    (copy / "integrity.json").write_text(json.dumps(sums))
+    with pytest.raises(BadArgument, match="could run code"):
+        checkpoint.check(copy)
+    assert not (tmp_path / "ran").exists()

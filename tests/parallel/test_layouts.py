@@ -31,6 +31,7 @@ def _config(model, **changes) -> Config:
         parallel=ParallelConfig(max_tokens_per_microbatch=256),
         optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.5, weight_decay=0.01, warmup_steps=1),
         steps=3,
+        max_log_prob_difference=100.0,  # the rollouts' log-probs are made up
     )
     return dataclasses.replace(base, **changes)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_egrsd.config import DataConfig
-from megatron_egrsd.data.problems import batch_indices, load_problems
+from megatron_egrsd.data.problems import BadRows, batch_indices, load_problems
 from megatron_egrsd.errors import BadArgument
 
 DATA = Path(__file__).parents[1] / "data"
@@ -125,3 +125,26 @@ def test_order_depends_on_seed_and_step_alone():
     assert batch_indices(1000, 8, 5, seed=1) != batch_indices(1000, 8, 6, seed=1)
     assert batch_indices(10, 4, 0, seed=0) == [1, 0, 2, 4]  # pinned: a resumed run sees the same order
     assert batch_indices(8, 8, 0, seed=0) != batch_indices(8, 8, 1, seed=0)
+
+
+def test_bad_rows_can_be_left_out_and_are_counted(tmp_path):
+    path = write(tmp_path, GOOD, "not json", {**GOOD, "problem": "other"}, [1], GOOD, {**GOOD, "answer": " "}, "{")
+    with open(path, "ab") as file:
+        file.write(b'{"problem": "\xff", "answer": "1"}\n{"problem": "\\ud800", "answer": "1", "solution": "s"}\n')
+    bad = BadRows("skip")
+    problems = load_problems(path, DataConfig(bad_rows="skip"), bad=bad)
+    assert [p.id for p in problems] == ["1", "3"]
+    assert str(bad) == (
+        "2 not JSON (line 2, line 7), 1 not an object (line 4), 1 duplicate (line 5), "
+        "1 with an empty 'answer' (line 6), 2 not UTF-8 (line 8, line 9)"
+    )
+
+
+def test_a_file_of_bad_rows_alone_is_refused_with_the_reasons(tmp_path):
+    with pytest.raises(BadArgument, match=r"holds no problems but bad rows: 2 without 'answer' \(line 1, line 2\)"):
+        load_problems(write(tmp_path, {"problem": "a"}, {"problem": "b"}), DataConfig(bad_rows="skip"))
+
+
+def test_a_duplicate_is_refused_naming_both_lines(tmp_path):
+    with pytest.raises(BadArgument, match=r"line 3: the problem of .* line 1 again.*data.bad_rows skip"):
+        load_problems(write(tmp_path, GOOD, {**GOOD, "problem": "other"}, GOOD), DataConfig())

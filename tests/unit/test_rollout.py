@@ -1,13 +1,14 @@
 """The rollout room without a server: arguments, buckets, checksums, answers, logs."""
 
 import hashlib
+import math
 import sys
 
 import pytest
 import torch
 
 from megatron_egrsd.config import ModelConfig, RolloutConfig
-from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.rollout.client import parse_generation
 from megatron_egrsd.rollout.servers import choose_port, last_error, server_command
 from megatron_egrsd.rollout.weight_checksums import checksum, expected_checksums
@@ -98,14 +99,19 @@ def answer(**meta):
 
 
 def test_parse_generation():
-    generation = parse_generation(answer(), "http://s")
+    generation = parse_generation(answer())
     assert (generation.response_ids, generation.log_probs) == ([5, 2], [-0.5, -0.25])
     assert (generation.finish_reason, generation.weight_version) == ("stop", 3)
-    with pytest.raises(RunError, match="http://s aborted a generation: out of memory"):
-        parse_generation(answer(finish_reason={"type": "abort", "message": "out of memory"}), "http://s")
-    with pytest.raises(RunError, match="other tokens than it sampled"):
-        parse_generation(answer(output_token_logprobs=[[-0.5, 5, None]]), "http://s")
-    assert parse_generation(answer(weight_version="default"), "http://s").weight_version == -1
+    with pytest.raises(ValueError, match="aborted the generation: out of memory"):
+        parse_generation(answer(finish_reason={"type": "abort", "message": "out of memory"}))
+    with pytest.raises(ValueError, match="other tokens than it sampled"):
+        parse_generation(answer(output_token_logprobs=[[-0.5, 5, None]]))
+    assert parse_generation(answer(weight_version="default")).weight_version == -1
+
+
+def test_log_probs_that_json_cannot_spell_are_nan():
+    spoiled = answer(output_token_logprobs=[[None, 5, None], [-0.25, 2, None]])
+    assert math.isnan(parse_generation(spoiled).log_probs[0])
 
 
 def test_last_error_is_the_cause_not_a_consequence(tmp_path):

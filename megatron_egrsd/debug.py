@@ -1,0 +1,38 @@
+"""Half a run, to look for a fault in: sampling and rewards alone. The other half is first_rank.Replay."""
+
+import time
+from pathlib import Path
+
+from megatron_egrsd.config import Config
+from megatron_egrsd.console import RunLog
+from megatron_egrsd.data.problems import batch_indices
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.learn import rollout_metrics
+from megatron_egrsd.rewards import load_reward
+from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.servers import RolloutServers
+from megatron_egrsd.samples import Prompt, save_rollouts
+from megatron_egrsd.sampling import Sampler
+
+
+def rollout_only(config: Config, prompts: list[Prompt], tokenizer) -> None:
+    """Sample and reward every step's batch with the weights of model.path; all of it goes to output/rollouts.
+
+    One process, and neither torch.distributed nor megatron-core: what it writes, `debug: train-only` can train on.
+    """
+    if config.parallel.model_parallel > 1:
+        raise BadArgument("debug rollout-only starts no training engine; run it without torchrun and parallel sizes")
+    output, settings = Path(config.output), config.rollout
+    with RolloutServers(settings, config.model, config.seed, output / "logs") as servers:
+        client = RolloutClient(servers, settings, [tokenizer.eos_token_id])
+        sampler = Sampler(client, tokenizer, load_reward(config.data.reward))
+        log = RunLog(output, config.steps)
+        for step in range(config.steps):
+            started = time.perf_counter()
+            batch = batch_indices(len(prompts), settings.prompts_per_step, step, config.seed)
+            rollouts = sampler.sample([prompts[i] for i in batch], settings.rollouts_per_prompt, settings.temperature)
+            seconds = time.perf_counter() - started
+            metrics = rollout_metrics(rollouts, config.objective) | {"time/generate": seconds, "time/step": seconds}
+            log.step({"step": step + 1} | metrics)
+            save_rollouts(rollouts, output / "rollouts" / f"step_{step + 1:06d}.jsonl")
+        log.close()

@@ -1,0 +1,41 @@
+"""Faults are injected into real servers, ranks and files. Set FAULT_SEED for other random moments."""
+
+import os
+import random
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.rollout.conftest import client, model, model_directory, servers  # noqa: F401  fixtures
+
+
+@pytest.fixture
+def chance(request) -> random.Random:
+    """Random numbers of this test alone; the seed stands in the failure's output."""
+    seed = f"{os.environ.get('FAULT_SEED', '0')}/{request.node.name}"
+    print(f"FAULT_SEED and test: {seed}")
+    return random.Random(seed)
+
+
+@pytest.fixture
+def nothing_left():
+    """No process of this test's, no shared memory segment and no semaphore outlives it."""
+    before = _shared_memory()
+    children = {p.pid for p in psutil.Process().children(recursive=True)}
+    yield
+    left = [p for p in psutil.Process().children(recursive=True) if p.pid not in children and _runs(p)]
+    left = [p for p in left if "resource_tracker" not in " ".join(p.cmdline())]
+    assert not left, left
+    assert _shared_memory() <= before
+
+
+def _shared_memory() -> set[str]:
+    return {p.name for p in Path("/dev/shm").iterdir()}
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,91 @@
+"""Numbers that go bad skip the update, on all ranks together, and leave the weights as they were."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from megatron_egrsd.config import ParallelConfig
+from megatron_egrsd.samples import load_rollouts, save_rollouts
+from tests.models import make_qwen3
+from tests.parallel.test_layouts import VOCAB, _config, _rollouts
+from tests.ranks import run_ranks
+
+LAYOUTS = {
+    "TP1": (1, ParallelConfig(max_tokens_per_microbatch=256)),
+    "DP2 distributed optimizer": (2, ParallelConfig(max_tokens_per_microbatch=256, distributed_optimizer=True)),
+    "PP2": (2, ParallelConfig(max_tokens_per_microbatch=256, pipeline=2)),
+}
+
+
+def _spoiled(kind: str):
+    """A batch with one bad number in it, and what spoils the engine."""
+    rollouts = _rollouts()
+    if kind == "log_prob":
+        r = rollouts[0]
+        values = [math.nan, *r.rollout_log_probs[1:]]
+        rollouts[0] = dataclasses.replace(r, rollout_log_probs=values)
+    return rollouts
+
+
+def _train(rank, world_size, config, path, kind):
+    from megatron_egrsd.engine.engine import Engine
+    from megatron_egrsd.learn import learn
+
+    good, bad = load_rollouts(path / "good.jsonl"), load_rollouts(path / "bad.jsonl")
+    with Engine(config) as engine:
+        hook = None
+        if kind == "gradient":  # what an overflow in one rank's backward pass leaves behind
+            first = next(p for p in engine.module.parameters() if p.requires_grad)
+            value = math.inf if rank == world_size - 1 else 1.0
+            hook = first.register_hook(lambda grad: grad * value)
+        before = _weights(engine)
+        strict = dataclasses.replace(config, max_log_prob_difference=1e-3) if kind == "disagreement" else config
+        skipped = learn(engine, bad, strict)
+        unchanged = all(torch.equal(a, b) for a, b in zip(before, _weights(engine), strict=True))
+        if hook:
+            hook.remove()
+        after = learn(engine, good, config)
+        changed = not all(torch.equal(a, b) for a, b in zip(before, _weights(engine), strict=True))
+        return skipped, unchanged, after, changed
+
+
+def _weights(engine) -> list[torch.Tensor]:
+    return [tensor.clone() for _, tensor in engine.export_weights()] or [torch.zeros(1), torch.ones(1)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["log_prob", "gradient", "disagreement"])
+def test_a_bad_number_skips_the_update_on_all_ranks(kind, layout, tmp_path):
+    world_size, parallel = LAYOUTS[layout]
+    save_rollouts(_rollouts(), tmp_path / "good.jsonl")
+    save_rollouts(_spoiled(kind), tmp_path / "bad.jsonl")
+    config = _config(make_qwen3(tmp_path / "model", vocab_size=VOCAB), parallel=parallel)
+    results = run_ranks(_train, world_size, config, tmp_path, kind)
+    skipped, unchanged, after, changed = results[0]
+    assert unchanged and skipped["optimizer/updates"] == 0 and skipped[f"skipped/{kind}"] == 1
+    assert "optimizer/grad_norm" not in skipped
+    # The run goes on from whole weights: the next batch trains.
+    assert changed and after["optimizer/updates"] == 1 and after["optimizer/skipped"] == 0
+    assert math.isfinite(after["optimizer/grad_norm"]) and math.isfinite(after["loss/policy"])
+    for other in results[1:]:  # every rank decided alike
+        assert other[0]["optimizer/skipped"] == 1 and other[2]["optimizer/updates"] == 1
+
+
+def _poisoned(rank, world_size, config, path):
+    from megatron_egrsd.engine.engine import Engine
+    from megatron_egrsd.learn import learn
+
+    with Engine(config) as engine:
+        with torch.no_grad():
+            next(engine.module.parameters()).fill_(math.nan)
+        return learn(engine, load_rollouts(path / "good.jsonl"), config)
+
+
+def test_a_model_of_nans_skips_every_update(tmp_path):
+    """Teacher, gate and quantile of nothing but nan must not raise on the way to the guard."""
+    save_rollouts(_rollouts(), tmp_path / "good.jsonl")
+    config = _config(make_qwen3(tmp_path / "model", vocab_size=VOCAB))
+    metrics = run_ranks(_poisoned, 1, config, tmp_path)[0]
+    assert metrics["optimizer/skipped"] == 1 and metrics["optimizer/updates"] == 0
