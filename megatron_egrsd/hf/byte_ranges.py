@@ -15,9 +15,9 @@ import torch
 
 from megatron_egrsd.errors import RunError
 
-# 256 KiB of bf16: in a core's cache, and large enough that the calls do not count.
-PIECE_ELEMENTS = 1 << 17
-PIECE_BYTES = 1 << 18
+# 512 KiB of bf16: stays in the cache, and large enough that the calls do not count.
+PIECE_ELEMENTS = 1 << 18
+PIECE_BYTES = 1 << 19
 THREADS = 2
 
 Advance = Callable[[int], object]  # called with the bytes done since the last call

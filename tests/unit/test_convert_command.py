@@ -151,6 +151,10 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     arguments = ("to-megatron", "--hf-path", hf, "--megatron-path", tmp_path / "m", "--quiet")
     refused(convert_apart(*arguments, preexec_fn=limited), 1, "no room to write")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+    assert convert(*arguments).returncode == 0
+    arguments = ("to-hf", "--megatron-path", tmp_path / "m", "--hf-path", tmp_path / "again", "--quiet")
+    refused(convert_apart(*arguments, preexec_fn=limited), 1, "no room to write")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "m"]
 
 
 def test_too_little_space_is_said_before_the_first_byte(hf, tmp_path, monkeypatch):
