@@ -1,44 +1,295 @@
-"""`megatron-egrsd evaluate`: accuracy, pass@k and response lengths of a checkpoint on a file of problems."""
+"""`megatron-egrsd evaluate`: accuracy, pass@k, majority@k and lengths of a checkpoint on sets of problems.
 
+Every sample goes into output/samples.jsonl as soon as it is graded; the same command goes on from there. With
+evaluation.deterministic a sample depends on its problem, its index and the seed alone, so that an evaluation gives the
+same table whether it was interrupted or not.
+"""
+
+import contextlib
+import hashlib
 import json
+import os
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_egrsd.answers import final_answer, states_answer
 from megatron_egrsd.config import Config, parse_config
-from megatron_egrsd.data.problems import load_problems
+from megatron_egrsd.data.benchmarks import ProblemSet, load_sets
 from megatron_egrsd.data.prompts import PromptBuilder
-from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.rewards import load_reward
-from megatron_egrsd.rollout.client import RolloutClient
-from megatron_egrsd.rollout.servers import RolloutServers
-from megatron_egrsd.samples import save_rollouts
-from megatron_egrsd.sampling import Sampler, summarize
+from megatron_egrsd.equality import normalize
+from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.evaluation_table import evaluation_table
+from megatron_egrsd.rewards import Reward, grade, load_reward
+from megatron_egrsd.rollout.client import Generation, RolloutClient
+from megatron_egrsd.rollout.deterministic import check_deterministic, deterministic
+from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
+from megatron_egrsd.sample_file import SampleFile
+from megatron_egrsd.sampling import prompt_builder
+from megatron_egrsd.summary import Estimate, Sample, summarize
+
+Results = dict[str, dict[str, Estimate]]  # of each set
 
 
 def main(arguments: list[str]) -> None:
-    """Evaluate `model.path` on `data.evaluation`; takes the words of `train`, and keys of training have no effect."""
-    result = evaluate(parse_config(arguments))
-    print(json.dumps(result, indent=2))
+    """Evaluate `model.path`; takes names of sets, then the words of `train`. Keys of training have no effect."""
+    options = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    sets = ["--evaluation.sets", json.dumps(arguments[:options])] if options else []
+    # data.train is asked for by every configuration; it is not read here.
+    evaluate(parse_config(["--data.train", "-", *arguments[options:], *sets]))
 
 
-def evaluate(config: Config) -> dict[str, float]:
-    """avg@k of a Hugging Face checkpoint through SGLang; every sample goes to output/samples.jsonl."""
-    if not config.data.evaluation:
-        raise BadArgument("data.evaluation is not set; give a .jsonl or .parquet file of problems")
+def evaluate(config: Config) -> Results:
+    """Sample what is missing in output/samples.jsonl, write output/results.json and print the table.
+
+    `model.path` is a Hugging Face or a Megatron checkpoint. BadArgument before anything is started.
+    """
+    sets = load_sets(config.evaluation, config.data)
+    reward = load_reward(config.data.reward)
     output = Path(config.output)
-    if (output / "samples.jsonl").exists():
-        raise BadArgument(f"{output / 'samples.jsonl'} exists already; choose another output")
-    arch = Architecture.from_pretrained(config.model.path)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    builder = PromptBuilder(tokenizer, config.data, config.rollout.max_response_tokens, arch.max_position_embeddings)
-    problems = load_problems(config.data.evaluation, config.data, privileged=False)
-    prompts = [builder.build(p, privileged=False) for p in problems]
-    with RolloutServers(config.rollout, config.model, config.seed, output / "logs") as servers:
-        client = RolloutClient(servers, config.rollout, [tokenizer.eos_token_id])
-        sampler = Sampler(client, tokenizer, load_reward(config.data.reward))
-        settings = config.evaluation
-        samples = sampler.sample(prompts, settings.rollouts_per_problem, settings.temperature)
-    save_rollouts(samples, output / "samples.jsonl")
-    return summarize(samples)
+    with contextlib.ExitStack() as stack:
+        settings = _settings(config)
+        model = stack.enter_context(_hugging_face(config))
+        builder = prompt_builder(config, model)
+        run = Evaluation(config, sets, builder, reward)
+        run.file = stack.enter_context(SampleFile(output / "samples.jsonl", settings))
+        run.check_file()
+        if run.missing():
+            run.sample(replace(config.model, path=model))
+    results = {s.name: summarize(run.samples(s), config.seed) for s in sets}
+    _write_results(config, sets, results, run)
+    title = f"{config.model.path}, T {config.evaluation.temperature:g}, {config.rollout.max_response_tokens} tokens"
+    Console(soft_wrap=True, highlight=False).print(evaluation_table(title, results))
+    if failures := [row for row in run.file.rows.values() if row["error"]]:
+        print(f"the reward failed on {len(failures)} responses, which count as 0; first: {failures[0]['error']}")
+    print(f"samples {run.file.path}   results {output / 'results.json'}")
+    return results
+
+
+class Evaluation:
+    """The sets, their prompts, and the samples that exist."""
+
+    file: SampleFile
+
+    def __init__(self, config: Config, sets: list[ProblemSet], builder: PromptBuilder, reward: Reward):
+        self.config, self.sets, self.builder, self.reward = config, sets, builder, reward
+        self.k = config.evaluation.rollouts_per_problem
+        self.problems = [(s.name, problem) for s in sets for problem in s.problems]
+        instruction = config.evaluation.instruction
+        self.prompts = [
+            builder.build(replace(p, problem=f"{p.problem}\n{instruction}") if instruction else p, privileged=False)
+            for _, p in self.problems
+        ]
+        ids = builder.tokenizer.convert_tokens_to_ids("</think>")
+        self.end_of_thinking = None if ids == builder.tokenizer.unk_token_id else ids
+        header = builder.tokenizer.decode(builder.generation_ids)
+        self.starts_thinking = header.rpartition("<think>")[1] != "" and "</think>" not in header
+
+    def check_file(self) -> None:
+        """BadArgument where the file holds samples of a problem that has changed since."""
+        now = {(name, p.id): _digest(p.problem, p.answer) for name, p in self.problems}
+        for (name, problem, _), row in self.file.rows.items():
+            if row["problem"] != now.get((name, problem), row["problem"]):
+                raise BadArgument(
+                    f"{self.file.path} holds samples of another problem {problem} of {name}; choose another output"
+                )
+
+    def missing(self) -> int:
+        """Samples that are still to be drawn."""
+        have = {(name, problem) for name, problem, index in self.file.rows if index < self.k}
+        return sum(
+            (name, p.id) not in have or any((name, p.id, j) not in self.file.rows for j in range(self.k))
+            for name, p in self.problems
+        )
+
+    def sample(self, model) -> None:
+        """Draw, grade and write what is missing."""
+        config, evaluation = self.config, self.config.evaluation
+        total = len(self.problems) * self.k
+        done = {
+            (i, j): None
+            for i, (name, p) in enumerate(self.problems)
+            for j in range(self.k)
+            if (name, p.id, j) in self.file.rows
+        }
+        rollout = deterministic(config.rollout) if evaluation.deterministic else config.rollout
+        sampling = {"top_p": evaluation.top_p} | ({"top_k": evaluation.top_k} if evaluation.top_k else {})
+        where = ", ".join(rollout.urls) or f"{rollout.engines} SGLang server(s), log in {Path(config.output) / 'logs'}"
+        print(f"{total - len(done)} of {total} samples to draw; {where}", flush=True)
+        columns = BarColumn(), MofNCompleteColumn(), TextColumn("samples"), TimeRemainingColumn()
+        with (
+            RolloutServers(rollout, model, config.seed, Path(config.output) / "logs") as servers,
+            Progress(*columns, disable=not os.isatty(1)) as progress,
+            ThreadPoolExecutor(1) as grader,
+        ):
+            if evaluation.deterministic:
+                check_deterministic(servers)
+            client = RolloutClient(servers, rollout, [self.builder.tokenizer.eos_token_id])
+            task = progress.add_task("", total=total, completed=len(done))
+
+            def finish(i: int, j: int, generation: Generation) -> None:
+                self.file.append(self._row(i, j, generation))
+                progress.advance(task)
+
+            finished = _Finished(done, lambda i, j, g: grader.submit(finish, i, j, g))
+            while True:
+                try:
+                    client.generate(
+                        [p.student_ids for p in self.prompts],
+                        self.k,
+                        temperature=evaluation.temperature,
+                        done=finished,
+                        sampling=sampling,
+                        seeds=self._seed if evaluation.deterministic else None,
+                    )
+                    break
+                except ServersLost:  # they are starting again, with the same weights
+                    servers.recover()
+                    servers.rejoin()
+            finished.wait()
+
+    def samples(self, problem_set: ProblemSet) -> list[Sample]:
+        """The first k samples of every problem of a set, in its order."""
+        rows = [self.file.rows[problem_set.name, p.id, j] for p in problem_set.problems for j in range(self.k)]
+        return [
+            Sample(
+                problem=row["id"],
+                right=row["reward"] > 0.5,
+                length=row["tokens"],
+                truncated=row["finish_reason"] == "length",
+                thinking=row["thinking_tokens"],
+                states_answer=row["states_answer"],
+                vote=row["vote"],
+            )
+            for row in rows
+        ]
+
+    def _seed(self, i: int, j: int) -> int:
+        name, problem = self.problems[i]
+        return int(_digest(str(self.config.seed), name, problem.id, str(j))[:15], 16)  # 60 bits; SGLang takes 63
+
+    def _row(self, i: int, j: int, generation: Generation) -> dict[str, Any]:
+        (name, problem), ids = self.problems[i], generation.response_ids
+        text = self.builder.tokenizer.decode(ids, skip_special_tokens=True)
+        truncated = generation.finish_reason == "length"
+        reward, error = grade(text, problem.answer, generation.finish_reason, self.reward)
+        readings = [] if truncated else final_answer(text)
+        return {
+            "set": name,
+            "id": problem.id,
+            "index": j,
+            "problem": _digest(problem.problem, problem.answer),
+            "answer": problem.answer,
+            "reward": reward,
+            "error": error,
+            "finish_reason": generation.finish_reason,
+            "tokens": len(ids),
+            "thinking_tokens": self._thinking(ids, text),
+            "states_answer": not truncated and states_answer(text),
+            "vote": normalize(readings[0][:400]) if readings else "",
+            "response": text,
+        }
+
+    def _thinking(self, ids: list[int], text: str) -> int:
+        """Tokens up to and with the last </think>; all where the thinking never ends, none where there is none."""
+        if "</think>" not in text:
+            return len(ids) if self.starts_thinking or "<think>" in text else 0
+        if self.end_of_thinking in ids:
+            return len(ids) - ids[::-1].index(self.end_of_thinking)
+        thinking = text[: text.rindex("</think>") + len("</think>")]
+        return min(len(ids), len(self.builder.tokenizer.encode(thinking, add_special_tokens=False)))
+
+
+class _Finished(dict):
+    """What `RolloutClient.generate` collects: hands every response on, and keeps none of them."""
+
+    def __init__(self, done: dict, submit):
+        super().__init__(done)
+        self.submit = submit
+        self.futures: set[Future] = set()
+
+    def __setitem__(self, key: tuple[int, int], generation: Generation) -> None:
+        super().__setitem__(key, None)
+        self.futures.add(self.submit(*key, generation))
+        for future in [f for f in self.futures if f.done()]:
+            self.futures.discard(future)
+            future.result()
+
+    def wait(self) -> None:
+        for future in self.futures:
+            future.result()
+
+
+@contextlib.contextmanager
+def _hugging_face(config: Config):
+    """The Hugging Face directory of `model.path`: itself, or for a while a conversion of a Megatron checkpoint."""
+    path, like = Path(config.model.path), config.evaluation.like or None
+    if (path / "config.json").is_file() or not path.is_dir():
+        yield config.model.path
+        return
+    from megatron_egrsd.hf.convert import ToHF
+
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".hf-", dir=output) as directory:
+        try:
+            conversion = ToHF(path, Path(directory) / "hf", like)
+        except BadArgument as error:
+            raise BadArgument(f"model.path: {error}".replace("--like", "evaluation.like")) from None
+        print(f"converting {path} to a Hugging Face checkpoint for SGLang", flush=True)
+        conversion.run()
+        yield str(Path(directory) / "hf")
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What decides a sample besides its problem."""
+    e, d = config.evaluation, config.data
+    return {
+        "model": _model_digest(Path(config.model.path)),
+        "model.dtype": config.model.dtype,
+        "rollout.max_response_tokens": config.rollout.max_response_tokens,
+        **{f"evaluation.{key}": getattr(e, key) for key in ("temperature", "top_p", "top_k", "instruction")},
+        "evaluation.deterministic": e.deterministic,
+        **{f"data.{key}": getattr(d, key) for key in ("system_prompt", "enable_thinking", "reward")},
+        "seed": config.seed,
+    }
+
+
+def _model_digest(path: Path) -> str:
+    """Changes when a file of the checkpoint does: names, sizes and both ends of every file."""
+    ends = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        size = file.stat().st_size
+        with file.open("rb") as content:
+            ends.update(f"{file.relative_to(path)} {size}\n".encode() + content.read(1 << 16))
+            content.seek(max(0, size - (1 << 16)))
+            ends.update(content.read())
+    return ends.hexdigest()[:16]
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def _write_results(config: Config, sets: list[ProblemSet], results: Results, run: Evaluation) -> None:
+    content = {
+        "model": config.model.path,
+        "settings": _settings(config),
+        "sets": {
+            s.name: {"source": s.source, "problems": len(s.problems), "k": run.k}
+            | {key: {k: v for k, v in asdict(e).items() if v is not None} for key, e in results[s.name].items()}
+            for s in sets
+        },
+    }
+    path = Path(config.output) / "results.json"
+    temporary = path.with_name("results.json.partial")
+    try:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.rename(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}") from None

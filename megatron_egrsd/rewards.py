@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import logging
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -50,33 +49,35 @@ def load_reward(name: str) -> Reward:
 
 
 def score(rollouts: list["Rollout"], reward: Reward) -> list[float]:
-    """The reward of every rollout. A truncated response scores 0 unread.
-
-    A reward that raises, or gives something outside [0, 1], counts as 0; one warning a batch says how many did.
-    RunError is no property of a response and passes through.
-    """
-    scores, failures = [], []
-    for rollout in rollouts:
-        value = 0.0
-        if rollout.finish_reason != "length":
-            try:
-                value = float(reward(rollout.text, rollout.prompt.problem.answer))
-                if not 0 <= value <= 1 or math.isnan(value):
-                    raise ValueError(f"it returned {value}, outside [0, 1]")
-            except RunError:
-                raise
-            except Exception as error:
-                failures.append((rollout.prompt.problem.id, error))
-                value = 0.0
-        scores.append(value)
+    """The reward of every rollout, as `grade` gives it; one warning a batch says how many rewards failed."""
+    grades = [grade(r.text, r.prompt.problem.answer, r.finish_reason, reward) for r in rollouts]
+    failures = [(r.prompt.problem.id, error) for r, (_, error) in zip(rollouts, grades, strict=True) if error]
     if failures:
         problem, error = failures[0]
         log.warning(
-            "the reward failed on %d of %d responses, which count as 0; first on problem %s: %s: %s",
+            "the reward failed on %d of %d responses, which count as 0; first on problem %s: %s",
             len(failures),
             len(rollouts),
             problem,
-            type(error).__name__,
             error,
         )
-    return scores
+    return [value for value, _ in grades]
+
+
+def grade(response: str, answer: str, finish_reason: str, reward: Reward) -> tuple[float, str]:
+    """The reward of a response and, where it failed, why. A truncated response scores 0 unread.
+
+    A reward that raises, or gives something outside [0, 1], counts as 0. RunError is no property of a response and
+    passes through.
+    """
+    if finish_reason == "length":
+        return 0.0, ""
+    try:
+        value = float(reward(response, answer))
+    except RunError:
+        raise
+    except Exception as error:
+        return 0.0, f"{type(error).__name__}: {error}"
+    if not 0 <= value <= 1:  # nor is nan
+        return 0.0, f"it returned {value}, outside [0, 1]"
+    return value, ""

@@ -1,0 +1,90 @@
+"""The sets that `megatron-egrsd evaluate` knows by name, and how a set is found: nothing is downloaded unasked."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_egrsd.config import DataConfig, EvaluationConfig
+from megatron_egrsd.data.problems import load_problems, read_rows
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.samples import Problem
+
+# Name -> Hugging Face dataset, as "name[:configuration]:split".
+BENCHMARKS = {
+    "aime24": "HuggingFaceH4/aime_2024:train",
+    "aime25": "math-ai/aime25:test",
+    "amc23": "math-ai/amc23:test",
+    "math500": "HuggingFaceH4/MATH-500:test",
+    "minerva": "math-ai/minervamath:test",
+    "gsm8k": "openai/gsm8k:main:test",
+    "hmmt25": "MathArena/hmmt_feb_2025:train",
+}
+_PROBLEM_KEYS = ("problem", "question", "prompt")
+_ANSWER_KEYS = ("answer", "expected_answer", "final_answer", "solution")  # a solution holds it in a box
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """A set's name in tables and files, where it comes from, and its problems."""
+
+    name: str
+    source: str
+    problems: list[Problem]
+
+
+def load_sets(evaluation: EvaluationConfig, data: DataConfig) -> list[ProblemSet]:
+    """The sets that `evaluation.sets` names, or the one of `data.evaluation`.
+
+    A set is a name of BENCHMARKS, a file, "NAME=FILE", or a dataset "name[:configuration]:split" of the hub.
+    BadArgument for one that is not there, for two sets of one name and for two problems of one id.
+    """
+    words = evaluation.sets or [data.evaluation] * bool(data.evaluation)
+    if not words:
+        raise BadArgument(
+            f"no set to evaluate on: name {', '.join(BENCHMARKS)} or a file, or set data.evaluation "
+            "(megatron-egrsd evaluate aime24 my.jsonl --model.path ...)"
+        )
+    sets = [_load(word, evaluation, data) for word in words]
+    names = [s.name for s in sets]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadArgument(f"two sets are called {name}; name one of them: NAME=FILE")
+    return sets
+
+
+def _load(word: str, evaluation: EvaluationConfig, data: DataConfig) -> ProblemSet:
+    name, named, source = word.partition("=")
+    if not named:
+        name, source = (word, _find(word, evaluation)) if word in BENCHMARKS else (_stem(word), word)
+    if not Path(source).suffix and ":" in source and not evaluation.hub:
+        raise BadArgument(
+            f"{word} would be downloaded from the Hugging Face hub ({source}): allow that with --evaluation.hub true, "
+            f"or name a file: {name}=FILE.jsonl" + (f", or put {name}.jsonl into evaluation.directory" * (not named))
+        )
+    problems = load_problems(source, _with_keys(source, data), privileged=False)
+    seen: set[str] = set()
+    for problem in problems:
+        if problem.id in seen:
+            raise BadArgument(f"{source}: two problems have the id {problem.id!r}; make the ids unique")
+        seen.add(problem.id)
+    return ProblemSet(name, source, problems)
+
+
+def _find(name: str, evaluation: EvaluationConfig) -> str:
+    """The prepared file of a benchmark where there is one, else its dataset."""
+    if evaluation.directory:
+        for suffix in (".jsonl", ".parquet"):
+            if (path := Path(evaluation.directory) / (name + suffix)).is_file():
+                return str(path)
+    return BENCHMARKS[name]
+
+
+def _stem(source: str) -> str:
+    return Path(source).stem if Path(source).suffix else source.replace("/", "--").replace(":", "--")
+
+
+def _with_keys(source: str, data: DataConfig) -> DataConfig:
+    """`data` with the names that the first row has for problem and answer, where it lacks the configured ones."""
+    row = next((row for _, _, row in read_rows(source)), {})
+    problem = [key for key in (data.problem_key, *_PROBLEM_KEYS) if key in row]
+    answer = [key for key in (data.answer_key, *_ANSWER_KEYS) if key in row]
+    return replace(data, problem_key=(problem or [data.problem_key])[0], answer_key=(answer or [data.answer_key])[0])

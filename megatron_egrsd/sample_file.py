@@ -1,0 +1,104 @@
+"""samples.jsonl: every sample of an evaluation, a line each; an interrupted evaluation goes on from it.
+
+The first line says how they were sampled. A line is written at once, so that an interruption leaves at most one torn
+line at the end, which the next start cuts off.
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_egrsd.errors import BadArgument, RunError
+
+Key = tuple[str, str, int]  # set, problem, index of the sample
+
+
+class SampleFile:
+    """The samples so far, and the file they are appended to.
+
+    Args:
+        path: Made, with its directory, where it is missing.
+        settings: What decides a sample besides its problem; a file that was sampled otherwise is refused.
+
+    Raises:
+        BadArgument: The file belongs to other settings, is no such file, or another process is writing it.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path = path
+        self.rows: dict[Key, dict[str, Any]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "a+b", buffering=0)  # noqa: SIM115  closed by close()
+        try:
+            self._lock()
+            self._read(settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a sample with the fields `set`, `id` and `index`. RunError where the disk takes no more."""
+        self._write(row)
+        self.rows[_key(row)] = row
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> "SampleFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError:
+            raise BadArgument(
+                f"another process is writing {self.path}; wait for it, or choose another output"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+
+    def _read(self, settings: dict[str, Any]) -> None:
+        self.file.seek(0)
+        content = self.file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+        lines = whole.splitlines()
+        if not lines:
+            self._write({"settings": settings})
+            return
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                if number == 1:
+                    before = dict(row["settings"])
+                else:
+                    self.rows[_key(row)] = row
+            except (ValueError, KeyError, TypeError):
+                raise BadArgument(f"{self.path}, line {number}: not a line that an evaluation writes") from None
+        self._check(before, settings)
+
+    def _check(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        for key in dict.fromkeys([*now, *before]):
+            if before.get(key) != now.get(key):
+                raise BadArgument(
+                    f"{self.path} was sampled with {key} = {before.get(key)!r}, not {now.get(key)!r}; "
+                    "choose another output"
+                )
+
+    def _write(self, row: dict[str, Any]) -> None:
+        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        try:
+            while line:
+                line = line[self.file.write(line) :]
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written: {error.strerror}") from None
+
+
+def _key(row: dict[str, Any]) -> Key:
+    return row["set"], row["id"], row["index"]

@@ -1,0 +1,129 @@
+"""What graded samples add up to: accuracy, pass@k, majority@k and lengths, with bootstrap intervals over problems."""
+
+from collections import Counter
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.95  # of the intervals
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One graded response.
+
+    `length` counts its tokens, `thinking` those up to </think>. `states_answer`: it was finished and marks an answer.
+    `vote` is the answer it gives for the majority, in one spelling; empty where it has none.
+    """
+
+    problem: Hashable
+    right: bool
+    length: int
+    truncated: bool
+    thinking: int = 0
+    states_answer: bool = False
+    vote: str = ""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and, where there is more than one problem, its 95 % bootstrap interval over problems."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def summarize(samples: list[Sample], seed: int = 0) -> dict[str, Estimate]:
+    """Every number of the table (docs/evaluation.md); lengths in tokens, shares in [0, 1].
+
+    A length on right (wrong) answers is missing where there are none. `seed` draws the resamples.
+    """
+    groups = by_problem(samples)
+    k = min(map(len, groups))
+    resamples = _resamples(len(groups), seed)
+
+    def ratio(numerators: Iterable[float], denominators: Iterable[float]) -> Estimate:
+        return _ratio(np.fromiter(numerators, float), np.fromiter(denominators, float), resamples)
+
+    def mean(values: Iterable[float]) -> Estimate:
+        return ratio(values, [1.0] * len(groups))
+
+    def share(chosen: list[list[bool]]) -> Estimate:
+        return ratio(map(sum, chosen), map(len, chosen))
+
+    result = {"accuracy": mean(sum(s.right for s in g) / len(g) for g in groups)}
+    for n in sorted({2**i for i in range(1, k.bit_length()) if 2**i <= k} | ({k} if k > 1 else set())):
+        result[f"pass@{n}"] = mean(pass_at_k(len(g), sum(s.right for s in g), n) for g in groups)
+    result[f"majority@{k}"] = mean(map(majority, groups))
+    result["truncated"] = share([[s.truncated for s in g] for g in groups])
+    result["states_answer"] = share([[s.states_answer for s in g] for g in groups])
+    parts = {
+        "length": (lambda s: s.length, lambda s: True),
+        "length/right": (lambda s: s.length, lambda s: s.right),
+        "length/wrong": (lambda s: s.length, lambda s: not s.right),
+        "thinking": (lambda s: s.thinking, lambda s: True),
+        "answer": (lambda s: s.length - s.thinking, lambda s: True),
+    }
+    for name, (tokens, counts) in parts.items():
+        chosen = [[tokens(s) for s in g if counts(s)] for g in groups]
+        every = [n for lengths in chosen for n in lengths]
+        if every:
+            result[f"{name}/mean"] = ratio(map(sum, chosen), map(len, chosen))
+            result[f"{name}/median"] = Estimate(float(np.median(every)))
+            result[f"{name}/p95"] = Estimate(percentile_95(every))
+    return result
+
+
+def by_problem(samples: list[Sample]) -> list[list[Sample]]:
+    """The samples of each problem, in the order in which the problems first appear."""
+    groups: dict[Hashable, list[Sample]] = {}
+    for s in samples:
+        groups.setdefault(s.problem, []).append(s)
+    return list(groups.values())
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Chance that k of n samples, drawn without replacement, hold a right one: 1 - C(n-c, k) / C(n, k).
+
+    The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), equation 1.
+    """
+    return 1.0 - comb(n - right, k) / comb(n, k)
+
+
+def majority(samples: list[Sample]) -> float:
+    """Chance that the most frequent answer is right, ties broken at random; samples without an answer do not vote.
+
+    Right samples are one camp: the verifier finds their answers equal, however they are written.
+    """
+    votes = Counter("" if s.right else s.vote for s in samples if s.right or s.vote)
+    leaders = [vote for vote, n in votes.items() if n == max(votes.values())]
+    return ("" in leaders) / len(leaders) if leaders else 0.0
+
+
+def percentile_95(values: list[float]) -> float:
+    """The 95th percentile, as one of the values."""
+    return float(np.percentile(values, 95, method="nearest"))
+
+
+def _resamples(problems: int, seed: int) -> np.ndarray | None:
+    """How often each problem is drawn in each resample, [RESAMPLES, problems]; None for one problem."""
+    if problems < 2:
+        return None
+    draws = np.random.default_rng(seed).multinomial(problems, np.full(problems, 1 / problems), RESAMPLES)
+    return draws.astype(np.float32)  # counts are exact in fp32
+
+
+def _ratio(numerators: np.ndarray, denominators: np.ndarray, resamples: np.ndarray | None) -> Estimate:
+    """sum(numerators) / sum(denominators) over problems, with the percentile interval of its resamples."""
+    value = float(numerators.sum() / denominators.sum())
+    if resamples is None:
+        return Estimate(value)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = (resamples @ numerators) / (resamples @ denominators)  # fp64, as the numerators are
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.nanpercentile(values, [tail, 100 - tail])  # nan: a resample without, say, a wrong answer
+    return Estimate(value, float(low), float(high))
