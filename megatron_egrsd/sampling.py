@@ -16,7 +16,7 @@ from megatron_egrsd.summary import Sample, by_problem, percentile_95
 
 
 def prompt_builder(config: Config, model: str = "") -> PromptBuilder:
-    """What makes prompts for `model` (default: model.path), and holds its tokenizer. BadArgument where they do not fit."""
+    """What makes prompts for `model` (default: model.path), with its tokenizer. BadArgument where they do not fit."""
     path = model or config.model.path
     context_length = Architecture.from_pretrained(path).max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -1,0 +1,143 @@
+"""Sets by name, file and hub; the file of samples; the command's mistakes. No server."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_egrsd.answers import gold_answer
+from megatron_egrsd.cli import main
+from megatron_egrsd.config import DataConfig, EvaluationConfig
+from megatron_egrsd.data import problems
+from megatron_egrsd.data.benchmarks import BENCHMARKS, load_sets
+from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.sample_file import SampleFile
+
+DATA = Path(__file__).parents[1] / "data"
+TINY = Path(__file__).parents[2] / "examples/tiny"
+SETTINGS = {"seed": 0}
+
+
+def row(index=0, **more):
+    return {"set": "s", "id": "1", "index": index, "response": "ä", **more}
+
+
+def load(*sets, data=None, **more):
+    return load_sets(EvaluationConfig(sets=list(sets), **more), data or DataConfig())
+
+
+def test_named_sets_come_from_the_directory():
+    aime, amc = load("aime24", "amc23", directory=str(DATA))
+    assert (aime.name, aime.source) == ("aime24", str(DATA / "aime24.jsonl")) and aime.problems
+    assert amc.problems[0].answer == "27"
+
+
+def test_files_of_the_published_fields_are_read_as_they_are():
+    (gsm8k,) = load(f"gsm8k={DATA / 'gsm8k_test.jsonl'}")
+    assert gsm8k.name == "gsm8k" and gold_answer(gsm8k.problems[0].answer) == "114,200"  # question, answer with ####
+    (minerva,) = load(str(DATA / "minerva_math.jsonl"))
+    assert minerva.name == "minerva_math" and gold_answer(minerva.problems[0].answer) == "-7"  # boxed in solution
+
+
+def test_the_users_own_keys_come_first(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"Q": "2+2?", "A": "4", "problem": "other", "answer": "5"}\n')
+    (mine,) = load(str(file), data=DataConfig(problem_key="Q", answer_key="A"))
+    assert (mine.problems[0].problem, mine.problems[0].answer) == ("2+2?", "4")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_nothing_is_downloaded_unasked(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(problems, "_hub_rows", None)
+    with pytest.raises(BadArgument, match=r"would be downloaded .*--evaluation\.hub true, or name a file: \w+=FILE"):
+        load(name, directory=str(tmp_path))
+
+
+def test_the_hub_is_asked_where_that_is_allowed(monkeypatch):
+    asked = []
+    rows = [("hub row 1", 1, {"problem_idx": 1, "problem": "2+2?", "answer": "4"})]
+    monkeypatch.setattr(problems, "_hub_rows", lambda source: asked.append(source) or iter(rows))
+    (hmmt,) = load("hmmt25", hub=True)
+    assert hmmt.name == "hmmt25" and len(hmmt.problems) == 1 and set(asked) == {BENCHMARKS["hmmt25"]}
+
+
+def test_what_is_no_set(tmp_path):
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text('{"id": 1, "problem": "a", "answer": "1"}\n{"id": 1, "problem": "b", "answer": "2"}\n')
+    for sets, message in [
+        ((), "no set to evaluate on"),
+        (("aime2024",), "neither a .jsonl nor a .parquet file"),
+        ((str(tmp_path / "no.jsonl"),), "there is no file"),
+        ((str(DATA / "aime24.jsonl"), f"aime24={DATA / 'amc23.jsonl'}"), "two sets are called aime24"),
+        ((str(twice),), "two problems have the id '1'"),
+    ]:
+        with pytest.raises(BadArgument, match=message):
+            load(*sets)
+
+
+def test_samples_survive_and_a_torn_line_is_cut_off(tmp_path):
+    path = tmp_path / "out" / "samples.jsonl"
+    with SampleFile(path, SETTINGS) as file:
+        file.append(row(0))
+        file.append(row(1))
+    whole = path.read_bytes()
+    for cut in (1, 5, len(whole.splitlines(keepends=True)[-1]) - 1):
+        path.write_bytes(whole[:-cut])
+        with SampleFile(path, SETTINGS) as file:
+            assert list(file.rows) == [("s", "1", 0)]
+            file.append(row(1))
+        assert path.read_bytes() == whole
+    path.write_bytes(whole[:10])  # torn in the first line
+    with SampleFile(path, SETTINGS) as file:
+        assert not file.rows
+    assert json.loads(path.read_bytes()) == {"settings": SETTINGS}
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    for content, message in [
+        ("hello\n", "line 1: not a line"),
+        ('{"settings": {"seed": 0}}\n{"set": "s"}\n', "line 2: not a line"),
+        ('{"settings": {"seed": 0}}\n[]\n', "line 2: not a line"),
+        ('{"settings": {"seed": 1}}\n', "sampled with seed = 1, not 0; choose another output"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(BadArgument, match=message):
+            SampleFile(path, SETTINGS)
+        assert path.read_text() == content
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    with (
+        SampleFile(tmp_path / "samples.jsonl", SETTINGS),
+        pytest.raises(BadArgument, match="another process is writing"),
+    ):
+        SampleFile(tmp_path / "samples.jsonl", SETTINGS)
+
+
+def test_a_full_disk_is_one_sentence():
+    with open("/dev/full", "r+b", buffering=0) as full, pytest.raises(RunError, match="No space left"):
+        file = SampleFile.__new__(SampleFile)
+        file.path, file.file, file.rows = Path("samples.jsonl"), full, {}
+        file.append(row())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["aime24"], "would be downloaded"),
+        ([], "no set to evaluate on"),
+        ([str(TINY / "heldout.jsonl"), "--evaluation.top_p", "0"], "evaluation.top_p is 0"),
+        ([str(TINY / "heldout.jsonl"), "--model.path", "nowhere"], "nowhere"),
+        ([str(TINY / "heldout.jsonl"), "--model.path", str(DATA)], "model.path: "),
+        ([str(TINY / "heldout.jsonl"), "--evaluation.tmperature", "1"], "did you mean evaluation.temperature"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(words, message, tmp_path, capsys):
+    options = ["--model.path", str(TINY / "model"), "--output", str(tmp_path / "out")]
+    options += ["--rollout.max_response_tokens", "200"]
+    sets = [w for w in words[:1] if not w.startswith("-")]
+    assert main(["evaluate", *sets, *options, *words[len(sets) :]]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
