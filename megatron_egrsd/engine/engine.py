@@ -231,8 +231,9 @@ class Engine:
     def _sum_over_ranks(self, outputs: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Sum dictionaries over micro-batches and data-parallel ranks; the same result everywhere."""
         own = {}
-        if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
-            own = {k: sum(float(o[k]) for o in outputs) for k in outputs[0]}
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            keys = [k for o in outputs for k in o]  # a batch of padding alone reports nothing
+            own = {k: sum(float(o.get(k, 0.0)) for o in outputs) for k in dict.fromkeys(keys)}
         gathered = [own]
         if dist.get_world_size() > 1:
             gathered = [None] * dist.get_world_size()
@@ -262,5 +263,7 @@ class Engine:
 
 
 def _differentiate(loss: LossFunction, output: torch.Tensor, batch: MicroBatch):
+    if not batch.samples:  # padding alone: no loss, but this rank's backward pass runs like the others'
+        return output.sum(), torch.tensor(0, dtype=torch.int), {}
     value, sums = loss(output[0], output[1], batch)
     return value, torch.tensor(batch.targets.numel(), dtype=torch.int), sums

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_egrsd.config import ObjectiveConfig, OptimizerConfig
+from megatron_egrsd.config import ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron_egrsd.samples import save_rollouts
 from tests.models import make_qwen3
-from tests.parallel.test_layouts import VOCAB, _config, _rollouts, run
+from tests.parallel.test_layouts import VOCAB, _config, _rollouts, assert_same_training, run
 
 
 @pytest.fixture
@@ -61,3 +61,15 @@ def test_one_update_equals_one_update_scored_beforehand(model, tmp_path):
     assert got[0][0]["optimizer/grad_norm"] == pytest.approx(expected[0][0]["optimizer/grad_norm"], rel=1e-5)
     for name, weight in expected[1].items():
         assert (got[1][name] - weight).norm() < 1e-5 * weight.norm(), name
+
+
+def test_a_rank_may_have_nothing_to_train(model, tmp_path):
+    """One long response against three short ones: the second rank's last micro-batches are padding alone."""
+    rollouts = [r if r.group == 0 else dataclasses.replace(r, reward=0.0) for r in _rollouts()]
+    ids = rollouts[0].response_ids * 6
+    rollouts[0] = dataclasses.replace(rollouts[0], response_ids=ids, rollout_log_probs=[-1.0] * len(ids))
+    save_rollouts(rollouts, tmp_path / "rollouts.jsonl")
+    config = _config(model, parallel=ParallelConfig(max_tokens_per_microbatch=1))
+    one, two = (run(ranks, config, tmp_path / "rollouts.jsonl") for ranks in (1, 2))
+    assert (one[0][0]["batch/micro_batches"], two[0][0]["batch/micro_batches"]) == (4, 3)
+    assert_same_training(two, one)
