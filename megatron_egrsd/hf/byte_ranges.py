@@ -1,7 +1,7 @@
 """Tensors as byte ranges of files, moved through one small buffer, and the threads that move them.
 
-Weights change neither in a conversion nor in a comparison; they lie elsewhere. So nothing is loaded: bytes go from a
-buffer that was faulted in once to where they belong. docs/conversion.md has the measurements behind that.
+A conversion puts the same bytes elsewhere and a comparison only looks at them, so no tensor is ever made: a fresh one
+costs a page fault every 4 KiB, which takes longer than the copy. docs/conversion.md has the numbers.
 """
 
 import contextlib

@@ -125,11 +125,12 @@ class TorchDistReader:
     def _boxes_at(self, key: str, index: tuple[int, ...]) -> list[Chunk]:
         """The chunks that hold a part of the tensor at `index`; the first call for `key` sorts all of them."""
         if key not in self._boxes:
-            boxes = self._boxes[key] = {}
+            boxes: dict[tuple[int, ...], list[Chunk]] = {}
             for chunk in self.tensors[key].chunks:
                 spans = [range(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
                 for inside in itertools.product(*spans[: len(index)]):
                     boxes.setdefault(inside, []).append(chunk)
+            self._boxes[key] = boxes  # whole, as other threads may look
         return self._boxes[key].get(index, [])
 
     def _offset(self, key: str, chunk: Chunk, row: tuple[int, ...]) -> int:
@@ -195,22 +196,19 @@ class TorchDistReader:
 
     def _begin(self, key: str, chunk: Chunk) -> int:
         """Where in its file the elements of a chunk begin. RunError where its archive is not the tensor announced."""
-        path, stored = self.directory / chunk.file, self.tensors[key]
+        path, announced = self.directory / chunk.file, (chunk.sizes, self.tensors[key].dtype)
         try:
             with open(path, "rb", buffering=0) as file:
                 window = _Window(file, chunk.start, chunk.length)
                 tensor = torch.load(window, map_location="meta", weights_only=True)  # reads no elements
-            announced = isinstance(tensor, torch.Tensor) and (tuple(tensor.shape), tensor.dtype) == (
-                chunk.sizes,
-                stored.dtype,
-            )
+            found = tuple(tensor.shape), tensor.dtype
             begin = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
         except FileNotFoundError:
             raise RunError(f"{path} is missing; it holds {key}") from None
         except Exception as error:  # torch.load raises a zoo of types on damaged bytes
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RunError(f"{key} in {path} cannot be read ({reason}); the file is truncated or damaged") from None
-        if not announced or not tensor.is_contiguous() or begin + tensor.nbytes > chunk.length:
+        if found != announced or not tensor.is_contiguous() or begin + tensor.nbytes > chunk.length:
             raise RunError(f"the chunk of {key} at {list(chunk.offsets)} in {path} is not the tensor announced")
         return chunk.start + begin
 
