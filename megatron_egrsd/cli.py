@@ -24,8 +24,8 @@ EGRSD and CL-EGRSD: on-policy self-distillation of Qwen3 reasoning models on Meg
 commands:
   train --config FILE [--section.key VALUE ...] [--dry-run [--world-size N] [--gpu-memory 80GB]]
                      train; --dry-run prints the resolved configuration and plan and starts nothing
-  evaluate --config FILE [--section.key VALUE ...]
-                     accuracy, pass@k and response lengths of model.path on data.evaluation
+  evaluate SET... --model.path DIR [--section.key VALUE ...]
+                     accuracy, pass@k, majority@k and lengths of a checkpoint on aime24, gsm8k, FILE, ...
   report RUN ...     the table before/after and the report page of a run, or of several compared
   report --tokens X  the token page of a run or scored dump: every token coloured by its weight
   doctor             what of the stack is installed, and what each missing piece costs

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from megatron_egrsd.data.benchmarks import ProblemSet, load_sets
 from megatron_egrsd.data.prompts import PromptBuilder
 from megatron_egrsd.equality import normalize
 from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.evaluated_model import digest, hugging_face
 from megatron_egrsd.evaluation_table import evaluation_table
 from megatron_egrsd.rewards import Reward, grade, load_reward
 from megatron_egrsd.rollout.client import Generation, RolloutClient
@@ -35,9 +35,25 @@ from megatron_egrsd.summary import Estimate, Sample, summarize
 
 Results = dict[str, dict[str, Estimate]]  # of each set
 
+USAGE = """\
+megatron-egrsd evaluate SET... --model.path DIR --output DIR [--section.key VALUE ...] [--config FILE]
+
+  SET                   aime24, aime25, amc23, math500, minerva, gsm8k, hmmt25 (from evaluation.directory, or the hub
+                        with --evaluation.hub true), a .jsonl or .parquet file, or NAME=FILE.
+
+  megatron-egrsd evaluate aime24 gsm8k mine.jsonl --evaluation.directory benchmarks --model.path runs/mine/hf \\
+      --evaluation.rollouts_per_problem 16 --evaluation.temperature 0.6 --evaluation.top_p 0.95 --output runs/evaluation
+
+The same command continues an interrupted evaluation. Keys: model, data, rollout, evaluation, seed and output of
+`megatron-egrsd train --help`; more in docs/evaluation.md.
+"""
+
 
 def main(arguments: list[str]) -> None:
     """Evaluate `model.path`; takes names of sets, then the words of `train`. Keys of training have no effect."""
+    if "-h" in arguments or "--help" in arguments:
+        print(USAGE, end="")
+        return
     options = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     sets = ["--evaluation.sets", json.dumps(arguments[:options])] if options else []
     # data.train is asked for by every configuration; it is not read here.
@@ -54,7 +70,7 @@ def evaluate(config: Config) -> Results:
     output = Path(config.output)
     with contextlib.ExitStack() as stack:
         settings = _settings(config)
-        model = stack.enter_context(_hugging_face(config))
+        model = stack.enter_context(hugging_face(config))
         builder = prompt_builder(config, model)
         run = Evaluation(config, sets, builder, reward)
         run.file = stack.enter_context(SampleFile(output / "samples.jsonl", settings))
@@ -225,32 +241,11 @@ class _Finished(dict):
             future.result()
 
 
-@contextlib.contextmanager
-def _hugging_face(config: Config):
-    """The Hugging Face directory of `model.path`: itself, or for a while a conversion of a Megatron checkpoint."""
-    path, like = Path(config.model.path), config.evaluation.like or None
-    if (path / "config.json").is_file() or not path.is_dir():
-        yield config.model.path
-        return
-    from megatron_egrsd.hf.convert import ToHF
-
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".hf-", dir=output) as directory:
-        try:
-            conversion = ToHF(path, Path(directory) / "hf", like)
-        except BadArgument as error:
-            raise BadArgument(f"model.path: {error}".replace("--like", "evaluation.like")) from None
-        print(f"converting {path} to a Hugging Face checkpoint for SGLang", flush=True)
-        conversion.run()
-        yield str(Path(directory) / "hf")
-
-
 def _settings(config: Config) -> dict[str, Any]:
     """What decides a sample besides its problem."""
     e, d = config.evaluation, config.data
     return {
-        "model": _model_digest(Path(config.model.path)),
+        "model": digest(Path(config.model.path)),
         "model.dtype": config.model.dtype,
         "rollout.max_response_tokens": config.rollout.max_response_tokens,
         **{f"evaluation.{key}": getattr(e, key) for key in ("temperature", "top_p", "top_k", "instruction")},
@@ -258,18 +253,6 @@ def _settings(config: Config) -> dict[str, Any]:
         **{f"data.{key}": getattr(d, key) for key in ("system_prompt", "enable_thinking", "reward")},
         "seed": config.seed,
     }
-
-
-def _model_digest(path: Path) -> str:
-    """Changes when a file of the checkpoint does: names, sizes and both ends of every file."""
-    ends = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        size = file.stat().st_size
-        with file.open("rb") as content:
-            ends.update(f"{file.relative_to(path)} {size}\n".encode() + content.read(1 << 16))
-            content.seek(max(0, size - (1 << 16)))
-            ends.update(content.read())
-    return ends.hexdigest()[:16]
 
 
 def _digest(*texts: str) -> str:
