@@ -35,9 +35,9 @@ def learn(engine: "Engine", rollouts: list[Rollout], config: Config, record: Rec
     share = config.rollout.prompts_per_step // config.optimizer.updates_per_batch
     for first in range(0, config.rollout.prompts_per_step, share):
         members = [i for i, r in enumerate(rollouts) if first <= r.group < first + share]
-        # A trained token costs a forward and a backward pass, about three scored ones.
-        costs = [len(teachers[i]) + (3 * len(students[i]) if advantage[i] else 0) for i in members]
-        minibatches.append([[members[i] for i in part] for part in engine.partition(costs)])
+        scored = [len(teachers[i]) for i in members]
+        trained = [len(students[i]) if advantage[i] else 0 for i in members]
+        minibatches.append([[members[i] for i in part] for part in engine.partition(scored, trained)])
     everyone = [[i for m in minibatches for i in m[rank]] for rank in range(engine.data_parallel)]
     own = everyone[engine.data_parallel_rank]
 

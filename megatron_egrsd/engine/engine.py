@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 
 from megatron_egrsd.config import Config
-from megatron_egrsd.data.packing import MicroBatch, Sequence, balance, pack, schedule
+from megatron_egrsd.data.packing import MicroBatch, Sequence, balance_passes, pack, schedule
 from megatron_egrsd.engine import distributed
 from megatron_egrsd.engine.model import build_model, transformer_config
 from megatron_egrsd.engine.optimizer import build_optimizer
@@ -98,9 +98,12 @@ class Engine:
 
     # -- what is whose ------------------------------------------------------------------------------------------
 
-    def partition(self, costs: Seq[int]) -> list[list[int]]:
-        """Samples of each data-parallel rank, balanced by cost (tokens)."""
-        return balance(costs, self.data_parallel)
+    def partition(self, scored: Seq[int], trained: Seq[int] | None = None) -> list[list[int]]:
+        """Samples of each data-parallel rank, balanced by the tokens of the scoring and of the training pass.
+
+        `trained` is 0 for a sample that is only scored; None where there is one pass over all.
+        """
+        return balance_passes(scored, scored if trained is None else trained, self.data_parallel)
 
     def _micro_batches(self, sequences: Seq[Sequence], partition: list[list[int]]) -> list[MicroBatch]:
         lengths = [[len(sequences[i]) for i in part] for part in partition]
