@@ -8,6 +8,7 @@ Symbols: T tokens of a micro-batch, all of which may be response tokens; b bytes
 hf/mapping.py.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ import torch
 
 from megatron_egrsd.config import Config
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.hf.mapping import Entry, entries, hf_shapes
+from megatron_egrsd.hf.mapping import entries, hf_shapes
 from megatron_egrsd.vocab_parallel.linear import _CHUNK_ELEMENTS, _KEEP_BYTES
 
 # CUDA context, cuBLAS workspaces, NCCL channels and the allocator's fragmentation. Assumed; no GPU has been measured.
@@ -60,23 +61,30 @@ def shard_shapes(arch: Architecture, tensor: int, pipeline: int, stage: int, exp
 
     The last stage of a tied model holds a copy of the embedding; megatron-core splits only the experts over `expert`.
     """
-    hf = hf_shapes(arch)
-    layers = arch.num_layers // pipeline
-    shapes = {}
+    template, shapes = _one_layer(arch, tensor, expert), {}
+    layer = "decoder.layers.0."
+    if stage == 0:
+        shapes["embedding.word_embeddings.weight"] = template["embedding.word_embeddings.weight"]
+    own = [(name.removeprefix(layer), shape) for name, shape in template.items() if name.startswith(layer)]
+    for i in range(arch.num_layers // pipeline):
+        shapes |= {f"decoder.layers.{i}.{name}": shape for name, shape in own}
+    if stage == pipeline - 1:
+        shapes["decoder.final_layernorm.weight"] = template["decoder.final_layernorm.weight"]
+        if not arch.tied_embeddings:
+            shapes["output_layer.weight"] = template["output_layer.weight"]
+        elif stage > 0:
+            shapes["output_layer.weight"] = template["embedding.word_embeddings.weight"]
+    return shapes
 
-    def add(name: str, entry: Entry) -> None:
-        full = entry.layout.join([torch.empty(hf[h], device="meta") for h in entry.hf], arch, tensor)
-        shapes[name] = entry.layout.shard(full, 0, tensor).shape
 
-    for entry in entries(replace(arch, num_layers=layers, num_experts=arch.num_experts // expert)):
-        first, last = stage == 0, stage == pipeline - 1
-        if entry.megatron.startswith("embedding."):
-            if first:
-                add(entry.megatron, entry)
-            if last and arch.tied_embeddings and not first:
-                add("output_layer.weight", entry)
-        elif entry.megatron.startswith("decoder.layers.") or last:
-            add(entry.megatron, entry)
+@functools.cache
+def _one_layer(arch: Architecture, tensor: int, expert: int) -> dict[str, torch.Size]:
+    """Shapes of a rank's shard if the model had one layer, from the table that moves the weights (hf/mapping.py)."""
+    arch = replace(arch, num_layers=1, num_experts=arch.num_experts // expert)
+    hf, shapes = hf_shapes(arch), {}
+    for entry in entries(arch):
+        full = entry.layout.join([torch.empty(hf[name], device="meta") for name in entry.hf], arch, tensor)
+        shapes[entry.megatron] = entry.layout.shard(full, 0, tensor).shape
     return shapes
 
 
