@@ -14,7 +14,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 RUN := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help install browser demo test test-all bench lint clean gpu-check
+.PHONY: help install browser demo test test-all fuzz bench lint clean gpu-check
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ test: install browser  ## every test that needs minutes, not more
 
 test-all: install browser  ## the slow ones as well
 	@$(RUN) python -m pytest
+
+fuzz: install  ## 10^5 hostile inputs to everything that reads
+	@$(RUN) FUZZ_TOTAL=100000 python -m pytest tests/faults/test_fuzz.py --durations=5
 
 bench: install  ## the benchmarks behind the tables in docs/
 	@$(RUN) python tools/benchmark_vocab_parallel.py --output docs/performance

@@ -8,8 +8,10 @@
 # GPUs of the first node run SGLang, started and ended by the first training rank; those of other nodes stay idle.
 #
 # Further words are overrides: bash ... --optimizer.lr 2e-6 --steps 50, or --dry-run. What is not set here or there is in
-# CONFIG. Nothing is downloaded. Status: 0 done, 2 what this script refuses, 1 whatever fails under torchrun. The whole script has run on CPU, on one host and on two (tests/end_to_end/test_multi_node.py);
-# it has not run on a GPU yet. docs/cluster.md says more.
+# CONFIG. Nothing is downloaded. SIGTERM to any node's script saves and ends all of them with status 0; the same command
+# continues. Status: 0 done or saved, 2 what this script refuses, 1 whatever fails under torchrun. The whole script has
+# run on CPU, on one host and on two (tests/end_to_end/test_multi_node.py); it has not run on a GPU yet.
+# docs/cluster.md and docs/reliability.md say more.
 set -euo pipefail
 
 fail() {
@@ -24,7 +26,9 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 MODEL="${MODEL:-models/Qwen3-8B}"            # directory of the Hugging Face checkpoint, at the same path on every node
 DATA="${DATA:-data/train.jsonl}"             # problem, answer, solution; the same file on every node (docs/data.md)
 EVAL_DATA="${EVAL_DATA:-}"                   # held-out problems; empty: no evaluation
-OUTPUT="${OUTPUT:-runs/qwen3-8b-cl-egrsd}"   # must be new or empty; only the first node writes to it
+OUTPUT="${OUTPUT:-runs/qwen3-8b-cl-egrsd}"   # new or empty, or a run to continue; every node must see it
+RESUME="${RESUME-auto}"                      # continue from OUTPUT's newest intact checkpoint; empty: only a new OUTPUT
+SAVE_SECONDS="${SAVE_SECONDS:-600}"          # that torchrun leaves its ranks to save after SIGTERM, or after a failure
 CONFIG="${CONFIG:-$here/configs/qwen3_8b_cl_egrsd.yaml}"  # every hyper-parameter that no line below sets
 
 # The nodes. Slurm's own numbering is used where NODE_RANK is not given.
@@ -46,7 +50,8 @@ TENSOR="${TENSOR:-4}"                        # TP; keep it within a node
 PIPELINE="${PIPELINE:-1}"                    # PP; may cross nodes
 ENGINE_TENSOR="${ENGINE_TENSOR:-1}"          # TP of each launched SGLang server: an 8B model fits on one GPU
 
-for name in NNODES MASTER_PORT RENDEZVOUS_TIMEOUT GPUS_PER_NODE NPROC_PER_NODE TENSOR PIPELINE ENGINE_TENSOR; do
+for name in NNODES MASTER_PORT RENDEZVOUS_TIMEOUT SAVE_SECONDS GPUS_PER_NODE NPROC_PER_NODE TENSOR PIPELINE \
+    ENGINE_TENSOR; do
     positive "$name"
 done
 if ((NNODES == 1)); then
@@ -105,6 +110,7 @@ OPTIMIZER_ARGS=(
 )
 RUN_ARGS=(
     --output "$OUTPUT"
+    ${RESUME:+--checkpoint.resume "$RESUME"}
     ${STEPS:+--steps "$STEPS"}  # rollout batches
     ${SEED:+--seed "$SEED"}     # data order and sampling
 )
@@ -115,12 +121,21 @@ TORCHRUN_ARGS=(
     --master-addr "$MASTER_ADDR"
     --master-port "$MASTER_PORT"
     --rdzv-conf "timeout=$RENDEZVOUS_TIMEOUT"
-    --max-restarts 0  # a failure ends the job on every node: half-updated weights must not go on
+    --shutdown-timeout "$SAVE_SECONDS"
+    --max-restarts 0  # a failure ends the job on every node; the scheduler starts it again, and it continues
 )
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"                            # torchrun's own choice, without its warning
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"    # megatron-core: TP overlap before Blackwell
 
-exec torchrun "${TORCHRUN_ARGS[@]}" -m megatron_egrsd.cli train --config "$CONFIG" \
+# The ranks are told to stop, not torchrun: it would pass the signal on, but report a failure. Job control gives it a
+# process group of its own, which Ctrl-C then has to be passed on to.
+set -m
+torchrun "${TORCHRUN_ARGS[@]}" -m megatron_egrsd.cli train --config "$CONFIG" \
     "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${OBJECTIVE_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${PARALLEL_ARGS[@]}" \
-    "${OPTIMIZER_ARGS[@]}" "${RUN_ARGS[@]}" "$@"
+    "${OPTIMIZER_ARGS[@]}" "${RUN_ARGS[@]}" "$@" &
+launcher=$!
+trap 'kill -TERM $(ps -o pid= --ppid "$launcher") 2>/dev/null || true' TERM
+trap 'kill -INT -- "-$launcher" 2>/dev/null || true' INT
+while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done  # a trap interrupts the first wait
+wait "$launcher"

@@ -17,7 +17,7 @@ _PATIENCE = timedelta(seconds=30)  # for the store to answer
 
 
 class Preemption:
-    """Notes SIGTERM while it is open; a second one ends the process as ever. Made on the main thread."""
+    """Notes SIGTERM while it is open. Made on the main thread."""
 
     def __init__(self):
         self.requested = False
@@ -43,10 +43,8 @@ class Preemption:
 
     def _listen(self, reader: int) -> None:
         while received := os.read(reader, 1):
-            if received[0] != signal.SIGTERM:
+            if received[0] != signal.SIGTERM or self.requested:  # torchrun repeats what a scheduler sent to everybody
                 continue
-            if self.requested:
-                os.kill(os.getpid(), signal.SIGKILL)
             self.requested = True
             if self._store is not None:
                 self._store.set(self._key, "1")

@@ -12,5 +12,8 @@ logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 # And, at every save, that the way it saves itself (without nvidia-resiliency-ext) will go; at every load, that torch's
 # ShardedTensor, which it uses, will.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
+logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)
+warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint")
 cpu.install()  # before the first import of megatron.core; does nothing where CUDA is available

@@ -29,7 +29,10 @@ def initialize(config: ParallelConfig, seed: int) -> torch.device:
     else:
         device, backend = torch.device("cpu"), "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps its store over a restart: without a name for each, gloo would connect to the ranks that died.
+        store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel(
@@ -60,7 +63,8 @@ def lost_contact(error: BaseException | None) -> RunError | None:
     rank = os.environ.get("RANK", "0")
     return RunError(
         f"rank {rank} on {socket.gethostname()} lost contact to another rank; if a node or rank failed first, its own "
-        f"message says why, else check the network, or raise parallel.timeout ({reason})"
+        f"message says why, else check the network, or raise parallel.timeout ({reason}); --resume auto continues "
+        "from the last checkpoint"
     )
 
 

@@ -10,12 +10,10 @@ a crash), the kernel does: see launch_guard.py.
 import atexit
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from megatron_egrsd.config import ModelConfig, RolloutConfig
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout import cpu_platform
 from megatron_egrsd.rollout.launch_guard import KEY_VARIABLE, PARENT_VARIABLE
+from megatron_egrsd.rollout.scratch import Scratch
 
 _POLL = 0.1  # seconds between two looks at a starting server
 _GRACE = 5.0  # seconds a killed server's processes have to be gone
@@ -45,10 +44,6 @@ class Server:
         self.log = log
         self.children: list[psutil.Process] = []  # known once it is healthy
         self.lost = ""  # why it does not count, until it has the current weights again
-
-    def note_children(self) -> None:
-        if self.process is not None:
-            self.children = psutil.Process(self.process.pid).children(recursive=True)
 
     def ended(self) -> str:
         """Why a launched server has ended: exit code or ended process, last error line and log path; "" if it runs."""
@@ -87,7 +82,7 @@ class RolloutServers:
         self.servers: list[Server] = []
         self.restarts = 0
         self._closed = False
-        self._scratch = ""
+        self._scratch: Scratch | None = None
         if config.urls:
             self.servers = [Server(url.rstrip("/")) for url in config.urls]
         else:
@@ -95,7 +90,7 @@ class RolloutServers:
                 raise BadArgument(f"model.path is {model.path!r}, but there is no config.json in it; "
                                   "give the directory of a Hugging Face checkpoint")  # fmt: skip
             ports = [choose_port(config.host, config.port and config.port + i) for i in range(config.engines)]
-            self._scratch = tempfile.mkdtemp(prefix="megatron-egrsd-")  # SGLang leaves its sockets behind
+            self._scratch = Scratch()
             atexit.register(self.close)
         try:
             if not config.urls:
@@ -173,7 +168,8 @@ class RolloutServers:
         self._closed = True
         atexit.unregister(self.close)
         _end(*(server.process for server in self.servers if server.process is not None))
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        if self._scratch is not None:
+            self._scratch.remove()
 
     def __enter__(self) -> "RolloutServers":
         return self
@@ -193,7 +189,7 @@ class RolloutServers:
         torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
                     "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k not in torchrun}
-        environment |= {PARENT_VARIABLE: str(os.getpid()), "TMPDIR": self._scratch}
+        environment |= {PARENT_VARIABLE: str(os.getpid()), "TMPDIR": str(self._scratch.path)}
         environment |= {KEY_VARIABLE: key} if (key := api_key(config)) else {}
         if device == "cpu":
             # More threads a server than cores make it fifty times slower: one, unless the user says otherwise.
@@ -217,7 +213,9 @@ class RolloutServers:
                     if reason := server.ended():
                         raise RunError(reason)
                 for server in [server for server in waiting if _is_healthy(http, server.url)]:
-                    server.note_children()
+                    if server.process is not None:
+                        server.children = psutil.Process(server.process.pid).children(recursive=True)
+                        self._scratch.note(server.children)
                     waiting.remove(server)
                 if waiting and time.monotonic() > deadline:
                     server = waiting[0]

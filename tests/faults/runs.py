@@ -1,0 +1,157 @@
+"""Whole training runs of the tiny model as processes that can be killed, frozen and started again."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "examples" / "tiny" / "model"
+PROMPTS, PER_PROMPT = 4, 4
+
+
+class Run:
+    """One start of `megatron-egrsd train`, in a process group of its own."""
+
+    def __init__(self, output: Path, *, ranks: int = 1, restarts: int = 0, **overrides):
+        settings = {
+            "config": ROOT / "examples/configs/tiny_cpu.yaml", "model.path": MODEL, "output": output,
+            "data.train": ROOT / "examples/tiny/train.jsonl", "data.evaluation": "",
+            "rollout.prompts_per_step": PROMPTS, "rollout.rollouts_per_prompt": PER_PROMPT,
+            "rollout.max_total_tokens": 16384, "rollout.max_response_tokens": 100, "rollout.start_timeout": 150,
+            "checkpoint.every": 1, "resume": "auto", **overrides,
+        }  # fmt: skip
+        launcher = [sys.executable, "-m"]
+        if ranks > 1:
+            launcher += [
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={ranks}",
+                f"--max-restarts={restarts}",
+            ]
+            launcher += ["-m"]
+        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        output.mkdir(parents=True, exist_ok=True)
+        self.output = output
+        self.log = output.parent / f"{output.name}-{time.monotonic_ns()}.log"
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [*launcher, "megatron_egrsd.cli", "train", *words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process in self.all():
+            process.kill()
+        self.process.wait(20)
+
+    def all(self) -> list[psutil.Process]:
+        """The process, torchrun's ranks and SGLang's processes."""
+        try:
+            first = psutil.Process(self.process.pid)
+            return [first, *first.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def find(self, *words: str) -> list[psutil.Process]:
+        """Those whose command line holds all `words`."""
+        found = []
+        for process in self.all():
+            try:
+                if all(word in " ".join(process.cmdline()) for word in words):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def ranks(self) -> list[psutil.Process]:
+        """The training processes, by rank."""
+        found = [
+            p for p in self.find("megatron_egrsd.cli train") if "torch.distributed.run" not in " ".join(p.cmdline())
+        ]
+        return sorted(found, key=lambda p: int(p.environ().get("RANK", "0")))
+
+    def await_step(self, step: int, timeout: float = 180) -> None:
+        """Return when metrics.jsonl holds step `step`, or the run has ended."""
+        deadline = time.monotonic() + timeout
+        while self.process.poll() is None and max(steps(self.output), default=0) < step:
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.05)
+
+    def finish(self, timeout: float = 240) -> int:
+        """The exit status."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout} s:\n{self.text()}") from None
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")[-6000:]
+
+    def last_word(self) -> str:
+        """What the command line said at its end."""
+        lines = [line for line in self.text().splitlines() if line.startswith("megatron-egrsd: ")]
+        assert lines, self.text()
+        return lines[0]
+
+
+def rows(output: Path) -> list[dict]:
+    """The steps of metrics.jsonl; a line that is being written is not there yet."""
+    path = output / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    return [row for line in lines if "loss/policy" in (row := json.loads(line)) or "optimizer/updates" in row]
+
+
+def steps(output: Path) -> list[int]:
+    return [row["step"] for row in rows(output)]
+
+
+def numbers(output: Path) -> list[dict]:
+    """The metrics without what a clock says."""
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows(output)]
+
+
+def write_replay(directory: Path, count: int, seed: int = 0) -> Path:
+    """`count` batches of made-up responses to the tiny task's own prompts, as step_NNNNNN.jsonl."""
+    from transformers import AutoTokenizer
+
+    from megatron_egrsd.config import DataConfig
+    from megatron_egrsd.data.problems import load_problems
+    from megatron_egrsd.data.prompts import PromptBuilder
+    from megatron_egrsd.samples import Rollout, save_rollouts
+
+    chance = random.Random(seed)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    config = DataConfig(teacher_template="{problem} {solution}", enable_thinking=False)
+    builder = PromptBuilder(tokenizer, config, 100, 1024)
+    problems = load_problems(str(ROOT / "examples/tiny/train.jsonl"), config)
+    for step in range(1, count + 1):
+        rollouts = []
+        for group, problem in enumerate(chance.sample(problems, PROMPTS)):
+            prompt = builder.build(problem)
+            for k in range(PER_PROMPT):
+                ids = [chance.randrange(3, 40) for _ in range(chance.randrange(5, 60))]
+                log_probs = [-3 * chance.random() for _ in ids]
+                rollouts.append(Rollout(prompt, group, ids, log_probs, "stop", step - 1, "", float((k + group) % 2)))
+        save_rollouts(rollouts, directory / f"step_{step:06d}.jsonl")
+    return directory
+
+
+def replayed(directory: Path) -> dict:
+    """Settings of a run without SGLang."""
+    return {"debug": "train-only", "replay": directory, "max_log_prob_difference": 100}
+
+
+def kill(process: psutil.Process, number: int = signal.SIGKILL) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
