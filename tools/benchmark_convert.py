@@ -3,13 +3,16 @@
 
     python tools/benchmark_convert.py                 # a 0.6B-shaped model in bf16, both ways and verify
     python tools/benchmark_convert.py --memory        # peak anonymous memory of models of 4 to 32 layers
+    python tools/benchmark_convert.py --copies        # ways to copy the same bytes in Python, and their SHA-256
 
 Every measurement runs in a fresh process. Anonymous memory is what the process allocates itself (VmRSS without the
 pages of mapped files, which the kernel can drop at any time), sampled every 5 ms; the number includes Python and torch.
 """
 
 import argparse
+import hashlib
 import json
+import mmap
 import os
 import shutil
 import statistics
@@ -127,13 +130,59 @@ def throughput(directory: Path, repeats: int) -> None:
         for name in ("megatron", "again"):
             shutil.rmtree(directory / name)
     cp = statistics.median(seconds["cp"])
-    print(f"{nbytes / 1e9:.2f} GB of bf16, median of {repeats} runs\n")
+    print(f"{nbytes / 1e9:.2f} GB of bf16, median of {repeats} runs, {load()}\n")
     print("| | seconds | GB/s | ratio to cp | peak anonymous GB |\n|---|---|---|---|---|")
     for name, runs in seconds.items():
         median = statistics.median(runs)
         peak = f"{peaks[name] / 1e9:.2f}" if peaks[name] else ""
         print(f"| {name} | {median:.2f} ({min(runs):.2f}-{max(runs):.2f}) | {nbytes / 1e9 / median:.2f} "
               f"| {cp / median:.2f} | {peak} |")  # fmt: skip
+
+
+def copies(directory: Path, repeats: int) -> None:
+    """Interleaved copies of one file: through a buffer that is reused, from a mapping, through fresh buffers."""
+    make_model(directory / "hf")
+    source, target = directory / "hf" / "model.safetensors", directory / "copy"
+    nbytes, piece, large = source.stat().st_size, bytearray(1 << 19), 64 << 20
+
+    def reused(read, write):
+        view = memoryview(piece)
+        while count := read.readinto(view):
+            write.write(view[:count])
+
+    def mapped(read, write):
+        with mmap.mmap(read.fileno(), 0, prot=mmap.PROT_READ) as mapping, memoryview(mapping) as view:
+            for start in range(0, nbytes, large):
+                write.write(view[start : start + large])
+
+    def fresh(read, write):
+        while data := read.read(large):
+            write.write(data)
+
+    def hashed(read, write):
+        hashlib.file_digest(read, "sha256")
+
+    ways = {"512 KiB buffer, reused": reused, "mapped file": mapped, "a fresh 64 MiB buffer a write": fresh,
+            "SHA-256, nothing written": hashed}  # fmt: skip
+    seconds = {name: [] for name in ("cp", *ways)}
+    for _ in range(repeats):
+        os.sync()
+        seconds["cp"].append(copied(directory / "hf", target))
+        for name, way in ways.items():
+            os.sync()
+            start = time.perf_counter()
+            with open(source, "rb", buffering=0) as read, open(target, "wb", buffering=0) as write:
+                way(read, write)
+            seconds[name].append(time.perf_counter() - start)
+            target.unlink()
+    print(f"{nbytes / 1e9:.2f} GB, median of {repeats} runs, {load()}\n\n| | GB/s |\n|---|---|")
+    for name, runs in seconds.items():
+        print(f"| {name} | {nbytes / 1e9 / statistics.median(runs):.2f} "
+              f"({nbytes / 1e9 / max(runs):.2f}-{nbytes / 1e9 / min(runs):.2f}) |")  # fmt: skip
+
+
+def load() -> str:
+    return f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
 
 
 def memory(directory: Path) -> None:
@@ -155,9 +204,10 @@ def memory(directory: Path) -> None:
 
 
 def main() -> None:
-    """Parse the arguments and run one of the two benchmarks."""
+    """Parse the arguments and run one of the benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", action="store_true", help="peak memory against depth instead of throughput")
+    parser.add_argument("--copies", action="store_true", help="ways to copy a file instead of conversions")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="where to write (default: the system's temporary directory)")
     parser.add_argument("--child", nargs=3, metavar=("ACTION", "SOURCE", "TARGET"), help=argparse.SUPPRESS)
@@ -168,6 +218,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="convert-") as directory:
         if arguments.memory:
             memory(Path(directory))
+        elif arguments.copies:
+            copies(Path(directory), arguments.repeats)
         else:
             throughput(Path(directory), arguments.repeats)
 
