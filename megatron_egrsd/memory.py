@@ -80,9 +80,9 @@ def shard_shapes(arch: Architecture, tensor: int, pipeline: int, stage: int, exp
 @functools.cache
 def _one_layer(arch: Architecture, tensor: int, expert: int) -> dict[str, torch.Size]:
     """Shapes of a rank's shard if the model had one layer, from the table that moves the weights (hf/mapping.py)."""
-    arch = replace(arch, num_layers=1, num_experts=arch.num_experts // expert)
+    arch = replace(arch, num_layers=1)
     hf, shapes = hf_shapes(arch), {}
-    for entry in entries(arch):
+    for entry in entries(replace(arch, num_experts=arch.num_experts // expert)):
         full = entry.layout.join([torch.empty(hf[name], device="meta") for name in entry.hf], arch, tensor)
         shapes[entry.megatron] = entry.layout.shard(full, 0, tensor).shape
     return shapes
