@@ -1,0 +1,129 @@
+"""The step-time model behind tools/plan.py: its operations against torch's count, its clock against a simulation."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_egrsd.config import parse_config
+from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.samples import Problem, Prompt, Rollout, save_rollouts
+from tests.published import PARAMETERS, PUBLISHED
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))  # a tool finds its siblings beside it
+import check_step_time  # noqa: E402
+import step_time  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools/plan.py")
+plan_tool = importlib.util.module_from_spec(spec)
+sys.modules["plan_tool"] = plan_tool
+spec.loader.exec_module(plan_tool)
+
+
+@pytest.mark.parametrize("name", ["Qwen3-8B", "Qwen3-4B"])
+def test_operations_are_those_that_torch_counts(name):
+    """A forward pass of transformers' model on the meta device; torch counts the masked half of the scores as well."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    fields = {k: v for k, v in PUBLISHED[name].items() if k not in ("architectures", "model_type", "torch_dtype")}
+    tokens = 1024
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(Qwen3Config(**fields))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, tokens, dtype=torch.int64))
+    arch = Architecture.from_config(PUBLISHED[name])
+    masked = 2.0 * arch.num_layers * arch.num_heads * arch.head_dim * tokens**2
+    counted = counter.get_total_flops()
+    assert step_time.forward_flops(arch, [tokens]) + step_time.head_flops(arch, tokens) + masked == pytest.approx(
+        counted, rel=2e-3
+    )
+
+
+def test_a_mixture_computes_with_the_experts_it_chooses():
+    arch = Architecture.from_config(PUBLISHED["Qwen3-30B-A3B"])
+    used, every = step_time.layer_parameters(arch)
+    embeddings = 2 * arch.vocab_size * arch.hidden_size
+    assert every + embeddings == PARAMETERS["Qwen3-30B-A3B"]
+    assert used + embeddings == pytest.approx(3.3e9, rel=0.02)  # A3B: 3.3 billion active, says the model card
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 12), st.integers(0, 5))
+def test_generation_is_simulated_step_by_step(responses, slots, prompt):
+    def step(running: int, context: float) -> float:
+        return 1.0 + 0.1 * running + 0.01 * running * context
+
+    waiting, running, seconds = list(responses), [], 0.0
+    while waiting or running:
+        while waiting and len(running) < slots:
+            running.append([waiting.pop(0), 0])
+        # The middle of the step: as long as a context grows linearly, the mean over steps.
+        seconds += step(len(running), prompt + sum(done + 0.5 for _, done in running) / len(running))
+        running = [[length, done + 1] for length, done in running if done + 1 < length]
+    assert step_time.generate_seconds(step, responses, prompt, slots) == pytest.approx(seconds)
+
+
+def test_tables(tmp_path):
+    command = [sys.executable, ROOT / "tools/plan.py", "--models", "Qwen3-8B", "Qwen3-32B", "--gpus", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| Qwen3")]
+    assert len(rows) == 4 and all(row.count("|") == 15 for row in rows)
+    assert "does not fit" in rows[1] and "does not fit" not in rows[0]  # 8 H100 hold 8B, not 32B and its servers
+    done = subprocess.run([*command[:3], "no/model", "--gpus", "8"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "no/model does not exist" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_choice_fits_and_is_the_fastest():
+    arch, machine = Architecture.from_config(PUBLISHED["Qwen3-8B"]), plan_tool.MACHINES["H100"]
+    batch = step_time.Batch(300, 1500, plan_tool.long_tailed(256, 16384))
+    choices = list(plan_tool._choices(arch, machine, 8, batch))
+    best = plan_tool.best(arch, machine, 8, batch)
+    assert best.step == min(c.step for c in choices)
+    for c in choices:
+        assert c.memory <= 0.95 * machine.memory and c.serving + c.training == 8
+        assert 256 % (c.training // c.parallel.model_parallel) == 0
+        assert c.one_step_off <= c.step
+
+
+def _run(path: Path, prompts: int, longest: int, seed: int) -> None:
+    """A run whose phases took exactly what constants say: 3 ms a decoding step, 40 us a sequence, and so on."""
+    config = parse_config(["--config", str(ROOT / "examples/configs/tiny_cpu.yaml"), "--model.path",
+                           str(ROOT / "examples/tiny/model"), "--rollout.prompts_per_step", str(prompts)])  # fmt: skip
+    path.mkdir()
+    (path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    arch = Architecture.from_pretrained(config.model.path)
+    generator = torch.Generator().manual_seed(seed)
+    with (path / "metrics.jsonl").open("w") as metrics:
+        for number in range(1, 9):
+            rollouts = []
+            for group in range(prompts):
+                prompt = Prompt(Problem("p", "p", "a", "s"), [1] * 20, [1] * 40)
+                for k in range(8):
+                    n = int(torch.randint(5, longest, (1,), generator=generator))
+                    rollouts.append(Rollout(prompt, group, [1] * n, [0.0] * n, "stop", 0, "", float(k % 2)))
+            save_rollouts(rollouts, path / f"rollouts/step_{number:06d}.jsonl")
+            terms = check_step_time._terms(rollouts, config, arch)
+            constants = {"generate": (3e-3, 4e-5), "score": (1e-11, 0.02), "train": (2e-11, 0.05), "sync": (0.3,)}
+            seconds = {f"time/{p}": sum(map(float.__mul__, map(float, terms[p]), c)) for p, c in constants.items()}
+            disturbed = 3.0 if number == 4 else 1.0  # by other load
+            metrics.write(json.dumps({"step": number} | {k: v * disturbed for k, v in seconds.items()}) + "\n")
+
+
+def test_constants_of_one_run_predict_another(tmp_path, capsys):
+    _run(tmp_path / "a", prompts=4, longest=200, seed=0)
+    _run(tmp_path / "b", prompts=12, longest=100, seed=1)
+    check_step_time.check([tmp_path / "a", tmp_path / "b"])
+    out = capsys.readouterr().out
+    assert "a decoding step 3.00 ms + 40 us a sequence; scoring 100.0 GFLOP/s + 20 ms a micro-batch" in out
+    errors = [line.split("|")[6].strip() for line in out.splitlines() if line.startswith("| b ")]
+    assert [e.lstrip("+-") for e in errors] == ["0%"] * 4

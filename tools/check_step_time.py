@@ -1,0 +1,104 @@
+"""`plan.py check A B ...`: constants of the machine from the steps of run A, and what they predict for the others.
+
+The runs need `--dump_rollouts true`, the same model and the same layout; batch, lengths and micro-batches may differ.
+What is fitted are the terms of step_time.py: a decoding step's fixed cost and its cost a sequence, the rate of matrix
+products and a micro-batch's fixed cost, for scoring and training apart, and the seconds of a sync.
+"""
+
+import json
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from step_time import forward_flops, generate_seconds, head_flops
+
+from megatron_egrsd.config import Config, parse_config
+from megatron_egrsd.data.packing import schedule
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.objective import advantages
+from megatron_egrsd.samples import Rollout, load_rollouts
+
+PHASES = ("generate", "score", "train", "sync")
+
+
+def check(runs: list[Path]) -> None:
+    """Print measured and predicted seconds of each phase of each run. BadArgument where a run lacks its records."""
+    if not runs:
+        raise BadArgument(
+            "check takes run directories: the first one to take the constants from, the others to predict"
+        )
+    terms, seconds = zip(*(_read(run) for run in runs), strict=True)
+    constants = {phase: _fit(terms[0][phase], seconds[0][phase]) for phase in PHASES}
+    c = constants
+    print(
+        f"{runs[0]}: a decoding step {c['generate'][0] * 1e3:.2f} ms + {c['generate'][1] * 1e6:.0f} us a sequence; "
+        f"scoring {1e-9 / c['score'][0]:.1f} GFLOP/s + {c['score'][1] * 1e3:.0f} ms a micro-batch; "
+        f"training {1e-9 / c['train'][0]:.1f} GFLOP/s + {c['train'][1] * 1e3:.0f} ms\n"
+    )
+    print("| run | steps | phase | predicted | measured | error |\n|---|--:|---|--:|--:|--:|")
+    for run, features, measured in zip(runs, terms, seconds, strict=True):
+        for phase in PHASES:
+            predicted, found = median(features[phase] @ constants[phase]), median(measured[phase])
+            print(
+                f"| {run.name} | {len(measured[phase])} | {phase} | {predicted:.2f} s | {found:.2f} s | "
+                f"{predicted / found - 1:+.0%} |"
+            )
+
+
+def _read(run: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Terms [steps, n] and seconds [steps] of each phase. The first step, which warms up, is left out."""
+    files = sorted((run / "rollouts").glob("step_*.jsonl"))[1:]
+    if not (run / "config.yaml").is_file() or not files:
+        raise BadArgument(f"{run} is no run of two steps or more with --dump_rollouts true")
+    config = parse_config(["--config", str(run / "config.yaml")])
+    arch = Architecture.from_pretrained(config.model.path)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    by_step = {row["step"]: row for row in rows if "time/train" in row}
+    steps = [_terms(load_rollouts(file), config, arch) for file in files]
+    measured = [by_step[int(file.stem.removeprefix("step_"))] for file in files]
+    return (
+        {phase: np.array([step[phase] for step in steps]) for phase in PHASES},
+        {phase: np.array([row[f"time/{phase}"] for row in measured]) for phase in PHASES},
+    )
+
+
+def _terms(rollouts: list[Rollout], config: Config, arch: Architecture) -> dict[str, list[float]]:
+    """What multiplies each phase's constants, for one step on one data-parallel rank."""
+    import torch
+
+    advantage = advantages(
+        torch.tensor([r.reward for r in rollouts]), torch.tensor([r.group for r in rollouts]), config.objective
+    ).tolist()
+    trained = [r for r, a in zip(rollouts, advantage, strict=True) if a]
+    responses = [len(r.response_ids) for r in rollouts]
+    slots = min(config.rollout.max_concurrent_requests, len(responses))
+    decoding = [generate_seconds(step, responses, 0, slots) for step in (lambda n, _: 1.0, lambda n, _: float(n))]
+    teachers = [len(r.prompt.teacher_ids) + len(r.response_ids) for r in rollouts]
+    students = [len(r.prompt.student_ids) + len(r.response_ids) for r in trained]
+    rows = sum(len(r.response_ids) for r in trained)
+    budget = config.parallel.max_tokens_per_microbatch
+    return {
+        "generate": decoding,
+        "score": [
+            forward_flops(arch, teachers) + head_flops(arch, sum(responses)),
+            len(schedule([teachers], budget)[0]),
+        ],
+        "train": [
+            3 * (forward_flops(arch, students) + head_flops(arch, rows)),
+            len(schedule([students], budget)[0]) if students else 0,
+        ],
+        "sync": [1.0],
+    }
+
+
+def _fit(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Constants [n] >= 0 by least squares over the undisturbed half of the steps: other load only ever adds time."""
+    kept = np.arange(len(seconds))
+    for _ in range(5):
+        constants = np.linalg.lstsq(terms[kept], seconds[kept], rcond=None)[0]
+        if (constants < 0).any():  # too few different steps to tell the terms apart: the first one alone
+            constants = np.zeros(terms.shape[1])
+            constants[0] = median(seconds[kept] / terms[kept, 0])
+        kept = np.argsort(seconds / (terms @ constants))[: max(2, len(seconds) // 2)]
+    return constants

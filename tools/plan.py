@@ -1,0 +1,240 @@
+#!/usr/bin/env python
+"""Where the GPUs of a cluster should go, and how long a step takes: the tables of docs/scaling.md.
+
+    python tools/plan.py                                   # every table, H100 and H200
+    python tools/plan.py --models Qwen3-8B --gpus 8 --machine H200 --rollouts 512
+    python tools/plan.py check runs/a runs/b               # constants from run a, its prediction of run b
+
+Every layout that fits into memory is timed with the model of tools/step_time.py; the fastest is shown.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+from step_time import (
+    Batch,
+    Machine,
+    decode_step_seconds,
+    forward_flops,
+    generate_seconds,
+    pass_seconds,
+    sync_seconds,
+    update_seconds,
+)
+
+from megatron_egrsd.config import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.memory import Placement, rank_memory, shard_shapes
+
+MODELS = json.loads((Path(__file__).parent / "published_models.json").read_text())
+
+# Peaks: NVIDIA's data sheets of the SXM modules (dense bf16; NVLink 900 GB/s in both directions together; one 400 Gb/s
+# port a GPU as in DGX). Shares reached: assumed, docs/scaling.md says from what.
+GEMM, HBM, WIRE = 0.5, 0.8, 0.8
+MACHINES = {
+    name: Machine(name, memory << 30, 989e12 * GEMM, hbm * HBM, 450e9 * WIRE, 50e9 * WIRE, decode_seconds=0.7e-3)
+    for name, memory, hbm in (("H100", 79, 3.35e12), ("H200", 140, 4.8e12))
+}
+ROLLOUTS = {8: 256, 64: 1024, 512: 4096}  # a step's, by GPUs: the batch grows more slowly than the cluster
+SERVER_SHARE = 0.88  # of a GPU that SGLang takes for weights and KV cache
+TRAINER_SHARE = 0.95  # of a GPU that a training rank may be planned to fill
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A division of the GPUs, what it takes of memory (bytes) and time (seconds)."""
+
+    serving: int
+    engine_tensor: int
+    training: int
+    parallel: ParallelConfig
+    expert: int
+    memory: int
+    generate: float
+    score: float
+    train: float
+    sync: float
+
+    @property
+    def step(self) -> float:
+        return self.generate + self.score + self.train + self.sync
+
+    @property
+    def one_step_off(self) -> float:
+        """The next batch sampled while this one trains."""
+        return max(self.generate, self.score + self.train) + self.sync
+
+    @property
+    def bottleneck(self) -> str:
+        return max(("generate", "score", "train", "sync"), key=lambda phase: getattr(self, phase))
+
+
+def long_tailed(count: int, cut: int) -> list[int]:
+    """Response lengths: quantiles of a lognormal of median 3,000 tokens and sigma 0.9, cut at `cut`; shuffled."""
+    normal = NormalDist(math.log(3000), 0.9)
+    lengths = [min(cut, round(math.exp(normal.inv_cdf((i + 0.5) / count)))) for i in range(count)]
+    random.Random(0).shuffle(lengths)
+    return lengths
+
+
+def best(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> Choice | None:
+    """The fastest division of `gpus` that fits, or None."""
+    choices = list(_choices(arch, machine, gpus, batch))
+    return min(choices, key=lambda choice: choice.step, default=None)
+
+
+def _choices(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> Iterator[Choice]:
+    # In eighths: of a node where there is one, else of the cluster, where a whole node either trains or serves.
+    shares = [gpus * eighth // 8 for eighth in range(1, 8)]
+    generated = {n: _generate(arch, machine, n, batch) for n in shares}
+    students = [batch.student_prompt + n for n in batch.responses]
+    teachers = [batch.teacher_prompt + n for n in batch.responses]
+    response_rows = sum(batch.responses)
+    for training in shares:
+        if (served := generated[gpus - training]) is None:
+            continue
+        for parallel, expert in _layouts(arch, machine, training, len(students), max(teachers)):
+            memory = _memory(arch, parallel, training, expert, max(teachers))
+            if memory > TRAINER_SHARE * machine.memory:
+                continue
+            score = pass_seconds(machine, arch, parallel, training, teachers, response_rows, train=False, expert=expert)
+            train = pass_seconds(machine, arch, parallel, training, students, response_rows, train=True, expert=expert)
+            own = max(
+                sum(math.prod(shape) for shape in _shapes(arch, parallel, stage, expert).values())
+                for stage in (0, parallel.pipeline - 1)
+            )
+            train += update_seconds(machine, parallel, training, own)
+            sync = sync_seconds(machine, arch, parallel, RolloutConfig().sync_bucket_mib << 20)
+            yield Choice(gpus - training, served[1], training, parallel, expert, memory, served[0], score, train, sync)
+
+
+def _generate(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> tuple[float, int] | None:
+    """(seconds, TP of a server) of sampling on `gpus`: the fastest TP whose KV cache holds a longest response."""
+    cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * 2  # bytes of a token
+    found = []
+    for tensor in (1, 2, 4, 8):
+        if gpus % tensor:
+            continue
+        tokens = (SERVER_SHARE * machine.memory * tensor - 2 * arch.num_parameters) / cache
+        if tokens < batch.student_prompt + max(batch.responses):
+            continue
+        engines = gpus // tensor
+        slots = max(1, int(tokens // (batch.student_prompt + np.mean(batch.responses))))
+
+        def step(running: int, context: float, tensor=tensor) -> float:
+            return decode_step_seconds(machine, arch, tensor, running, context)
+
+        shares = [batch.responses[i::engines] for i in range(min(engines, len(batch.responses)))]
+        slowest = max(shares, key=sum)
+        prefill = forward_flops(arch, [batch.student_prompt] * len(slowest)) / 8 / tensor / machine.flops  # shared by 8
+        found.append((generate_seconds(step, slowest, batch.student_prompt, slots) + prefill, tensor))
+    return min(found, default=None)
+
+
+def _layouts(arch, machine, ranks, rollouts, longest) -> Iterator[tuple[ParallelConfig, int]]:
+    for tensor in (1, 2, 4, 8):
+        for pipeline in (p for p in (1, 2, 3, 4, 6, 8, 12, 16) if arch.num_layers % p == 0):
+            for expert in (1, 2, 4, 8, 16) if arch.num_experts else (1,):
+                if arch.num_kv_heads % tensor or ranks % (tensor * pipeline * expert):
+                    continue
+                replicas = ranks // (tensor * pipeline)
+                if rollouts % replicas:
+                    continue
+                for recompute in (False, True):
+                    yield ParallelConfig(
+                        tensor=tensor, pipeline=pipeline, sequence_parallel=tensor > 1, distributed_optimizer=True,
+                        max_tokens_per_microbatch=longest, recompute=recompute,
+                    ), expert  # fmt: skip
+
+
+_cache: dict = {}
+
+
+def _shapes(arch, parallel, stage, expert):
+    key = (arch, parallel.tensor, parallel.pipeline, stage, expert)
+    if key not in _cache:
+        _cache[key] = shard_shapes(arch, parallel.tensor, parallel.pipeline, stage, expert)
+    return _cache[key]
+
+
+def _memory(arch: Architecture, parallel: ParallelConfig, ranks: int, expert: int, tokens: int) -> int:
+    """Bytes of the largest rank: the first stage has most micro-batches in flight, the last one the LM head."""
+    config = Config(ModelConfig(path="-"), DataConfig(train="-"), parallel=parallel)
+    stages = {0, parallel.pipeline - 1}
+    place = Placement(gpu=True, transformer_engine=True)
+    return max(rank_memory(config, arch, ranks, s, place, tokens=tokens, expert=expert).total for s in stages)
+
+
+_COLUMNS = ("model", "GPUs", "rollouts", "serving", "training", "a GPU", "generate", "score", "train", "sync", "step",
+            "one step off", "bottleneck", "tokens/s a GPU")  # fmt: skip
+
+
+def table(machine: Machine, models: list[str], gpu_counts: list[int], rollouts: int | None, cut: int) -> Iterator[str]:
+    """Markdown: for each model and number of GPUs the fastest division that fits."""
+    yield f"| {' | '.join(_COLUMNS)} |"
+    yield "|---" * len(_COLUMNS) + "|"
+    for name in models:
+        arch = architecture(name)
+        for gpus in gpu_counts:
+            count = rollouts or ROLLOUTS.get(gpus, 256)
+            batch = Batch(300, 1500, long_tailed(count, cut))
+            cells = [Path(name).name, str(gpus), f"{count:,}"]
+            if (c := best(arch, machine, gpus, batch)) is None:
+                cells += ["does not fit", f"{training_state(arch) / 2**30:,.0f} GiB to train"]
+                yield f"| {' | '.join(cells)} |" + " |" * (len(_COLUMNS) - len(cells))
+                continue
+            p = c.parallel
+            layout = f"{c.training}: TP {p.tensor}" + (f" PP {p.pipeline}" if p.pipeline > 1 else "")
+            layout += f" EP {c.expert}" if c.expert > 1 else ""
+            layout += f" DP {c.training // p.model_parallel}" + (", recompute" if p.recompute else "")
+            cells += [f"{c.serving // c.engine_tensor} x TP {c.engine_tensor}", layout, f"{c.memory / 2**30:.0f} GiB"]
+            cells += [f"{seconds:.1f} s" for seconds in (c.generate, c.score, c.train, c.sync, c.step, c.one_step_off)]
+            yield f"| {' | '.join(cells)} | {c.bottleneck} | {sum(batch.responses) / c.step / gpus:,.0f} |"
+
+
+def training_state(arch: Architecture) -> int:
+    """Bytes of weights, gradients and Adam over all ranks: 2 + 4 + 12 a parameter."""
+    return 18 * arch.num_parameters
+
+
+def architecture(name: str) -> Architecture:
+    """A published model by its name, or a directory with a config.json."""
+    return Architecture.from_config(MODELS[name]) if name in MODELS else Architecture.from_pretrained(name)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["check"]:
+        from check_step_time import check
+
+        check([Path(run) for run in sys.argv[2:]])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", nargs="+", default=["Qwen3-8B", "Qwen3-32B", "Qwen3-30B-A3B"], help="or directories"
+    )
+    parser.add_argument("--gpus", nargs="+", type=int, default=list(ROLLOUTS), choices=range(8, 4097, 8), metavar="N")
+    parser.add_argument("--machine", choices=list(MACHINES), help="default: each")
+    parser.add_argument("--rollouts", type=int, help=f"a step's; default by GPUs: {ROLLOUTS}")
+    parser.add_argument("--longest", type=int, default=16384, help="tokens at which a response is cut")
+    options = parser.parse_args()
+    for machine in [MACHINES[options.machine]] if options.machine else MACHINES.values():
+        print(f"\n{machine.name}\n")
+        for line in table(machine, options.models, options.gpus, options.rollouts, options.longest):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadArgument as error:
+        print(f"plan.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,170 @@
+"""How long a step takes: sampling, scoring, training and weight sync, from sizes and a machine's constants.
+
+Floating-point operations: a matrix product of m x k by k x n is 2mkn. Causal attention over a sequence of s tokens is
+2 N D s^2 a layer (two products, half of each masked). A backward pass is two forward passes. Bytes of a collective are
+those of the ring algorithms. Nothing overlaps, as in the engine today. docs/scaling.md derives and discusses it.
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_egrsd.config import ParallelConfig
+from megatron_egrsd.hf.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU (or CPU) and its network. Rates are peaks times the share that is assumed to be reached.
+
+    flops           FLOP/s of matrix products
+    memory_rate     bytes/s from HBM while decoding
+    link, network   bytes/s out of a GPU to others of its node, and to other nodes
+    decode_seconds  a decoding step's fixed cost
+    pass_seconds    a micro-batch's fixed cost, forward or backward
+    tensor_seconds  fixed cost of gathering and sending one tensor in a weight sync
+    bucket_seconds  fixed cost of one bucket: a request to every server
+    """
+
+    name: str
+    memory: int
+    flops: float
+    memory_rate: float
+    link: float
+    network: float
+    decode_seconds: float = 2e-3
+    pass_seconds: float = 5e-3
+    tensor_seconds: float = 2e-4
+    bucket_seconds: float = 10e-3
+    node: int = 8
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's rollouts, in tokens: the student's and the teacher's prompt, and each response."""
+
+    student_prompt: int
+    teacher_prompt: int
+    responses: Sequence[int]
+
+
+def layer_parameters(arch: Architecture) -> tuple[int, int]:
+    """Weights of all layers that one token passes through, and all there are."""
+    embeddings = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
+    every = arch.num_parameters - embeddings
+    if not arch.num_experts:
+        return every, every
+    expert = 3 * arch.hidden_size * arch.expert_intermediate_size * arch.num_layers
+    return every - (arch.num_experts - arch.experts_per_token) * expert, every
+
+
+def forward_flops(arch: Architecture, lengths: Sequence[int]) -> float:
+    """FLOPs of one forward pass through the layers over sequences of `lengths` tokens."""
+    used, _ = layer_parameters(arch)
+    squares = sum(n * n for n in lengths)
+    return 2.0 * used * sum(lengths) + 2.0 * arch.num_layers * arch.num_heads * arch.head_dim * squares
+
+
+def head_flops(arch: Architecture, rows: int) -> float:
+    """FLOPs of one product of `rows` hidden states with the LM head."""
+    return 2.0 * rows * arch.vocab_size * arch.hidden_size
+
+
+def pass_seconds(
+    machine: Machine, arch: Architecture, parallel: ParallelConfig, ranks: int, lengths: Sequence[int], rows: int, *,
+    train: bool, expert: int = 1,
+) -> float:  # fmt: skip
+    """Seconds of scoring or training `lengths` on `ranks`, without gradient reduction and optimizer.
+
+    Training is a forward and a backward pass, with recomputation one more forward pass through the layers; the LM head
+    is three products, and a fourth where its logits were not kept. The pipeline's bubble is (P - 1) / M.
+    """
+    replicas = ranks // parallel.model_parallel
+    factor = (4 if parallel.recompute else 3) if train else 1
+    flops = factor * forward_flops(arch, lengths) + (4 if train else 1) * head_flops(arch, rows)
+    micro_batches = max(1, math.ceil(sum(lengths) / replicas / parallel.max_tokens_per_microbatch))
+    seconds = flops / ranks / machine.flops + micro_batches * machine.pass_seconds * (2 if train else 1)
+    # Sequence parallelism, a layer: two all-gathers and two reduce-scatters forward, the same and two more gathers (of
+    # the inputs, for the weights' gradients) backward. One product of T x H activations each.
+    collectives = ((10 + (4 if parallel.recompute else 0)) if train else 4) if parallel.tensor > 1 else 0
+    moved = sum(lengths) / replicas * arch.hidden_size * 2 * arch.num_layers / parallel.pipeline
+    seconds += collectives * moved * (parallel.tensor - 1) / parallel.tensor / machine.link
+    if expert > 1:  # dispatch and combine, forward and backward
+        rate = machine.link if expert * parallel.tensor <= machine.node else machine.network
+        passes = factor - (1 if train and parallel.recompute else 0)
+        local = moved / parallel.tensor
+        seconds += 2 * passes * arch.experts_per_token * local * (expert - 1) / expert / rate
+    return seconds * (1 + (parallel.pipeline - 1) / micro_batches)
+
+
+def update_seconds(machine: Machine, parallel: ParallelConfig, ranks: int, parameters: int) -> float:
+    """Seconds of the gradient reduction and of Adam on a rank with `parameters` weights.
+
+    Distributed optimizer: reduce-scatter of fp32 gradients, all-gather of bf16 weights; else one all-reduce. Adam reads
+    gradient, weight and two moments and writes the latter three and the bf16 weight: 30 bytes.
+    """
+    replicas = ranks // parallel.model_parallel
+    sharded = parallel.distributed_optimizer
+    rate = machine.link if ranks <= machine.node else machine.network
+    moved = (4 + 2 if sharded else 2 * 4) * parameters * (replicas - 1) / replicas
+    return moved / rate + 30 * parameters / (replicas if sharded else 1) / machine.memory_rate
+
+
+def decode_step_seconds(machine: Machine, arch: Architecture, tensor: int, running: int, context: float) -> float:
+    """Seconds of one decoding step of `running` sequences with `context` tokens each on average, on `tensor` GPUs.
+
+    The weights are read once (of a mixture, the experts that `running` tokens choose), the KV cache of every sequence
+    too; or the matrix products take longer.
+    """
+    used, every = layer_parameters(arch)
+    if arch.num_experts:
+        expert = (every - used) / (arch.num_experts - arch.experts_per_token)
+        share = 1 - (1 - arch.experts_per_token / arch.num_experts) ** running
+        every = every - expert * arch.num_experts * (1 - share)
+    head = arch.vocab_size * arch.hidden_size
+    cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * 2 * context * running
+    read = (2 * (every + head) + cache) / machine.memory_rate
+    computed = 2 * (used + head) * running / machine.flops
+    exchanged = 0.0
+    if tensor > 1:  # two all-reduces a layer; small ones are latency: about 10 us each
+        exchanged = 2 * arch.num_layers * (10e-6 + 2 * running * arch.hidden_size * 2 / machine.link)
+    return max(read, computed) / tensor + exchanged + machine.decode_seconds
+
+
+def generate_seconds(step, responses: Sequence[int], prompt: int, slots: int) -> float:
+    """Seconds until one engine has sampled `responses` (lengths in tokens), at most `slots` of them at a time.
+
+    step(running, context) -> seconds of a decoding step. Sequences start in order as soon as there is a slot; between
+    two ends the number running does not change, so the time is a sum over ends.
+    """
+    waiting = list(reversed(responses))
+    running: list[tuple[int, int]] = []  # (end, start) of each, in decoding steps
+    now, seconds, starts = 0, 0.0, 0
+    while waiting or running:
+        while waiting and len(running) < slots:
+            heapq.heappush(running, (now + waiting.pop(), now))
+            starts += now
+        end, count = running[0][0], len(running)
+        context = prompt + (now + end) / 2 - starts / count
+        seconds += (end - now) * step(count, context)
+        now = end
+        while running and running[0][0] == now:
+            starts -= heapq.heappop(running)[1]
+    return seconds
+
+
+def sync_seconds(machine: Machine, arch: Architecture, parallel: ParallelConfig, bucket_bytes: int) -> float:
+    """Seconds of moving all weights, tensor by tensor, over the first rank and into the servers.
+
+    Gathered over TP within the node, sent to the first stage, broadcast in buckets; each part waits for the one before.
+    """
+    size = 2 * arch.num_parameters
+    experts = max(1, arch.num_experts)
+    tensors = arch.num_layers * (8 + 3 * experts + bool(arch.num_experts)) + (2 if arch.tied_embeddings else 3)
+    gathered = size * (parallel.tensor - 1) / parallel.tensor / machine.link
+    sent = size * (parallel.pipeline - 1) / parallel.pipeline / machine.network
+    buckets = math.ceil(size / bucket_bytes)
+    return (
+        gathered + sent + size / machine.network + tensors * machine.tensor_seconds + buckets * machine.bucket_seconds
+    )
