@@ -128,12 +128,18 @@ TORCHRUN_ARGS=(
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"                            # torchrun's own choice, without its warning
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"    # megatron-core: TP overlap before Blackwell
 
+TRAIN=(
+    train --config "$CONFIG" "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${OBJECTIVE_ARGS[@]}" "${ROLLOUT_ARGS[@]}"
+    "${PARALLEL_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${RUN_ARGS[@]}" "$@"
+)
+for word in "$@"; do  # one process plans for every rank of every node
+    [[ "$word" != --dry-run ]] || exec megatron-egrsd "${TRAIN[@]}" --world-size "$((NNODES * NPROC_PER_NODE))"
+done
+
 # The ranks are told to stop, not torchrun: it would pass the signal on, but report a failure. Job control gives it a
 # process group of its own, which Ctrl-C then has to be passed on to.
 set -m
-torchrun "${TORCHRUN_ARGS[@]}" -m megatron_egrsd.cli train --config "$CONFIG" \
-    "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${OBJECTIVE_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${PARALLEL_ARGS[@]}" \
-    "${OPTIMIZER_ARGS[@]}" "${RUN_ARGS[@]}" "$@" &
+torchrun "${TORCHRUN_ARGS[@]}" -m megatron_egrsd.cli "${TRAIN[@]}" &
 launcher=$!
 trap 'kill -TERM $(ps -o pid= --ppid "$launcher") 2>/dev/null || true' TERM
 trap 'kill -INT -- "-$launcher" 2>/dev/null || true' INT

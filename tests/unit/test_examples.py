@@ -107,3 +107,16 @@ def test_external_servers_leave_every_gpu_to_training(started):
     assert launch[launch.index("--node-rank") + 1] == "1" and launch[launch.index("--nproc-per-node") + 1] == "8"
     assert config.rollout.urls == ["http://a:1", "http://b:2"] and config.rollout.server_args == {}
     assert config.check_world(16) == 2
+
+
+def test_dry_run_is_one_process_for_every_rank(tmp_path):
+    done = run(RUN_4B, "--dry-run", NNODES="4", NODE_RANK="3", MASTER_ADDR="10.0.0.1", OUTPUT=str(tmp_path / "run"),
+               **TINY, MAX_RESPONSE="200")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("layout      16 ranks = TP 2 x PP 1 x DP 8, sequence parallel") == 1
+
+
+def test_plan_of_a_mixture():
+    done = run(EXAMPLES / "run_qwen3_30b_a3b_plan.sh")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| Qwen3-30B-A3B | 64 | ") == 1
