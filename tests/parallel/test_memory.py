@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_egrsd.config import ModelConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.memory import Placement, rank_memory
+from megatron_egrsd.plan import checkpoint_bytes
 from megatron_egrsd.samples import load_rollouts, save_rollouts
 from tests.models import make_qwen3
 from tests.parallel.test_layouts import _config, _rollouts
@@ -132,3 +133,37 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
         assert resident == expected, f"rank {rank}"
         phases = {k: sum(v.values()) for k, v in predicted.phases.items() if k != "weight sync"}
         assert max(phases.values()) == pytest.approx(peak, rel=0.1), f"rank {rank}: {phases}"
+
+
+def _checkpoint_bytes(rank, world_size, config, path, directory):
+    import multiprocessing
+
+    from megatron_egrsd.engine import checkpoint
+    from megatron_egrsd.engine.engine import Engine
+    from megatron_egrsd.learn import learn
+
+    # megatron-core's writer starts a manager process, which multiprocessing refuses to the daemons of run_ranks.
+    multiprocessing.current_process()._config["daemon"] = False
+    with Engine(config) as engine:
+        learn(engine, load_rollouts(path), config)
+        saved = checkpoint.save(engine, directory, 1, 2)
+    return sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sharded", "teacher"),
+    [("bfloat16", False, "ema"), pytest.param("float32", True, "live", marks=pytest.mark.slow)],
+)
+def test_size_of_a_checkpoint(dtype, sharded, teacher, tmp_path):
+    model = make_qwen3(tmp_path / "model", tied=False, **{**SIZES, "hidden_size": 256, "vocab_size": 4000})
+    save_rollouts(_rollouts(), tmp_path / "rollouts.jsonl")
+    config = dataclasses.replace(
+        _config(model),
+        model=ModelConfig(path=str(model), dtype=dtype),
+        parallel=ParallelConfig(distributed_optimizer=sharded),
+        teacher=TeacherConfig(weights=teacher),
+        max_log_prob_difference=100.0,
+    )
+    (found,) = run_ranks(_checkpoint_bytes, 1, config, tmp_path / "rollouts.jsonl", tmp_path / "checkpoints")
+    # Beside the tensors, some 300 kB of names and places.
+    assert found == pytest.approx(checkpoint_bytes(config, Architecture.from_pretrained(model)), rel=0.01)
