@@ -10,16 +10,18 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_egrsd.agreement import HINTS
 from megatron_egrsd.config import ParallelConfig
-from megatron_egrsd.errors import RunError
+from megatron_egrsd.errors import BadArgument, RunError
 
 T = TypeVar("T")
 
 
-def initialize(config: ParallelConfig, seed: int) -> torch.device:
+def initialize(config: ParallelConfig, seed: int, facts: dict[str, str]) -> torch.device:
     """Start torch.distributed and megatron-core's groups; returns this rank's device.
 
-    NCCL where CUDA is available, else gloo. A process that torchrun did not start is a world of one.
+    NCCL where CUDA is available, else gloo. A process that torchrun did not start is a world of one. BadArgument, on
+    every rank, where one has other `facts` (agreement.py) than the first rank: nothing has been built then.
     """
     timeout = timedelta(seconds=config.timeout)
     if torch.cuda.is_available():
@@ -35,6 +37,7 @@ def initialize(config: ParallelConfig, seed: int) -> torch.device:
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    _check_agreement(facts)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
@@ -42,6 +45,16 @@ def initialize(config: ParallelConfig, seed: int) -> torch.device:
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return device
+
+
+def _check_agreement(facts: dict[str, str]) -> None:
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (socket.gethostname(), facts))
+    first_host, expected = gathered[0]
+    for rank, (host, found) in enumerate(gathered):
+        for name, value in expected.items():
+            if found.get(name) != value:
+                raise BadArgument(f"rank {rank} on {host} has other {name} than rank 0 on {first_host}: {HINTS[name]}")
 
 
 def shutdown() -> None:

@@ -47,12 +47,13 @@ class Scores:
 class Engine:
     """Owns the process groups, the model, its optimizer and the teacher's weights. Close it, or use it with `with`."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, facts: dict[str, str] | None = None):
+        """`facts`, which all ranks must have in common (agreement.py), are compared before anything is built."""
         self.config = config
         checkpoint = HFCheckpoint(config.model.path)
         self.arch = checkpoint.architecture
         self.arch.check_parallel(config.parallel.tensor, config.parallel.pipeline)
-        self.device = distributed.initialize(config.parallel, config.seed)
+        self.device = distributed.initialize(config.parallel, config.seed, facts or {})
         self.data_parallel = config.check_world(dist.get_world_size())
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_group = parallel_state.get_data_parallel_group()

@@ -46,6 +46,8 @@ class HFCheckpoint:
                 located = {name: self.path / file for name, file in weight_map.items()}
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise BadArgument(f"{index} is not a safetensors index") from None
+            if outside := [file for file in weight_map.values() if Path(file).name != file]:
+                raise BadArgument(f"{index} names {outside[0]!r}; its files must lie beside it")
             for file in set(located.values()):
                 for name in self._handle(file).keys():  # noqa: SIM118 (safe_open is no dictionary)
                     if located.get(name) != file:

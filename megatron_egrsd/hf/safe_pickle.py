@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,9 +70,12 @@ class _Checker(MetadataUnpickler):
 
 
 def check_metadata(content: bytes) -> None:
-    """ValueError where `content`, a `.metadata`, is no pickle or holds more than records: nobody may load it then."""
+    """ValueError where `content`, a `.metadata`, is no pickle, or holds more than records of files beside it."""
     try:
-        _Checker(io.BytesIO(content)).load()
+        metadata = _Checker(io.BytesIO(content)).load()
+        for info in metadata.storage_data.values():
+            if Path(info.relative_path).name != str(info.relative_path):
+                raise ValueError(f".metadata names {info.relative_path!r}, which is not beside it")
     except ValueError:
         raise
     except Exception as error:  # a broken pickle raises whatever it likes

@@ -57,6 +57,9 @@ class TorchDistReader:
             with open(directory / METADATA, "rb") as file:
                 metadata = MetadataUnpickler(file).load()
             self._storage = {(i.fqn, i.offset and tuple(i.offset)): info for i, info in metadata.storage_data.items()}
+            for info in metadata.storage_data.values():
+                if Path(info.relative_path).name != str(info.relative_path):
+                    raise ValueError(f"it names {info.relative_path!r}, which is not beside it")
             self.tensors = {
                 key: self._stored(key, value)
                 for key, value in metadata.state_dict_metadata.items()

@@ -82,6 +82,7 @@ class RolloutServers:
         self.servers: list[Server] = []
         self.restarts = 0
         self._closed = False
+        api_key(config)  # refuses a variable that is not set before anything is started
         self._scratch: Scratch | None = None
         if config.urls:
             self.servers = [Server(url.rstrip("/")) for url in config.urls]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.hf.checkpoint import HFCheckpoint
 from megatron_egrsd.hf.convert import ToHF, ToMegatron
 from megatron_egrsd.hf.verify import verify
 from tests.random_checkpoints import DENSE, MOE, random_qwen3
@@ -121,6 +122,16 @@ def test_renamed_missing_and_duplicated_tensors_of_the_index(copies):
     save_file(load_file(copies[0] / other) | {name: torch.zeros(2)}, copies[0] / other)
     index.write_text(json.dumps({"weight_map": content["weight_map"] | {name: shard}}))
     assert name in findings(*copies) and "duplicated" in findings(*copies)
+
+
+def test_an_index_cannot_point_elsewhere(copies):
+    index = copies[0] / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name, shard = next(iter(content["weight_map"].items()))
+    for elsewhere in (f"../{copies[0].name}/{shard}", str(copies[0] / shard), f"./{shard}"):
+        index.write_text(json.dumps({"weight_map": content["weight_map"] | {name: elsewhere}}))
+        with pytest.raises(BadArgument, match="must lie beside it"):
+            HFCheckpoint(copies[0])
 
 
 def test_dropped_and_truncated_shards(copies):

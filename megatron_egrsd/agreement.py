@@ -1,0 +1,26 @@
+"""What all ranks must have in common before they train together: code, configuration, data."""
+
+import hashlib
+from pathlib import Path
+
+import megatron_egrsd
+from megatron_egrsd.config import Config
+from megatron_egrsd.samples import Prompt
+
+HINTS = {
+    "code": "install the same version of megatron_egrsd on every node",
+    "configuration": "start every node with the same command and configuration file",
+    "data": "give every node the same files of problems and the same tokenizer",
+}
+
+
+def facts(config: Config, prompts: list[Prompt]) -> dict[str, str]:
+    """A hash of each, by the names in HINTS."""
+    code = hashlib.sha256()
+    for path in sorted(Path(megatron_egrsd.__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    return {
+        "code": code.hexdigest(),
+        "configuration": hashlib.sha256(repr(config).encode()).hexdigest(),
+        "data": hashlib.sha256(repr(prompts).encode()).hexdigest(),
+    }

@@ -1,0 +1,39 @@
+"""Ranks that do not have the same code, configuration or data in common do not train together."""
+
+import dataclasses
+
+import pytest
+
+from megatron_egrsd.agreement import HINTS, facts
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.samples import Problem, Prompt
+from tests.models import make_qwen3
+from tests.parallel.test_layouts import VOCAB, _config
+from tests.ranks import run_ranks
+
+PROMPTS = [Prompt(Problem("a", "1 + 1", "2"), [1, 2], [1, 3, 2])]
+
+
+def _start(rank, world_size, config, name):
+    from megatron_egrsd.engine.engine import Engine
+
+    own = facts(config, PROMPTS)
+    if rank == 1 and name == "configuration":
+        own = facts(dataclasses.replace(config, seed=1), PROMPTS)
+    elif rank == 1 and name == "data":
+        own = facts(config, [dataclasses.replace(PROMPTS[0], student_ids=[1, 4])])
+    elif rank == 1 and name:
+        own[name] = "other"
+    try:
+        with Engine(config, own):
+            return ""
+    except BadArgument as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", ["", *HINTS])
+def test_the_rank_that_differs_is_named_on_all(name, tmp_path):
+    config = _config(make_qwen3(tmp_path / "model", vocab_size=VOCAB))
+    said = run_ranks(_start, 2, config, name)
+    assert len(set(said)) == 1
+    assert ("rank 1 on " in said[0] and f"other {name} than rank 0" in said[0]) if name else said[0] == ""
