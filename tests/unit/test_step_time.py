@@ -125,5 +125,5 @@ def test_constants_of_one_run_predict_another(tmp_path, capsys):
     check_step_time.check([tmp_path / "a", tmp_path / "b"])
     out = capsys.readouterr().out
     assert "a decoding step 3.00 ms + 40 us a sequence; scoring 100.0 GFLOP/s + 20 ms a micro-batch" in out
-    errors = [line.split("|")[6].strip() for line in out.splitlines() if line.startswith("| b ")]
-    assert [e.lstrip("+-") for e in errors] == ["0%"] * 4
+    ratios = [line.split("|")[6].strip() for line in out.splitlines() if line.startswith("| b ")]
+    assert ratios == ["1.00"] * 4
