@@ -1,14 +1,16 @@
 """What all ranks must have in common before they train together: code, configuration, data."""
 
 import hashlib
+import inspect
 from pathlib import Path
 
 import megatron_egrsd
 from megatron_egrsd.config import Config
 from megatron_egrsd.samples import Prompt
+from megatron_egrsd.weighting import load_objective
 
 HINTS = {
-    "code": "install the same version of megatron_egrsd on every node",
+    "code": "install the same version of megatron_egrsd, and of the file of objective.function, on every node",
     "configuration": "start every node with the same command and configuration file",
     "data": "give every node the same files of problems and the same tokenizer",
 }
@@ -17,7 +19,8 @@ HINTS = {
 def facts(config: Config, prompts: list[Prompt]) -> dict[str, str]:
     """A hash of each, by the names in HINTS."""
     code = hashlib.sha256()
-    for path in sorted(Path(megatron_egrsd.__file__).parent.rglob("*.py")):
+    objective = inspect.getfile(type(load_objective(config.objective)))
+    for path in (*sorted(Path(megatron_egrsd.__file__).parent.rglob("*.py")), Path(objective)):
         code.update(path.read_bytes())
     return {
         "code": code.hexdigest(),

@@ -101,6 +101,9 @@ class ObjectiveConfig:
         importance_cap: Cap C of the truncated importance weight pi_old / pi_rollout; null switches it off.
         loss_normalization: Mean over the tokens of the global batch, mean of sequence means, or fixed length.
         fixed_length: Tokens per rollout that "fixed" divides by.
+        function: Import path of an objective of your own, "file.py:Class" or "module:Class" (docs/extending.md); empty
+            is the family.
+        options: Its options by name.
     """
 
     mix: float = 0.5
@@ -117,6 +120,8 @@ class ObjectiveConfig:
     importance_cap: float | None = None
     loss_normalization: Literal["token_mean", "seq_mean", "fixed"] = "token_mean"
     fixed_length: int = 0
+    function: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         _require(0 <= self.mix <= 1, f"objective.mix is {self.mix}; it must lie in [0, 1]")
@@ -136,11 +141,14 @@ class ObjectiveConfig:
             self.loss_normalization != "fixed" or self.fixed_length > 0,
             'objective.loss_normalization is "fixed", so objective.fixed_length must be positive',
         )
+        _require(not self.options or bool(self.function), "objective.options are those of objective.function; set it")
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the weights depend on the teacher at all; GRPO's do not."""
-        return self.mix > 0 or self.attenuation > 0
+        """Whether the weights depend on the teacher; GRPO's do not. Imports `function`, or raises BadArgument."""
+        from megatron_egrsd.weighting import load_objective
+
+        return load_objective(self).needs_teacher
 
     @classmethod
     def preset(cls, name: Literal["grpo", "rlsd", "egrsd", "cl_egrsd"], **overrides: Any) -> "ObjectiveConfig":

@@ -5,7 +5,7 @@ docs/report.md describes the format. Reading needs neither megatron-core nor SGL
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,9 @@ from tokenizers.decoders import DecodeStream
 
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.errors import BadArgument, RunError
-from megatron_egrsd.objective import TokenWeights, entropy_scale, lookahead_min, token_weights
+from megatron_egrsd.objective import entropy_scale, lookahead_min, normalized_entropy
 from megatron_egrsd.samples import Problem, Rollout
+from megatron_egrsd.weighting import Tokens, load_objective
 
 if TYPE_CHECKING:
     from megatron_egrsd.engine.engine import Engine, Scores
@@ -42,7 +43,8 @@ class ScoredRollout:
 
     Log-probs and entropies in nats; the four teacher arrays are None where the objective runs no teacher (GRPO).
     `normalized_entropy` is h_t, `lookahead_entropy` its minimum over the lookahead, `entropy_scale` the nats at which
-    h reaches 1: the batch's quantile, this response's maximum, or ln(vocabulary). `pieces` joined are the response.
+    h reaches 1: the batch's quantile, this response's maximum, or ln(vocabulary). `gate` is 1 where a user's own
+    objective has none. `pieces` joined are the response.
     """
 
     step: int
@@ -96,22 +98,20 @@ def scored_rollouts(
     step: int,
     vocab_size: int,
 ) -> list[ScoredRollout]:
-    """The whole batch, weighted by objective.token_weights; scores [2, T] by rollout index as gathered."""
+    """The whole batch, weighted as `learn` weighs it; scores [2, T] by rollout index as gathered."""
     lengths = [len(r.response_ids) for r in rollouts]
-    count = sum(lengths)
-    log_prob, entropy = np.concatenate([student[i] for i in range(len(rollouts))], 1)
-    columns = {"student_log_prob": log_prob, "student_entropy": entropy}
+    columns, scales = {}, [None] * len(rollouts)
+    for name, scores in (("student", student), ("teacher", teacher)):
+        if scores is not None:
+            both = np.concatenate([scores[i] for i in range(len(rollouts))], 1)
+            columns |= {f"{name}_log_prob": both[0], f"{name}_entropy": both[1]}
+    tokens = batch_tokens(advantage, lengths, columns)
+    weight, gate = batch_weights(tokens, objective, vocab_size)
+    columns |= {"weight": weight.numpy(), "gate": gate.numpy()}
+    if teacher is not None:
+        h, ahead, scales = batch_entropies(tokens, objective, vocab_size)
+        columns |= {"normalized_entropy": h.numpy(), "lookahead_entropy": ahead.numpy()}
     columns["rollout_log_prob"] = np.concatenate([np.asarray(r.rollout_log_probs, np.float32) for r in rollouts])
-    scales = [None] * len(rollouts)
-    if teacher is None:
-        columns["gate"] = np.ones(count, np.float32)
-        columns["weight"] = np.repeat(np.asarray(advantage, np.float32), lengths)
-    else:
-        scores = np.concatenate([teacher[i] for i in range(len(rollouts))], 1)
-        columns |= {"teacher_log_prob": scores[0], "teacher_entropy": scores[1]}
-        weights, lookahead, scales = batch_weights(advantage, *scores, log_prob, lengths, objective, vocab_size)
-        columns |= {"gate": weights.gate.numpy(), "weight": weights.weight.numpy()}
-        columns |= {"normalized_entropy": weights.normalized_entropy.numpy(), "lookahead_entropy": lookahead.numpy()}
     ends = np.cumsum(lengths)
     return [
         ScoredRollout(
@@ -134,28 +134,28 @@ def scored_rollouts(
     ]
 
 
-def batch_weights(
-    advantage: list[float],
-    teacher_log_prob: np.ndarray,
-    teacher_entropy: np.ndarray,
-    student_log_prob: np.ndarray,
-    lengths: list[int],
-    objective: ObjectiveConfig,
-    vocab_size: int,
-) -> tuple[TokenWeights, torch.Tensor, list[float]]:
-    """Token weights of a whole batch on one process: arrays [T] of all responses end to end, `lengths` [R].
-
-    Returns the weights, the entropy after the lookahead [T] and the entropy scale of each rollout in nats.
-    """
-    entropy = torch.from_numpy(teacher_entropy)
+def batch_tokens(advantage: list[float], lengths: list[int], scores: dict[str, np.ndarray]) -> Tokens:
+    """A whole batch on one process: advantage and length of each rollout, scores [T] of all responses end to end."""
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    mask = torch.ones_like(entropy, dtype=torch.bool)
-    a = torch.tensor(advantage, dtype=torch.float32).repeat_interleave(torch.tensor(lengths))
-    log_probs = torch.from_numpy(teacher_log_prob), torch.from_numpy(student_log_prob)
-    weights = token_weights(a, *log_probs, entropy, cu_seqlens, mask, objective, vocab_size=vocab_size)
-    lookahead = lookahead_min(weights.normalized_entropy, cu_seqlens, mask, objective.lookahead)
-    scale = entropy_scale(entropy, cu_seqlens, mask, objective, vocab_size=vocab_size).expand(entropy.numel())
-    return weights, lookahead, scale[cu_seqlens[:-1].long()].tolist()
+    signal = torch.tensor(advantage, dtype=torch.float32).repeat_interleave(cu_seqlens.diff())
+    return Tokens(cu_seqlens, signal, **{name: torch.from_numpy(values) for name, values in scores.items()})
+
+
+def batch_weights(tokens: Tokens, objective: ObjectiveConfig, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and gate, [T] each, of a whole batch; the gate is 1 where the objective prepares none."""
+    own = load_objective(objective)
+    tokens = replace(tokens, fields=own.prepare(tokens, vocab_size=vocab_size))
+    return own.weight(tokens).float(), tokens.fields.get("gate", torch.ones_like(tokens.advantage))
+
+
+def batch_entropies(
+    tokens: Tokens, objective: ObjectiveConfig, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """The normalised entropy h [T], its minimum over the lookahead [T] and each rollout's entropy scale in nats."""
+    args = tokens.teacher_entropy, tokens.cu_seqlens, tokens.mask, objective
+    h, scale = (f(*args, vocab_size=vocab_size) for f in (normalized_entropy, entropy_scale))
+    scale = scale.expand(h.numel())[tokens.cu_seqlens[:-1].long()]
+    return h, lookahead_min(h, tokens.cu_seqlens, tokens.mask, objective.lookahead), scale.tolist()
 
 
 def token_pieces(tokenizer, ids: list[int]) -> list[str]:

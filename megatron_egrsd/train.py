@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from megatron_egrsd.agreement import facts
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.problems import batch_indices
 from megatron_egrsd.data.prompts import PromptBuilder, load_prompts
@@ -23,6 +24,7 @@ from megatron_egrsd.learn import groups_without_signal, learn
 from megatron_egrsd.plan import world_size
 from megatron_egrsd.preemption import Preemption
 from megatron_egrsd.samples import Prompt, Rollout
+from megatron_egrsd.weighting import check_objective
 
 
 def main(config: Config) -> None:
@@ -35,7 +37,7 @@ def main(config: Config) -> None:
         rollout_only(config, prompts, tokenizer)
         return
     with (
-        Engine(config) as engine,
+        Engine(config, facts(config, prompts)) as engine,
         Preemption() as preemption,
         first_rank(config, engine, tokenizer, preemption) as first,
     ):
@@ -97,6 +99,7 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
     arch = Architecture.from_pretrained(config.model.path)
     arch.check_parallel(config.parallel.tensor, config.parallel.pipeline)
     config.check_world(ranks or world_size())
+    check_objective(config.objective)
     output = Path(config.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not config.checkpoint.resume:
         raise BadArgument(

@@ -12,6 +12,8 @@ def family(objective: ObjectiveConfig) -> dict[str, ObjectiveConfig]:
     default = ObjectiveConfig()
     full = replace(
         objective,
+        function="",
+        options={},
         mix=objective.mix or default.mix,
         attenuation=objective.attenuation or default.attenuation,
         lookahead=objective.lookahead or default.lookahead,
@@ -25,13 +27,20 @@ def family(objective: ObjectiveConfig) -> dict[str, ObjectiveConfig]:
 
 
 def member(objective: ObjectiveConfig) -> str:
-    """Which member `objective` is; "run" for a mixture without a name."""
+    """Which member `objective` is; "run" for a mixture without a name and for a user's own."""
     if not objective.attenuation:
         objective = replace(objective, lookahead=0)  # without a gate it makes no difference
     return next((name for name, other in family(objective).items() if other == objective), "run")
 
 
+def title(objective: ObjectiveConfig) -> str:
+    """What the objective is called: a member's name, or that of a user's own class."""
+    return objective.function.rpartition(":")[2] or NAMES[member(objective)]
+
+
 def settings(objective: ObjectiveConfig) -> str:
-    """λ 0.5, ε 0.2, α 0.9, K 2: mix, ratio_clip, attenuation, lookahead."""
+    """λ 0.5, ε 0.2, α 0.9, K 2: mix, ratio_clip, attenuation, lookahead; of a user's own: its file and options."""
     o = objective
+    if o.function:
+        return ", ".join([o.function.rpartition(":")[0], *(f"{name} {value}" for name, value in o.options.items())])
     return f"λ {o.mix:g}, ε {o.ratio_clip:g}, α {o.attenuation:g}, K {o.lookahead}"

@@ -9,7 +9,7 @@ import yaml
 
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.report.objectives import NAMES, member, settings
+from megatron_egrsd.report.objectives import settings, title
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _objective(path: Path) -> str:
         objective = ObjectiveConfig(**config["objective"])
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return ""
-    return f"{NAMES[member(objective)]} ({settings(objective)})"
+    return f"{title(objective)} ({settings(objective)})"
 
 
 def value(row: dict, key: str) -> float:

@@ -1,24 +1,27 @@
 """The token page: the rollouts of a scored dump in one HTML file that works offline, each token coloured by its weight.
 
-All numbers are computed here, by objective.token_weights on the whole batch and once for each member of the family;
-the page's script only shows them. Whatever comes from data is escaped, and the page's security policy lets no script
-run but its own.
+All numbers come from here, the page's script only shows them: the weights of each member of the family, computed on the
+whole batch, and those of a user's own objective as the dump has recorded them, without running it. Whatever comes from
+data is escaped, and the page's security policy lets no script run but its own.
 """
 
 import base64
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import orjson
+import torch
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.objective import advantages, magnitude
 from megatron_egrsd.report.html import TEMPLATES, template, write_page
-from megatron_egrsd.report.objectives import NAMES, family, member, settings
-from megatron_egrsd.scores import ScoredRollout, batch_weights, load_scores
+from megatron_egrsd.report.objectives import NAMES, family, member, settings, title
+from megatron_egrsd.scores import ScoredRollout, batch_entropies, batch_tokens, batch_weights, load_scores
 
 MAX_TOKENS = 150_000  # of one page: a browser stays quick with them
 
@@ -34,12 +37,14 @@ def page_data(scored: list[ScoredRollout], groups: list[int]) -> dict:
     members, trained = family(objective), member(objective)
     if not has_teacher:
         members = {"grpo": members["grpo"]}
-    elif trained == "run":
+    if trained == "run":
         members["run"] = objective
+    if objective.function:
+        scored = _with_family_advantages(scored)
     weights = {name: _weights(scored, o) for name, o in members.items()}
     sizes = abs(np.nan_to_num(np.concatenate([row["w"] for rows in weights.values() for row in rows])))
     return {
-        "objectives": [{"id": id, "name": NAMES[id], "settings": settings(o)} for id, o in members.items()],
+        "objectives": [{"id": id, "name": _names(objective)[id], "settings": settings(o)} for id, o in members.items()],
         "trained": trained,
         "scale": float(np.quantile(sizes[sizes > 0], 0.95)) if sizes.any() else 1.0,
         "clip": objective.ratio_clip,
@@ -52,16 +57,30 @@ def page_data(scored: list[ScoredRollout], groups: list[int]) -> dict:
     }
 
 
+def _names(objective: ObjectiveConfig) -> dict[str, str]:
+    return NAMES | ({"run": f"{title(objective)} (this run)"} if objective.function else {})
+
+
+def _with_family_advantages(scored: list[ScoredRollout]) -> list[ScoredRollout]:
+    """The family weighs by the rewards; a user's own objective may have recorded a signal of another kind."""
+    rewards, groups = (torch.tensor([getattr(r, name) for r in scored]) for name in ("reward", "group"))
+    signal = advantages(rewards, groups, scored[0].objective).tolist()
+    return [replace(r, advantage=a) for r, a in zip(scored, signal, strict=True)]
+
+
 def _weights(scored: list[ScoredRollout], objective: ObjectiveConfig) -> list[dict[str, np.ndarray]]:
-    """Of each rollout under `objective`: magnitude m, gate g, weight w, normalised entropy h, its minimum ahead a."""
+    """Of each rollout: gate g, weight w; under the family magnitude m, normalised entropy h and its minimum ahead a."""
+    if objective.function:
+        return [{"g": r.gate, "w": r.weight} for r in scored]
     lengths = [len(r.response_ids) for r in scored]
-    if scored[0].teacher_log_prob is None:
-        one = [np.ones(n) for n in lengths]
-        return [{"m": o, "g": o, "w": r.advantage * o} for o, r in zip(one, scored, strict=True)]
-    names = ("teacher_log_prob", "teacher_entropy", "student_log_prob")
-    packed = [np.concatenate([getattr(r, name) for r in scored]) for name in names]
-    w, ahead, _ = batch_weights([r.advantage for r in scored], *packed, lengths, objective, scored[0].vocab_size)
-    columns = {"m": w.magnitude, "g": w.gate, "w": w.weight, "h": w.normalized_entropy, "a": ahead}
+    names = [f"{who}_{what}" for who in ("student", "teacher") for what in ("log_prob", "entropy")]
+    scores = {n: np.concatenate([getattr(r, n) for r in scored]) for n in names if getattr(scored[0], n) is not None}
+    tokens, vocab_size = batch_tokens([r.advantage for r in scored], lengths, scores), scored[0].vocab_size
+    w, g = batch_weights(tokens, objective, vocab_size)
+    columns = {"m": torch.ones_like(w), "g": g, "w": w}
+    if tokens.teacher_log_prob is not None:
+        columns["m"] = magnitude(tokens.advantage, tokens.teacher_log_prob, tokens.student_log_prob, objective)
+        columns["h"], columns["a"], _ = batch_entropies(tokens, objective, vocab_size)
     split = {name: column.split(lengths) for name, column in columns.items()}
     return [{name: parts[i].numpy() for name, parts in split.items()} for i in range(len(scored))]
 
@@ -83,7 +102,9 @@ def _tokens(r: ScoredRollout, weights: dict[str, dict[str, np.ndarray]]) -> dict
             "offset": _offset(look["h"], look["a"]),
         }
     row = {name: _rounded(values) for name, values in columns.items()}
-    row["objectives"] = {name: {key: _rounded(w[key]) for key in ("m", "g", "w")} for name, w in weights.items()}
+    row["objectives"] = {
+        name: {key: _rounded(w[key]) for key in ("m", "g", "w") if key in w} for name, w in weights.items()
+    }
     return row | {"advantage": r.advantage, "length": len(r.response_ids), "right": r.reward > 0.5}
 
 
@@ -120,7 +141,7 @@ def render(scored: list[ScoredRollout], source: str, groups: list[int] | None = 
         groups=[(g, [(i, r) for i, r in enumerate(rollouts) if r.group == g]) for g in present if g in shown],
         hidden=len(present) - len(shown),
         longest=max(len(r.response_ids) for r in rollouts),
-        names={k: v for k, v in NAMES.items() if k != "run" or data["trained"] == "run"},
+        names={k: v for k, v in _names(scored[0].objective).items() if k != "run" or data["trained"] == "run"},
         available={o["id"]: o["settings"] for o in data["objectives"]},
         data=data,
         json=htmlsafe_json_dumps(data, dumps=lambda o: orjson.dumps(o, option=orjson.OPT_SERIALIZE_NUMPY).decode()),

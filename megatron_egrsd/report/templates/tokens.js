@@ -79,7 +79,9 @@ function inspect(rollout, token) {
   rows.forEach(add);
   list.append(element("hr"));
   rest.forEach(add);
-  const formula = `= A ${signed(row.advantage)} × m ${number(chosen.m[token])} × g ${number(chosen.g[token])}`;
+  const formula = chosen.m
+    ? `= A ${signed(row.advantage)} × m ${number(chosen.m[token])} × g ${number(chosen.g[token])}`
+    : "as the run recorded it";
   inspector.replaceChildren(
     element("h2", {}, shown(texts[rollout][token].textContent)),
     element("div", { className: "muted" }, `token ${token + 1} of ${row.length}`),

@@ -1,0 +1,105 @@
+"""Objectives of one's own on the engine: the same in every layout, recorded as trained, from the command line."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from megatron_egrsd.config import ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron_egrsd.report.token_page import page_data
+from megatron_egrsd.samples import Problem, Prompt, Rollout, save_rollouts
+from megatron_egrsd.scores import load_scores
+from tests.models import make_qwen3
+from tests.parallel.test_layouts import VOCAB, _config, _rollouts, assert_same_training, run
+from tests.parallel.test_scores import step
+from tests.unit.test_extending import HIGH_ENTROPY, OPSD, ROOT
+
+SPLIT = {"max_tokens_per_microbatch": 64}
+OBJECTIVES = {
+    "OPSD": ({"objective": ObjectiveConfig(function=OPSD)}, 2, {}),
+    "OPSD, two updates": (
+        {"objective": ObjectiveConfig(function=OPSD), "optimizer": OptimizerConfig(lr=1e-3, updates_per_batch=2)},
+        2,
+        {"pipeline": 2},
+    ),
+    # Its threshold spans the data-parallel ranks.
+    "high entropy": ({"objective": ObjectiveConfig(function=HIGH_ENTROPY, options={"share": 0.5})}, 2, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("extending")
+    save_rollouts(_rollouts(), root / "rollouts.jsonl")
+    return make_qwen3(root / "model", vocab_size=VOCAB), root
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_layout_does_not_change_training(name, files):
+    (changes, ranks, layout), (model, root) = OBJECTIVES[name], files
+    expected = run(1, _config(model, **changes), root / "rollouts.jsonl")
+    split = _config(model, parallel=ParallelConfig(**SPLIT, **layout), **changes)
+    assert_same_training(run(ranks, split, root / "rollouts.jsonl"), expected)
+    assert expected[0][0]["optimizer/grad_norm"] > 0
+    assert ("teacher/entropy" in expected[0][0]) == ("OPSD" in name)
+
+
+def test_the_record_is_what_is_trained_and_needs_no_reward(files):
+    path = files[1] / "opsd.jsonl"
+    config = {"objective": ObjectiveConfig(function=OPSD), "optimizer": OptimizerConfig(lr=1e-12)}
+    metrics = step(files, path, **config)
+    scored = load_scores(path)
+    assert metrics["batch/degenerate_share"] == 0 and all(r.advantage == 1 for r in scored)
+    # Of all rollouts, those of the group without a right response as well.
+    weight, ratio = (
+        np.concatenate(x)
+        for x in zip(*((r.weight, r.teacher_log_prob - r.student_log_prob) for r in scored), strict=True)
+    )
+    assert np.abs(weight).mean() == pytest.approx(metrics["weight/abs_mean"], rel=1e-4)
+    assert ratio.mean() == pytest.approx(metrics["weight/log_ratio"], rel=1e-4)
+    assert metrics["opsd/clip_share"] == pytest.approx((np.abs(ratio) > 5).mean()) and metrics["opsd/clip_share"] > 0
+
+
+def _replay(path):
+    """Rollouts of the tiny model's task, as `dump_rollouts` writes them: two prompts, two responses each."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/tiny/model")
+    rollouts = []
+    for group in range(2):
+        problem = Problem(str(group), f"{group}+1-1=?", str(group), f"{group}+1={group + 1};{group + 1}-1={group}")
+        prompt = Prompt(
+            problem, tokenizer.encode(problem.problem), tokenizer.encode(problem.problem + problem.solution)
+        )
+        for answer in (group, group + 1):
+            ids = tokenizer.encode(f"{answer}<|im_end|>", add_special_tokens=False)
+            rollouts.append(Rollout(prompt, group, ids, [-1.0] * len(ids), "stop", 0, "", float(answer == group)))
+    save_rollouts(rollouts, path)
+
+
+def test_one_file_from_the_command_line_to_the_token_page(tmp_path):
+    """No file but the example's: train on dumped rollouts, without SGLang, then the page of what was recorded."""
+    _replay(tmp_path / "rollouts.jsonl")
+    train = [
+        "train",
+        "--config",
+        "examples/configs/tiny_cpu.yaml",
+        "--objective.function",
+        OPSD.replace(f"{ROOT}/", ""),
+    ]
+    train += ["--objective.options.clip", "2", "--dump_scores", "true", "--steps", "1", "--output", f"{tmp_path}/run"]
+    train += ["--debug", "train-only", "--replay", f"{tmp_path}/rollouts.jsonl", "--max_log_prob_difference", "100"]
+    train += ["--rollout.prompts_per_step", "2", "--rollout.rollouts_per_prompt", "2"]
+    for words in (train, ["report", "--tokens", f"{tmp_path}/run"]):
+        command = [sys.executable, "-m", "megatron_egrsd.cli", *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+    scored = load_scores(tmp_path / "run" / "scores" / "step_000001.jsonl")
+    for r in scored:
+        assert r.weight == pytest.approx(np.clip(r.teacher_log_prob - r.student_log_prob, -2, 2), abs=1e-6)
+    assert page_data(scored, [0, 1])["trained"] == "run"
+    assert "OPSD (this run)" in (tmp_path / "run" / "tokens_step_000001.html").read_text()
+    assert (tmp_path / "run" / "hf" / "model.safetensors").exists()
