@@ -220,6 +220,22 @@ def test_a_run_without_a_teacher(tmp_path, open_page):
     assert shown(page)["GRPO"] == "+0.500" and "teacher log-prob" not in shown(page)
 
 
+def test_an_objective_of_ones_own_is_shown_as_recorded(tmp_path, open_page):
+    """Not even its file is there any more; the members of the family stand beside it, with their own advantages."""
+    objective = ObjectiveConfig(function="gone.py:<b>Mine", options={"<i>": 1})
+    scored = [replace(r, objective=objective, weight=2 * r.student_log_prob) for r in batch(ObjectiveConfig())]
+    save_scores(scored, tmp_path / "s.jsonl")
+    command.main(["--tokens", str(tmp_path / "s.jsonl"), "--output", str(tmp_path / "page.html")])
+    page = open_page(tmp_path / "page.html")
+    assert page.locator("input[name=objective]:checked").get_attribute("value") == "run"
+    token(page, 2, 3).hover()
+    values = shown(page)
+    assert number(values["<b>Mine (this run)"]) == pytest.approx(float(scored[2].weight[3]), abs=6e-4)
+    assert page.locator(".formula").text_content() == "as the run recorded it"
+    page.get_by_text("GRPO", exact=True).first.click()
+    assert "= A −0.577 × m 1.000 × g 1.000" in page.locator(".formula").text_content()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [480, 1280, 1920])
 def test_both_pages_fit(width, scheme, made, tmp_path, open_page):
