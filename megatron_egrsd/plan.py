@@ -80,8 +80,10 @@ def resolve(
     if gpu_memory is None and torch.cuda.is_available():
         gpu_memory = torch.cuda.get_device_properties(0).total_memory
     tokens = _add_batch(plan, config, arch, prompts, heldout, ranks)
-    _add_memory(plan, config, arch, ranks, tokens, gpu_memory)
-    _add_servers(plan, config, arch, prompts, gpu_memory)
+    if config.debug != "rollout-only":
+        _add_memory(plan, config, arch, ranks, tokens, gpu_memory)
+    if config.debug != "train-only":
+        _add_servers(plan, config, arch, prompts, gpu_memory)
     _add_disk(plan, config, arch)
     return plan
 

@@ -51,7 +51,7 @@ def test_512_ranks_in_one_process(model, tmp_path):
                  tmp_path / "run", "--data.evaluation", "examples/tiny/heldout.jsonl"]  # fmt: skip
     command = [sys.executable, "-m", "megatron_egrsd.cli", "train", "--config",
                "examples/configs/qwen3_8b_cl_egrsd.yaml", *arguments, "--dry-run", "--world-size", "512",
-               "--gpu-memory", "80GB"]  # fmt: skip
+               "--gpu-memory", "80GB", "--checkpoint.every", "0"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
     room = shutil.disk_usage(tmp_path).free > 16 * GIB  # for the final model
     assert done.returncode == (0 if room else 2), done.stderr
@@ -163,3 +163,13 @@ def test_mistakes(words, reason, capsys):
 def test_a_world_that_does_not_divide(model):
     with pytest.raises(BadArgument, match="6 training ranks do not divide"):
         print_plan(config_8b(model("Qwen3-8B")), 6)
+
+
+def test_half_a_run_is_planned_without_the_other_half(model, tmp_path):
+    replay = tmp_path / "replay.jsonl"
+    replay.write_text("")
+    train = resolve(config_8b(model("Qwen3-8B"), "--debug", "train-only", "--replay", str(replay)), PROMPTS, [], 4)
+    sample = resolve(config_8b(model("Qwen3-4B"), "--debug", "rollout-only"), PROMPTS, [], 4)
+    words = [{line.split(" ")[0] for line in plan.lines} for plan in (train, sample)]
+    assert "memory" in words[0] and "rollouts" not in words[0]
+    assert "memory" not in words[1] and "rollouts" in words[1]
