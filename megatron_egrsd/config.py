@@ -48,6 +48,7 @@ class DataConfig:
         enable_thinking: Passed to the chat template (Qwen3's thinking mode).
         max_prompt_tokens: A longer student or teacher prompt is refused, naming the problem.
         reward: "math" or the import path of a function (response: str, answer: str) -> float in [0, 1].
+        reward_timeout: Seconds that one call of a reward function of the user's may take.
         bad_rows: Refuse a file with rows that cannot be trained on (not JSON, not UTF-8, empty, without an answer,
             over-long, duplicate), or leave those rows out and say how many and where.
     """
@@ -65,6 +66,7 @@ class DataConfig:
     enable_thinking: bool = True
     max_prompt_tokens: int = 2048
     reward: str = "math"
+    reward_timeout: float = 30.0
     bad_rows: Literal["refuse", "skip"] = "refuse"
 
     def __post_init__(self):
@@ -80,6 +82,7 @@ class DataConfig:
             "data.teacher_template must contain {solution} or {answer}: the teacher needs privileged context",
         )
         _require(self.max_prompt_tokens > 0, "data.max_prompt_tokens must be positive")
+        _require(self.reward_timeout > 0, "data.reward_timeout must be positive")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Metric(NamedTuple):
 
 METRICS = [
     Metric("reward/mean", "reward", "6.3f", "Mean reward of the batch's rollouts."),
+    Metric("reward/failed", "", "5.0f", "Rollouts whose reward function raised or took too long; they count as 0."),
     Metric("accuracy", "acc", "5.3f", "Share of rollouts with reward above 0.5."),
     Metric("response/length", "len", "6.1f", "Mean response length in tokens, end-of-turn token included."),
     Metric("response/truncated", "cut", "5.3f", "Share of responses cut off at rollout.max_response_tokens."),

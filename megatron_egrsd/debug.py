@@ -25,7 +25,7 @@ def rollout_only(config: Config, prompts: list[Prompt], tokenizer) -> None:
     output, settings = Path(config.output), config.rollout
     with RolloutServers(settings, config.model, config.seed, output / "logs") as servers:
         client = RolloutClient(servers, settings, [tokenizer.eos_token_id])
-        sampler = Sampler(client, tokenizer, load_reward(config.data.reward))
+        sampler = Sampler(client, tokenizer, load_reward(config.data.reward, config.data.reward_timeout))
         log = RunLog(output, config.steps)
         for step in range(config.steps):
             started = time.perf_counter()

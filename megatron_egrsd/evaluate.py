@@ -66,7 +66,7 @@ def evaluate(config: Config) -> Results:
     `model.path` is a Hugging Face or a Megatron checkpoint. BadArgument before anything is started.
     """
     sets = load_sets(config.evaluation, config.data)
-    reward = load_reward(config.data.reward)
+    reward = load_reward(config.data.reward, config.data.reward_timeout)
     output = Path(config.output)
     with contextlib.ExitStack() as stack:
         settings = _settings(config)

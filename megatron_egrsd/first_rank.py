@@ -87,7 +87,8 @@ class FirstRank:
         self.sync = WeightSync(self.servers, config, self.engine.device, self.output)
         self.stack.callback(self.sync.close)
         client = RolloutClient(self.servers, config, [self.tokenizer.eos_token_id], self.preemption.check)
-        self.sampler = Sampler(client, self.tokenizer, load_reward(self.config.data.reward))
+        reward = load_reward(self.config.data.reward, self.config.data.reward_timeout)
+        self.sampler = Sampler(client, self.tokenizer, reward)
 
     def _clear(self, step: int) -> None:
         """What the stopped run left behind its last checkpoint makes room, and is not lost."""

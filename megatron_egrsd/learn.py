@@ -159,6 +159,7 @@ def rollout_metrics(rollouts: list[Rollout], config: ObjectiveConfig) -> dict[st
     lengths, n = [len(r.response_ids) for r in rollouts], len(rollouts)
     return {
         "reward/mean": sum(r.reward for r in rollouts) / n,
+        "reward/failed": float(sum(bool(r.reward_error) for r in rollouts)),
         "accuracy": sum(r.reward > 0.5 for r in rollouts) / n,
         "response/length": sum(lengths) / n,
         "response/truncated": sum(r.finish_reason == "length" for r in rollouts) / n,

@@ -1,10 +1,17 @@
 """Verifiable rewards: a response and the right answer in, a number in [0, 1] out."""
 
+import atexit
 import importlib
 import importlib.util
 import logging
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
+
+import pebble
 
 from megatron_egrsd.answers import final_answer, gold_answer
 from megatron_egrsd.equality import equal
@@ -15,6 +22,7 @@ if TYPE_CHECKING:
 
 Reward = Callable[[str, str], float]
 log = logging.getLogger(__name__)
+_WORKERS = min(8, os.cpu_count() or 1)  # processes of a user's reward function
 
 
 def math_reward(response: str, answer: str) -> float:
@@ -30,12 +38,21 @@ def math_reward(response: str, answer: str) -> float:
     return float(any(equal(gold, reading) for reading in final_answer(response)))
 
 
-def load_reward(name: str) -> Reward:
-    """The reward called "math", or the function at the import path "module:function". BadArgument if there is none."""
+def load_reward(name: str, timeout: float = 30.0) -> Reward:
+    """The reward called "math", or the function at the import path "module:function". BadArgument if there is none.
+
+    A user's function runs in worker processes: a call that takes longer than `timeout` seconds raises TimeoutError, one
+    that ends its process raises as well, and neither harms the run.
+    """
     if name == "math":
         if importlib.util.find_spec("math_verify") is None:
             raise BadArgument('data.reward is "math", which needs math-verify: pip install math-verify')
         return math_reward
+    _import(name)
+    return _InWorkers(name, timeout)
+
+
+def _import(name: str) -> Reward:
     module, colon, function = name.partition(":")
     if not (module and colon and function):
         raise BadArgument(f'data.reward is {name!r}; it must be "math" or an import path "module:function"')
@@ -48,9 +65,41 @@ def load_reward(name: str) -> Reward:
     return reward
 
 
-def score(rollouts: list["Rollout"], reward: Reward) -> list[float]:
-    """The reward of every rollout, as `grade` gives it; one warning a batch says how many rewards failed."""
-    grades = [grade(r.text, r.prompt.problem.answer, r.finish_reason, reward) for r in rollouts]
+class _InWorkers:
+    """A user's reward function, called in processes of its own; any thread may call."""
+
+    def __init__(self, name: str, timeout: float):
+        self.name, self.timeout = name, timeout
+        self.pool: pebble.ProcessPool | None = None
+        self.lock = threading.Lock()
+
+    def __call__(self, response: str, answer: str) -> float:
+        with self.lock:
+            if self.pool is None:  # spawned: a fork would copy the trainer's threads' locks
+                spawn = multiprocessing.get_context("spawn")
+                self.pool = pebble.ProcessPool(_WORKERS, context=spawn, initializer=_prepare, initargs=[self.name])
+                atexit.register(self.pool.stop)
+        try:
+            return self.pool.schedule(_call, [response, answer], timeout=self.timeout).result()
+        except TimeoutError:
+            raise TimeoutError(f"longer than data.reward_timeout = {self.timeout:g} s") from None
+
+
+def _prepare(name: str) -> None:
+    """In a worker, at its start."""
+    global _user_reward
+    _user_reward = _import(name)
+
+
+def _call(response: str, answer: str) -> float:
+    return float(_user_reward(response, answer))
+
+
+def score(rollouts: list["Rollout"], reward: Reward) -> list[tuple[float, str]]:
+    """The reward of every rollout, as `grade` gives it; one warning a batch says how many failed."""
+    with ThreadPoolExecutor(_WORKERS) as threads:
+        answers = [(r.text, r.prompt.problem.answer, r.finish_reason, reward) for r in rollouts]
+        grades = list(threads.map(lambda words: grade(*words), answers))
     failures = [(r.prompt.problem.id, error) for r, (_, error) in zip(rollouts, grades, strict=True) if error]
     if failures:
         problem, error = failures[0]
@@ -61,7 +110,7 @@ def score(rollouts: list["Rollout"], reward: Reward) -> list[float]:
             problem,
             error,
         )
-    return [value for value, _ in grades]
+    return grades
 
 
 def grade(response: str, answer: str, finish_reason: str, reward: Reward) -> tuple[float, str]:

@@ -45,6 +45,7 @@ class Rollout:
     weight_version: int
     text: str = ""
     reward: float = 0.0
+    reward_error: str = ""  # why the reward function gave none, and the reward is 0
 
 
 def save_rollouts(rollouts: list[Rollout], path: Path) -> None:
@@ -81,7 +82,7 @@ def _rollout(row: dict) -> Rollout:
     prompt = row.pop("prompt")
     problem = Problem(**prompt.pop("problem"))
     rollout = Rollout(prompt=Prompt(problem=problem, **prompt), **row)
-    texts = [*vars(problem).values(), rollout.finish_reason, rollout.text]
+    texts = [*vars(problem).values(), rollout.finish_reason, rollout.text, rollout.reward_error]
     ids = [rollout.prompt.student_ids, rollout.prompt.teacher_ids, rollout.response_ids]
     numbers = [rollout.reward, *rollout.rollout_log_probs]
     counts = [rollout.group, *(token for tokens in ids for token in tokens)]

@@ -49,8 +49,8 @@ class Sampler:
             for group, (prompt, answers) in enumerate(zip(prompts, generations, strict=True))
             for g in answers
         ]
-        rewards = score(rollouts, self.reward)
-        return [replace(rollout, reward=reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
+        graded = zip(rollouts, score(rollouts, self.reward), strict=True)
+        return [replace(r, reward=value, reward_error=error) for r, (value, error) in graded]
 
 
 def summarize(rollouts: list[Rollout]) -> dict[str, float]:

@@ -10,6 +10,7 @@ import psutil
 
 _PREFIX = "megatron-egrsd-"
 _SHARED = Path("/dev/shm")
+_LIST = "shared"  # names in there, one a line
 
 
 class Scratch:
@@ -24,16 +25,18 @@ class Scratch:
                 _clear(path, _lock(path))
         made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
         self._held = _lock(made)
+        self._noted: set[str] = set()
         self.path = made.rename(made.with_name(made.name[1:]))  # visible to others only now that it is held
 
     def note(self, processes: list[psutil.Process]) -> None:
         """Remember SGLang's shared memory that `processes` have mapped."""
-        names = set()
+        names: set[str] = set()
         for process in processes:
             with contextlib.suppress(psutil.Error):
                 names |= {Path(m.path).name for m in process.memory_maps() if m.path.startswith(f"{_SHARED}/sglang")}
-        with open(self.path / "shared", "a", encoding="utf-8") as file:
-            file.writelines(f"{name}\n" for name in sorted(names))
+        with open(self.path / _LIST, "a", encoding="utf-8") as file:
+            file.writelines(f"{name}\n" for name in sorted(names - self._noted))
+        self._noted |= names
 
     def remove(self) -> None:
         """Once the servers are gone. Idempotent."""
@@ -53,7 +56,7 @@ def _lock(directory: Path):
 
 
 def _clear(directory: Path, held) -> None:
-    listed = directory / "shared"
+    listed = directory / _LIST
     for name in listed.read_text(encoding="utf-8").split() if listed.is_file() else ():
         (_SHARED / Path(name).name).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)

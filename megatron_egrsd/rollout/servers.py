@@ -26,7 +26,7 @@ from megatron_egrsd.rollout import cpu_platform
 from megatron_egrsd.rollout.launch_guard import KEY_VARIABLE, PARENT_VARIABLE
 from megatron_egrsd.rollout.scratch import Scratch
 
-_POLL = 0.1  # seconds between two looks at a starting server
+_POLL = 0.5  # seconds between two looks at a starting server
 _GRACE = 5.0  # seconds a killed server's processes have to be gone
 _ERROR = re.compile(r"(\[.*\] )?([\w.]*(Error|Exception): .|.*: error: )")  # the end of a traceback, or argparse's
 
@@ -213,10 +213,9 @@ class RolloutServers:
                 for server in waiting:
                     if reason := server.ended():
                         raise RunError(reason)
+                    self._note(server)
                 for server in [server for server in waiting if _is_healthy(http, server.url)]:
-                    if server.process is not None:
-                        server.children = psutil.Process(server.process.pid).children(recursive=True)
-                        self._scratch.note(server.children)
+                    server.children = self._note(server)
                     waiting.remove(server)
                 if waiting and time.monotonic() > deadline:
                     server = waiting[0]
@@ -225,6 +224,17 @@ class RolloutServers:
                                    f"{self.config.start_timeout:g} s (rollout.start_timeout){hint}")  # fmt: skip
                 if waiting:
                     time.sleep(_POLL)
+
+    def _note(self, server: Server) -> list[psutil.Process]:
+        """The processes of a launched server, whose shared memory is remembered from as early on as possible."""
+        if server.process is None:
+            return []
+        try:
+            children = psutil.Process(server.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+        self._scratch.note(children)
+        return children
 
 
 def choose_port(host: str, port: int) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from megatron_egrsd.rollout import cpu_platform
+from tests.faults.runs import PER_PROMPT, PROMPTS, Run, replayed, write_replay
 
 ROOT = Path(__file__).parents[2]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -61,9 +62,10 @@ class Host:
         self.started.append(process)
         return process
 
-    def train(self, output: Path, steps: int, **variables: str) -> None:
+    def train(self, output: Path, steps: int, overrides: dict | None = None, **variables: str) -> None:
         """Start the example script, as a user does on each node."""
-        words = [w for k, v in {**OVERRIDES, "steps": steps}.items() for w in (f"--{k}", str(v))]
+        settings = {**OVERRIDES, "steps": steps, **(overrides or {})}
+        words = [w for k, v in settings.items() for w in (f"--{k}", str(v))]
         variables = {
             "NNODES": "2", "NODE_RANK": str(self.rank), "MASTER_ADDR": ADDRESSES[0], "RENDEZVOUS_TIMEOUT": "120",
             "NPROC_PER_NODE": "1", "GPUS_PER_NODE": "2", "TENSOR": "1", "PIPELINE": "2",
@@ -150,6 +152,34 @@ def test_pipeline_across_two_hosts(hosts, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_two_hosts_give_the_numbers_of_one(hosts, tmp_path):
+    """The same rollouts, replayed: TP 2 x PP 2 across the cable, against one process without torchrun."""
+    from safetensors.torch import load_file
+
+    steps = 3
+    overrides = {
+        **replayed(write_replay(tmp_path / "replay", steps)), "data.evaluation": "", "checkpoint.every": 1,
+        "rollout.prompts_per_step": PROMPTS, "rollout.rollouts_per_prompt": PER_PROMPT, "rollout.verify_sync": "false",
+    }  # fmt: skip
+    two = tmp_path / "two"
+    for host in hosts:
+        host.train(two, steps, overrides, TENSOR="2", NPROC_PER_NODE="2", GPUS_PER_NODE="3", EVAL_DATA="")
+    for host in hosts:
+        assert host.process.wait(300) == 0, host.tail()
+    one = tmp_path / "one"
+    config = {"config": ROOT / "examples/configs/qwen3_8b_cl_egrsd.yaml", "parallel.tensor": 1,
+              "parallel.sequence_parallel": "false", "data.max_prompt_tokens": 512}  # fmt: skip
+    with Run(one, steps=steps, **{**OVERRIDES, **overrides, **config}) as run:
+        assert run.finish() == 0, run.text()
+    for a, b in zip(metrics(two), metrics(one), strict=True):
+        for key in ("loss/policy", "optimizer/grad_norm", "student/entropy", "teacher/entropy", "gate/mean"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+    got, want = (load_file(path / "hf" / "model.safetensors") for path in (two, one))
+    assert all((got[k] - want[k]).norm() < 1e-5 * want[k].norm() for k in want)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_server_is_on_the_other_host(hosts, tmp_path):
     """ROLLOUT_URLS, and weights that cross the cable: started by the command of docs/cluster.md and CPU flags."""
     server = hosts[1].popen(
@@ -167,11 +197,12 @@ def test_the_server_is_on_the_other_host(hosts, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_cable_is_cut(hosts, tmp_path):
+@pytest.mark.timeout(900)
+def test_the_cable_is_cut_and_the_same_command_continues(hosts, tmp_path):
     output = tmp_path / "run"
+    save = {"checkpoint.every": 1}
     for host in hosts:
-        host.train(output, steps=10_000, TENSOR="2", NPROC_PER_NODE="2", GPUS_PER_NODE="3")
+        host.train(output, 10_000, save, TENSOR="2", NPROC_PER_NODE="2", GPUS_PER_NODE="3")
     deadline = time.monotonic() + 200
     while len(metrics(output)) < 1 and time.monotonic() < deadline:
         assert all(host.process.poll() is None for host in hosts), hosts[0].tail() + hosts[1].tail()
@@ -188,3 +219,12 @@ def test_the_cable_is_cut(hosts, tmp_path):
         assert len(host.reasons()) == 1, host.tail()
     assert [host.processes() for host in hosts] == [[], []]
     assert not (output / "hf").exists()
+
+    ip("-n", hosts[1].name, "link", "set", hosts[1].cable, "up")
+    done = max(int(p.name.removeprefix("step_")) for p in (output / "checkpoints").glob("step_??????"))
+    for host in hosts:
+        host.train(output, done + 1, save, TENSOR="2", NPROC_PER_NODE="2", GPUS_PER_NODE="3")
+    for host in hosts:
+        assert host.process.wait(300) == 0, host.tail()
+    assert [m["step"] for m in metrics(output)] == list(range(1, done + 2))
+    assert (output / "hf" / "model.safetensors").exists()

@@ -57,6 +57,10 @@ def test_the_examples_are_short_and_work(path):
     check_objective(ObjectiveConfig(function=f"{path}:{name}"))
 
 
+def test_the_documentation_shows_the_example_as_it_is():
+    assert f"```python\n{(EXAMPLES / 'opsd.py').read_text()}```" in (ROOT / "docs" / "extending.md").read_text()
+
+
 def test_opsd_is_the_clipped_log_ratio_and_trains_every_rollout():
     opsd = load_objective(ObjectiveConfig(function=OPSD, options={"clip": 1.5}))
     tokens = packed()

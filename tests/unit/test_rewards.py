@@ -1,6 +1,7 @@
 """The verifier on hostile strings and from many threads; the worker behind it; and the batch interface around it."""
 
 import logging
+import os
 import threading
 import time
 
@@ -154,7 +155,7 @@ def test_threads_may_call():
 
 def test_load_reward():
     assert load_reward("math") is math_reward
-    assert load_reward("math:isqrt")(16) == 4
+    assert load_reward("operator:eq")("a", "a") == 1.0
     for name in ("maths", "no_such_module:f", "math:nothing", "math:pi", ":f", "math:"):
         with pytest.raises(BadArgument, match=r"data\.reward"):
             load_reward(name)
@@ -172,6 +173,26 @@ def test_score_zeroes_what_is_cut_or_fails(caplog):
 
     batch = [rollout("fine"), rollout("fine", finish="length"), rollout("bad"), rollout("high"), rollout("nan")]
     with caplog.at_level(logging.WARNING):
-        assert score(batch, reward) == [0.5, 0.0, 0.0, 0.0, 0.0]
+        assert [value for value, _ in score(batch, reward)] == [0.5, 0.0, 0.0, 0.0, 0.0]
     assert len(caplog.records) == 1 and "3 of 5 responses" in caplog.text and "KeyError" in caplog.text
-    assert score([rollout("\\boxed{4}"), rollout("5")], math_reward) == [1.0, 0.0]
+    assert score([rollout("\\boxed{4}"), rollout("5")], math_reward) == [(1.0, ""), (0.0, "")]
+
+
+def hostile_reward(response, answer):
+    if response == "hang":
+        time.sleep(600)
+    if response == "exit":
+        os._exit(3)
+    if response == "fill":
+        raise MemoryError("no room")
+    return float(response == answer)
+
+
+def test_a_users_reward_can_neither_hang_nor_end_the_run():
+    reward = load_reward("tests.unit.test_rewards:hostile_reward", timeout=3.0)
+    batch = [rollout(text) for text in ("4", "hang", "5", "exit", "fill", "4", "hang", "4")]
+    grades = score(batch, reward)
+    assert [value for value, _ in grades] == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0]
+    reasons = [error for _, error in grades]
+    assert [bool(reason) for reason in reasons] == [False, True, False, True, True, False, True, False]
+    assert "data.reward_timeout = 3 s" in reasons[1] and "MemoryError: no room" in reasons[4]
