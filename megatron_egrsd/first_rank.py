@@ -54,13 +54,19 @@ class FirstRank:
     def __enter__(self) -> "FirstRank":
         self.stack = contextlib.ExitStack()
         try:
-            wanted = self.config.checkpoint.resume
-            self.resumed = on_first_rank(lambda: checkpoint.find(self.checkpoints, wanted)) if wanted else None
+            self.resumed = on_first_rank(self._checkpoint_to_resume)
             on_first_rank(self._start)
         except BaseException:
             self.stack.close()
             raise
         return self
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        wanted = self.config.checkpoint.resume
+        path = checkpoint.find(self.checkpoints, wanted) if wanted else None
+        if path is not None and checkpoint.step_of(path) >= self.config.steps:
+            raise BadArgument(f"{path} is the end of a run of {self.config.steps} steps; raise steps to train on")
+        return path
 
     def _start(self) -> None:
         if self.config.checkpoint.resume:
@@ -108,8 +114,6 @@ class FirstRank:
         if self.resumed is None:
             return 0
         step = checkpoint.load(self.engine, self.resumed)
-        if step >= self.config.steps:
-            raise BadArgument(f"{self.output} has finished its {step} steps; raise steps to train on")
         self.push_weights(step)
         self._say(f"continuing from {self.resumed}")
         return step

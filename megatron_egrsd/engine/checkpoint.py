@@ -29,13 +29,14 @@ from megatron_egrsd.hf.safe_pickle import check_metadata
 
 HISTORY = "metrics.jsonl"  # the run's metrics up to the checkpoint's step
 _BEST = "best"  # names the checkpoint of the best evaluation
+_NAME = r"step_\d+"
 _SUMS = "integrity.json"  # megatron-core's list of SHA-256 sums
 _READERS = 8  # threads that compute them
 
 
 def complete(directory: Path) -> list[Path]:
     """The checkpoints in `directory` that were written to the end, the newest first."""
-    found = [p for p in directory.glob("step_*") if re.fullmatch(r"step_\d+", p.name)] if directory.is_dir() else []
+    found = [p for p in directory.glob("step_*") if re.fullmatch(_NAME, p.name)] if directory.is_dir() else []
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -108,8 +109,8 @@ def _read(path: Path) -> str:
 
 def check(path: Path) -> None:
     """BadArgument where a file of the checkpoint at `path` is missing, differs from what was written, or holds code."""
-    if not (path / "metadata.json").is_file():
-        raise BadArgument(f"{path} is not a checkpoint: there is no metadata.json in it")
+    if not re.fullmatch(_NAME, path.name) or not (path / "metadata.json").is_file():
+        raise BadArgument(f"{path} is not a checkpoint: a directory step_NNNNNN with metadata.json in it")
     try:
         sums = json.loads((path / _SUMS).read_bytes())["files"]
         files = {file.name: file for file in path.iterdir() if file.name not in (_SUMS, HISTORY)}

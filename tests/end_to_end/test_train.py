@@ -106,12 +106,12 @@ def test_stopped_run_continues(tmp_path):
     output = tmp_path / "run"
     first = run(output, steps=2, **{"checkpoint.every": 1})
     assert first.returncode == 0, first.stderr[-3000:]
-    done = run(output, steps=2, **{"checkpoint.every": 1, "checkpoint.resume": "true"})
-    assert done.returncode == 2 and "finished its 2 steps" in done.stderr
-    again = run(output, steps=3, **{"checkpoint.every": 1, "checkpoint.resume": "true"})
+    done = run(output, steps=2, **{"checkpoint.every": 1, "checkpoint.resume": "auto"})
+    assert done.returncode == 2 and "is the end of a run of 2 steps" in done.stderr
+    again = run(output, steps=3, **{"checkpoint.every": 1, "checkpoint.resume": "auto"})
     assert again.returncode == 0, again.stderr[-3000:]
     assert [m["step"] for m in metrics(output) if "loss/policy" in m] == [1, 2, 3]
-    assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
+    assert sorted(p.name for p in (output / "checkpoints").glob("step_*")) == ["step_000002", "step_000003"]
     assert (output / "hf" / "model.safetensors").exists()
     assert not descendants_with(str(tmp_path))
 

@@ -131,7 +131,7 @@ def test_any_damage_is_noticed(saved, tmp_path):
     generator = random.Random(0)
     files = sorted(p.name for p in saved.iterdir())
     for trial in range(60):
-        copy = shutil.copytree(saved, tmp_path / str(trial))
+        copy = shutil.copytree(saved, tmp_path / f"step_{trial}")
         file = copy / generator.choice(files)
         content = bytearray(file.read_bytes())
         kind = generator.choice(["flip", "cut", "remove", "add"])
@@ -162,7 +162,7 @@ def test_a_checkpoint_cannot_run_code(dotted, saved, tmp_path):
     """Consistent sums are no protection against who computed them: `.metadata` may name records alone."""
     from megatron_egrsd.engine import checkpoint
 
-    copy = shutil.copytree(saved, tmp_path / "copy")
+    copy = shutil.copytree(saved, tmp_path / "step_1")
     content = pickle.dumps(_Evil(tmp_path / "ran"))
     if dotted:  # os.system, reached through a module of torch's that imports os
         content = (b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\x09os.system\x93\x8c"
