@@ -71,7 +71,7 @@ def load_rollouts(path: Path) -> list[Rollout]:
     for number, line in enumerate(lines, 1):
         try:
             rollouts.append(_rollout(json.loads(line.decode())))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             reason = " ".join(str(error).split())[:200]
             raise BadArgument(f"{path}, line {number}: not a rollout as save_rollouts writes it ({reason})") from None
     return rollouts
@@ -92,6 +92,7 @@ def _rollout(row: dict) -> Rollout:
         raise ValueError("group and tokens must be integers from 0 on")
     if not all(type(number) in (int, float) for number in numbers) or not 0 <= rollout.reward <= 1:
         raise ValueError("reward must lie in [0, 1], and log-probs be numbers")
+    _ = [float(number) for number in numbers]  # OverflowError: JSON's integers have no end
     if type(rollout.weight_version) is not int:
         raise ValueError("weight_version must be an integer")
     if not rollout.prompt.student_ids or not 0 < len(rollout.response_ids) == len(rollout.rollout_log_probs):

@@ -228,6 +228,9 @@ def parse_generation(answer: Any) -> Generation:
         raise ValueError("no tokens, or something that is no token id")
     if not all(value is None or type(value) in (int, float) for value, _ in entries):
         raise ValueError("a log-probability that is no number")
-    log_probs = [math.nan if value is None else float(value) for value, _ in entries]
+    try:
+        log_probs = [math.nan if value is None else float(value) for value, _ in entries]
+    except OverflowError:
+        raise ValueError("a log-probability that no float holds") from None
     version = version if isinstance(version, str) else ""
     return Generation(sampled_ids, log_probs, kind, int(version) if version.isdecimal() else -1)

@@ -153,6 +153,24 @@ def rollout_row(scratch):
     return json.loads((scratch / "rollout.jsonl").read_text())
 
 
+@pytest.mark.parametrize("key", ["reward", "rollout_log_probs", "response_ids", "group", "weight_version"])
+def test_numbers_without_end(key, scratch, rollout_row):
+    huge = 10**400
+    row = rollout_row | {key: [huge, huge] if isinstance(rollout_row[key], list) else huge}
+    (scratch / "huge.jsonl").write_bytes(dumped(row))
+    if key in (
+        "group",
+        "weight_version",
+        "response_ids",
+    ):  # integers of any size; the batch and vocabulary are checked later
+        load_rollouts(scratch / "huge.jsonl")
+    else:
+        with pytest.raises(BadArgument, match="not a rollout"):
+            load_rollouts(scratch / "huge.jsonl")
+    with pytest.raises(ValueError, match="no float holds"):
+        parse_generation(ANSWER | {"meta_info": ANSWER["meta_info"] | {"output_token_logprobs": [[huge, 5], [0, 2]]}})
+
+
 @fuzz(0.32)
 @given(st.data())
 def test_replay(scratch, rollout_row, data):
