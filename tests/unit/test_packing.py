@@ -1,8 +1,7 @@
 """Packing: every sample once, the budget kept, the ranks in step, rows that predict their targets."""
 
-import json
-import math
-import random
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,13 @@ from hypothesis import strategies as st
 
 from megatron_egrsd.data.packing import Sequence, balance, balance_passes, pack, schedule
 
-DATA = Path(__file__).parents[1] / "data"
+spec = importlib.util.spec_from_file_location(
+    "benchmark_packing", Path(__file__).parents[2] / "tools/benchmark_packing.py"
+)
+benchmark = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = benchmark  # dataclasses look their module up
+spec.loader.exec_module(benchmark)
+
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
 
@@ -75,21 +80,7 @@ def test_batch_of_padding_alone():
     assert batch.tokens.tolist() == [0] * 4 and batch.targets.numel() == 0 and batch.cu_seqlens.tolist() == [0, 4]
 
 
-def _characters(file: str, key: str) -> list[int]:
-    return [len(json.loads(line)[key]) for line in (DATA / file).read_text(encoding="utf-8").splitlines()]
-
-
-# Tokens of a response. The two sets of solutions lend the shape (3 characters a token; a model reasons longer than the
-# AIME solutions are); the third is a reasoning model's long tail, cut at 16k.
-RESPONSES = {
-    "GSM8K": lambda rng, n: [rng.choice(GSM8K) // 3 + rng.randint(1, 30) for _ in range(n)],
-    "AIME": lambda rng, n: [rng.choice(AIME) * rng.randint(1, 5) // 3 + rng.randint(1, 300) for _ in range(n)],
-    "long-tailed": lambda rng, n: [min(16384, 1 + round(rng.lognormvariate(math.log(3000), 0.9))) for _ in range(n)],
-}
-GSM8K, AIME = _characters("gsm8k_test.jsonl", "answer"), _characters("aime24.jsonl", "solution")
-
-
-@pytest.mark.parametrize("name", RESPONSES)
+@pytest.mark.parametrize("name", benchmark.RESPONSES)
 @given(
     seed=st.integers(0, 10**6),
     ranks=st.sampled_from([1, 2, 8, 32]),
@@ -99,27 +90,9 @@ GSM8K, AIME = _characters("gsm8k_test.jsonl", "answer"), _characters("aime24.jso
 )
 @settings(max_examples=40)
 def test_real_lengths_waste_less_than_a_twentieth(name, seed, ranks, samples, budget, degenerate):
-    """A step of groups of 8: the teacher scores all samples, those with an advantage are trained.
-
-    A pass takes ranks x micro-batches x the longest micro-batch of each turn, whatever less a rank has to do meanwhile.
-    """
-    rng = random.Random(seed)
-    responses = RESPONSES[name](rng, ranks * samples)
-    signal = [rng.random() >= degenerate for _ in range(ranks * samples // 8)]
-    student = [100 + n for n in responses]
-    teacher = [400 + n for n in responses]
-    trained = [n if signal[i // 8] else 0 for i, n in enumerate(student)]
-    partition = balance_passes(teacher, trained, ranks)
-    for costs in (teacher, trained):
-        per_rank = [[costs[i] for i in part if costs[i]] for part in partition]
-        totals = [sum(own) for own in per_rank]
-        if sum(map(len, per_rank)) < 32 * ranks:
+    for one in benchmark.step_waste(name, ranks, samples, degenerate, seed, budget):
+        if one.samples < 32:
             continue  # with few samples a rank, a single long one is more than a rank's share
-        assert max(totals) <= 1.05 * sum(totals) / ranks
-        plan = schedule(per_rank, budget)
-        loads = [[sum(own[i] for i in part) for part in parts] for own, parts in zip(per_rank, plan, strict=True)]
-        computed = [[-(-load // 8) * 8 for load in rank] for rank in loads]  # padded for sequence parallelism, TP 8
-        time = sum(max(turn) for turn in zip(*computed, strict=True))
-        assert sum(totals) > 0.95 * ranks * time
-        fewest = -(-max(totals) // budget)
-        assert len(plan[0]) <= max(fewest + 1, 1.1 * fewest)
+        assert one.imbalance <= 0.05
+        assert one.waiting < 0.05
+        assert one.micro_batches <= max(one.fewest + 1, 1.1 * one.fewest)
