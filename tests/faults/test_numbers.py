@@ -55,8 +55,18 @@ def _weights(engine) -> list[torch.Tensor]:
     return [tensor.clone() for _, tensor in engine.export_weights()] or [torch.zeros(1), torch.ones(1)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["log_prob", "gradient", "disagreement"])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("log_prob", "TP1"),
+        ("gradient", "DP2 distributed optimizer"),
+        *(
+            pytest.param(k, x, marks=pytest.mark.slow)
+            for k in ("log_prob", "gradient", "disagreement")
+            for x in LAYOUTS
+        ),
+    ],
+)
 def test_a_bad_number_skips_the_update_on_all_ranks(kind, layout, tmp_path):
     world_size, parallel = LAYOUTS[layout]
     save_rollouts(_rollouts(), tmp_path / "good.jsonl")

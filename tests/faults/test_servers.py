@@ -120,6 +120,7 @@ def pair(model, model_directory, tmp_path_factory):
     assert not any(processes_of_group(group) for group in groups)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3 * START_TIMEOUT)
 def test_one_of_two_servers_dies_and_the_other_carries_on(pair):
     pair.push(pair.version + 1)
