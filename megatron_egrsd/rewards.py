@@ -1,7 +1,6 @@
 """Verifiable rewards: a response and the right answer in, a number in [0, 1] out."""
 
 import atexit
-import importlib
 import importlib.util
 import logging
 import multiprocessing
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pebble
 
+from megatron_egrsd import import_path
 from megatron_egrsd.answers import final_answer, gold_answer
 from megatron_egrsd.equality import equal
 from megatron_egrsd.errors import BadArgument, RunError
@@ -39,7 +39,7 @@ def math_reward(response: str, answer: str) -> float:
 
 
 def load_reward(name: str, timeout: float = 30.0) -> Reward:
-    """The reward called "math", or the function at the import path "module:function". BadArgument if there is none.
+    """The reward called "math", or the function at an import path (import_path.py). BadArgument if there is none.
 
     A user's function runs in worker processes: a call that takes longer than `timeout` seconds raises TimeoutError, one
     that ends its process raises as well, and neither harms the run.
@@ -53,13 +53,7 @@ def load_reward(name: str, timeout: float = 30.0) -> Reward:
 
 
 def _import(name: str) -> Reward:
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise BadArgument(f'data.reward is {name!r}; it must be "math" or an import path "module:function"')
-    try:
-        reward = getattr(importlib.import_module(module), function)
-    except Exception as error:  # a user's module may raise anything while it is imported
-        raise BadArgument(f"data.reward {name!r} cannot be imported: {type(error).__name__}: {error}") from None
+    reward = import_path.load(name, "data.reward")
     if not callable(reward):
         raise BadArgument(f"data.reward {name!r} is not a function but a {type(reward).__name__}")
     return reward

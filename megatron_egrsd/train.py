@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from megatron_egrsd.agreement import facts
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.problems import batch_indices
-from megatron_egrsd.data.prompts import PromptBuilder, load_prompts
+from megatron_egrsd.data.prompts import load_prompts
 from megatron_egrsd.debug import rollout_only
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.errors import BadArgument, RunError
@@ -23,7 +23,9 @@ from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.learn import groups_without_signal, learn
 from megatron_egrsd.plan import world_size
 from megatron_egrsd.preemption import Preemption
+from megatron_egrsd.rewards import load_reward
 from megatron_egrsd.samples import Prompt, Rollout
+from megatron_egrsd.sampling import prompt_builder
 from megatron_egrsd.weighting import check_objective
 
 
@@ -106,8 +108,10 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
             f"output = {output} exists and is not an empty directory; choose another one, remove it, or continue its "
             "run with --resume auto"
         )
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    builder = PromptBuilder(tokenizer, config.data, config.rollout.max_response_tokens, arch.max_position_embeddings)
+    if config.replay and not Path(config.replay).exists():
+        raise BadArgument(f"replay is {config.replay}, which does not exist; give a file or directory of rollouts")
+    load_reward(config.data.reward)
+    builder = prompt_builder(config)
     train = load_prompts(config.data.train, builder, privileged=config.objective.needs_teacher)
     heldout = load_prompts(config.data.evaluation, builder, privileged=False) if config.data.evaluation else []
-    return train, heldout, tokenizer
+    return train, heldout, builder.tokenizer
