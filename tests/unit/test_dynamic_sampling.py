@@ -1,0 +1,60 @@
+"""Groups without a signal are replaced by fresh prompts, as often as asked, and the same way every time."""
+
+import pytest
+
+from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, RolloutConfig
+from megatron_egrsd.samples import Problem, Prompt, Rollout
+from megatron_egrsd.train import _batch
+
+PROMPTS = [Prompt(Problem(str(i), "p", "a"), [5], [5]) for i in range(40)]
+
+
+class Sampled:
+    """Stands where first_rank does: problems below `dull` are always answered wrongly, the others every other time."""
+
+    def __init__(self, dull: int):
+        self.dull, self.asked = dull, []
+
+    def sample(self, prompts: list[Prompt], version: int) -> list[Rollout]:
+        self.asked.append([int(p.problem.id) for p in prompts])
+        return [
+            Rollout(p, group, [7], [0.0], "stop", version, "", float(k % 2 and int(p.problem.id) >= self.dull))
+            for group, p in enumerate(prompts)
+            for k in range(4)
+        ]
+
+
+def config(rounds: int, **objective) -> Config:
+    rollout = RolloutConfig(prompts_per_step=8, rollouts_per_prompt=4, dynamic_sampling=rounds)
+    return Config(ModelConfig("m"), DataConfig(train="d"), ObjectiveConfig(**objective), rollout=rollout)
+
+
+def wrong_groups(rollouts: list[Rollout]) -> set[int]:
+    return {r.group for r in rollouts} - {r.group for r in rollouts if r.reward}
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_batch_is_refilled_until_it_has_a_signal(step):
+    first = Sampled(dull=20)
+    rollouts, sampled = _batch(first, PROMPTS, config(20), step)
+    assert not wrong_groups(rollouts)
+    assert [r.group for r in rollouts] == [g for g in range(8) for _ in range(4)]
+    assert sampled == 4 * sum(map(len, first.asked)) > 32
+    assert all(len({r.prompt.problem.id for r in rollouts if r.group == g}) == 1 for g in range(8))
+    again = Sampled(dull=20)
+    _batch(again, PROMPTS, config(20), step)
+    assert again.asked == first.asked  # a resumed run draws the same prompts
+
+
+def test_no_more_rounds_than_asked_and_none_by_default():
+    first = Sampled(dull=40)
+    rollouts, sampled = _batch(first, PROMPTS, config(2), 0)
+    assert len(first.asked) == 3 and sampled == 96 and len(wrong_groups(rollouts)) == 8
+    first = Sampled(dull=40)
+    assert _batch(first, PROMPTS, config(0), 0)[1] == 32 and len(first.asked) == 1
+
+
+def test_an_objective_that_learns_from_any_outcome_needs_no_refill():
+    first = Sampled(dull=40)
+    _batch(first, PROMPTS, config(5, advantage="outcome"), 0)
+    assert len(first.asked) == 1
