@@ -137,7 +137,7 @@ def test_the_only_server_dies_and_comes_back_with_the_current_weights(model, mod
         trial(fleet, "kill all", "generate", 0.2, 0)
         assert fleet.lost >= 1
         strike(fleet, "kill all", fleet.servers.servers[0])
-        with pytest.raises(RunError, match=r"has ended \(killed by signal 9\).* the run gives up after 1 lost servers"):
+        with pytest.raises(RunError, match=r"has ended .* the run gives up after 1 lost servers"):
             fleet.client.generate(PROMPTS, 1)
     finally:
         fleet.close()
