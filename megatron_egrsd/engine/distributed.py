@@ -17,7 +17,7 @@ from megatron_egrsd.errors import BadArgument, RunError
 T = TypeVar("T")
 
 
-def initialize(config: ParallelConfig, seed: int, facts: dict[str, str]) -> torch.device:
+def initialize(config: ParallelConfig, seed: int, facts: dict[str, str] | None = None) -> torch.device:
     """Start torch.distributed and megatron-core's groups; returns this rank's device.
 
     NCCL where CUDA is available, else gloo. A process that torchrun did not start is a world of one. BadArgument, on
@@ -37,7 +37,7 @@ def initialize(config: ParallelConfig, seed: int, facts: dict[str, str]) -> torc
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    _check_agreement(facts)
+    _check_agreement(facts or {})
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,

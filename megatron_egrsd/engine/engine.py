@@ -53,7 +53,7 @@ class Engine:
         checkpoint = HFCheckpoint(config.model.path)
         self.arch = checkpoint.architecture
         self.arch.check_parallel(config.parallel.tensor, config.parallel.pipeline)
-        self.device = distributed.initialize(config.parallel, config.seed, facts or {})
+        self.device = distributed.initialize(config.parallel, config.seed, facts)
         self.data_parallel = config.check_world(dist.get_world_size())
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_group = parallel_state.get_data_parallel_group()
