@@ -112,6 +112,8 @@ class FirstRank:
     def resume(self) -> int:
         """The step to continue from: 0, or that of the checkpoint to resume, which is then loaded and served."""
         if self.resumed is None:
+            if self.config.rollout.urls:  # servers of somebody else's: who knows what they hold
+                self.push_weights(0)
             return 0
         step = checkpoint.load(self.engine, self.resumed)
         self.push_weights(step)
