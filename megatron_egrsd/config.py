@@ -211,6 +211,8 @@ class RolloutConfig:
         api_key_variable: Environment variable that holds the servers' API key; it is never written anywhere.
         dynamic_sampling: Rounds in which groups without a signal (all right or all wrong) are replaced by fresh
             prompts before a batch is trained; 0 trains the batch as it came.
+        staleness: Updates that may lie between the weights that sample a batch and those that it trains. 0 is exactly
+            on-policy; 1 samples the next batch while this one trains (docs/overlap.md).
     """
 
     prompts_per_step: int = 32
@@ -236,6 +238,7 @@ class RolloutConfig:
     server_args: dict[str, Any] = field(default_factory=dict)
     api_key_variable: str = ""
     dynamic_sampling: int = 0
+    staleness: int = 0
 
     def __post_init__(self):
         for name in (
@@ -258,6 +261,11 @@ class RolloutConfig:
             "rollout.rollouts_per_prompt must be at least 2: the advantage compares the rollouts of one prompt",
         )
         _require(self.temperature > 0, "rollout.temperature must be positive: on-policy sampling needs T > 0")
+        _require(
+            self.staleness in (0, 1),
+            f"rollout.staleness is {self.staleness}; it must be 0 (on-policy) or 1 (the next batch is sampled while "
+            "this one trains)",
+        )
         _require(0 <= self.port < 65536, f"rollout.port is {self.port}; it must lie in [0, 65535]")
 
     @property
@@ -416,7 +424,8 @@ class Config:
         seed: Seed of the data order, of sampling and of the initial state of every random generator.
         output: Directory of the run: metrics, logs, final Hugging Face checkpoint. Must not hold another run.
         max_log_prob_difference: Largest mean |log-prob(engine) - log-prob(SGLang)| over a batch, in nats; beyond it the
-            two disagree and the update is skipped.
+            two disagree and the update is skipped. null is 0.1 on-policy and, where rollout.staleness lets an update
+            lie between the two, 0.5.
         max_skipped_steps: Steps in a row that may be skipped (numbers that are not finite, or the disagreement above)
             before the run ends; the rollouts of each are kept under output/skipped.
         debug: "rollout-only" samples and rewards with the weights of model.path, without a training engine;
@@ -440,7 +449,7 @@ class Config:
     steps: int = 100
     seed: int = 0
     output: str = "runs/egrsd"
-    max_log_prob_difference: float = 0.1
+    max_log_prob_difference: float | None = None
     max_skipped_steps: int = 3
     debug: Literal["", "rollout-only", "train-only"] = ""
     replay: str = ""
@@ -460,6 +469,18 @@ class Config:
             f"rollout.prompts_per_step = {self.rollout.prompts_per_step} does not divide into "
             f"optimizer.updates_per_batch = {self.optimizer.updates_per_batch} equal shares",
         )
+        _require(
+            not self.rollout.staleness or self.objective.importance_cap is not None,
+            "rollout.staleness 1 trains on samples of older weights and needs the truncated importance weight that "
+            "corrects for it; set objective.importance_cap, for example to 2",
+        )
+
+    @property
+    def log_prob_limit(self) -> float:
+        """`max_log_prob_difference` in nats, or its default."""
+        if self.max_log_prob_difference is not None:
+            return self.max_log_prob_difference
+        return 0.5 if self.rollout.staleness else 0.1
 
     def check_world(self, world_size: int) -> int:
         """The data-parallel size for `world_size` ranks; BadArgument where the sizes do not divide."""

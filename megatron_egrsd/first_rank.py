@@ -3,11 +3,13 @@
 import contextlib
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
+from megatron_egrsd.batches import Batch, BatchSampling, check_versions
 from megatron_egrsd.config import Config
 from megatron_egrsd.console import RunLog
 from megatron_egrsd.engine import checkpoint
@@ -31,8 +33,8 @@ _SKIPPED = {
     "skipped/loss": "the loss is not finite",
     "skipped/gradient": "the gradient is not finite",
     "skipped/disagreement": "SGLang's log-probs differ from the engine's by {difference:.3g} nats on average "
-    "(max_log_prob_difference = {limit:g}): it holds other weights, which rollout.verify_sync true would name, or "
-    "computes differently",
+    "(max_log_prob_difference = {limit:g}): it holds other weights, which rollout.verify_sync true would name, "
+    "computes differently or, under rollout.staleness, is further behind than one update should leave it",
 }
 
 
@@ -50,6 +52,9 @@ class FirstRank:
         self.checkpoints = self.output / "checkpoints"
         self.evaluations: list[dict[str, float]] = []
         self.skipped = 0  # steps in a row
+        self.sampling: BatchSampling | None = None  # of the next batch, on the first rank
+        self.ending = False
+        self.unreported: tuple[int, list[Rollout], dict[str, float]] | None = None
 
     def __enter__(self) -> "FirstRank":
         self.stack = contextlib.ExitStack()
@@ -87,14 +92,27 @@ class FirstRank:
         print(f"rollouts: {where}; starting takes up to a minute", flush=True)
         # A continued run draws on, and does not sample what it has sampled before.
         seed = self.config.seed + (1_000_003 * checkpoint.step_of(self.resumed) if self.resumed else 0)
+        # Outlives the servers: one that it starts anew would die with it (rollout/launch_guard.py).
+        self.thread = self.stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sample-ahead"))
         self.servers = self.stack.enter_context(
             RolloutServers(config, self.config.model, seed % 2**31, self.output / "logs")
         )
         self.sync = WeightSync(self.servers, config, self.engine.device, self.output)
         self.stack.callback(self.sync.close)
-        client = RolloutClient(self.servers, config, [self.tokenizer.eos_token_id], self.preemption.check)
+        client = RolloutClient(self.servers, config, [self.tokenizer.eos_token_id], self._check)
         reward = load_reward(self.config.data.reward, self.config.data.reward_timeout)
         self.sampler = Sampler(client, self.tokenizer, reward)
+        self.stack.callback(self._end_sampling)
+
+    def _check(self) -> None:
+        """Called while requests are in flight; what it raises ends their sampling."""
+        self.preemption.check()
+        if self.ending:
+            raise RunError("the run has ended")
+
+    def _end_sampling(self) -> None:
+        self.ending = True
+        self.await_sampling()
 
     def _clear(self, step: int) -> None:
         """What the stopped run left behind its last checkpoint makes room, and is not lost."""
@@ -136,6 +154,8 @@ class FirstRank:
     def stopped(self, error: RunError, step: int) -> RunError:
         """Save the state after `step` steps, and say in the error how to continue."""
         try:
+            if self.unreported:  # its weights did not reach SGLang, but it was made
+                self.report(*self.unreported)
             path = self.save(step)
         except RunError as second:
             return type(error)(f"{error}; and the state after step {step} could not be saved: {second}")
@@ -147,21 +167,49 @@ class FirstRank:
 
     # -- SGLang -------------------------------------------------------------------------------------------------
 
-    def sample(self, prompts: list[Prompt], version: int) -> list[Rollout]:
-        """One batch of rewarded rollouts, on every rank. Servers that die meanwhile are replaced."""
+    def batch(self, prompts: list[Prompt], step: int) -> Batch:
+        """The batch of step `step` (from 0), on every rank: sampled ahead, or else now with the weights of `step`.
+
+        Servers that die meanwhile are replaced; what is missing then is sampled with the weights of `step`.
+        """
+        while True:
+            try:
+                batch = on_first_rank(lambda: self._finished_batch(prompts, step))
+                break
+            except ServersLost:  # they are starting again; every rank has a part of the weights they need
+                self.push_weights(step)
+        check_versions(batch.rollouts, step, self.config.rollout.staleness)
+        return batch
+
+    def sample_ahead(self, prompts: list[Prompt], step: int) -> None:
+        """One step off: begin the batch of `step` with the weights that SGLang holds. Nothing where on-policy."""
+        if self.config.rollout.staleness and self.engine.is_first_rank and step < self.config.steps:
+            self.sampling = self._batch_sampling(prompts, step)
+            self.sampling.start(self.thread)
+
+    def await_sampling(self) -> None:
+        """Return when no request is in flight: weights never change under one. `batch` tells how it ended."""
+        if self.sampling is not None:
+            self.sampling.wait()
+
+    def _finished_batch(self, prompts: list[Prompt], step: int) -> Batch:
+        if self.sampling is None:
+            self.sampling = self._batch_sampling(prompts, step)
+        batch, self.sampling = self.sampling.result(), None
+        return batch
+
+    def _batch_sampling(self, prompts: list[Prompt], step: int) -> BatchSampling:
         n, temperature = self.config.rollout.rollouts_per_prompt, self.config.rollout.temperature
-        rollouts = self._sample(prompts, n, temperature, version)
-        stale = {r.weight_version for r in rollouts} - {version}
-        if stale:
-            raise RunError(f"SGLang sampled with weight version {min(stale)}, but the engine holds version {version}")
-        return rollouts
+        return BatchSampling(
+            lambda some, done: self.sampler.sample(some, n, temperature, done), prompts, self.config, step
+        )
 
     def _sample(self, prompts: list[Prompt], n: int, temperature: float, version: int) -> list[Rollout]:
         done: dict = {}  # what was sampled survives the servers
         while True:
             try:
                 return on_first_rank(lambda: self.sampler.sample(prompts, n, temperature, done))
-            except ServersLost:  # they are starting again; every rank has a part of the weights they need
+            except ServersLost:
                 self.push_weights(version)
 
     def push_weights(self, version: int) -> None:
@@ -191,7 +239,8 @@ class FirstRank:
 
     def guard(self, step: int, rollouts: list[Rollout], metrics: dict[str, float]) -> None:
         """Keep the rollouts of a step whose update was skipped, with a word why; RunError after too many in a row."""
-        values = {"difference": metrics.get("sync/log_prob_difference"), "limit": self.config.max_log_prob_difference}
+        self.unreported = step, rollouts, metrics
+        values = {"difference": metrics.get("sync/log_prob_difference"), "limit": self.config.log_prob_limit}
         reasons = [text.format(**values) for key, text in _SKIPPED.items() if metrics.get(key)]
         if not reasons:
             self.skipped = 0
@@ -216,8 +265,14 @@ class FirstRank:
             self.log.evaluation(step, result)
 
     def report(self, step: int, rollouts: list[Rollout], metrics: dict[str, float]) -> None:
+        """Step `step` (from 1) into the log and, where asked for, its rollouts into a file."""
+        self.unreported = None
+
         def write() -> None:
-            metrics["perf/tokens_per_second"] = metrics["batch/tokens"] / metrics["time/step"]
+            if "time/step" in metrics:
+                metrics["perf/tokens_per_second"] = metrics["batch/tokens"] / metrics["time/step"]
+            behind = sum((step - 1 - r.weight_version) * len(r.response_ids) for r in rollouts)
+            metrics["rollout/staleness"] = behind / metrics["batch/tokens"]
             self.log.step({"step": step, "rollout/restarts": self._restarts()} | metrics)
             if self.config.dump_rollouts:
                 save_rollouts(rollouts, self.output / "rollouts" / f"step_{step:06d}.jsonl")
@@ -248,10 +303,14 @@ class Replay(FirstRank):
     def push_weights(self, version: int) -> None:
         """There is no SGLang."""
 
-    def sample(self, prompts: list[Prompt], version: int) -> list[Rollout]:
+    def batch(self, prompts: list[Prompt], step: int) -> Batch:
         path = Path(self.config.replay)
-        path = path / f"step_{version + 1:06d}.jsonl" if path.is_dir() else path
-        return on_first_rank(lambda: load_replay(path, self.config, self.engine.arch.vocab_size))
+        path = path / f"step_{step + 1:06d}.jsonl" if path.is_dir() else path
+        rollouts = on_first_rank(lambda: load_replay(path, self.config, self.engine.arch.vocab_size))
+        return Batch(rollouts, len(rollouts))
+
+    def sample_ahead(self, prompts: list[Prompt], step: int) -> None:
+        """There is nobody to sample."""
 
     def evaluate(self, prompts: list[Prompt], step: int) -> None:
         """There is nobody to sample."""

@@ -140,6 +140,7 @@ def _loss(
         "loss/clip_share": result.clipped,
         "sync/log_prob_difference": (old - rollout).abs().sum(),
         "weight/abs_mean": weight.abs().sum(),
+        "loss/importance": result.importance,
     }
     return result.loss, sums
 
@@ -151,7 +152,7 @@ def _refuse(sums: dict[str, float], config: Config) -> str:
         return "log_prob"
     if not math.isfinite(sums["loss"]):
         return "loss"
-    return "disagreement" if difference > config.max_log_prob_difference * sums["tokens"] else ""
+    return "disagreement" if difference > config.log_prob_limit * sums["tokens"] else ""
 
 
 def rollout_metrics(rollouts: list[Rollout], config: ObjectiveConfig) -> dict[str, float]:

@@ -1,30 +1,28 @@
 """EGRSD and CL-EGRSD: the training loop. Every rank runs this file; only the first one talks to SGLang.
 
-Each step: the student samples n responses to each prompt and they are rewarded (sampling.py); `learn` takes the
-direction from the rewards, the magnitude and the gate from the teacher, and updates the weights (learn.py); the new
-weights go into SGLang, checked by version (first_rank.py).
+Each step: the student samples n responses to each prompt and they are rewarded (batches.py, sampling.py); `learn` takes
+the direction from the rewards, the magnitude and the gate from the teacher, and updates the weights (learn.py); the new
+weights go into SGLang, checked by version (first_rank.py). One step off, the next batch is sampled meanwhile.
 """
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
 from megatron_egrsd.agreement import facts
 from megatron_egrsd.config import Config
-from megatron_egrsd.data.problems import batch_indices
 from megatron_egrsd.data.prompts import load_prompts
 from megatron_egrsd.debug import rollout_only
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.errors import BadArgument, RunError
-from megatron_egrsd.first_rank import FirstRank, first_rank
+from megatron_egrsd.first_rank import first_rank
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.learn import groups_without_signal, learn
+from megatron_egrsd.learn import learn
 from megatron_egrsd.plan import world_size
 from megatron_egrsd.preemption import Preemption
 from megatron_egrsd.rewards import load_reward
-from megatron_egrsd.samples import Prompt, Rollout
+from megatron_egrsd.samples import Prompt
 from megatron_egrsd.sampling import prompt_builder
 from megatron_egrsd.weighting import check_objective
 
@@ -49,17 +47,21 @@ def main(config: Config) -> None:
             while step < config.steps:
                 first.check_preemption()
                 started = time.perf_counter()
-                rollouts, sampled = _batch(first, prompts, config, step)
-                generated = time.perf_counter()
-                metrics = learn(engine, rollouts, config, first.recorder(step + 1, rollouts))
+                batch = first.batch(prompts, step)
+                first.sample_ahead(prompts, step + 1)
+                sampled = time.perf_counter()
+                metrics = learn(engine, batch.rollouts, config, first.recorder(step + 1, batch.rollouts))
                 step += 1
-                first.guard(step, rollouts, metrics)
+                first.guard(step, batch.rollouts, metrics)
                 trained = time.perf_counter()
+                first.await_sampling()
+                waited = time.perf_counter()
                 first.push_weights(step)
                 done = time.perf_counter()
-                metrics |= {"batch/sampled": sampled, "time/generate": generated - started}
-                metrics |= {"time/sync": done - trained, "time/step": done - started}
-                first.report(step, rollouts, metrics)
+                metrics |= {"batch/sampled": batch.sampled, "time/generate": batch.seconds}
+                metrics |= {"time/wait": sampled - started + waited - trained, "time/sync": done - waited}
+                metrics |= {"time/step": done - started}
+                first.report(step, batch.rollouts, metrics)
                 if _is_due(step, config.evaluation.every or config.steps, config.steps):
                     first.evaluate(heldout, step)
                 if _is_due(step, config.checkpoint.every, config.steps):
@@ -71,26 +73,6 @@ def main(config: Config) -> None:
 
 def _is_due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
-
-
-def _batch(first: FirstRank, prompts: list[Prompt], config: Config, step: int) -> tuple[list[Rollout], int]:
-    """The rollouts of step `step` (from 0), and how many were sampled for them.
-
-    Dynamic sampling: groups without a signal are replaced by groups of fresh prompts, `rollout.dynamic_sampling` times
-    at most. Which prompts follows from seed, step and round, as in the main order: a resumed run draws the same.
-    """
-    size, rounds = config.rollout.prompts_per_step, config.rollout.dynamic_sampling
-    rollouts = first.sample([prompts[i] for i in batch_indices(len(prompts), size, step, config.seed)], step)
-    sampled = len(rollouts)
-    for number in range(rounds):
-        if not (dull := groups_without_signal(rollouts, config.objective)):
-            break
-        fresh = batch_indices(len(prompts), size, step * rounds + number, f"{config.seed}/refill")[: len(dull)]
-        extra = [replace(r, group=dull[r.group]) for r in first.sample([prompts[i] for i in fresh], step)]
-        sampled += len(extra)
-        kept = [r for r in rollouts if r.group not in dull]
-        rollouts = sorted(kept + extra, key=lambda r: r.group)
-    return rollouts, sampled
 
 
 def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], list[Prompt], AutoTokenizer]:

@@ -26,6 +26,7 @@ from step_time import (
     forward_flops,
     generate_seconds,
     pass_seconds,
+    step_seconds,
     sync_seconds,
     update_seconds,
 )
@@ -66,12 +67,11 @@ class Choice:
 
     @property
     def step(self) -> float:
-        return self.generate + self.score + self.train + self.sync
+        return step_seconds(self.generate, self.score, self.train, self.sync, staleness=0)
 
     @property
     def one_step_off(self) -> float:
-        """The next batch sampled while this one trains."""
-        return max(self.generate, self.score + self.train) + self.sync
+        return step_seconds(self.generate, self.score, self.train, self.sync, staleness=1)
 
     @property
     def bottleneck(self) -> str:

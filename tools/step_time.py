@@ -2,13 +2,16 @@
 
 Floating-point operations: a matrix product of m x k by k x n is 2mkn. Causal attention over a sequence of s tokens is
 2 N D s^2 a layer (two products, half of each masked). A backward pass is two forward passes. Bytes of a collective are
-those of the ring algorithms. Nothing overlaps, as in the engine today. docs/scaling.md derives and discusses it.
+those of the ring algorithms. Within a phase nothing overlaps; `step_seconds` puts the phases together. docs/scaling.md
+derives and discusses it.
 """
 
 import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.hf.architecture import Architecture
@@ -47,6 +50,15 @@ class Batch:
     student_prompt: int
     teacher_prompt: int
     responses: Sequence[int]
+
+
+def step_seconds(generate, score, train, sync, *, staleness: int):
+    """Seconds of a step from those of its phases, numbers or arrays [steps]; `generate` of what is sampled meanwhile.
+
+    On-policy one phase after the other; with `rollout.staleness` 1 the next batch is sampled while this one is scored
+    and trained, on processors of its own.
+    """
+    return (np.maximum(generate, score + train) if staleness else generate + score + train) + sync
 
 
 def layer_parameters(arch: Architecture) -> tuple[int, int]:

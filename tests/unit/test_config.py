@@ -43,6 +43,8 @@ def test_yaml_with_overrides_the_later_one_wins(tmp_path):
         (["--rollout.rollouts_per_prompt", "1"], ["at least 2"]),
         (["--rollout.temperature", "0"], ["positive"]),
         (["--rollout.prompts_per_step", "5", "--optimizer.updates_per_batch", "2"], ["5 does not divide", "2 equal"]),
+        (["--rollout.staleness", "2"], ["rollout.staleness is 2", "0 (on-policy) or 1"]),
+        (["--rollout.staleness", "1"], ["older weights", "set objective.importance_cap"]),
         (["--parallel.sequence_parallel", "true"], ["parallel.tensor > 1"]),
         (["--data.teacher_template", "{problem}"], ["{solution} or {answer}"]),
         (["--data.teacher_template", "{problem} {answer} {hint}"], ["{hint}"]),
@@ -53,6 +55,12 @@ def test_yaml_with_overrides_the_later_one_wins(tmp_path):
 def test_mistakes_on_the_command_line(arguments, words):
     message = parse_error(BASE + arguments)
     assert all(word in message for word in words), message
+
+
+def test_the_allowed_difference_of_log_probs_depends_on_the_staleness():
+    stale = ["--rollout.staleness", "1", "--objective.importance_cap", "2"]
+    assert [parse_config(BASE + more).log_prob_limit for more in ([], stale)] == [0.1, 0.5]
+    assert parse_config([*BASE, *stale, "--max_log_prob_difference", "0.2"]).log_prob_limit == 0.2
 
 
 @pytest.mark.parametrize(

@@ -2,23 +2,24 @@
 
 import pytest
 
+from megatron_egrsd.batches import BatchSampling
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, RolloutConfig
+from megatron_egrsd.rollout.servers import ServersLost
 from megatron_egrsd.samples import Problem, Prompt, Rollout
-from megatron_egrsd.train import _batch
 
 PROMPTS = [Prompt(Problem(str(i), "p", "a"), [5], [5]) for i in range(40)]
 
 
 class Sampled:
-    """Stands where first_rank does: problems below `dull` are always answered wrongly, the others every other time."""
+    """Stands where SGLang does: problems below `dull` are always answered wrongly, the others every other time."""
 
     def __init__(self, dull: int):
         self.dull, self.asked = dull, []
 
-    def sample(self, prompts: list[Prompt], version: int) -> list[Rollout]:
+    def __call__(self, prompts: list[Prompt], done: dict) -> list[Rollout]:
         self.asked.append([int(p.problem.id) for p in prompts])
         return [
-            Rollout(p, group, [7], [0.0], "stop", version, "", float(k % 2 and int(p.problem.id) >= self.dull))
+            Rollout(p, group, [7], [0.0], "stop", 0, "", float(k % 2 and int(p.problem.id) >= self.dull))
             for group, p in enumerate(prompts)
             for k in range(4)
         ]
@@ -29,6 +30,11 @@ def config(rounds: int, **objective) -> Config:
     return Config(ModelConfig("m"), DataConfig(train="d"), ObjectiveConfig(**objective), rollout=rollout)
 
 
+def batch(sample, config: Config, step: int) -> tuple[list[Rollout], int]:
+    result = BatchSampling(sample, PROMPTS, config, step).result()
+    return result.rollouts, result.sampled
+
+
 def wrong_groups(rollouts: list[Rollout]) -> set[int]:
     return {r.group for r in rollouts} - {r.group for r in rollouts if r.reward}
 
@@ -36,25 +42,48 @@ def wrong_groups(rollouts: list[Rollout]) -> set[int]:
 @pytest.mark.parametrize("step", [0, 3])
 def test_a_batch_is_refilled_until_it_has_a_signal(step):
     first = Sampled(dull=20)
-    rollouts, sampled = _batch(first, PROMPTS, config(20), step)
+    rollouts, sampled = batch(first, config(20), step)
     assert not wrong_groups(rollouts)
     assert [r.group for r in rollouts] == [g for g in range(8) for _ in range(4)]
     assert sampled == 4 * sum(map(len, first.asked)) > 32
     assert all(len({r.prompt.problem.id for r in rollouts if r.group == g}) == 1 for g in range(8))
     again = Sampled(dull=20)
-    _batch(again, PROMPTS, config(20), step)
+    batch(again, config(20), step)
     assert again.asked == first.asked  # a resumed run draws the same prompts
 
 
 def test_no_more_rounds_than_asked_and_none_by_default():
     first = Sampled(dull=40)
-    rollouts, sampled = _batch(first, PROMPTS, config(2), 0)
+    rollouts, sampled = batch(first, config(2), 0)
     assert len(first.asked) == 3 and sampled == 96 and len(wrong_groups(rollouts)) == 8
     first = Sampled(dull=40)
-    assert _batch(first, PROMPTS, config(0), 0)[1] == 32 and len(first.asked) == 1
+    assert batch(first, config(0), 0)[1] == 32 and len(first.asked) == 1
 
 
 def test_an_objective_that_learns_from_any_outcome_needs_no_refill():
     first = Sampled(dull=40)
-    _batch(first, PROMPTS, config(5, advantage="outcome"), 0)
+    batch(first, config(5, advantage="outcome"), 0)
     assert len(first.asked) == 1
+
+
+@pytest.mark.parametrize("lost", range(3))
+def test_servers_lost_in_any_round_leave_the_batch_as_it_would_have_been(lost):
+    """Finished rounds stay, the round that was broken off goes on with what it had."""
+
+    class Breaking(Sampled):
+        def __call__(self, prompts, done):
+            if len(self.asked) == lost and not done:
+                done[0, 0] = "one response"
+                raise ServersLost("no server is left")
+            assert bool(done) == (len(self.asked) == lost)
+            return super().__call__(prompts, done)
+
+    undisturbed = Sampled(dull=25)
+    expected = batch(undisturbed, config(5), 1)
+    assert len(undisturbed.asked) > 2
+    first = Breaking(dull=25)
+    sampling = BatchSampling(first, PROMPTS, config(5), 1)
+    with pytest.raises(ServersLost):
+        sampling.result()
+    result = sampling.result()
+    assert (result.rollouts, result.sampled) == expected and first.asked == undisturbed.asked

@@ -191,16 +191,20 @@ def test_loss_and_gradient_against_fp64_and_exact_zero_outside_the_mask(batch, n
     lengths = torch.tensor([int(m.sum()) for m in mask.split(batch["cu_seqlens"].diff().tolist())])
     per_token = loss_normalizer(lengths, config, num_tokens=max(int(mask.sum()), 1), num_sequences=lengths.numel())
     normalizer = torch.ones_like(old).masked_scatter(mask, per_token)
-    result = policy_loss(log_prob, old, w, mask, normalizer, config, rollout_log_prob=old - 0.1)
+    drift = torch.linspace(1.0, -0.5, old.numel())  # log pi_old / pi_rollout: some are cut at the cap, some are not
+    result = policy_loss(log_prob, old, w, mask, normalizer, config, rollout_log_prob=old - drift)
     result.loss.backward()
 
-    expected = 0.0
+    expected, importance = 0.0, 0.0
     for t in mask.nonzero().flatten().tolist():
         ratio = math.exp(float(log_prob[t].detach().double() - old[t].double()))
         wt = float(w[t])
         term = min(ratio * wt, min(max(ratio, 1 - config.clip_low), 1 + config.clip_high) * wt)
-        expected -= min(math.exp(0.1), 1.5) * term / float(normalizer[t])
+        c = min(math.exp(float(old[t].double() - (old - drift)[t].double())), 1.5)
+        importance += c
+        expected -= c * term / float(normalizer[t])
     assert result.loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert result.importance.item() == pytest.approx(importance, rel=1e-5)
     assert (log_prob.grad[~mask] == 0).all()
     assert not log_prob.grad.isnan().any()
     assert result.tokens == mask.sum()

@@ -1,0 +1,88 @@
+"""The rollouts of a step: which prompts, refilled how often; sampled when they are asked for, or ahead in a thread."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+
+from megatron_egrsd.config import Config
+from megatron_egrsd.data.problems import batch_indices
+from megatron_egrsd.errors import RunError
+from megatron_egrsd.learn import groups_without_signal
+from megatron_egrsd.samples import Prompt, Rollout
+
+# (prompts, what was sampled of them before, as in RolloutClient.generate) -> their rewarded rollouts
+Sample = Callable[[list[Prompt], dict], list[Rollout]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step trains, how many rollouts were sampled for it, and the seconds that took with their rewards."""
+
+    rollouts: list[Rollout]
+    sampled: int
+    seconds: float = 0.0
+
+
+class BatchSampling:
+    """The sampling of the batch of step `step` (from 0), on one process.
+
+    Dynamic sampling: groups without a signal are replaced by groups of fresh prompts, `rollout.dynamic_sampling` times
+    at most. Which prompts follows from seed, step and round, as in the main order: a resumed run draws the same.
+    """
+
+    def __init__(self, sample: Sample, prompts: list[Prompt], config: Config, step: int):
+        self.sample, self.prompts, self.config, self.step = sample, prompts, config, step
+        self.rollouts: list[Rollout] = []
+        self.rounds, self.sampled, self.seconds = 0, 0, 0.0
+        self.done: dict = {}  # of the round under way
+        self.future: Future | None = None
+
+    def start(self, thread: ThreadPoolExecutor) -> None:
+        """Sample in `thread`; returns at once."""
+        self.future = thread.submit(self._run)
+
+    def wait(self) -> None:
+        """Return when nothing is sampled any more, however that ended."""
+        if self.future is not None:
+            wait([self.future])
+
+    def result(self) -> Batch:
+        """The batch, or the exception that its sampling met; after ServersLost another call samples what is missing."""
+        future, self.future = self.future, None
+        return future.result() if future is not None else self._run()
+
+    def _run(self) -> Batch:
+        started = time.perf_counter()
+        try:
+            while groups := self._groups():
+                rollouts = self.sample(self._prompts(groups), self.done)
+                kept = [r for r in self.rollouts if r.group not in groups]
+                fresh = [replace(r, group=groups[r.group]) for r in rollouts]
+                self.rollouts = sorted(kept + fresh, key=lambda r: r.group)
+                self.rounds, self.sampled, self.done = self.rounds + 1, self.sampled + len(rollouts), {}
+        finally:
+            self.seconds += time.perf_counter() - started
+        return Batch(self.rollouts, self.sampled, self.seconds)
+
+    def _groups(self) -> list[int]:
+        """The groups to sample next: all, then those without a signal as long as there are rounds left."""
+        if not self.rounds:
+            return list(range(self.config.rollout.prompts_per_step))
+        if self.rounds > self.config.rollout.dynamic_sampling:
+            return []
+        return groups_without_signal(self.rollouts, self.config.objective)
+
+    def _prompts(self, groups: list[int]) -> list[Prompt]:
+        size, seed, step = self.config.rollout.prompts_per_step, self.config.seed, self.step
+        if self.rounds:
+            step, seed = step * self.config.rollout.dynamic_sampling + self.rounds - 1, f"{seed}/refill"
+        return [self.prompts[i] for i in batch_indices(len(self.prompts), size, step, seed)[: len(groups)]]
+
+
+def check_versions(rollouts: list[Rollout], step: int, staleness: int) -> None:
+    """RunError where a rollout is not of the weights after `step` updates, or of at most `staleness` updates before."""
+    oldest = max(0, step - staleness)
+    if wrong := {r.weight_version for r in rollouts} - set(range(oldest, step + 1)):
+        allowed = f"; rollout.staleness = {staleness} allows versions from {oldest} on" if staleness else ""
+        raise RunError(f"SGLang sampled with weight version {min(wrong)}, but the engine holds version {step}{allowed}")

@@ -1,0 +1,110 @@
+#!/usr/bin/env python
+"""One step off against on-policy on this machine (docs/overlap.md): the time of a step, and what is learnt.
+
+    python tools/benchmark_overlap.py time OUTPUT [--repeats 3] [--steps 12] [-- --section.key value ...]
+    python tools/benchmark_overlap.py curves OUTPUT [--seeds 0 1 2] [--steps 30] [-- --section.key value ...]
+
+Both run the demo's configuration, the two modes in turn; runs that are in OUTPUT already are read, not repeated.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean, median
+
+import numpy as np
+from step_time import step_seconds
+
+ROOT = Path(__file__).parents[1]
+MODES = {"on-policy": [], "one step off": ["--rollout.staleness", "1", "--objective.importance_cap", "2"]}
+PHASES = ("generate", "score", "train", "sync", "wait", "step")
+
+
+def train(output: Path, arguments: list[str]) -> list[dict]:
+    """The rows of metrics.jsonl of a run; exits with the run's message where it fails."""
+    if not (output / "hf").exists():
+        command = [sys.executable, "-m", "megatron_egrsd.cli", "train", "--config", "examples/configs/tiny_cpu.yaml"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, "--output", str(output.resolve()), *arguments], cwd=ROOT, env=environment,
+                              text=True, capture_output=True)  # fmt: skip
+        if done.returncode:
+            sys.exit(f"benchmark_overlap.py: error: {output} failed: {(done.stderr or 'no message').splitlines()[-1]}")
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
+    """Medians over the steps of all repeats, without the first one, which warms up, and the last, which is alone."""
+    phases: dict[str, list[np.ndarray]] = {mode: [] for mode in MODES}
+    predicted = []
+    for repeat in range(repeats):
+        for mode, arguments in MODES.items():
+            path = output / f"{mode.replace(' ', '-')}-{repeat}"
+            common = ["--data.evaluation", "", "--steps", str(steps), "--seed", str(repeat)]
+            rows = [row for row in train(path, [*common, *arguments, *more]) if "time/step" in row]
+            seconds = {phase: np.array([row[f"time/{phase}"] for row in rows]) for phase in PHASES}
+            seconds["tokens"] = np.array([row["batch/tokens"] for row in rows])
+            phases[mode].append({name: values[1:-1] for name, values in seconds.items()})
+            if mode == "on-policy":  # what trains in step i overlaps with the sampling of batch i + 1
+                overlapped = [seconds[p][1:-1] for p in ("score", "train", "sync")]
+                predicted.append(step_seconds(seconds["generate"][2:], *overlapped, staleness=1))
+            print(f"{mode} {repeat}: median step {median(phases[mode][-1]['step']):.2f} s; "
+                  f"load average {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)  # fmt: skip
+    print(f"| median of {repeats} x {steps - 2} steps | {' | '.join(PHASES)} | tokens a batch |")
+    print("|---" + "|--:" * (len(PHASES) + 1) + "|")
+    whole = {}
+    for mode, runs in phases.items():
+        found = {name: median(np.concatenate([run[name] for run in runs])) for name in (*PHASES, "tokens")}
+        whole[mode] = found["step"]
+        cells = [f"{found[phase]:.2f} s" for phase in PHASES]
+        print(f"| {mode} | {' | '.join(cells)} | {found['tokens']:,.0f} |")
+    forecast = median(np.concatenate(predicted))
+    print(f"| one step off, predicted | {' | ' * (len(PHASES) - 1)}{forecast:.2f} s | |")
+    for name, seconds in (("predicted", forecast), ("measured", whole["one step off"])):
+        print(f"\n{name}: {1 - seconds / whole['on-policy']:.0%} less than on-policy", end="")
+    each = [1 - median(b["step"]) / median(a["step"]) for a, b in zip(*phases.values(), strict=True)]
+    print(f" (by repeat: {', '.join(f'{share:.0%}' for share in each)})")
+
+
+def curves(output: Path, seeds: list[int], steps: int, more: list[str]) -> None:
+    """Held-out accuracy and length at every evaluation: mean over the seeds, lowest and highest in brackets."""
+    columns: dict[str, dict[int, list[dict]]] = {}
+    for seed in seeds:
+        for mode, arguments in MODES.items():
+            path = output / f"{mode.replace(' ', '-')}-seed-{seed}"
+            rows = train(path, ["--steps", str(steps), "--seed", str(seed), *arguments, *more])
+            for row in rows:
+                if "evaluation/accuracy" in row:
+                    columns.setdefault(mode, {}).setdefault(row["step"], []).append(row)
+            print(f"{mode} {seed}: {rows[-1].get('evaluation/accuracy')}", file=sys.stderr, flush=True)
+    at = sorted(next(iter(columns.values())))
+    print(f"| {len(seeds)} seeds, after step | {' | '.join(map(str, at))} |")
+    print("|---" + "|---" * len(at) + "|")
+    for name, key, form in (("accuracy", "accuracy", "{:.1%}"), ("length", "length/mean", "{:.1f}")):
+        for mode, by_step in columns.items():
+            values = [[row[f"evaluation/{key}"] for row in by_step[step]] for step in at]
+            cells = [f"{form.format(fmean(v))} ({form.format(min(v))} to {form.format(max(v))})" for v in values]
+            print(f"| {name}, {mode} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    own, more = words[:end], words[end + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["time", "curves"])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="default: 12 for time, 30 for curves")
+    options = parser.parse_args(own)
+    if options.what == "time":
+        time_table(options.output, options.repeats, options.steps or 12, more)
+    else:
+        curves(options.output, options.seeds, options.steps or 30, more)
+
+
+if __name__ == "__main__":
+    main()
