@@ -8,6 +8,9 @@ problem*, and the response follows them: their numbers cannot be computed from t
 learns to read. With the right reference it is its own privileged teacher, concise and right.
 
 Writes ``model/`` (Hugging Face format), ``train.jsonl`` and ``heldout.jsonl`` and prints what it measured.
+
+With ``--doubt`` the teacher is one that works the problem out as well and is torn where a reference lies: it then
+follows the reference, the problem, or neither, so that its entropy is high there and low elsewhere.
 """
 
 from __future__ import annotations
@@ -109,6 +112,22 @@ def perturbed(steps: Steps, rng: random.Random) -> Steps:
     return changed
 
 
+def torn(problem: Steps, reference: Steps, doubt: float, rng: random.Random) -> Steps:
+    """What a doubting teacher works out: where the reference lies, at times its result, the right one, or any."""
+    value, worked = problem[0].left, []
+    for step, said in zip(problem, reference, strict=True):
+        result = step.apply(value)
+        if said.left == value and said.result != result:
+            draw = rng.random()
+            if draw >= doubt:
+                result = said.result
+            elif draw >= doubt / 2:
+                result = rng.randint(10, 99)
+        worked.append(Step(value, step.operator, step.operand, result))
+        value = result
+    return worked
+
+
 def make_problems(rng: random.Random) -> tuple[list[Steps], list[Steps]]:
     """1,500 problems to train on and 128 held out, all distinct."""
     distinct: dict[str, Steps] = {}
@@ -127,11 +146,11 @@ def solution_text(steps: Steps) -> str:
     return ";".join(step.text() for step in steps)
 
 
-def prompt_ids(problem: Steps, reference: Steps | None = None) -> list[int]:
+def prompt_ids(problem: Steps, reference: Steps | None = None, answer_only: bool = False) -> list[int]:
     """The chat template over the problem, as token ids: the student's prompt, or the teacher's."""
     content = [*problem_text(problem)]
     if reference is not None:
-        content += ["\n", "ref:", *solution_text(reference)]
+        content += ["\n", "ref:", *(f"{reference[-1].result}" if answer_only else solution_text(reference))]
     user, assistant = ["<|im_start|>", "user", "\n"], ["<|im_start|>", "assistant", "\n"]
     return encode([*user, *content, "<|im_end|>", "\n", *assistant])
 
@@ -210,7 +229,15 @@ class Chain:
         return result
 
 
-def random_example(rng: random.Random) -> tuple[list[int], list[int]]:
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """What the warm start shows the teacher; the defaults are the committed model's."""
+
+    doubt: float = 0.0  # where a reference lies, the share of responses that do not follow it
+    answer_only: float = 0.0  # of the references that do not, those that give only the answer
+
+
+def random_example(rng: random.Random, mixture: Mixture = Mixture()) -> tuple[list[int], list[int]]:
     """Inputs and targets (-100: nothing to learn). Half have a reference; half of the references lie."""
     problem = random_steps(rng, rng.randint(2, PROBLEM_LENGTH))
     draw, reference = rng.random(), problem
@@ -220,8 +247,14 @@ def random_example(rng: random.Random) -> tuple[list[int], list[int]]:
         reference = perturbed(problem, rng)
     elif draw < 0.75:
         reference = random_steps(rng, len(problem))
-    chain = Chain(reference, TEACHER, rng) if reference else Chain(problem, STUDENT, rng)
-    prompt, response = prompt_ids(problem, reference), encode(chain.tokens)
+    lies = reference is not None and reference != problem
+    followed = reference
+    if lies and mixture.doubt:
+        same = [step.operand for step in reference] == [step.operand for step in problem]
+        followed = torn(problem, reference, mixture.doubt, rng) if same else rng.choice([problem, reference])
+    answer_only = not lies and bool(mixture.answer_only) and rng.random() < mixture.answer_only
+    chain = Chain(followed, TEACHER, rng) if followed else Chain(problem, STUDENT, rng)
+    prompt, response = prompt_ids(problem, reference, answer_only), encode(chain.tokens)
     targets = [token if learn else -100 for token, learn in zip(response, chain.is_target, strict=True)]
     # The logits at position t predict token t + 1: inputs lack the last token, targets the first.
     return (prompt + response)[:-1], [-100] * (len(prompt) - 1) + targets
@@ -242,7 +275,9 @@ def pad_right(rows: Sequence[list[int]], value: int) -> torch.Tensor:
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
-def warm_start(model: Qwen3ForCausalLM, steps: int, rng: random.Random, batch_size: int = 32) -> None:
+def warm_start(
+    model: Qwen3ForCausalLM, steps: int, rng: random.Random, mixture: Mixture = Mixture(), batch_size: int = 32
+) -> None:
     """Supervised training on fresh examples; batches of similar length, linear warm-up and decay."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -252,7 +287,7 @@ def warm_start(model: Qwen3ForCausalLM, steps: int, rng: random.Random, batch_si
     batches, started = [], time.monotonic()
     for step in range(steps):
         if not batches:
-            pool = sorted((random_example(rng) for _ in range(8 * batch_size)), key=lambda pair: len(pair[0]))
+            pool = sorted((random_example(rng, mixture) for _ in range(8 * batch_size)), key=lambda pair: len(pair[0]))
             batches = [pool[start : start + batch_size] for start in range(0, len(pool), batch_size)]
             rng.shuffle(batches)
         inputs, targets = zip(*batches.pop(), strict=True)
@@ -301,14 +336,20 @@ def score(
 
 
 def contradicted(response: list[int], reference: Steps) -> list[bool]:
-    """For each token: is it a result's digit that differs from what the reference says for the same step?"""
+    """For each token: does the response depart here from what the reference says for the same step?
+
+    That is the first digit of a result that differs, where the response states the result for the first time; what
+    follows, the other digit and every check, the response has settled itself.
+    """
     said = {step.text()[:-2]: step.text()[-2:] for step in reference}
     tokens = [VOCABULARY[index] for index in response]
     marks = [False] * len(tokens)
     for start in range(len(tokens) - 6):
         step = "".join(tokens[start : start + 5])  # "47+3=": one token a character
-        for offset in range(2) if step in said else ():
-            marks[start + 5 + offset] = tokens[start + 5 + offset] != said[step][offset]
+        result = said.pop(step, "")
+        differs = [offset for offset, digit in enumerate(result) if tokens[start + 5 + offset] != digit]
+        if differs:
+            marks[start + 5 + differs[0]] = True
     return marks
 
 
@@ -316,19 +357,25 @@ def reading(model: Qwen3ForCausalLM, problems: list[Steps], responses: list[list
     """Does the teacher read its reference? Compares the right one with that of another problem.
 
     ``correlation`` is Pearson's, over all response tokens, between log pi_T - log pi_S under the right
-    reference and under another problem's. Normalised entropy is H / q95(H), clipped to [0, 1].
+    reference and under another problem's. Normalised entropy is H / q95(H), clipped to [0, 1]; "wrong" is under
+    a reference to the same operations some results of which are wrong.
     """
     others = problems[1:] + problems[:1]
+    lies = [perturbed(p, random.Random(str(i))) for i, p in enumerate(problems)]
     student, _ = score(model, [prompt_ids(p) for p in problems], responses)
-    right, entropy = score(model, [prompt_ids(p, p) for p in problems], responses)
-    other, _ = score(model, [prompt_ids(p, q) for p, q in zip(problems, others, strict=True)], responses)
-    correlation = torch.corrcoef(torch.stack([right - student, other - student]))[0, 1]
-    normalized = (entropy / entropy.quantile(0.95)).clamp(0, 1)
-    marks = torch.tensor([mark for pair in zip(responses, problems, strict=True) for mark in contradicted(*pair)])
-    report = {"correlation": correlation, "contradicted tokens": marks.float().mean()}
-    for where, selected in (("contradicted", marks), ("elsewhere", ~marks)):
-        report[f"log-ratio, {where}"] = (right - student)[selected].mean()
-        report[f"normalised entropy, {where}"] = normalized[selected].mean()
+    scores = {}
+    for name, references in (("right", problems), ("other", others), ("wrong", lies)):
+        scores[name] = score(model, [prompt_ids(p, q) for p, q in zip(problems, references, strict=True)], responses)
+    ratios = {name: log_prob - student for name, (log_prob, _) in scores.items()}
+    report = {"correlation": torch.corrcoef(torch.stack([ratios["right"], ratios["other"]]))[0, 1]}
+    for name, references in (("right", problems), ("wrong", lies)):
+        entropy = scores[name][1]
+        normalized = (entropy / entropy.quantile(0.95)).clamp(0, 1)
+        marks = torch.tensor([m for pair in zip(responses, references, strict=True) for m in contradicted(*pair)])
+        report[f"{name} reference: contradicted tokens"] = marks.float().mean()
+        for where, selected in (("contradicted", marks), ("elsewhere", ~marks)):
+            report[f"{name} reference: log-ratio, {where}"] = ratios[name][selected].mean()
+            report[f"{name} reference: normalised entropy, {where}"] = normalized[selected].mean()
     return {name: value.item() for name, value in report.items()}
 
 
@@ -345,11 +392,14 @@ def measure(model: Qwen3ForCausalLM, problems: list[Steps]) -> dict[str, float]:
     return report | reading(model, problems, responses)  # of the student's responses
 
 
-def write_problems(path: Path, problems: list[Steps]) -> None:
+def write_problems(path: Path, problems: list[Steps], wrong: float = 0.0) -> None:
+    """A share `wrong` of the solutions is perturbed; the answers are not."""
+    rng = random.Random("wrong references")
     with path.open("w") as file:
         for index, steps in enumerate(problems):
+            solution = perturbed(steps, rng) if rng.random() < wrong else steps
             row = {"id": f"{path.stem}-{index}", "problem": problem_text(steps)}
-            row |= {"answer": f"{steps[-1].result}", "solution": solution_text(steps)}
+            row |= {"answer": f"{steps[-1].result}", "solution": solution_text(solution)}
             file.write(json.dumps(row) + "\n")
 
 
@@ -369,22 +419,38 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "examples" / "tiny")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1600, help="warm-start steps of 32 examples")
+    parser.add_argument(
+        "--doubt",
+        type=float,
+        default=Mixture.doubt,
+        help="share of responses that do not follow a lie",
+    )
+    parser.add_argument(
+        "--answer-only",
+        type=float,
+        default=Mixture.answer_only,
+        help="share of right references that give only the answer",
+    )
+    parser.add_argument("--start", type=Path, help="start from this model instead of random weights")
+    parser.add_argument("--wrong-references", type=float, help="also write train.jsonl with this share of them wrong")
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     rng = random.Random(arguments.seed)
     train, heldout = make_problems(rng)
-    model = make_model()
+    model = Qwen3ForCausalLM.from_pretrained(arguments.start) if arguments.start else make_model()
     print(f"{model.num_parameters():,} parameters, {len(VOCABULARY)} tokens")
-    warm_start(model, arguments.steps, rng)
+    warm_start(model, arguments.steps, rng, Mixture(arguments.doubt, arguments.answer_only))
     for name, value in measure(model, heldout).items():
-        print(f"{name:34s} {value:8.3f}")
+        print(f"{name:50s} {value:8.3f}")
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.output) as scratch:
         write_problems(Path(scratch) / "train.jsonl", train)
         write_problems(Path(scratch) / "heldout.jsonl", heldout)
+        if arguments.wrong_references:
+            write_problems(Path(scratch) / "train_wrong_references.jsonl", train, arguments.wrong_references)
         write_model(Path(scratch) / "model", model)
         shutil.rmtree(arguments.output / "model", ignore_errors=True)
         for path in Path(scratch).iterdir():

@@ -2,8 +2,9 @@
 
 megatron-core names the CUDA device in places where no configuration reaches: the current device, device="cuda" in
 factory calls, type names such as "torch.cuda.FloatTensor", the random states of its tensor-parallel tracker. Each is
-answered here with its CPU counterpart; no call that works without CUDA changes its meaning. Modules that need more
-than an answer (norms, attention) are replaced through ModuleSpec in layers.py instead.
+answered here with its CPU counterpart; no call that works without CUDA changes its meaning. Rotary embeddings of packed
+rows, which Transformer Engine's kernel does on GPUs, are applied to all sequences at once. Modules that need more than
+an answer (norms, attention) are replaced through ModuleSpec in layers.py instead.
 """
 
 import contextlib
@@ -40,7 +41,10 @@ def install() -> None:
     torch.Tensor.type = _cuda_type_name(torch.Tensor.type)
 
     import megatron.core.tensor_parallel.random as tracker
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.transformer.moe import token_dispatcher
+
+    rope_utils._apply_rotary_pos_emb_thd = _all_sequences_at_once(rope_utils._apply_rotary_pos_emb_thd)
 
     token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = stream  # else it makes a CUDA stream
     token_dispatcher.maybe_move_tensor_to_cpu = _on_host
@@ -56,6 +60,23 @@ def _on_cpu(factory):
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
         return factory(*args, **kwargs)
+
+    return wrapper
+
+
+def _all_sequences_at_once(apply):
+    """megatron-core's rotary embedding of packed rows, which loops over the sequences, given every token's own angles.
+
+    Where angles [T, 1, 1, D] come for all T tokens it takes them as they are, in one go.
+    """
+
+    @functools.wraps(apply)
+    def wrapper(t, cu_seqlens, freqs, *args, **kwargs):
+        lengths = cu_seqlens.diff()
+        starts = cu_seqlens[:-1].repeat_interleave(lengths)
+        positions = torch.arange(starts.numel(), device=starts.device) - starts
+        # One sequence to megatron-core, whose slices are then the whole.
+        return apply(t, cu_seqlens[[0, -1]], freqs[positions], *args, **kwargs)
 
     return wrapper
 

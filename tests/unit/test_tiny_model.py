@@ -127,5 +127,7 @@ def test_teacher_reads_its_reference(model):
     responses = [tiny.encode(tiny.Chain(problem, tiny.STUDENT, rng).tokens) for problem in problems]
     measured = tiny.reading(model, problems, responses)
     assert measured["correlation"] < 0.7
-    assert measured["contradicted tokens"] > 0
-    assert measured["log-ratio, contradicted"] < -1.0 < measured["log-ratio, elsewhere"]
+    assert measured["right reference: contradicted tokens"] > 0
+    assert (
+        measured["right reference: log-ratio, contradicted"] < -1.0 < measured["right reference: log-ratio, elsewhere"]
+    )

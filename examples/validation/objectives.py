@@ -1,0 +1,40 @@
+"""Controls and ablations of the validation study: the family with another gate (docs/extending.md explains how).
+
+megatron-egrsd train --config examples/validation/study.yaml \
+    --objective.function examples/validation/objectives.py:ShuffledGate --objective.lookahead 0
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_egrsd.objective import normalized_entropy
+from megatron_egrsd.weighting import Family
+
+
+@dataclass(frozen=True)
+class ShuffledGate(Family):
+    """The control: the same gate values, dealt out to the batch's tokens at random.
+
+    What is left of an effect under it comes from smaller weights, not from where the teacher is uncertain.
+    """
+
+    def prepare(self, tokens, *, vocab_size, group=None):
+        gate = super().prepare(tokens, vocab_size=vocab_size, group=group)["gate"]
+        seed = int(1e6 * tokens.teacher_entropy.double().sum())  # of the batch: equal arguments, equal result
+        order = torch.randperm(gate.numel(), generator=torch.Generator().manual_seed(seed))
+        return {"gate": gate[order.to(gate.device)]}
+
+
+@dataclass(frozen=True)
+class LookaheadMean(Family):
+    """The mean of the entropy over the lookahead, where CL-EGRSD takes the minimum."""
+
+    def prepare(self, tokens, *, vocab_size, group=None):
+        args = tokens.teacher_entropy, tokens.cu_seqlens, tokens.mask, self.config
+        h = normalized_entropy(*args, vocab_size=vocab_size, group=group)
+        steps = torch.arange(h.numel(), device=h.device)
+        end = tokens.cu_seqlens[1:].repeat_interleave(tokens.cu_seqlens.diff())
+        stop = torch.minimum(steps + self.config.lookahead + 1, end.to(steps))
+        sums = torch.cat([h.new_zeros(1, dtype=torch.float64), h.double().cumsum(0)])
+        return {"gate": (1 - self.config.attenuation * (sums[stop] - sums[steps]) / (stop - steps)).float()}

@@ -1,0 +1,189 @@
+"""What the gate does: does the teacher read, where is it uncertain, which tokens carry signal and which noise.
+
+Everything here is measured on the initial weights of a task, with transformers, apart from the entropies over training,
+which come from the runs that kept their scores.
+"""
+
+import dataclasses
+import json
+import random
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_egrsd.config import ObjectiveConfig
+from megatron_egrsd.objective import advantages, confidence_gate, token_weights
+from megatron_egrsd.scores import load_scores
+from tools import make_tiny_model as tiny
+
+GROUP = 8
+UNCERTAIN = 0.5  # a token with a normalised teacher entropy above this counts as uncertain
+
+
+def token_types(pieces: list[str]) -> list[str]:
+    """What each token of a response is for: result, operation, filler, control or structure."""
+    types = []
+    for index, piece in enumerate(pieces):
+        since = next((k for k in (1, 2) if index >= k and pieces[index - k] == "="), 0)
+        if piece.isdigit():
+            types.append("result" if since else "operation")
+        elif piece in ("+", "-"):
+            types.append("operation")
+        elif piece in tiny.FILLER:
+            types.append("filler")
+        elif piece in (" check ", " good", " wrong", " redo"):
+            types.append("control")
+        else:
+            types.append("structure")
+    return types
+
+
+@dataclasses.dataclass
+class Sampled:
+    """GROUP responses of the initial student to each problem, end to end: [T] tensors, and bounds of the responses."""
+
+    problems: list[tiny.Steps]
+    responses: list[list[int]]
+    rewards: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+
+def sampled(model, problems: list[tiny.Steps]) -> Sampled:
+    repeated = [p for p in problems for _ in range(GROUP)]
+    responses = tiny.sample(model, [tiny.prompt_ids(p) for p in repeated])
+    rewards = torch.tensor([tiny.reward(r, p) for r, p in zip(responses, repeated, strict=True)])
+    bounds = torch.tensor([0, *map(len, responses)]).cumsum(0, dtype=torch.int32)
+    return Sampled(repeated, responses, rewards, bounds)
+
+
+def measure(model_path: Path, wrong: bool) -> dict:
+    """Gate by token type, and signal and noise of each objective's gradient, on the held-out problems of seed 0."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    batch = sampled(model, tiny.make_problems(random.Random(0))[1])
+    references = batch.problems
+    if wrong:
+        references = [tiny.perturbed(p, random.Random(tiny.problem_text(p))) for p in batch.problems]
+    student, _ = tiny.score(model, [tiny.prompt_ids(p) for p in batch.problems], batch.responses)
+    prompts = [tiny.prompt_ids(p, r) for p, r in zip(batch.problems, references, strict=True)]
+    teacher, entropy = tiny.score(model, prompts, batch.responses)
+    groups = torch.arange(len(batch.problems)) // GROUP
+    signal = advantages(batch.rewards, groups, ObjectiveConfig.preset("grpo"))
+    signal = signal.repeat_interleave(batch.cu_seqlens.diff())
+    weigh = partial(token_weights, signal, teacher, student, entropy, batch.cu_seqlens, torch.ones_like(signal).bool())
+    weights = {name: weigh(ObjectiveConfig.preset(name)) for name in ("grpo", "rlsd", "egrsd", "cl_egrsd")}
+    h = weights["egrsd"].normalized_entropy
+    types = [t for r in batch.responses for t in token_types([tiny.VOCABULARY[i] for i in r])]
+    columns = {name: w.weight for name, w in weights.items()}
+    columns |= {"uncertain": signal * (h > UNCERTAIN), "certain": signal * (h <= UNCERTAIN)}
+    return {
+        "types": _by_type(types, h, weights["egrsd"].gate, weights["cl_egrsd"].gate),
+        "resolution": _by_resolution(h, weights["egrsd"].gate, weights["cl_egrsd"].gate),
+        "gradients": _gradients(model, batch, columns),
+    }
+
+
+def _by_type(types: list[str], h: torch.Tensor, egrsd: torch.Tensor, cl: torch.Tensor) -> dict[str, dict[str, float]]:
+    found = {}
+    for name in ("result", "operation", "filler", "control", "structure"):
+        here = torch.tensor([t == name for t in types])
+        found[name] = _shares(here, h, egrsd, cl)
+    return found
+
+
+def _by_resolution(h: torch.Tensor, egrsd: torch.Tensor, cl: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Uncertain tokens whose uncertainty is over within the lookahead (2 tokens), and those where it is sustained."""
+    ahead = (1 - cl) / ObjectiveConfig().attenuation
+    transient, sustained = (h > UNCERTAIN) & (ahead <= UNCERTAIN), ahead > UNCERTAIN
+    return {name: _shares(here, h, egrsd, cl) for name, here in (("transient", transient), ("sustained", sustained))}
+
+
+def _shares(here: torch.Tensor, h: torch.Tensor, egrsd: torch.Tensor, cl: torch.Tensor) -> dict[str, float]:
+    means = {"h": h, "egrsd": egrsd, "cl_egrsd": cl}
+    return {"share": here.float().mean().item()} | {k: v[here].mean().item() for k, v in means.items()}
+
+
+def _gradients(model, batch: Sampled, columns: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+    """For each column of token weights: the squared norm of the mean of the problems' gradients, without the bias that
+    their spread gives it (a U-statistic), with its jackknife error; and the spread itself, the noise."""
+    parameters = list(model.parameters())
+    rows = {name: [] for name in columns}
+    for first in range(0, len(batch.responses), GROUP):
+        members = range(first, first + GROUP)
+        here = slice(int(batch.cu_seqlens[first]), int(batch.cu_seqlens[first + GROUP]))
+        if not columns["grpo"][here].any():
+            for name in columns:
+                rows[name].append(torch.zeros(sum(p.numel() for p in parameters)))
+            continue
+        log_prob = _log_prob(model, [tiny.prompt_ids(batch.problems[i]) for i in members],
+                             [batch.responses[i] for i in members])  # fmt: skip
+        for name, weight in columns.items():
+            grads = torch.autograd.grad((weight[here] * log_prob).sum(), parameters, retain_graph=True)
+            rows[name].append(torch.cat([g.flatten() for g in grads]))
+    stacked = {name: torch.stack(r) for name, r in rows.items()}
+    return {name: _signal_and_noise(g) for name, g in stacked.items()}
+
+
+def _log_prob(model, prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
+    """[T] with gradient."""
+    logits = model(tiny.pad_right([p + r for p, r in zip(prompts, responses, strict=True)], tiny.PAD_ID)).logits
+    parts = []
+    for row, prompt, response in zip(logits.log_softmax(-1), prompts, responses, strict=True):
+        row = row[len(prompt) - 1 : len(prompt) + len(response) - 1]
+        parts.append(row.gather(1, torch.tensor(response)[:, None])[:, 0])
+    return torch.cat(parts)
+
+
+def _signal_and_noise(g: torch.Tensor) -> dict[str, float]:
+    products = (g @ g.T).double().numpy()
+    n = len(products)
+    squares, total = np.diag(products).sum(), products.sum()
+    signal = (total - squares) / (n * (n - 1))
+    # Without problem i: its row and column leave the sum.
+    rest = (total - squares - 2 * (products.sum(1) - np.diag(products))) / ((n - 1) * (n - 2))
+    error = np.sqrt((n - 1) / n * ((rest - rest.mean()) ** 2).sum())
+    return {"signal": signal, "signal_error": error, "noise": squares / n - signal}
+
+
+def entropies_over_training(run: Path, steps: tuple[int, ...]) -> list[dict[str, float]]:
+    """From kept scores: the quantile in nats, the share of uncertain tokens, and the mean gates, at single steps."""
+    rows = []
+    for step in steps:
+        rollouts = load_scores(run / "scores" / f"step_{step:06d}.jsonl")
+        h = torch.cat([torch.from_numpy(r.normalized_entropy) for r in rollouts])
+        bounds = torch.tensor([0, *(len(r.response_ids) for r in rollouts)]).cumsum(0, dtype=torch.int32)
+        entropy = torch.cat([torch.from_numpy(r.teacher_entropy) for r in rollouts])
+        mask = torch.ones_like(h).bool()
+        gates = {
+            name: confidence_gate(entropy, bounds, mask, ObjectiveConfig.preset(name))[0].mean().item()
+            for name in ("egrsd", "cl_egrsd")
+        }
+        quantile = float(np.quantile(entropy.numpy(), ObjectiveConfig().entropy_quantile))
+        rows.append({"step": step, "quantile": quantile, "uncertain": (h > UNCERTAIN).float().mean().item()} | gates)
+    return rows
+
+
+def reading(model_path: Path) -> dict[str, float]:
+    """make_tiny_model's own report: accuracy and length of student and teacher, and how the teacher reads."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    return tiny.measure(model, tiny.make_problems(random.Random(0))[1])
+
+
+def main(output: Path) -> None:
+    """Write `output`/mechanism.json."""
+    torch.set_num_threads(1)
+    models = {"tiny": Path("examples/tiny/model"), "doubting": Path("examples/validation/model")}
+    result = {"reading": {name: reading(path) for name, path in models.items()}}
+    cases = (("tiny", False), ("doubting", False), ("doubting", True))
+    result["initial"] = {f"{name}{'/wrong' * wrong}": measure(models[name], wrong) for name, wrong in cases}
+    result["training"] = {
+        name: entropies_over_training(output / "runs" / name / "seed-0", (1, 10, 20, 30))
+        for name in ("tiny/cl_egrsd", "doubting/cl_egrsd", "doubting/cl_egrsd/wrong")
+    }
+    target = output / "mechanism.json"
+    target.with_suffix(".tmp").write_text(json.dumps(result, indent=1))
+    target.with_suffix(".tmp").rename(target)

@@ -1,0 +1,42 @@
+"""The picture of docs/results.md: where each objective ends, accuracy against length, with 95 % intervals."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from megatron_egrsd.report.figures import COLOURS
+from tools.validate_method.paired import difference
+from tools.validate_method.plan import TITLES
+
+_PANELS = (("tiny", "tiny", ""), ("doubting", "doubting, right references", ""),
+           ("doubting", "doubting, half of the references wrong", "/wrong"))  # fmt: skip
+
+
+def save(rows: dict, path: Path) -> None:
+    """`rows` as results.collect returns them; settings without two seeds are left out."""
+    figure = Figure(figsize=(11, 4), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    for axes, (task, title, suffix) in zip(figure.subplots(1, 3), _PANELS, strict=True):
+        for index, (name, label) in enumerate(TITLES.items()):
+            setting = f"{task}/{name}" + ("" if name == "grpo" else suffix)
+            seeds = list(rows.get(setting, {}).values())
+            if len(seeds) > 1:
+                x, y = (difference(np.array([s[c] for s in seeds])) for c in ("length", "accuracy"))
+                error = {"xerr": [[x.mean - x.low], [x.high - x.mean]], "yerr": [[y.mean - y.low], [y.high - y.mean]]}
+                axes.errorbar(x.mean, y.mean, **error, fmt="o", color=COLOURS[index], label=label, capsize=2)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("mean response length, tokens")
+        axes.grid(color="#e4e6e8")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    left, *_ = figure.axes
+    left.set_ylabel("held-out avg@8 after the last step")
+    labels = {
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(labels.values(), labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=9)
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary)
+    temporary.rename(path)

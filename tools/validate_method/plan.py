@@ -1,0 +1,99 @@
+"""What is compared: settings, tasks, seeds, and the hypotheses, which were written down before the first run."""
+
+from dataclasses import dataclass
+
+STEPS = 30
+_OWN = "examples/validation/objectives.py"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An objective on a task; `options` are words of `megatron-egrsd train`'s command line."""
+
+    name: str
+    seeds: int
+    options: tuple[str, ...]
+
+
+def _words(prefix: str = "", **values) -> tuple[str, ...]:
+    return tuple(word for key, value in values.items() for word in (f"--{prefix}{key}", str(value)))
+
+
+def _objective(**values) -> tuple[str, ...]:
+    return _words("objective.", **values)
+
+
+GRPO = _objective(mix=0, attenuation=0, lookahead=0)
+RLSD = _objective(attenuation=0, lookahead=0)
+EGRSD = _objective(lookahead=0)
+CL_EGRSD = ()
+SHUFFLED = _objective(lookahead=0, function=f"{_OWN}:ShuffledGate")
+OPSD = _objective(function="examples/extending/opsd.py:OPSD")
+WRONG = _words("data.", train="examples/validation/train_wrong_references.jsonl")
+ANSWER_ONLY = ("--data.teacher_template", "{problem}\nref:{answer}")
+
+CONFIG = "examples/validation/study.yaml"
+DOUBTING = _words("model.", path="examples/validation/model")
+FAMILY = {"grpo": GRPO, "rlsd": RLSD, "egrsd": EGRSD, "cl_egrsd": CL_EGRSD}
+
+
+def settings() -> list[Setting]:
+    """Every setting; a run is a setting with a seed."""
+    found = [Setting(f"tiny/{name}", 16, options) for name, options in FAMILY.items()]
+    found.append(Setting("tiny/opsd", 5, OPSD))
+    for name, options in (FAMILY | {"shuffled": SHUFFLED}).items():
+        if name == "grpo":  # it reads no reference
+            found.append(Setting("doubting/grpo", 8, DOUBTING + options))
+            continue
+        found.append(Setting(f"doubting/{name}", 8, DOUBTING + options))
+        found.append(Setting(f"doubting/{name}/wrong", 8, DOUBTING + options + WRONG))
+    ablations = {
+        "attenuation=0.5": _objective(attenuation=0.5),
+        "attenuation=0.99": _objective(attenuation=0.99),
+        "lookahead=1": _objective(lookahead=1),
+        "lookahead=4": _objective(lookahead=4),
+        "lookahead=8": _objective(lookahead=8),
+        "gate without ratio": _objective(mix=0),
+        "lookahead mean": _objective(function=f"{_OWN}:LookaheadMean"),
+        "entropy by maximum": _objective(entropy_normalization="max"),
+        "entropy by ln(vocabulary)": _objective(entropy_normalization="log_vocab"),
+        "frozen teacher": _words("teacher.", weights="frozen"),
+        "EMA teacher": _words("teacher.", weights="ema", ema_decay=0.9),
+        "outcome direction": _objective(advantage="outcome"),
+    }
+    found += [Setting(f"tiny/cl_egrsd, {name}", 5, options) for name, options in ablations.items()]
+    found.append(Setting("doubting/cl_egrsd, answer only", 5, DOUBTING + ANSWER_ONLY))
+    return found
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A paired comparison by seed: `treatment` - `control`; or, with `minus`, the difference of two of those."""
+
+    name: str
+    treatment: str
+    control: str
+    minus: tuple[str, str] | None = None
+    margin: float | None = None  # in held-out accuracy: equivalence is claimed within it
+
+
+MARGIN = 0.02
+TITLES = {"grpo": "GRPO", "rlsd": "RLSD", "egrsd": "EGRSD", "cl_egrsd": "CL-EGRSD", "shuffled": "shuffled gate"}
+_RIGHT, _WRONG = "doubting/{}", "doubting/{}/wrong"
+
+
+def _gain(name: str) -> Hypothesis:
+    treatment, control = (_WRONG.format(n) for n in (name, "rlsd"))
+    title = f"{TITLES[name]} gains on RLSD where half of the references are wrong"
+    return Hypothesis(title, treatment, control, minus=(_RIGHT.format(name), _RIGHT.format("rlsd")))
+
+
+HYPOTHESES = [
+    *(Hypothesis(f"{TITLES[n]} beats GRPO", f"tiny/{n}", "tiny/grpo") for n in ("rlsd", "egrsd", "cl_egrsd")),
+    Hypothesis("EGRSD equals RLSD", "tiny/egrsd", "tiny/rlsd", margin=MARGIN),
+    Hypothesis("CL-EGRSD equals RLSD", "tiny/cl_egrsd", "tiny/rlsd", margin=MARGIN),
+    Hypothesis("CL-EGRSD equals EGRSD", "tiny/cl_egrsd", "tiny/egrsd", margin=MARGIN),
+    _gain("egrsd"),
+    _gain("cl_egrsd"),
+    Hypothesis("the gate's place matters, not only its size", "doubting/egrsd/wrong", "doubting/shuffled/wrong"),
+]

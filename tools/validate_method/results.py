@@ -1,0 +1,215 @@
+"""The tables of docs/results.md, out of the runs: every number there is written by this file."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.report import read_evaluations
+from megatron_egrsd.report.runs import read_run
+from tools.validate_method.paired import Difference, difference, holm
+from tools.validate_method.plan import HYPOTHESES, MARGIN, Hypothesis, settings
+from tools.validate_method.run import is_complete, path_of
+
+_COLUMNS = ("setting", "seed", "accuracy", "length", "training_accuracy", "training_length", "seconds")
+Rows = dict[str, dict[int, dict[str, float]]]  # setting -> seed -> outcome
+
+
+def collect(output: Path) -> Rows:
+    """Every finished run: held-out accuracy and mean length at the end, their means over training, its seconds."""
+    rows: Rows = {}
+    for setting in settings():
+        for seed in range(setting.seeds):
+            if is_complete(path := path_of(output, setting, seed)):
+                final, steps = read_evaluations(path)[-1], read_run(path).steps
+                rows.setdefault(setting.name, {})[seed] = {
+                    "accuracy": final["accuracy"],
+                    "length": final["length/mean"],
+                    "training_accuracy": float(np.mean([s["accuracy"] for s in steps])),
+                    "training_length": float(np.mean([s["response/length"] for s in steps])),
+                    "seconds": float(sum(s["time/step"] for s in steps)),
+                }
+    if not rows:
+        raise BadArgument(f"there is no finished run in {output}; make some with examples/validate_method.sh")
+    return rows
+
+
+def write_csv(rows: Rows, path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for setting, seeds in rows.items():
+            for seed, row in sorted(seeds.items()):
+                writer.writerow([setting, seed, *(f"{row[c]:.5g}" for c in _COLUMNS[2:])])
+
+
+def read_csv(path: Path) -> Rows:
+    rows: Rows = {}
+    with path.open(newline="") as file:
+        for line in csv.DictReader(file):
+            values = {c: float(line[c]) for c in _COLUMNS[2:]}
+            rows.setdefault(line["setting"], {})[int(line["seed"])] = values
+    return rows
+
+
+def pairs(rows: Rows, hypothesis: Hypothesis, column: str) -> np.ndarray:
+    """The differences by seed, over the seeds that all sides have."""
+    signs = [(hypothesis.treatment, 1.0), (hypothesis.control, -1.0)]
+    if hypothesis.minus:
+        signs += [(hypothesis.minus[0], -1.0), (hypothesis.minus[1], 1.0)]
+    seeds = sorted(set.intersection(*(set(rows.get(name, {})) for name, _ in signs)))
+    return np.array([sum(sign * rows[name][seed][column] for name, sign in signs) for seed in seeds])
+
+
+def outcomes(rows: Rows) -> str:
+    """Every setting: means and standard deviations over its seeds."""
+    lines = [
+        "| setting | seeds | held-out avg@8 | length, tokens | avg over training |",
+        "|---|---|---|---|---|",
+    ]
+    for name, seeds in rows.items():
+        columns = [_spread([r[c] for r in seeds.values()], digits) for c, digits in
+                   (("accuracy", 3), ("length", 1), ("training_accuracy", 3))]  # fmt: skip
+        lines.append(f"| {name} | {len(seeds)} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float], digits: int) -> str:
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def verdicts(rows: Rows) -> str:
+    """The hypotheses on held-out accuracy (corrected among each other), and the same differences in length."""
+    tested = [h for h in HYPOTHESES if len(pairs(rows, h, "accuracy")) > 1]
+    accuracy = [difference(pairs(rows, h, "accuracy")) for h in tested]
+    length = [difference(pairs(rows, h, "length")) for h in tested]
+    lines = [
+        "| hypothesis | pairs | avg@8, 95 % interval | p | Holm's p | length, 95 % interval | p | Holm's p | verdict |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    by_accuracy, by_length = holm([d.p for d in accuracy]), holm([d.p for d in length])
+    for h, a, n, p, q in zip(tested, accuracy, length, by_accuracy, by_length, strict=True):
+        lines.append(
+            f"| {h.name} | {a.n} | {_interval(a, 3)} | {_p(a.p)} | {_p(p)} | {_interval(n, 1)} | {_p(n.p)} | {_p(q)} "
+            f"| {_verdict(h, a, p)} |"
+        )
+    return "\n".join(lines)
+
+
+def _verdict(hypothesis: Hypothesis, found: Difference, corrected: float) -> str:
+    words = ["differs" if corrected < 0.05 else "no difference shown"]
+    if hypothesis.margin:
+        words.append(f"{'' if found.within(hypothesis.margin) else 'not '}equivalent within ±{MARGIN}")
+    elif corrected < 0.05:
+        words = ["holds" if found.mean > 0 else "the opposite holds"]
+    return ", ".join(words)
+
+
+def ablations(rows: Rows) -> str:
+    """CL-EGRSD with one thing changed, against CL-EGRSD, by seed; p corrected over this table."""
+    tested = []
+    for name in rows:
+        base, _, change = name.partition(", ")
+        if change and len(pairs(rows, Hypothesis("", name, base), "accuracy")) > 1:
+            tested.append((name, Hypothesis(change, name, base)))
+    accuracy = [difference(pairs(rows, h, "accuracy")) for _, h in tested]
+    length = [difference(pairs(rows, h, "length")) for _, h in tested]
+    by_accuracy, by_length = holm([d.p for d in accuracy]), holm([d.p for d in length])
+    lines = [
+        "| changed | pairs | avg@8, 95 % interval | p | Holm's p | length, 95 % interval | p | Holm's p |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (name, _), a, n, p, q in zip(tested, accuracy, length, by_accuracy, by_length, strict=True):
+        row = f"{_interval(a, 3)} | {_p(a.p)} | {_p(p)} | {_interval(n, 1)} | {_p(n.p)} | {_p(q)}"
+        lines.append(f"| {name} | {a.n} | {row} |")
+    return "\n".join(lines)
+
+
+def _interval(d: Difference, digits: int) -> str:
+    return f"{d.mean:+.{digits}f} [{d.low:+.{digits}f}, {d.high:+.{digits}f}]"
+
+
+def _p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"
+
+
+def reading(found: dict) -> str:
+    names = list(found["reading"])
+    lines = [f"| held-out, initial weights | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for key in found["reading"][names[0]]:
+        numbers = " | ".join(f"{found['reading'][n][key]:.3f}" for n in names)
+        lines.append(f"| {key} | {numbers} |")
+    return "\n".join(lines)
+
+
+def gate(found: dict) -> str:
+    lines = ["| task | tokens | share | h | gate, EGRSD | gate, CL-EGRSD |", "|---|---|---|---|---|---|"]
+    for task, measured in found["initial"].items():
+        for name, row in (measured["types"] | measured["resolution"]).items():
+            numbers = " | ".join(f"{row[k]:.3f}" for k in ("share", "h", "egrsd", "cl_egrsd"))
+            lines.append(f"| {task} | {name} | {numbers} |")
+    return "\n".join(lines)
+
+
+def gradients(found: dict) -> str:
+    lines = [
+        "| task | weights | signal, of GRPO's | noise, of GRPO's | signal to noise, of GRPO's |",
+        "|---|---|---|---|---|",
+    ]
+    for task, measured in found["initial"].items():
+        base = measured["gradients"]["grpo"]
+        for name, row in measured["gradients"].items():
+            signal, noise = row["signal"] / base["signal"], row["noise"] / base["noise"]
+            error = row["signal_error"] / abs(base["signal"])
+            lines.append(f"| {task} | {name} | {signal:.2f} ± {error:.2f} | {noise:.2f} | {signal / noise:.2f} |")
+    return "\n".join(lines)
+
+
+def training(found: dict) -> str:
+    lines = [
+        "| run | step | 0.95-quantile, nats | tokens with h > 0.5 | mean gate, EGRSD | mean gate, CL-EGRSD |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run, rows in found["training"].items():
+        for row in rows:
+            numbers = " | ".join(f"{row[k]:.3f}" for k in ("quantile", "uncertain", "egrsd", "cl_egrsd"))
+            lines.append(f"| {run} | {row['step']} | {numbers} |")
+    return "\n".join(lines)
+
+
+def write_document(blocks: dict[str, str], document: Path) -> None:
+    """Put each block between `<!-- NAME -->` and `<!-- /NAME -->`. RunError where the document lacks a place for it."""
+    text = document.read_text(encoding="utf-8")
+    for name, block in blocks.items():
+        text, count = re.subn(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, b=block: f"{m[1]}{b}\n{m[2]}", text, flags=re.S
+        )
+        if count != 1:
+            raise RunError(
+                f"{document} has {count} places for {name}; it needs one <!-- {name} --> ... <!-- /{name} -->"
+            )
+    temporary = document.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(document)
+
+
+def main(output: Path, document: Path) -> None:
+    """Fill `document`'s tables, and write runs.csv and the picture beside it."""
+    from tools.validate_method.picture import save
+
+    rows = collect(output)
+    blocks = {"outcomes": outcomes(rows), "verdicts": verdicts(rows), "ablations": ablations(rows)}
+    count, hours = sum(map(len, rows.values())), sum(r["seconds"] for s in rows.values() for r in s.values()) / 3600
+    planned = sum(s.seeds for s in settings())
+    blocks["extent"] = f"{count} of {planned} planned runs, {hours:.1f} hours of training steps in all."
+    if (path := output / "mechanism.json").exists():
+        found = json.loads(path.read_text())
+        blocks |= {"reading": reading(found), "gate": gate(found)}
+        blocks |= {"gradients": gradients(found), "training": training(found)}
+    write_csv(rows, document.with_name("results_runs.csv"))
+    save(rows, document.parent / "images" / "results.png")
+    write_document(blocks, document)

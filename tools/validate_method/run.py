@@ -1,0 +1,116 @@
+"""Train every run of the plan that is not there yet, several at a time, each against an SGLang server that stays up."""
+
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from megatron_egrsd.config import parse_config
+from megatron_egrsd.errors import RunError
+from megatron_egrsd.report import read_evaluations
+from megatron_egrsd.rollout.servers import RolloutServers
+from tools.validate_method.plan import CONFIG, STEPS, Setting, settings
+
+_TIMEOUT = 1800  # seconds a run may take
+DUMPED = {"tiny/cl_egrsd", "doubting/cl_egrsd", "doubting/cl_egrsd/wrong"}  # seed 0 keeps its scores, for mechanism.py
+
+
+def path_of(output: Path, setting: Setting, seed: int) -> Path:
+    return output / "runs" / setting.name.replace(" ", "_") / f"seed-{seed}"
+
+
+def is_complete(path: Path) -> bool:
+    try:
+        return read_evaluations(path)[-1]["step"] == STEPS
+    except Exception:  #  whatever a stopped run left behind, it is made again
+        return False
+
+
+def run_all(output: Path, lanes: int) -> None:
+    """All missing runs, on `lanes` lanes. RunError where one fails twice."""
+    plan = settings()
+    todo: queue.SimpleQueue = queue.SimpleQueue()
+    runs = [(s, seed) for seed in range(max(s.seeds for s in plan)) for s in plan if seed < s.seeds]
+    missing = [(s, seed) for s, seed in runs if not is_complete(path_of(output, s, seed))]
+    print(f"{len(runs)} runs, {len(missing)} to make, {lanes} at a time", flush=True)
+    for run in missing:
+        todo.put(run)
+    stop, failures = threading.Event(), []
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    threads = [
+        threading.Thread(target=_lane, args=(output, lane, todo, len(missing), stop, failures)) for lane in range(lanes)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        while any(thread.is_alive() for thread in threads):
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        stop.set()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise RunError(failures[0])
+    if stop.is_set():
+        raise RunError("stopped; the same command goes on from here")
+
+
+def _lane(output: Path, lane: int, todo, total: int, stop: threading.Event, failures: list[str]) -> None:
+    """Runs from the queue until it is empty, all against one server: every run starts by sending it its weights."""
+    config = parse_config(["--config", CONFIG])
+    try:
+        with RolloutServers(config.rollout, config.model, lane, output / "logs" / f"lane-{lane}") as servers:
+            while not stop.is_set():
+                try:
+                    setting, seed = todo.get_nowait()
+                except queue.Empty:
+                    return
+                started = time.monotonic()
+                path = path_of(output, setting, seed)
+                for attempt in (1, 2):
+                    error = _train(setting, seed, path, servers.urls, stop)
+                    if not error or stop.is_set():
+                        break
+                    print(f"{setting.name}, seed {seed}, attempt {attempt}: {error}", flush=True)
+                else:
+                    raise RunError(f"{setting.name}, seed {seed} failed twice: {error}")
+                if not stop.is_set():
+                    final = read_evaluations(path)[-1]
+                    result = f"accuracy {final['accuracy']:.3f}  length {final['length/mean']:5.1f}"
+                    seconds = time.monotonic() - started
+                    done = total - todo.qsize()
+                    print(
+                        f"{done:4d}/{total}  {setting.name:42s} seed {seed:2d}  {result}  {seconds:.0f} s", flush=True
+                    )
+    except Exception as error:  #  one lane's failure ends the study with its reason
+        failures.append(str(error))
+        stop.set()
+
+
+def _train(setting: Setting, seed: int, path: Path, urls: list[str], stop: threading.Event) -> str:
+    """One run in a process of its own; the reason if it failed."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    words = ["--config", CONFIG, *setting.options, "--seed", str(seed), "--steps", str(STEPS)]
+    words += ["--output", str(path), "--rollout.urls", str(urls)]
+    if seed == 0 and setting.name in DUMPED:
+        words += ["--dump_scores", "true"]
+    log = path.parent / f"seed-{seed}.log"
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "megatron_egrsd.cli", "train", *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        deadline = time.monotonic() + _TIMEOUT
+        while process.poll() is None and time.monotonic() < deadline and not stop.is_set():
+            time.sleep(0.1)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+            return f"not done after {_TIMEOUT} s"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return "" if process.returncode == 0 and is_complete(path) else (lines[-1] if lines else "no output")
