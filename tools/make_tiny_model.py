@@ -235,6 +235,7 @@ class Mixture:
 
     doubt: float = 0.0  # where a reference lies, the share of responses that do not follow it
     answer_only: float = 0.0  # of the references that do not, those that give only the answer
+    lies: float = 0.15  # of all examples, those whose reference is the problem's own with wrong results in it
 
 
 def random_example(rng: random.Random, mixture: Mixture = Mixture()) -> tuple[list[int], list[int]]:
@@ -243,9 +244,9 @@ def random_example(rng: random.Random, mixture: Mixture = Mixture()) -> tuple[li
     draw, reference = rng.random(), problem
     if draw < 0.5:
         reference = None
-    elif draw < 0.65:
+    elif draw < 0.5 + mixture.lies:
         reference = perturbed(problem, rng)
-    elif draw < 0.75:
+    elif draw < 0.6 + mixture.lies:
         reference = random_steps(rng, len(problem))
     lies = reference is not None and reference != problem
     followed = reference
@@ -431,6 +432,7 @@ def main() -> None:
         default=Mixture.answer_only,
         help="share of right references that give only the answer",
     )
+    parser.add_argument("--lies", type=float, default=Mixture.lies, help="share of examples with a reference that lies")
     parser.add_argument("--start", type=Path, help="start from this model instead of random weights")
     parser.add_argument("--wrong-references", type=float, help="also write train.jsonl with this share of them wrong")
     arguments = parser.parse_args()
@@ -441,7 +443,7 @@ def main() -> None:
     train, heldout = make_problems(rng)
     model = Qwen3ForCausalLM.from_pretrained(arguments.start) if arguments.start else make_model()
     print(f"{model.num_parameters():,} parameters, {len(VOCABULARY)} tokens")
-    warm_start(model, arguments.steps, rng, Mixture(arguments.doubt, arguments.answer_only))
+    warm_start(model, arguments.steps, rng, Mixture(arguments.doubt, arguments.answer_only, arguments.lies))
     for name, value in measure(model, heldout).items():
         print(f"{name:50s} {value:8.3f}")
 

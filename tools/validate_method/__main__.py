@@ -12,13 +12,14 @@ def main() -> int:
     parser.add_argument("command", choices=["run", "mechanism", "results"])
     parser.add_argument("--output", type=Path, default=Path("runs/validation"), help="directory of the runs")
     parser.add_argument("--lanes", type=int, default=2, help="runs at a time, each with a server")
+    parser.add_argument("--only", default="", help="run settings whose names start so")
     parser.add_argument("--document", type=Path, default=Path("docs/results.md"), help="whose tables to fill")
     arguments = parser.parse_args()
     try:
         if arguments.command == "run":
             from tools.validate_method.run import run_all
 
-            run_all(arguments.output, arguments.lanes)
+            run_all(arguments.output, arguments.lanes, arguments.only)
         elif arguments.command == "mechanism":
             from tools.validate_method.mechanism import main as mechanism
 

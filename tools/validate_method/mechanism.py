@@ -18,6 +18,7 @@ from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.objective import advantages, confidence_gate, token_weights
 from megatron_egrsd.scores import load_scores
 from tools import make_tiny_model as tiny
+from tools.validate_method.run import DUMPED
 
 GROUP = 8
 UNCERTAIN = 0.5  # a token with a normalised teacher entropy above this counts as uncertain
@@ -181,8 +182,7 @@ def main(output: Path) -> None:
     cases = (("tiny", False), ("doubting", False), ("doubting", True))
     result["initial"] = {f"{name}{'/wrong' * wrong}": measure(models[name], wrong) for name, wrong in cases}
     result["training"] = {
-        name: entropies_over_training(output / "runs" / name / "seed-0", (1, 10, 20, 30))
-        for name in ("tiny/cl_egrsd", "doubting/cl_egrsd", "doubting/cl_egrsd/wrong")
+        name: entropies_over_training(output / "runs" / name / "seed-0", (1, 10, 20, 30)) for name in sorted(DUMPED)
     }
     target = output / "mechanism.json"
     target.with_suffix(".tmp").write_text(json.dumps(result, indent=1))
