@@ -182,7 +182,7 @@ def main(output: Path) -> None:
     cases = (("tiny", False), ("doubting", False), ("doubting", True))
     result["initial"] = {f"{name}{'/wrong' * wrong}": measure(models[name], wrong) for name, wrong in cases}
     result["training"] = {
-        name: entropies_over_training(output / "runs" / name / "seed-0", (1, 10, 20, 30)) for name in sorted(DUMPED)
+        name: entropies_over_training(output / "runs" / name / "seed-0", (1, 5, 10, 15, 20)) for name in sorted(DUMPED)
     }
     target = output / "mechanism.json"
     target.with_suffix(".tmp").write_text(json.dumps(result, indent=1))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-STEPS = 30
+STEPS = 20
 _OWN = "examples/validation/objectives.py"
 
 

@@ -40,7 +40,8 @@ def run_all(output: Path, lanes: int, only: str) -> None:
     if not plan:
         raise BadArgument(f"no setting starts with {only!r}; they are {', '.join(s.name for s in settings())}")
     todo: queue.SimpleQueue = queue.SimpleQueue()
-    runs = [(s, seed) for seed in range(max(s.seeds for s in plan)) for s in plan if seed < s.seeds]
+    runs = [(s, seed) for s in plan for seed in range(s.seeds)]
+    runs.sort(key=lambda run: ("," in run[0].name, run[1]))  # ablations last; else seed by seed
     missing = [(s, seed) for s, seed in runs if not is_complete(path_of(output, s, seed))]
     print(f"{len(runs)} runs, {len(missing)} to make, {lanes} at a time", flush=True)
     for run in missing:
