@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from megatron_egrsd.config import parse_config
+from megatron_egrsd.config import Config, parse_config
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.report import read_evaluations
 from megatron_egrsd.rollout.servers import RolloutServers
@@ -46,10 +46,12 @@ def run_all(output: Path, lanes: int, only: str) -> None:
     print(f"{len(runs)} runs, {len(missing)} to make, {lanes} at a time", flush=True)
     for run in missing:
         todo.put(run)
+    config = parse_config(["--config", CONFIG])  # reads with another working directory: not for a thread
     stop, failures = threading.Event(), []
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     threads = [
-        threading.Thread(target=_lane, args=(output, lane, todo, len(missing), stop, failures)) for lane in range(lanes)
+        threading.Thread(target=_lane, args=(config, output, lane, todo, len(missing), stop, failures))
+        for lane in range(lanes)
     ]
     for thread in threads:
         thread.start()
@@ -66,9 +68,10 @@ def run_all(output: Path, lanes: int, only: str) -> None:
         raise RunError("stopped; the same command goes on from here")
 
 
-def _lane(output: Path, lane: int, todo, total: int, stop: threading.Event, failures: list[str]) -> None:
+def _lane(
+    config: Config, output: Path, lane: int, todo, total: int, stop: threading.Event, failures: list[str]
+) -> None:
     """Runs from the queue until it is empty, all against one server: every run starts by sending it its weights."""
-    config = parse_config(["--config", CONFIG])
     try:
         with RolloutServers(config.rollout, config.model, lane, output / "logs" / f"lane-{lane}") as servers:
             while not stop.is_set():
