@@ -146,7 +146,7 @@ def save_hf(
     path: str | Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a Hugging Face checkpoint: tensors from the iterator, in mapping order, everything else from `like`.
+    """Write a Hugging Face checkpoint: tensors from the iterator, everything else from `like`.
 
     Nothing is kept in memory. `path` either does not exist afterwards or is complete. BadArgument where it exists
     already, RunError where a tensor is missing, unexpected or mis-shaped.
@@ -159,13 +159,10 @@ def save_hf(
     with staged(path) as directory:
         copy_assets(like, directory)
         writer = SafetensorsWriter(directory, shapes, tensor.dtype, shard_bytes)
-        try:
-            writer.write(first, tensor.cpu())
-            for name, later in tensors:
-                writer.write(name, later.cpu())
-            writer.finish()
-        finally:
-            writer.abort()
+        writer.write(first, tensor.cpu())
+        for name, later in tensors:
+            writer.write(name, later.cpu())
+        writer.finish()
 
 
 def assets(path: str | Path) -> dict[str, Path]:

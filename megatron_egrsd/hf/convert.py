@@ -6,15 +6,16 @@ places, not tensors; the output is staged, so it is complete or absent.
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.hf.byte_ranges import Advance, pieces
+from megatron_egrsd.hf.byte_ranges import Advance, in_threads, pieces
 from megatron_egrsd.hf.checkpoint import EMBEDDING, HEAD, HFCheckpoint, copy_assets
-from megatron_egrsd.hf.mapping import entries, hf_shapes
+from megatron_egrsd.hf.mapping import Entry, entries, hf_shapes
 from megatron_egrsd.hf.megatron_checkpoint import (
     RELEASE,
     SIDECAR,
@@ -115,15 +116,15 @@ class ToHF:
             if self.dtype != self.source_dtype:
                 set_config_dtype(directory / "config.json", self.dtype)
             writer = SafetensorsWriter(directory, shapes, self.dtype, self.shard_bytes)
-            try:
-                for entry in entries(arch):
-                    for name, ranges in self.checkpoint.ranges(entry, shapes).items():
-                        for copy in (HEAD, name) if name == EMBEDDING and self.stores_tied_head else (name,):
-                            writer.write_pieces(copy, pieces(ranges, self.source_dtype, self.dtype))
-                        advance(math.prod(shapes[name]) * self.dtype.itemsize)
-                writer.finish()
-            finally:
-                writer.abort()
+
+            def copy(entry: Entry) -> Iterator[int]:
+                for name, ranges in self.checkpoint.ranges(entry, shapes).items():
+                    for target in (HEAD, name) if name == EMBEDDING and self.stores_tied_head else (name,):
+                        writer.write_pieces(target, pieces(ranges, self.source_dtype, self.dtype))
+                    yield math.prod(shapes[name]) * self.dtype.itemsize
+
+            in_threads(map(copy, entries(arch)), advance)
+            writer.finish()
 
 
 def record_of(checkpoint: HFCheckpoint, dtype: torch.dtype) -> dict:

@@ -1,4 +1,4 @@
-"""Writing a safetensors checkpoint tensor by tensor: the header first, since every size is known beforehand."""
+"""Writing a safetensors checkpoint tensor by tensor: the headers first, since every size is known beforehand."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_egrsd.errors import RunError
-from megatron_egrsd.hf.byte_ranges import Range, raw_bytes, write_all
+from megatron_egrsd.hf.byte_ranges import Range, raw_bytes, reserve, write_all
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -20,7 +20,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class SafetensorsWriter:
-    """Writes named tensors of one dtype into `directory`, in the order of `shapes`, without keeping any.
+    """Writes named tensors of one dtype into `directory`, in any order and from any thread, without keeping any.
 
     Shards hold at most `shard_bytes` (a larger tensor has its own) and are named as transformers names them, with an
     index where there are several. RunError where the tensors that come are not those announced.
@@ -28,17 +28,18 @@ class SafetensorsWriter:
 
     def __init__(self, directory: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype,
                  shard_bytes: int = SHARD_BYTES):  # fmt: skip
-        self.directory, self.shapes, self.dtype = directory, shapes, dtype
-        self.shards = _split(shapes, dtype.itemsize, shard_bytes)
-        count = len(self.shards)
-        self.files = (
-            [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        )
-        self._order = iter([(name, i) for i, shard in enumerate(self.shards) for name in shard])
-        self._shard, self._file = -1, None
+        self.shapes, self.dtype = shapes, dtype
+        self._index = directory / INDEX
+        self._missing = dict.fromkeys(shapes)
+        shards = _split(shapes, dtype.itemsize, shard_bytes)
+        count = len(shards)
+        names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        self._places: dict[str, tuple[Path, int]] = {}
+        for file, shard in zip(names, shards, strict=True):
+            self._begin(directory / file, shard)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the next tensor."""
+        """Write a tensor."""
         if name in self.shapes and (tuple(tensor.shape), tensor.dtype) != (self.shapes[name], self.dtype):
             raise RunError(
                 f"the export should write {name} as {self.dtype} {list(self.shapes[name])}, but was given "
@@ -47,45 +48,34 @@ class SafetensorsWriter:
         self.write_pieces(name, [raw_bytes(tensor)])
 
     def write_pieces(self, name: str, pieces: Iterable[memoryview]) -> None:
-        """Append the next tensor, given as its bytes in pieces."""
-        expected, shard = next(self._order, (None, None))
-        if name != expected:
-            raise RunError(f"the export should write {expected} now, but was given {name}")
-        if shard != self._shard:
-            self._next_file(shard)
+        """Write a tensor, given as its bytes in pieces."""
+        if name not in self._missing:
+            raise RunError(f"the export should write {next(iter(self._missing), None)} now, but was given {name}")
+        path, offset = self._places[name]
         missing = math.prod(self.shapes[name]) * self.dtype.itemsize
-        for piece in pieces:
-            write_all(self._file, piece)
-            missing -= len(piece)
+        with open(path, "r+b", buffering=0) as file:
+            file.seek(offset)
+            for piece in pieces:
+                write_all(file, piece)
+                missing -= len(piece)
         if missing:
             raise RunError(f"the export was given {missing} bytes too few of {name}")
+        del self._missing[name]
 
     def finish(self) -> None:
-        """Close the last shard and write the index. RunError where tensors are missing."""
-        missing = next(self._order, None)
-        if missing:
-            raise RunError(f"the export ended before {missing[0]}")
-        self._file.close()
-        if len(self.files) > 1:
-            index = {
-                "metadata": {"total_size": sum(map(math.prod, self.shapes.values())) * self.dtype.itemsize},
-                "weight_map": {
-                    name: file for file, names in zip(self.files, self.shards, strict=True) for name in names
-                },
-            }
-            (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        """Write the index where there are several shards. RunError where tensors are missing."""
+        for name in self._missing:
+            raise RunError(f"the export ended before {name}")
+        files = {name: path.name for name, (path, _) in self._places.items()}
+        if len(set(files.values())) > 1:
+            total = sum(map(math.prod, self.shapes.values())) * self.dtype.itemsize
+            index = {"metadata": {"total_size": total}, "weight_map": files}
+            self._index.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def abort(self) -> None:
-        """Close what is open; the caller removes the directory."""
-        if self._file:
-            self._file.close()
-
-    def _next_file(self, shard: int) -> None:
-        self.abort()
-        self._shard = shard
-        self._file = open(self.directory / self.files[shard], "wb", buffering=0)  # noqa: SIM115
+    def _begin(self, path: Path, shard: list[str]) -> None:
+        """Write the header of a shard; now it is known where its tensors lie."""
         header, end = {"__metadata__": {"format": "pt"}}, 0
-        for name in self.shards[shard]:
+        for name in shard:
             start, end = end, end + math.prod(self.shapes[name]) * self.dtype.itemsize
             header[name] = {
                 "dtype": _NAMES[self.dtype],
@@ -94,7 +84,11 @@ class SafetensorsWriter:
             }
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
-        write_all(self._file, struct.pack("<Q", len(encoded)) + encoded)
+        with open(path, "wb", buffering=0) as file:
+            reserve(file, 8 + len(encoded) + end)
+            write_all(file, struct.pack("<Q", len(encoded)) + encoded)
+        for name in shard:
+            self._places[name] = path, 8 + len(encoded) + header[name]["data_offsets"][0]
 
 
 def data_ranges(file: Path) -> dict[str, Range]:

@@ -28,13 +28,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_egrsd.hf.byte_ranges import THREADS, Advance, Range, in_threads, pieces, write_all
+from megatron_egrsd.hf.byte_ranges import Advance, Range, in_threads, pieces, reserve, write_all
 
 METADATA = ".metadata"
 CONFIG = "metadata.json"
 INTEGRITY = "integrity.json"
 COMMON = "common.pt"
 FILE_BYTES = 5 << 30
+MIN_FILES = 8
 
 
 class Part(NamedTuple):
@@ -61,11 +62,11 @@ def write_torch_dist(directory: Path, parts: list[Part], objects: list[Object], 
     """Make `directory` a checkpoint of `parts`, whose ranges hold type `stored`, rounded to `wanted`.
 
     Several files even of a small model: each has a SHA-256 of its own, and hashing takes longer than writing, so they
-    are written side by side.
+    are written side by side. How many there are does not depend on the machine.
     """
-    files = [_HashedFile(directory / f"__0_{i}.distcp", wanted) for i in range(_file_count(parts, wanted))]
+    groups = _divided(parts, wanted)
+    files = [_HashedFile(directory / f"__0_{i}.distcp", wanted) for i in range(len(groups))]
     try:
-        groups = _divided(parts, len(files))
         in_threads((f.tensors(group, stored) for f, group in zip(files, groups, strict=True)), advance)
         for value in (*objects, Object("common_state", (0,), (1,), common)):
             files[-1].object(value)
@@ -93,6 +94,7 @@ class _HashedFile:
 
     def tensors(self, parts: list[Part], stored: torch.dtype) -> Iterator[int]:
         """Write `parts`; yields the bytes of each."""
+        reserve(self._raw, sum(math.prod(part.sizes) for part in parts) * self.dtype.itemsize)
         for part in parts:
             start = self._position
             before, behind = _archive(part.sizes, self.dtype)
@@ -131,18 +133,15 @@ def _metadata(parts: list[Part], files: list[_HashedFile], dtype: torch.dtype) -
     return Metadata(entries, storage_data=places, storage_meta=StorageMeta(), version="1.0.0")
 
 
-def _file_count(parts: list[Part], dtype: torch.dtype) -> int:
-    nbytes = sum(math.prod(part.sizes) for part in parts) * dtype.itemsize
-    return max(THREADS, math.ceil(nbytes / FILE_BYTES))
-
-
-def _divided(parts: list[Part], count: int) -> list[list[Part]]:
-    """`parts` in `count` runs of about equal size."""
-    total, done, runs = sum(math.prod(part.sizes) for part in parts), 0, [[] for _ in range(count)]
+def _divided(parts: list[Part], dtype: torch.dtype) -> list[list[Part]]:
+    """`parts` in runs of about equal size, one for each file."""
+    total, done = sum(math.prod(part.sizes) for part in parts), 0
+    count = max(MIN_FILES, math.ceil(total * dtype.itemsize / FILE_BYTES))
+    runs = [[] for _ in range(count)]
     for part in parts:
         runs[done * count // total].append(part)
         done += math.prod(part.sizes)
-    return runs
+    return [run for run in runs if run]
 
 
 @functools.lru_cache(256)

@@ -1,6 +1,8 @@
 """Bytes move from file to file: whole, rounded once, in torch's own format, and not at all after an error."""
 
 import io
+import json
+import os
 import threading
 
 import pytest
@@ -9,8 +11,9 @@ from safetensors.torch import load_file
 
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.hf import byte_ranges
-from megatron_egrsd.hf.byte_ranges import Range, in_threads, pieces, write_all
+from megatron_egrsd.hf.byte_ranges import Range, in_threads, pieces, reserve, write_all
 from megatron_egrsd.hf.convert import ToHF, ToMegatron
+from megatron_egrsd.hf.safetensors_file import SafetensorsWriter
 from megatron_egrsd.hf.torch_dist_reader import TorchDistReader
 from tests.random_checkpoints import MOE, random_qwen3
 
@@ -54,6 +57,41 @@ def test_a_write_that_stops_short_is_continued():
     file, data = Slow(), bytes(range(256)) * 20
     write_all(file, data)
     assert file.getvalue() == data
+
+
+def test_reserved_space_is_allocated_but_not_in_the_size(tmp_path):
+    with open(tmp_path / "file", "wb", buffering=0) as file:
+        reserve(file, 1 << 20)
+        found = os.fstat(file.fileno())
+        assert found.st_size == 0 and found.st_blocks * 512 >= 1 << 20
+        with pytest.raises(OSError, match=r"too large|No space"):
+            reserve(file, 1 << 62)
+
+
+def test_where_space_cannot_be_reserved_nothing_happens():
+    with open("/dev/null", "wb", buffering=0) as file:
+        reserve(file, 1 << 20)
+
+
+def test_an_export_takes_its_tensors_in_any_order_but_each_once(tmp_path):
+    tensors = {name: torch.randn(3, n) for n, name in enumerate("abcde", start=1)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    writer = SafetensorsWriter(tmp_path, shapes, FP32, shard_bytes=100)
+    for name in "daec":
+        writer.write(name, tensors[name])
+    for name in "dx":
+        with pytest.raises(RunError, match=f"should write b now, but was given {name}"):
+            writer.write(name, tensors["d"])
+    with pytest.raises(RunError, match="2 bytes too few of b"):
+        writer.write_pieces("b", [memoryview(bytes(22))])
+    with pytest.raises(RunError, match="ended before b"):
+        writer.finish()
+    writer.write("b", tensors["b"])
+    writer.finish()
+    weight_map = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert list(weight_map) == list(shapes) and len(set(weight_map.values())) == 3
+    for name, file in weight_map.items():
+        assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
 
 
 @pytest.mark.timeout(30)
