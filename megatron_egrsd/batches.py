@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.problems import batch_indices
-from megatron_egrsd.errors import RunError
+from megatron_egrsd.errors import Preempted, RunError
 from megatron_egrsd.learn import groups_without_signal
+from megatron_egrsd.rollout.servers import ServersLost
 from megatron_egrsd.samples import Prompt, Rollout
 
 # (prompts, what was sampled of them before, as in RolloutClient.generate) -> their rewarded rollouts
@@ -43,9 +44,10 @@ class BatchSampling:
         self.future = thread.submit(self._run)
 
     def wait(self) -> None:
-        """Return when nothing is sampled any more, however that ended."""
-        if self.future is not None:
-            wait([self.future])
+        """Return when nothing is sampled any more. Raises what `result` cannot mend either, but for Preempted."""
+        error = self.future.exception() if self.future is not None else None
+        if error is not None and not isinstance(error, ServersLost | Preempted):
+            raise error
 
     def result(self) -> Batch:
         """The batch, or the exception that its sampling met; after ServersLost another call samples what is missing."""

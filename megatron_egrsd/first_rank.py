@@ -112,7 +112,9 @@ class FirstRank:
 
     def _end_sampling(self) -> None:
         self.ending = True
-        self.await_sampling()
+        if self.sampling is not None:
+            with contextlib.suppress(Exception):
+                self.sampling.wait()
 
     def _clear(self, step: int) -> None:
         """What the stopped run left behind its last checkpoint makes room, and is not lost."""
@@ -188,9 +190,12 @@ class FirstRank:
             self.sampling.start(self.thread)
 
     def await_sampling(self) -> None:
-        """Return when no request is in flight: weights never change under one. `batch` tells how it ended."""
-        if self.sampling is not None:
-            self.sampling.wait()
+        """Return, on every rank, when no request is in flight: weights never change under one.
+
+        RunError where the next batch cannot be had; what can be mended, or ends the run anyway, waits for `batch`.
+        """
+        if self.config.rollout.staleness:
+            on_first_rank(lambda: self.sampling and self.sampling.wait())
 
     def _finished_batch(self, prompts: list[Prompt], step: int) -> Batch:
         if self.sampling is None:

@@ -55,7 +55,8 @@ def _read(run: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     config = parse_config(["--config", str(run / "config.yaml")])
     arch = Architecture.from_pretrained(config.model.path)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    by_step = {row["step"]: row for row in rows if "time/train" in row}
+    by_step = {row["step"]: row for row in rows if all(f"time/{phase}" in row for phase in PHASES)}
+    files = [file for file in files if int(file.stem.removeprefix("step_")) in by_step]  # a stop cuts one short
     steps = [_terms(load_rollouts(file), config, arch) for file in files]
     measured = [by_step[int(file.stem.removeprefix("step_"))] for file in files]
     return (

@@ -72,6 +72,12 @@ def test_generation_is_simulated_step_by_step(responses, slots, prompt):
     assert step_time.generate_seconds(step, responses, prompt, slots) == pytest.approx(seconds)
 
 
+def test_one_step_off_hides_the_shorter_of_sampling_and_training():
+    generate, train = torch.tensor([5.0, 1.0]).numpy(), torch.tensor([2.0, 2.0]).numpy()
+    assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=0).tolist() == [7.75, 3.75]
+    assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=1).tolist() == [5.25, 2.75]
+
+
 def test_tables(tmp_path):
     command = [sys.executable, ROOT / "tools/plan.py", "--models", "Qwen3-8B", "Qwen3-32B", "--gpus", "8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
