@@ -250,9 +250,8 @@ def random_example(rng: random.Random, mixture: Mixture = Mixture()) -> tuple[li
         reference = random_steps(rng, len(problem))
     lies = reference is not None and reference != problem
     followed = reference
-    if lies and mixture.doubt:
-        same = [step.operand for step in reference] == [step.operand for step in problem]
-        followed = torn(problem, reference, mixture.doubt, rng) if same else rng.choice([problem, reference])
+    if lies and mixture.doubt and draw < 0.5 + mixture.lies:
+        followed = torn(problem, reference, mixture.doubt, rng)
     answer_only = not lies and bool(mixture.answer_only) and rng.random() < mixture.answer_only
     chain = Chain(followed, TEACHER, rng) if followed else Chain(problem, STUDENT, rng)
     prompt, response = prompt_ids(problem, reference, answer_only), encode(chain.tokens)
