@@ -425,7 +425,7 @@ class Config:
         output: Directory of the run: metrics, logs, final Hugging Face checkpoint. Must not hold another run.
         max_log_prob_difference: Largest mean |log-prob(engine) - log-prob(SGLang)| over a batch, in nats; beyond it the
             two disagree and the update is skipped. null is 0.1 on-policy and, where rollout.staleness lets an update
-            lie between the two, 0.5.
+            lie between the two, 0.2.
         max_skipped_steps: Steps in a row that may be skipped (numbers that are not finite, or the disagreement above)
             before the run ends; the rollouts of each are kept under output/skipped.
         debug: "rollout-only" samples and rewards with the weights of model.path, without a training engine;
@@ -480,7 +480,7 @@ class Config:
         """`max_log_prob_difference` in nats, or its default."""
         if self.max_log_prob_difference is not None:
             return self.max_log_prob_difference
-        return 0.5 if self.rollout.staleness else 0.1
+        return 0.2 if self.rollout.staleness else 0.1
 
     def check_world(self, world_size: int) -> int:
         """The data-parallel size for `world_size` ranks; BadArgument where the sizes do not divide."""

@@ -59,8 +59,8 @@ def test_mistakes_on_the_command_line(arguments, words):
 
 def test_the_allowed_difference_of_log_probs_depends_on_the_staleness():
     stale = ["--rollout.staleness", "1", "--objective.importance_cap", "2"]
-    assert [parse_config(BASE + more).log_prob_limit for more in ([], stale)] == [0.1, 0.5]
-    assert parse_config([*BASE, *stale, "--max_log_prob_difference", "0.2"]).log_prob_limit == 0.2
+    assert [parse_config(BASE + more).log_prob_limit for more in ([], stale)] == [0.1, 0.2]
+    assert parse_config([*BASE, *stale, "--max_log_prob_difference", "0.05"]).log_prob_limit == 0.05
 
 
 @pytest.mark.parametrize(
