@@ -351,7 +351,8 @@ class EvaluationConfig:
     """Held-out evaluation: avg@k at `temperature`, during training and by `megatron-egrsd evaluate`.
 
     Args:
-        every: Steps between evaluations; the start and the end are always evaluated. 0: only those two.
+        every: Steps between evaluations; the end is always evaluated. 0: only the end and, with `at_start`, the start.
+        at_start: Evaluate before the first step, too.
         rollouts_per_problem: k of avg@k.
         temperature: Sampling temperature.
         top_p: Sample from the smallest set of tokens of this probability. This key and those below are for `evaluate`.
@@ -367,6 +368,7 @@ class EvaluationConfig:
     """
 
     every: int = 0
+    at_start: bool = True
     rollouts_per_problem: int = 8
     temperature: float = 1.0
     top_p: float = 1.0

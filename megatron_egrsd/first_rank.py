@@ -296,7 +296,8 @@ class FirstRank:
             if self.evaluations:
                 plot_frontier(self.evaluations, self.output / "frontier.png")
                 self.log.message(f"plot  {self.output / 'frontier.png'}")
-                self.log.message(summary_table(self.evaluations[0], self.evaluations[-1]))
+                if len(self.evaluations) > 1:
+                    self.log.message(summary_table(self.evaluations[0], self.evaluations[-1]))
 
 
 class Replay(FirstRank):

@@ -43,7 +43,8 @@ def main(config: Config) -> None:
     ):
         step = first.resume()
         try:
-            first.evaluate(heldout, step)
+            if config.evaluation.at_start:
+                first.evaluate(heldout, step)
             while step < config.steps:
                 first.check_preemption()
                 started = time.perf_counter()
