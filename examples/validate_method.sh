@@ -8,9 +8,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OUTPUT=${OUTPUT:-runs/validation} # every run with its log, 1 MB each
 LANES=${LANES:-2}                 # runs at a time; each wants one core
+OBJECTIVE=${OBJECTIVE:-}          # file.py:Class of an objective of yours, to compare with CL-EGRSD (docs/extending.md)
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 
 export OMP_NUM_THREADS=1
-"$PYTHON" -m tools.validate_method run --output "$OUTPUT" --lanes "$LANES"
+"$PYTHON" -m tools.validate_method run --output "$OUTPUT" --lanes "$LANES" --objective "$OBJECTIVE"
 "$PYTHON" -m tools.validate_method mechanism --output "$OUTPUT"
-"$PYTHON" -m tools.validate_method results --output "$OUTPUT"
+"$PYTHON" -m tools.validate_method results --output "$OUTPUT" --objective "$OBJECTIVE"

@@ -59,7 +59,8 @@ def test_an_interaction_is_the_difference_of_two_differences():
 
 def test_every_setting_of_the_plan_is_a_configuration(monkeypatch):
     monkeypatch.chdir(ROOT)
-    found = plan.settings()
+    found = plan.settings("examples/extending/high_entropy.py:HighEntropy")
+    assert found[-2].name == "tiny/cl_egrsd, HighEntropy"
     assert len({s.name for s in found}) == len(found)
     configs = {s.name: parse_config(["--config", plan.CONFIG, *s.options]) for s in found}
     for config in configs.values():

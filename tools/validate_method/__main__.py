@@ -13,13 +13,14 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/validation"), help="directory of the runs")
     parser.add_argument("--lanes", type=int, default=2, help="runs at a time, each with a server")
     parser.add_argument("--only", default="", help="run settings whose names start so")
+    parser.add_argument("--objective", default="", help="file.py:Class of an objective of yours, to compare as well")
     parser.add_argument("--document", type=Path, default=Path("docs/results.md"), help="whose tables to fill")
     arguments = parser.parse_args()
     try:
         if arguments.command == "run":
             from tools.validate_method.run import run_all
 
-            run_all(arguments.output, arguments.lanes, arguments.only)
+            run_all(arguments.output, arguments.lanes, arguments.only, arguments.objective)
         elif arguments.command == "mechanism":
             from tools.validate_method.mechanism import main as mechanism
 
@@ -27,7 +28,7 @@ def main() -> int:
         else:
             from tools.validate_method.results import main as results
 
-            results(arguments.output, arguments.document)
+            results(arguments.output, arguments.document, arguments.objective)
     except (BadArgument, RunError) as error:
         print(f"validate_method: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, BadArgument) else 1

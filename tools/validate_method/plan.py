@@ -37,8 +37,8 @@ DOUBTING = _words("model.", path="examples/validation/model")
 FAMILY = {"grpo": GRPO, "rlsd": RLSD, "egrsd": EGRSD, "cl_egrsd": CL_EGRSD}
 
 
-def settings() -> list[Setting]:
-    """Every setting; a run is a setting with a seed."""
+def settings(own: str = "") -> list[Setting]:
+    """Every setting; a run is a setting with a seed. `own` is the import path of an objective to compare as well."""
     # To tell the family apart takes more seeds than to tell it from GRPO.
     found = [Setting(f"tiny/{name}", 8 if name == "grpo" else 16, options) for name, options in FAMILY.items()]
     found.append(Setting("tiny/opsd", 5, OPSD))
@@ -58,6 +58,8 @@ def settings() -> list[Setting]:
         "outcome direction": _objective(advantage="outcome"),
     }
     found += [Setting(f"tiny/cl_egrsd, {name}", 5, options) for name, options in ablations.items()]
+    if own:
+        found.append(Setting(f"tiny/cl_egrsd, {own.rpartition(':')[2]}", 5, _objective(function=own)))
     found.append(Setting("doubting/egrsd, answer only", 5, DOUBTING + EGRSD + ANSWER_ONLY))
     return found
 

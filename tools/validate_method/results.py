@@ -18,10 +18,10 @@ _COLUMNS = ("setting", "seed", "accuracy", "length", "training_accuracy", "train
 Rows = dict[str, dict[int, dict[str, float]]]  # setting -> seed -> outcome
 
 
-def collect(output: Path) -> Rows:
+def collect(output: Path, own: str = "") -> Rows:
     """Every finished run: held-out accuracy and mean length at the end, their means over training, its seconds."""
     rows: Rows = {}
-    for setting in settings():
+    for setting in settings(own):
         for seed in range(setting.seeds):
             if is_complete(path := path_of(output, setting, seed)):
                 final, steps = read_evaluations(path)[-1], read_run(path).steps
@@ -44,15 +44,6 @@ def write_csv(rows: Rows, path: Path) -> None:
         for setting, seeds in rows.items():
             for seed, row in sorted(seeds.items()):
                 writer.writerow([setting, seed, *(f"{row[c]:.5g}" for c in _COLUMNS[2:])])
-
-
-def read_csv(path: Path) -> Rows:
-    rows: Rows = {}
-    with path.open(newline="") as file:
-        for line in csv.DictReader(file):
-            values = {c: float(line[c]) for c in _COLUMNS[2:]}
-            rows.setdefault(line["setting"], {})[int(line["seed"])] = values
-    return rows
 
 
 def pairs(rows: Rows, hypothesis: Hypothesis, column: str) -> np.ndarray:
@@ -197,14 +188,14 @@ def write_document(blocks: dict[str, str], document: Path) -> None:
     temporary.rename(document)
 
 
-def main(output: Path, document: Path) -> None:
+def main(output: Path, document: Path, own: str) -> None:
     """Fill `document`'s tables, and write runs.csv and the picture beside it."""
     from tools.validate_method.picture import save
 
-    rows = collect(output)
+    rows = collect(output, own)
     blocks = {"outcomes": outcomes(rows), "verdicts": verdicts(rows), "ablations": ablations(rows)}
     count, hours = sum(map(len, rows.values())), sum(r["seconds"] for s in rows.values() for r in s.values()) / 3600
-    planned = sum(s.seeds for s in settings())
+    planned = sum(s.seeds for s in settings(own))
     blocks["extent"] = f"{count} of {planned} planned runs, {hours:.1f} hours of training steps in all."
     if (path := output / "mechanism.json").exists():
         found = json.loads(path.read_text())

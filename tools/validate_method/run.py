@@ -34,11 +34,11 @@ def is_complete(path: Path) -> bool:
         return False
 
 
-def run_all(output: Path, lanes: int, only: str) -> None:
+def run_all(output: Path, lanes: int, only: str, own: str) -> None:
     """All missing runs of settings whose name starts with `only`, on `lanes` lanes. RunError where one fails twice."""
-    plan = [s for s in settings() if s.name.startswith(only)]
+    plan = [s for s in settings(own) if s.name.startswith(only)]
     if not plan:
-        raise BadArgument(f"no setting starts with {only!r}; they are {', '.join(s.name for s in settings())}")
+        raise BadArgument(f"no setting starts with {only!r}; they are {', '.join(s.name for s in settings(own))}")
     todo: queue.SimpleQueue = queue.SimpleQueue()
     runs = [(s, seed) for s in plan for seed in range(s.seeds)]
     runs.sort(key=lambda run: ("," in run[0].name, run[1]))  # ablations last; else seed by seed
