@@ -140,6 +140,7 @@ def test_a_server_that_is_not_deterministic_is_refused(servers, problems, tmp_pa
         evaluate(parse_config(words(problems, tmp_path, *attached(servers.urls[0]))))
 
 
+@pytest.mark.slow
 def test_a_megatron_checkpoint_through_the_command_gives_what_the_original_gives(problems, whole, tmp_path):
     ToMegatron(TINY / "model", tmp_path / "megatron").run()
     output = tmp_path / "out"

@@ -447,7 +447,7 @@ def test_compiles_without_graph_breaks():
 
     logits, target = torch.randn(4, 130, requires_grad=True), torch.randint(0, 120, (4,))
     expected = torch.autograd.grad(loss(logits, target), logits)[0]
-    compiled = torch.compile(loss, fullgraph=True)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")  # inductor takes half a minute to say the same
     assert torch.equal(torch.autograd.grad(compiled(logits, target), logits)[0], expected)
 
 
