@@ -60,6 +60,8 @@ METRICS = [
     Metric("time/sync", "sync", "5.1f", "Seconds of sending the new weights to SGLang."),
     Metric("time/step", "", "6.1f", "Seconds of the whole step."),
     Metric("evaluation/accuracy", "", "5.3f", "Held-out avg@k: share of right responses."),
+    Metric("evaluation/accuracy/low", "", "5.3f", "Its 95 % bootstrap interval over the problems: lower end."),
+    Metric("evaluation/accuracy/high", "", "5.3f", "The same: upper end."),
     Metric("evaluation/pass", "", "5.3f", "Held-out pass@k: share of problems with a right response among k."),
     Metric("evaluation/length/mean", "", "6.1f", "Held-out response length in tokens: mean."),
     Metric("evaluation/length/median", "", "6.1f", "The same: median."),

@@ -12,7 +12,7 @@ from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.rewards import score
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.samples import Prompt, Rollout
-from megatron_egrsd.summary import Sample, by_problem, percentile_95
+from megatron_egrsd.summary import Sample, accuracy, by_problem, percentile_95
 
 
 def prompt_builder(config: Config, model: str = "") -> PromptBuilder:
@@ -54,12 +54,14 @@ class Sampler:
 
 
 def summarize(rollouts: list[Rollout]) -> dict[str, float]:
-    """avg@k and pass@k accuracy, response length in tokens, share cut off by the length limit."""
+    """avg@k with its 95 % interval, pass@k, response length in tokens, share cut off by the length limit."""
     samples = [Sample(r.group, r.reward > 0.5, len(r.response_ids), r.finish_reason == "length") for r in rollouts]
     groups = by_problem(samples)
     lengths = [s.length for s in samples]
-    return {
-        "accuracy": statistics.fmean(s.right for s in samples),
+    estimate = accuracy(samples)
+    interval = {} if estimate.low is None else {"accuracy/low": estimate.low, "accuracy/high": estimate.high}
+    return interval | {
+        "accuracy": estimate.value,
         "pass": statistics.fmean(any(s.right for s in group) for group in groups),
         "length/mean": statistics.fmean(lengths),
         "length/median": statistics.median(lengths),

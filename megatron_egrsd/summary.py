@@ -55,7 +55,7 @@ def summarize(samples: list[Sample], seed: int = 0) -> dict[str, Estimate]:
     def share(chosen: list[list[bool]]) -> Estimate:
         return ratio(map(sum, chosen), map(len, chosen))
 
-    result = {"accuracy": mean(sum(s.right for s in g) / len(g) for g in groups)}
+    result = {"accuracy": accuracy(samples, seed)}
     for n in sorted({2**i for i in range(1, k.bit_length()) if 2**i <= k} | ({k} if k > 1 else set())):
         result[f"pass@{n}"] = mean(pass_at_k(len(g), sum(s.right for s in g), n) for g in groups)
     result[f"majority@{k}"] = mean(map(majority, groups))
@@ -76,6 +76,12 @@ def summarize(samples: list[Sample], seed: int = 0) -> dict[str, Estimate]:
             result[f"{name}/median"] = Estimate(float(np.median(every)))
             result[f"{name}/p95"] = Estimate(percentile_95(every))
     return result
+
+
+def accuracy(samples: list[Sample], seed: int = 0) -> Estimate:
+    """avg@k: the mean over the problems of the share of right samples."""
+    shares = np.array([sum(s.right for s in g) / len(g) for g in by_problem(samples)])
+    return _ratio(shares, np.ones(len(shares)), _resamples(len(shares), seed))
 
 
 def by_problem(samples: list[Sample]) -> list[list[Sample]]:
