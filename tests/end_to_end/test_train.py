@@ -12,6 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_egrsd.config import parse_config
+from megatron_egrsd.rollout.servers import RolloutServers
+
 ROOT = Path(__file__).parents[2]
 CONFIG = "examples/configs/tiny_cpu.yaml"
 SMALL = {
@@ -114,6 +117,21 @@ def test_stopped_run_continues(tmp_path):
     assert sorted(p.name for p in (output / "checkpoints").glob("step_*")) == ["step_000002", "step_000003"]
     assert (output / "hf" / "model.safetensors").exists()
     assert not descendants_with(str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_servers_given_by_url_serve_one_run_after_another(tmp_path):
+    """They hold the last run's weights when the next one begins, which sends its own first."""
+    config = parse_config(["--config", str(ROOT / CONFIG), "--model.path", str(ROOT / "examples/tiny/model")])
+    with RolloutServers(config.rollout, config.model, 0, tmp_path / "logs") as servers:
+        for name in ("first", "second"):
+            done = run(tmp_path / name, **{"rollout.urls": servers.urls, "evaluation.at_start": "false"})
+            assert done.returncode == 0, done.stderr[-3000:]
+            steps = [m for m in metrics(tmp_path / name) if "time/step" in m]
+            trained = [m["sync/log_prob_difference"] for m in steps if "loss/policy" in m]
+            assert len(steps) == 3 and trained and max(trained) < 1e-5
+            assert sum("evaluation/accuracy" in m for m in metrics(tmp_path / name)) == 1
 
 
 @pytest.mark.slow
