@@ -48,10 +48,11 @@ else
 fi
 TENSOR="${TENSOR:-4}"                        # TP; keep it within a node
 PIPELINE="${PIPELINE:-1}"                    # PP; may cross nodes
+EXPERT="${EXPERT:-1}"                        # EP; ranks of a stage that share a mixture's experts, 1 for a dense model
 ENGINE_TENSOR="${ENGINE_TENSOR:-1}"          # TP of each launched SGLang server: an 8B model fits on one GPU
 
 for name in NNODES MASTER_PORT RENDEZVOUS_TIMEOUT SAVE_SECONDS GPUS_PER_NODE NPROC_PER_NODE TENSOR PIPELINE \
-    ENGINE_TENSOR; do
+    EXPERT ENGINE_TENSOR; do
     positive "$name"
 done
 if ((NNODES == 1)); then
@@ -64,6 +65,8 @@ if ! [[ "$NODE_RANK" =~ ^(0|[1-9][0-9]*)$ && "$NODE_RANK" -lt "$NNODES" ]]; then
 fi
 (((NNODES * NPROC_PER_NODE) % (TENSOR * PIPELINE) == 0)) ||
     fail "$NNODES x $NPROC_PER_NODE training GPUs do not divide into copies of TENSOR x PIPELINE = $TENSOR x $PIPELINE"
+(((NNODES * NPROC_PER_NODE / PIPELINE) % EXPERT == 0)) ||
+    fail "$NNODES x $NPROC_PER_NODE training GPUs in $PIPELINE pipeline stages do not divide by EXPERT = $EXPERT"
 [[ -f "$CONFIG" ]] || fail "there is no configuration file $CONFIG; set CONFIG"
 [[ -f "$MODEL/config.json" ]] || fail "there is no Hugging Face checkpoint in $MODEL (no config.json); set MODEL"
 [[ -f "$DATA" ]] || fail "there is no training file $DATA; set DATA (tools/prepare_data.py makes one)"
@@ -103,6 +106,7 @@ fi
 PARALLEL_ARGS=(
     --parallel.tensor "$TENSOR"
     --parallel.pipeline "$PIPELINE"
+    --parallel.expert "$EXPERT"
     --parallel.sequence_parallel "$( ((TENSOR > 1)) && echo true || echo false)"  # needs TP > 1
 )
 OPTIMIZER_ARGS=(

@@ -280,6 +280,7 @@ class ParallelConfig:
     Args:
         tensor: Tensor-parallel size (TP).
         pipeline: Pipeline-parallel size (PP).
+        expert: Expert-parallel size (EP): as many ranks of a stage share the experts of a mixture; TP splits none.
         sequence_parallel: Split the activations outside attention and MLP over the TP ranks (SP).
         distributed_optimizer: Shard the optimizer state over the data-parallel ranks.
         max_tokens_per_microbatch: Token budget of one packed micro-batch; a longer single sample gets its own.
@@ -290,6 +291,7 @@ class ParallelConfig:
 
     tensor: int = 1
     pipeline: int = 1
+    expert: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     max_tokens_per_microbatch: int = 16384
@@ -298,7 +300,7 @@ class ParallelConfig:
     timeout: float = 1800.0
 
     def __post_init__(self):
-        for name in ("tensor", "pipeline", "max_tokens_per_microbatch", "timeout"):
+        for name in ("tensor", "pipeline", "expert", "max_tokens_per_microbatch", "timeout"):
             _require(getattr(self, name) > 0, f"parallel.{name} is {getattr(self, name)}; it must be positive")
         _require(
             not self.sequence_parallel or self.tensor > 1,
@@ -494,6 +496,11 @@ class Config:
             f"start a multiple of {model_parallel} with torchrun --nproc-per-node",
         )
         data_parallel = world_size // model_parallel
+        stage = world_size // self.parallel.pipeline
+        _require(
+            stage % self.parallel.expert == 0,
+            f"parallel.expert = {self.parallel.expert} does not divide the {stage} ranks of a pipeline stage",
+        )
         rollouts = self.rollout.rollouts_per_step // self.optimizer.updates_per_batch
         _require(
             rollouts % data_parallel == 0,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_egrsd.config import Config
+from megatron_egrsd.config import Config, ParallelConfig
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.mapping import entries, hf_shapes
 from megatron_egrsd.vocab_parallel.linear import _CHUNK_ELEMENTS, _KEEP_BYTES
@@ -56,19 +56,19 @@ class RankMemory:
         return sum(self.resident.values()) + sum(self.phases[self.peak_phase].values())
 
 
-def shard_shapes(arch: Architecture, tensor: int, pipeline: int, stage: int, expert: int = 1) -> dict[str, torch.Size]:
+def shard_shapes(arch: Architecture, parallel: ParallelConfig, stage: int) -> dict[str, torch.Size]:
     """Shape of every parameter that a rank of `stage` holds, by megatron-core's local name (layers from 0 here).
 
-    The last stage of a tied model holds a copy of the embedding; megatron-core splits only the experts over `expert`.
+    The last stage of a tied model holds a copy of the embedding; EP splits only the experts.
     """
-    template, shapes = _one_layer(arch, tensor, expert), {}
+    template, shapes = _one_layer(arch, parallel.tensor, parallel.expert), {}
     layer = "decoder.layers.0."
     if stage == 0:
         shapes["embedding.word_embeddings.weight"] = template["embedding.word_embeddings.weight"]
     own = [(name.removeprefix(layer), shape) for name, shape in template.items() if name.startswith(layer)]
-    for i in range(arch.num_layers // pipeline):
+    for i in range(arch.num_layers // parallel.pipeline):
         shapes |= {f"decoder.layers.{i}.{name}": shape for name, shape in own}
-    if stage == pipeline - 1:
+    if stage == parallel.pipeline - 1:
         shapes["decoder.final_layernorm.weight"] = template["decoder.final_layernorm.weight"]
         if not arch.tied_embeddings:
             shapes["output_layer.weight"] = template["output_layer.weight"]
@@ -84,19 +84,19 @@ def _one_layer(arch: Architecture, tensor: int, expert: int) -> dict[str, torch.
     hf, shapes = hf_shapes(arch), {}
     for entry in entries(replace(arch, num_experts=arch.num_experts // expert)):
         full = entry.layout.join([torch.empty(hf[name], device="meta") for name in entry.hf], arch, tensor)
-        shapes[entry.megatron] = entry.layout.shard(full, 0, tensor).shape
+        shapes[entry.megatron] = entry.layout.shard(full, 0, 1 if entry.is_expert else tensor).shape
     return shapes
 
 
 def rank_memory(
-    config: Config, arch: Architecture, world_size: int, stage: int, place: Placement, *, tokens: int, expert: int = 1
+    config: Config, arch: Architecture, world_size: int, stage: int, place: Placement, *, tokens: int
 ) -> RankMemory:
     """Bytes of a rank of pipeline stage `stage` where the longest micro-batch has `tokens` tokens."""
     parallel = config.parallel
     b = getattr(torch, config.model.dtype).itemsize
-    shapes = shard_shapes(arch, parallel.tensor, parallel.pipeline, stage, expert)
+    shapes = shard_shapes(arch, parallel, stage)
     data_parallel = world_size // parallel.model_parallel
-    resident = _resident(config, shapes, data_parallel, max(1, data_parallel // expert), b)
+    resident = _resident(config, shapes, world_size // parallel.pipeline, b)
     if place.gpu:
         resident["CUDA runtime"] = GPU_RUNTIME_BYTES
 
@@ -129,7 +129,7 @@ def rank_memory(
     return RankMemory(rank, stage, resident, phases)
 
 
-def _resident(config: Config, shapes: dict[str, torch.Size], data_parallel: int, expert_data_parallel: int, b: int):
+def _resident(config: Config, shapes: dict[str, torch.Size], stage_ranks: int, b: int):
     """Weights, gradients, optimizer state and the teacher's own weights, in bytes.
 
     Source: megatron-core's _ParamAndGradBuffer (fp32 gradients, grad_reduce_in_fp32), its Float16 and distributed
@@ -137,7 +137,10 @@ def _resident(config: Config, shapes: dict[str, torch.Size], data_parallel: int,
     """
     weights = gradients = optimizer = 0
     sharded = config.parallel.distributed_optimizer
-    for experts, ranks in ((False, data_parallel), (True, expert_data_parallel)):
+    for experts, ranks in (
+        (False, stage_ranks // config.parallel.tensor),
+        (True, stage_ranks // config.parallel.expert),
+    ):
         sizes = [math.prod(s) for name, s in shapes.items() if (".local_experts." in name) == experts]
         buffer = _buffer_numel(sizes, ranks) if sharded else sum(sizes)
         weights += buffer * b

@@ -101,6 +101,7 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
     plan.add(
         "layout",
         f"{ranks} ranks = TP {p.tensor} x PP {p.pipeline} x DP {data_parallel}"
+        + (f", EP {p.expert}" if p.expert > 1 else "")
         + (", sequence parallel" if p.sequence_parallel else "")
         + (", distributed optimizer" if p.distributed_optimizer else "")
         + (", recomputation" if p.recompute else ""),
@@ -195,7 +196,7 @@ def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, to
         try:
             other = replace(config, parallel=replace(p, **change))
             other.check_world(ranks)
-            arch.check_parallel(other.parallel.tensor, other.parallel.pipeline)
+            arch.check_parallel(other.parallel)
         except BadArgument:
             continue
         if max(m.total for m in memory_of_stages(other, arch, ranks, place, tokens)) <= gpu_memory:

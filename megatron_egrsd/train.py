@@ -82,7 +82,7 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
     `ranks` is for a plan of as many training ranks; without it, as torchrun says.
     """
     arch = Architecture.from_pretrained(config.model.path)
-    arch.check_parallel(config.parallel.tensor, config.parallel.pipeline)
+    arch.check_parallel(config.parallel)
     config.check_world(ranks or world_size())
     check_objective(config.objective)
     output = Path(config.output)

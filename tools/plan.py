@@ -58,7 +58,6 @@ class Choice:
     engine_tensor: int
     training: int
     parallel: ParallelConfig
-    expert: int
     memory: int
     generate: float
     score: float
@@ -102,19 +101,19 @@ def _choices(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> I
     for training in shares:
         if (served := generated[gpus - training]) is None:
             continue
-        for parallel, expert in _layouts(arch, machine, training, len(students), max(teachers)):
-            memory = _memory(arch, parallel, training, expert, max(teachers))
+        for parallel in _layouts(arch, machine, training, len(students), max(teachers)):
+            memory = _memory(arch, parallel, training, max(teachers))
             if memory > TRAINER_SHARE * machine.memory:
                 continue
-            score = pass_seconds(machine, arch, parallel, training, teachers, response_rows, train=False, expert=expert)
-            train = pass_seconds(machine, arch, parallel, training, students, response_rows, train=True, expert=expert)
+            score = pass_seconds(machine, arch, parallel, training, teachers, response_rows, train=False)
+            train = pass_seconds(machine, arch, parallel, training, students, response_rows, train=True)
             own = max(
-                sum(math.prod(shape) for shape in _shapes(arch, parallel, stage, expert).values())
+                sum(math.prod(shape) for shape in _shapes(arch, parallel, stage).values())
                 for stage in (0, parallel.pipeline - 1)
             )
             train += update_seconds(machine, parallel, training, own)
             sync = sync_seconds(machine, arch, parallel, RolloutConfig().sync_bucket_mib << 20)
-            yield Choice(gpus - training, served[1], training, parallel, expert, memory, served[0], score, train, sync)
+            yield Choice(gpus - training, served[1], training, parallel, memory, served[0], score, train, sync)
 
 
 def _generate(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> tuple[float, int] | None:
@@ -140,38 +139,38 @@ def _generate(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> 
     return min(found, default=None)
 
 
-def _layouts(arch, machine, ranks, rollouts, longest) -> Iterator[tuple[ParallelConfig, int]]:
+def _layouts(arch, machine, ranks, rollouts, longest) -> Iterator[ParallelConfig]:
     for tensor in (1, 2, 4, 8):
         for pipeline in (p for p in (1, 2, 3, 4, 6, 8, 12, 16) if arch.num_layers % p == 0):
             for expert in (1, 2, 4, 8, 16) if arch.num_experts else (1,):
-                if arch.num_kv_heads % tensor or ranks % (tensor * pipeline * expert):
+                if arch.num_kv_heads % tensor or ranks % (tensor * pipeline) or ranks % (pipeline * expert):
                     continue
                 replicas = ranks // (tensor * pipeline)
                 if rollouts % replicas:
                     continue
                 for recompute in (False, True):
                     yield ParallelConfig(
-                        tensor=tensor, pipeline=pipeline, sequence_parallel=tensor > 1, distributed_optimizer=True,
-                        max_tokens_per_microbatch=longest, recompute=recompute,
-                    ), expert  # fmt: skip
+                        tensor=tensor, pipeline=pipeline, expert=expert, sequence_parallel=tensor > 1,
+                        distributed_optimizer=True, max_tokens_per_microbatch=longest, recompute=recompute,
+                    )  # fmt: skip
 
 
 _cache: dict = {}
 
 
-def _shapes(arch, parallel, stage, expert):
-    key = (arch, parallel.tensor, parallel.pipeline, stage, expert)
+def _shapes(arch, parallel, stage):
+    key = (arch, parallel.tensor, parallel.pipeline, stage, parallel.expert)
     if key not in _cache:
-        _cache[key] = shard_shapes(arch, parallel.tensor, parallel.pipeline, stage, expert)
+        _cache[key] = shard_shapes(arch, parallel, stage)
     return _cache[key]
 
 
-def _memory(arch: Architecture, parallel: ParallelConfig, ranks: int, expert: int, tokens: int) -> int:
+def _memory(arch: Architecture, parallel: ParallelConfig, ranks: int, tokens: int) -> int:
     """Bytes of the largest rank: the first stage has most micro-batches in flight, the last one the LM head."""
     config = Config(ModelConfig(path="-"), DataConfig(train="-"), parallel=parallel)
     stages = {0, parallel.pipeline - 1}
     place = Placement(gpu=True, transformer_engine=True)
-    return max(rank_memory(config, arch, ranks, s, place, tokens=tokens, expert=expert).total for s in stages)
+    return max(rank_memory(config, arch, ranks, s, place, tokens=tokens).total for s in stages)
 
 
 _COLUMNS = ("model", "GPUs", "rollouts", "serving", "training", "a GPU", "generate", "score", "train", "sync", "step",
@@ -194,7 +193,7 @@ def table(machine: Machine, models: list[str], gpu_counts: list[int], rollouts: 
                 continue
             p = c.parallel
             layout = f"{c.training}: TP {p.tensor}" + (f" PP {p.pipeline}" if p.pipeline > 1 else "")
-            layout += f" EP {c.expert}" if c.expert > 1 else ""
+            layout += f" EP {p.expert}" if p.expert > 1 else ""
             layout += f" DP {c.training // p.model_parallel}" + (", recompute" if p.recompute else "")
             cells += [f"{c.serving // c.engine_tensor} x TP {c.engine_tensor}", layout, f"{c.memory / 2**30:.0f} GiB"]
             cells += [f"{seconds:.1f} s" for seconds in (c.generate, c.score, c.train, c.sync, c.step, c.one_step_off)]

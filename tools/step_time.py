@@ -85,7 +85,7 @@ def head_flops(arch: Architecture, rows: int) -> float:
 
 def pass_seconds(
     machine: Machine, arch: Architecture, parallel: ParallelConfig, ranks: int, lengths: Sequence[int], rows: int, *,
-    train: bool, expert: int = 1,
+    train: bool,
 ) -> float:  # fmt: skip
     """Seconds of scoring or training `lengths` on `ranks`, without gradient reduction and optimizer.
 
@@ -102,11 +102,11 @@ def pass_seconds(
     collectives = ((10 + (4 if parallel.recompute else 0)) if train else 4) if parallel.tensor > 1 else 0
     moved = sum(lengths) / replicas * arch.hidden_size * 2 * arch.num_layers / parallel.pipeline
     seconds += collectives * moved * (parallel.tensor - 1) / parallel.tensor / machine.link
-    if expert > 1:  # dispatch and combine, forward and backward
-        rate = machine.link if expert * parallel.tensor <= machine.node else machine.network
+    if parallel.expert > 1:  # dispatch and combine, forward and backward
+        rate = machine.link if parallel.expert <= machine.node else machine.network
         passes = factor - (1 if train and parallel.recompute else 0)
         local = moved / parallel.tensor
-        seconds += 2 * passes * arch.experts_per_token * local * (expert - 1) / expert / rate
+        seconds += 2 * passes * arch.experts_per_token * local * (parallel.expert - 1) / parallel.expert / rate
     return seconds * (1 + (parallel.pipeline - 1) / micro_batches)
 
 

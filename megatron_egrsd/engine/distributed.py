@@ -41,6 +41,8 @@ def initialize(config: ParallelConfig, seed: int, facts: dict[str, str] | None =
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=1,  # many small experts: whole ones on few ranks beat slices of all on many
         distributed_timeout_minutes=max(1, int(config.timeout // 60)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -52,7 +52,7 @@ class Engine:
         self.config = config
         checkpoint = HFCheckpoint(config.model.path)
         self.arch = checkpoint.architecture
-        self.arch.check_parallel(config.parallel.tensor, config.parallel.pipeline)
+        self.arch.check_parallel(config.parallel)
         self.device = distributed.initialize(config.parallel, config.seed, facts)
         self.data_parallel = config.check_world(dist.get_world_size())
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
@@ -173,7 +173,8 @@ class Engine:
 
     def _gradient_is_finite(self) -> bool:
         """Whether every rank's part of the reduced gradient is; megatron-core itself only looks in fp16."""
-        total = sum(buffer.grad_data.sum(dtype=torch.float32) for buffer in self.model.buffers)
+        buffers = self.model.buffers + self.model.expert_parallel_buffers
+        total = sum(buffer.grad_data.sum(dtype=torch.float32) for buffer in buffers)
         bad = (~torch.isfinite(total)).int()
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         return not bad.item()

@@ -73,11 +73,11 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
         apply_rope_fusion=fused,
         batch_p2p_sync=on_gpu,
         **(recompute if parallel.recompute else {}),
-        **(_experts(arch, fused) if arch.num_experts else {}),
+        **(_experts(arch, parallel, fused) if arch.num_experts else {}),
     )
 
 
-def _experts(arch: Architecture, fused: bool) -> dict:
+def _experts(arch: Architecture, parallel: ParallelConfig, fused: bool) -> dict:
     """The mixture of experts as Hugging Face routes: fp32 softmax over all experts, the best k, normalised or not.
 
     Normalising the chosen probabilities is the softmax over the chosen logits, which megatron-core calls post-softmax.
@@ -89,7 +89,8 @@ def _experts(arch: Architecture, fused: bool) -> dict:
         "moe_router_pre_softmax": not arch.normalize_expert_weights,
         "moe_router_load_balancing_type": "none",
         "moe_grouped_gemm": fused,
-        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": 1,
     }
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face weights straight into any TP x PP layout, and out of it again as a stream."""
+"""Hugging Face weights straight into any TP x PP x EP layout, and out of it again as a stream."""
 
 import re
 from collections.abc import Iterator
@@ -12,6 +12,13 @@ from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.checkpoint import HFCheckpoint
 from megatron_egrsd.hf.mapping import Entry, entries, local_name
 
+_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
+
+
+def _own_experts(arch: Architecture) -> int:
+    """Experts of a layer that each rank of expert parallelism holds."""
+    return arch.num_experts // parallel_state.get_expert_model_parallel_world_size()
+
 
 def _own_entries(module: torch.nn.Module, arch: Architecture) -> list[tuple[Entry, torch.nn.Parameter]]:
     """This stage's parameters with their place in the mapping, in its order, which the export must keep.
@@ -22,9 +29,11 @@ def _own_entries(module: torch.nn.Module, arch: Architecture) -> list[tuple[Entr
     if arch.tied_embeddings:
         table["output_layer.weight"] = table["embedding.word_embeddings.weight"]
     first_layer = module.decoder.layers[0].layer_number - 1 if len(module.decoder.layers) else 0
+    first_expert = parallel_state.get_expert_model_parallel_rank() * _own_experts(arch)
     own = []
     for name, parameter in module.named_parameters():
         name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda m: str(int(m[0]) + first_layer), local_name(name))
+        name = _EXPERT.sub(lambda m: str(int(m[0]) + first_expert), name)
         if name not in table:
             raise RunError(f"megatron-core calls a parameter {name}, which the weight mapping does not know")
         own.append((table[name], parameter))
@@ -35,9 +44,9 @@ def _own_entries(module: torch.nn.Module, arch: Architecture) -> list[tuple[Entr
 @torch.no_grad()
 def load_hf(module: torch.nn.Module, checkpoint: HFCheckpoint) -> None:
     """Fill this rank's parameters from the checkpoint, reading only the tensors of this stage."""
-    arch, tp = checkpoint.architecture, parallel_state.get_tensor_model_parallel_world_size()
-    rank = parallel_state.get_tensor_model_parallel_rank()
+    arch, group = checkpoint.architecture, parallel_state.get_tensor_model_parallel_group()
     for entry, parameter in _own_entries(module, arch):
+        rank, tp = (0, 1) if entry.is_expert else (group.rank(), group.size())
         full = entry.layout.join([checkpoint[name] for name in entry.hf], arch, tp)
         shard = entry.layout.shard(full, rank, tp)
         if shard.shape != parameter.shape:
@@ -51,14 +60,19 @@ def load_hf(module: torch.nn.Module, checkpoint: HFCheckpoint) -> None:
 def export_hf(module: torch.nn.Module, arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (Hugging Face name, full tensor) in model order on the first rank of the job; nothing on other ranks.
 
-    Collective: every rank must exhaust the iterator. Only the first data-parallel replica works; one full tensor is
-    alive at a time, plus whatever the consumer keeps.
+    Collective: every rank must exhaust the iterator. Only the first replica works, of experts the first one of theirs;
+    one full tensor (of experts, one of each rank) is alive at a time, plus whatever the consumer keeps.
     """
-    if parallel_state.get_data_parallel_rank() != 0:
+    is_first = {
+        False: parallel_state.get_data_parallel_rank() == 0,
+        True: parallel_state.get_expert_data_parallel_rank() == 0,
+    }
+    if not any(is_first.values()):
         return
     own = _own_entries(module, arch)
     pipeline = parallel_state.get_pipeline_model_parallel_group()
-    stage, is_writer = pipeline.rank(), parallel_state.get_tensor_model_parallel_rank() == 0
+    stage = pipeline.rank()
+    is_writer = is_first[False] and parallel_state.get_tensor_model_parallel_rank() == 0
     plans = [None] * pipeline.size()
     dist.all_gather_object(plans, [entry.megatron for entry, _ in own], group=pipeline)
     table, sent = {entry.megatron: entry for entry in entries(arch)}, set()
@@ -67,22 +81,41 @@ def export_hf(module: torch.nn.Module, arch: Architecture) -> Iterator[tuple[str
             if name in sent:
                 continue  # the last stage's copy of a tied embedding
             sent.add(name)
-            full = _gather_tensor_parallel(*own[position]) if source == stage else None
+            gathered = _names_on_expert_ranks(table[name], arch)
+            gives = source == stage and is_first[table[name].is_expert]
+            fulls = _gather(*own[position]) if gives else [None] * len(gathered)
             if not is_writer:
                 continue
-            if source != 0:
-                full = _move_to_first_stage(full, source, pipeline)
-            if stage == 0:
-                yield from zip(table[name].hf, table[name].layout.split(full, arch), strict=True)
+            for name, full in zip(gathered, fulls, strict=True):
+                if source != 0:
+                    full = _move_to_first_stage(full, source, pipeline)
+                if stage == 0:
+                    yield from zip(table[name].hf, table[name].layout.split(full, arch), strict=True)
 
 
-def _gather_tensor_parallel(entry: Entry, parameter: torch.nn.Parameter) -> torch.Tensor:
+def _names_on_expert_ranks(entry: Entry, arch: Architecture) -> list[str]:
+    """Of an expert's tensor: the names of those in the same place on all ranks of expert parallelism; else its own."""
+    if not entry.is_expert:
+        return [entry.megatron]
+    own = _own_experts(arch)
+    place = int(_EXPERT.search(entry.megatron)[0]) % own
+    return [_EXPERT.sub(str(expert), entry.megatron) for expert in range(place, arch.num_experts, own)]
+
+
+def _gather(entry: Entry, parameter: torch.nn.Parameter) -> list[torch.Tensor] | None:
+    """The full tensor; of an expert, those of all ranks of expert parallelism, and None on all but their first."""
+    shard = parameter.detach().contiguous()
+    if entry.is_expert:
+        group = parallel_state.get_expert_model_parallel_group()
+        fulls = [torch.empty_like(shard) for _ in range(group.size())] if group.rank() == 0 else None
+        dist.gather(shard, fulls, group_dst=0, group=group)
+        return fulls
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1 or entry.layout.dim is None:
-        return parameter.detach()
-    shards = [torch.empty_like(parameter) for _ in range(group.size())]
-    dist.all_gather(shards, parameter.detach().contiguous(), group=group)
-    return entry.layout.unshard(shards)
+        return [shard]
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard, group=group)
+    return [entry.layout.unshard(shards)]
 
 
 def _move_to_first_stage(full: torch.Tensor | None, source: int, pipeline: dist.ProcessGroup) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.errors import BadArgument
 
 
@@ -87,15 +88,21 @@ class Architecture:
         unit = 8 * tensor_parallel
         return -(-self.vocab_size // unit) * unit
 
-    def check_parallel(self, tensor: int, pipeline: int) -> None:
+    def check_parallel(self, parallel: ParallelConfig) -> None:
         """BadArgument where the model cannot be trained in that layout."""
-        if self.num_experts:
-            raise BadArgument("training a mixture of experts is not supported yet; tools/convert_hf.py converts it")
-        for name, size in (
-            ("attention heads", self.num_heads),
-            ("key/value heads", self.num_kv_heads),
-            ("rows of the MLP", self.expert_intermediate_size or self.intermediate_size),
-        ):
+        tensor, pipeline, expert = parallel.tensor, parallel.pipeline, parallel.expert
+        if self.num_experts and tensor > 1 and not parallel.sequence_parallel:
+            raise BadArgument(
+                f"parallel.tensor = {tensor} with a mixture of experts needs parallel.sequence_parallel true, which "
+                "megatron-core's token dispatcher relies on"
+            )
+        if max(1, self.num_experts) % expert:
+            has = f"{self.num_experts} experts" if self.num_experts else "no experts"
+            raise BadArgument(f"parallel.expert = {expert}, but the model has {has} to divide over as many ranks")
+        split = {"attention heads": self.num_heads, "key/value heads": self.num_kv_heads}
+        if not self.num_experts:
+            split["rows of the MLP"] = self.intermediate_size
+        for name, size in split.items():
             if size % tensor:
                 raise BadArgument(f"parallel.tensor = {tensor} does not divide the model's {size} {name}")
         if self.num_layers % pipeline:

@@ -10,6 +10,7 @@ tensor come one after the other in the full tensor without padding.
 Shapes: H hidden, F intermediate, D head_dim, N heads, G key/value heads, V vocabulary, P its padded rows.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -98,6 +99,11 @@ class Entry:
     hf: tuple[str, ...]
     layout: Copy
 
+    @property
+    def is_expert(self) -> bool:
+        """Whether it belongs to one expert of a mixture, which tensor parallelism does not split."""
+        return ".local_experts." in self.megatron
+
 
 # Suffixes after "decoder.layers.{i}." and "model.layers.{i}.", by megatron-core's local layer names.
 _LAYER = [
@@ -129,6 +135,9 @@ _TRANSFORMER_ENGINE_NAMES = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 
+# Its grouped linear layers hold one weight an expert.
+_GROUPED_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(linear_fc[12])\.weight(\d+)")
+
 
 def entries(arch: Architecture) -> list[Entry]:
     """Every tensor of the model, in the order of the layers, by megatron-core's local names."""
@@ -149,6 +158,8 @@ def entries(arch: Architecture) -> list[Entry]:
 
 def local_name(name: str) -> str:
     """megatron-core's local-layer name for a parameter, whichever layer implementation named it."""
+    if grouped := _GROUPED_EXPERT.fullmatch(name):
+        return f"{grouped[1]}.local_experts.{grouped[3]}.{grouped[2]}.weight"
     for engine_suffix, local_suffix in _TRANSFORMER_ENGINE_NAMES.items():
         if name.endswith(engine_suffix):
             return name.removesuffix(engine_suffix) + local_suffix

@@ -1,7 +1,8 @@
 """What SGLang's /weights_checker must answer for given HF weights.
 
-SGLang stores Qwen3 differently from HF: q, k and v in one tensor, gate and up in one, the vocabulary padded to a
-multiple of 64 rows of zeros, and each tensor-parallel rank its shard. This lays HF tensors out in that way.
+SGLang stores Qwen3 differently from HF: q, k and v in one tensor, gate and up in one, all experts of a layer in two,
+the vocabulary padded to a multiple of 64 rows of zeros, and each tensor-parallel rank its shard. This lays HF tensors
+out in that way.
 """
 
 import hashlib
@@ -12,6 +13,8 @@ import torch
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _FUSED_NAME = {part: fused for fused, parts in _FUSED.items() for part in parts}
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
+_STACKED = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}
 _ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj)\.weight$")
 _VOCABULARY = re.compile(r"(embed_tokens|lm_head)\.weight$")
 _VOCABULARY_MULTIPLE = 64  # of the padding in SGLang's VocabParallelEmbedding
@@ -22,12 +25,21 @@ Shard = tuple[int, int]  # tensor-parallel rank and size
 def expected_checksums(
     named_tensors: Iterable[tuple[str, torch.Tensor]], shards: list[Shard]
 ) -> Iterator[tuple[str, list[str], dict[Shard, str]]]:
-    """(SGLang's name, HF names it is made of, checksum for each shard), streaming over HF tensors in any order.
+    """(SGLang's name, HF names it is made of, checksum for each shard), streaming over HF tensors in any order; only
+    the experts of a layer must follow one another.
 
-    Exact for tensor-parallel sizes up to the number of key heads; beyond it SGLang repeats key heads.
+    Exact for tensor-parallel sizes up to the number of key heads; beyond it SGLang repeats key heads; and where
+    an expert's intermediate size on a rank is a multiple of 64: on CPUs SGLang pads it to one.
     """
     waiting: dict[str, dict[str, tuple[str, torch.Tensor]]] = {}
+    layer, experts = "", {}
     for name, tensor in named_tensors:
+        if found := _EXPERT.fullmatch(name):
+            if found[1] != layer:
+                yield from _stacked_experts(layer, experts, shards)
+                layer, experts = found[1], {}
+            experts.setdefault(int(found[2]), {})[found[3]] = (name, tensor)
+            continue
         *head, module, kind = name.split(".") if name.count(".") else ("", name, "")
         fused = _FUSED_NAME.get(module)
         if fused is None:
@@ -43,8 +55,23 @@ def expected_checksums(
                 (rank, size): checksum(torch.cat([t.chunk(size)[rank] for _, t in ordered]))
                 for rank, size in shards
             }  # fmt: skip
+    yield from _stacked_experts(layer, experts, shards)
     for fused_name, parts in waiting.items():
         yield fused_name, [n for n, _ in parts.values()], dict.fromkeys(shards, "incomplete")
+
+
+def _stacked_experts(
+    layer: str, experts: dict[int, dict[str, tuple[str, torch.Tensor]]], shards: list[Shard]
+) -> Iterator[tuple[str, list[str], dict[Shard, str]]]:
+    """[experts, 2 x intermediate, hidden] of gate and up, and [experts, hidden, intermediate] of down."""
+    for name, parts in _STACKED.items() if experts else ():
+        members = [[experts[e][part] for part in parts if part in experts[e]] for e in sorted(experts)]
+        sums = dict.fromkeys(shards, "incomplete")
+        if all(len(m) == len(parts) for m in members):
+            for rank, size in shards:
+                own = [[t.chunk(size, dim=int(name == "w2_weight"))[rank] for _, t in m] for m in members]
+                sums[rank, size] = checksum(torch.stack([torch.cat(tensors) for tensors in own]))
+        yield f"{layer}.{name}", [n for m in members for n, _ in m], sums
 
 
 def checksum(tensor: torch.Tensor) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from megatron_egrsd.config import parse_config
 from megatron_egrsd.rollout.servers import RolloutServers
+from tests.models import make_qwen3
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "examples/configs/tiny_cpu.yaml"
@@ -148,6 +150,34 @@ def test_tensor_and_pipeline_parallel_ranks_with_a_server_and_disk_sync(tmp_path
     steps = [m for m in metrics(tmp_path / "run") if "loss/policy" in m]
     assert len(steps) == 2 and all(m["sync/log_prob_difference"] < 1e-5 for m in steps)
     assert not descendants_with(str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_mixture_of_experts_on_expert_parallel_ranks(tmp_path):
+    """Every weight arrives in SGLang's fused experts bit by bit (verify_sync), and both choose the same experts."""
+    tiny = ROOT / "examples/tiny/model"
+    model = make_qwen3(tmp_path / "model", tied=False, vocab_size=45, num_experts=6, num_hidden_layers=2,
+                       moe_intermediate_size=64)  # fmt: skip
+    for file in tiny.glob("*token*"):
+        shutil.copy(file, model)
+    shutil.copy(tiny / "chat_template.jinja", model)
+    overrides = {
+        "model.path": model,
+        "data.reward": "tests.end_to_end.test_train:even_length",
+        "parallel.expert": 2,
+        "parallel.distributed_optimizer": "true",
+        "rollout.verify_sync": "true",
+    }
+    done = run(tmp_path / "run", ranks=2, timeout=500, steps=2, **overrides)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [m for m in metrics(tmp_path / "run") if "loss/policy" in m]
+    assert len(steps) == 2 and all(m["sync/log_prob_difference"] < 1e-5 for m in steps)
+
+
+def even_length(response: str, answer: str) -> float:
+    """A reward that a random model earns every other time."""
+    return float(len(response) % 2 == 0)
 
 
 @pytest.mark.timeout(200)

@@ -85,6 +85,32 @@ def test_resume_in_another_layout(setting):
     assert_same_training(_run(2, tensor, rollouts, root / "parts", 2, 4), (metrics[2:], weights))
 
 
+def test_experts_resume_in_another_layout(setting):
+    config, rollouts, root = setting
+    model = make_qwen3(root / "mixture", tied=False, vocab_size=VOCAB, num_experts=6, num_hidden_layers=2)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model)))
+    metrics, weights = _run(1, config, rollouts, root / "whole", 0, 4)
+    halves = [
+        (ParallelConfig(max_tokens_per_microbatch=256, expert=2, distributed_optimizer=True), 0, 2),
+        (
+            ParallelConfig(max_tokens_per_microbatch=256, tensor=2, sequence_parallel=True, distributed_optimizer=True),
+            2,
+            4,
+        ),
+    ]
+    for parallel, start, stop in halves:
+        found = _run(2, dataclasses.replace(config, parallel=parallel), rollouts, root / "parts", start, stop)
+    assert_same_training(found, (metrics[2:], weights))
+
+
+def test_the_other_optimizer_is_refused(setting):
+    config, rollouts, root = setting
+    _run(1, config, rollouts, root / "run", 0, 1)
+    config = dataclasses.replace(config, parallel=ParallelConfig(distributed_optimizer=True))
+    with pytest.raises(AssertionError, match=r"was saved with parallel.distributed_optimizer false; continue with"):
+        _run(1, config, rollouts, root / "run", 1, 2)
+
+
 def test_only_complete_checkpoints_count_and_old_ones_go(setting, tmp_path):
     from megatron_egrsd.engine import checkpoint
 

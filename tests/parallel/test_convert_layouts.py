@@ -54,7 +54,10 @@ def expert_models(tmp_path_factory):
     root = tmp_path_factory.mktemp("convert-moe")
     found = {}
     for normalized in (True, False):
-        hf = make_qwen3_moe(root / f"hf-{normalized}", norm_topk_prob=normalized)
+        hf = make_qwen3(
+            root / f"hf-{normalized}", tied=False, seed=5, vocab_size=VOCAB, num_hidden_layers=LAYERS, num_experts=6,
+            num_attention_heads=8, num_key_value_heads=4, norm_topk_prob=normalized,
+        )  # fmt: skip
         ToMegatron(hf, root / f"megatron-{normalized}").run()
         found[normalized] = hf, root / f"megatron-{normalized}"
     return found
@@ -69,21 +72,6 @@ EXPERT_LAYOUTS = {"TP1": (1, 1, None, 1), "EP2": (1, 1, None, 2), "TP2": (2, 1, 
 )
 def test_experts(layout, expert_models, tmp_path):
     check(expert_models, EXPERT_LAYOUTS[layout], NAMES.get(layout, {}), tmp_path)
-
-
-def make_qwen3_moe(path: Path, **changes) -> Path:
-    """A random Qwen3Moe as transformers saves it."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(5)
-    config = Qwen3MoeConfig(
-        hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=LAYERS, num_experts=6,
-        num_experts_per_tok=2, num_attention_heads=8, num_key_value_heads=4, head_dim=12, vocab_size=VOCAB,
-        max_position_embeddings=128, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        initializer_range=0.1, tie_word_embeddings=False, **changes,
-    )  # fmt: skip
-    Qwen3MoeForCausalLM(config).float().save_pretrained(path)
-    return path
 
 
 def check(models, layout, names, directory) -> None:
@@ -108,7 +96,7 @@ def _load_and_save(rank, world_size, layout, jobs):
     """Logits [T, V] of each job's converted checkpoint, on the last rank; megatron-core saves each again."""
     # megatron-core's writer starts a manager process, which multiprocessing refuses to the daemons of run_ranks.
     multiprocessing.current_process()._config["daemon"] = False
-    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core import dist_checkpointing
 
     from megatron_egrsd.config import ParallelConfig
     from megatron_egrsd.engine import distributed
@@ -116,11 +104,8 @@ def _load_and_save(rank, world_size, layout, jobs):
     from megatron_egrsd.hf.megatron_checkpoint import MegatronCheckpoint
 
     tensor, pipeline, last, expert = layout
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert)
     distributed.initialize(parallel, seed=0)
-    if expert > 1:  # training has no expert parallelism yet; the checkpoint does not care
-        parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(tensor, pipeline, expert_model_parallel_size=expert)
     answers = []
     for source, target, names in jobs:
         checkpoint = MegatronCheckpoint(source)

@@ -30,7 +30,7 @@ LAYOUTS = [
 ]
 
 
-def build_shard(arch: Architecture, world_size: int, rank: int, layout: ParallelConfig, expert: int):
+def build_shard(arch: Architecture, world_size: int, rank: int, layout: ParallelConfig):
     """(model on the meta device, TP rank, EP rank) of one rank of a world that exists only in this process."""
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -41,7 +41,11 @@ def build_shard(arch: Architecture, world_size: int, rank: int, layout: Parallel
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         parallel_state.initialize_model_parallel(
-            layout.tensor, layout.pipeline, expert_model_parallel_size=expert, create_gloo_process_groups=False
+            layout.tensor,
+            layout.pipeline,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,
         )
         with torch.device("meta"):
             model = build_model(arch, transformer_config(arch, layout, torch.bfloat16), layout)
@@ -57,18 +61,18 @@ def build_shard(arch: Architecture, world_size: int, rank: int, layout: Parallel
 )
 def test_the_shards_of_every_rank_are_the_model(name, world_size, tensor, pipeline, expert):
     arch = Architecture.from_config(PUBLISHED[name])
-    layout = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence_parallel=tensor > 1)
-    # Ranks of a stage run over TP first, then EP, then the replicas: what follows repeats the first of them.
-    distinct = [(stage, i) for stage in range(pipeline) for i in range(tensor * expert)]
+    layout = ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert, sequence_parallel=tensor > 1)
+    # TP and EP both count from a stage's first rank; what follows the larger of the two (each 2^n) repeats it.
+    distinct = [(stage, i) for stage in range(pipeline) for i in range(max(tensor, expert))]
     last_replica = (pipeline - 1, world_size // pipeline - 1)
     found: dict[str, dict[int, torch.Tensor]] = {}
-    counted = [shard_shapes(arch, tensor, pipeline, stage, expert) for stage in range(pipeline)]
+    counted = [shard_shapes(arch, layout, stage) for stage in range(pipeline)]
     for stage, i in [*distinct, last_replica]:
         rank = stage * (world_size // pipeline) + i
-        model, tensor_rank, expert_rank = build_shard(arch, world_size, rank, layout, expert)
-        assert (tensor_rank, expert_rank) == (i % tensor, i // tensor % expert)
+        model, tensor_rank, expert_rank = build_shard(arch, world_size, rank, layout)
+        assert (tensor_rank, expert_rank) == (i % tensor, i % expert)
         assert {n: p.shape for n, p in model.named_parameters()} == counted[stage]
-        _check_buffers(model, world_size // pipeline // tensor, expert)
+        _check_buffers(model, world_size // pipeline, layout)
         if (stage, i) == last_replica:
             continue
         for local, parameter in model.named_parameters():
@@ -80,27 +84,30 @@ def test_the_shards_of_every_rank_are_the_model(name, world_size, tensor, pipeli
     shapes = {}
     for entry in entries(arch):
         shards = found.pop(entry.megatron)
-        whole = entry.layout.unshard([shards[r] for r in range(tensor)])
+        whole = entry.layout.unshard(
+            list(shards.values())[:1] if entry.is_expert else [shards[r] for r in range(tensor)]
+        )
         shapes |= {n: tuple(t.shape) for n, t in zip(entry.hf, entry.layout.split(whole, arch), strict=True)}
     assert not found
     assert shapes == hf_shapes(arch)
     assert sum(torch.Size(s).numel() for s in shapes.values()) == arch.num_parameters == PARAMETERS[name]
 
 
-def _check_buffers(model, data_parallel: int, expert: int) -> None:
+def _check_buffers(model, stage_ranks: int, layout: ParallelConfig) -> None:
     """The distributed optimizer's own layout of its buffers is what the dry run counts."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     parameters = list(model.parameters())
+    replicas = {False: stage_ranks // layout.tensor, True: stage_ranks // layout.expert}
     layouts = DistributedOptimizer.compute_full_param_layout(
-        parameters, None, data_parallel, settings, data_parallel // expert
+        parameters, None, replicas[False], settings, replicas[True]
     ).layouts
-    for key, layout in layouts.items():
-        sizes = [p.numel() for p in layout.param_index_map]
-        ranks = data_parallel // expert if key.is_expert_parallel else data_parallel
-        assert layout.bucket_indices[-1][1] == _buffer_numel(sizes, ranks)
+    for key, found in layouts.items():
+        sizes = [p.numel() for p in found.param_index_map]
+        ranks = replicas[key.is_expert_parallel]
+        assert found.bucket_indices[-1][1] == _buffer_numel(sizes, ranks)
 
 
 def _global_name(name: str, first_layer: int, first_expert: int) -> str:
@@ -108,8 +115,15 @@ def _global_name(name: str, first_layer: int, first_expert: int) -> str:
     return re.sub(r"(?<=local_experts\.)\d+", lambda m: str(int(m[0]) + first_expert), name)
 
 
-def test_layers_that_do_not_divide_over_the_stages_are_refused():
-    arch = Architecture.from_config(PUBLISHED["Qwen3-8B"])
-    arch.check_parallel(8, 4)
+def test_layouts_that_do_not_divide_the_model_are_refused():
+    dense, experts = (Architecture.from_config(PUBLISHED[name]) for name in ("Qwen3-8B", "Qwen3-30B-A3B"))
+    dense.check_parallel(ParallelConfig(tensor=8, pipeline=4))
     with pytest.raises(BadArgument, match="does not divide the model's 36 layers"):
-        arch.check_parallel(4, 8)
+        dense.check_parallel(ParallelConfig(tensor=4, pipeline=8))
+    with pytest.raises(BadArgument, match=r"parallel.expert = 2, but the model has no experts"):
+        dense.check_parallel(ParallelConfig(expert=2))
+    experts.check_parallel(ParallelConfig(tensor=4, sequence_parallel=True, expert=16))
+    with pytest.raises(BadArgument, match=r"parallel.expert = 3, but the model has 128 experts"):
+        experts.check_parallel(ParallelConfig(expert=3))
+    with pytest.raises(BadArgument, match=r"needs parallel.sequence_parallel"):
+        experts.check_parallel(ParallelConfig(tensor=2))

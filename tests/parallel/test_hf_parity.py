@@ -19,7 +19,7 @@ def _sequences(vocab_size: int) -> list[Sequence]:
 
 
 def _score(rank, world_size, model, parallel, dtype):
-    """(scores of all samples, exported weights) on the first rank."""
+    """(scores of this replica's samples, exported weights); only the first rank exports."""
     from megatron_egrsd.engine.engine import Engine
 
     config = Config(
@@ -32,10 +32,9 @@ def _score(rank, world_size, model, parallel, dtype):
         sequences = _sequences(engine.arch.vocab_size)
         scores = engine.score(sequences, engine.partition([len(s) for s in sequences]))
         weights = {k: v.clone() for k, v in engine.export_weights()}
-    if rank == 0:
-        return {i: (s.log_prob.numpy(), s.entropy.numpy()) for i, s in scores.items()}, {
-            k: v.float().numpy() for k, v in weights.items()
-        }
+    return {i: (s.log_prob.numpy(), s.entropy.numpy()) for i, s in scores.items()}, {
+        k: v.float().numpy() for k, v in weights.items()
+    }
 
 
 def _reference(model, sequences):
@@ -51,21 +50,25 @@ def _reference(model, sequences):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "parallel", "tied"),
+    ("world_size", "parallel", "tied", "experts"),
     [
-        (1, ParallelConfig(max_tokens_per_microbatch=100), True),
-        (2, ParallelConfig(tensor=2, sequence_parallel=True), True),
-        (2, ParallelConfig(pipeline=2, max_tokens_per_microbatch=100), False),
-        (4, ParallelConfig(tensor=2, pipeline=2, max_tokens_per_microbatch=200), False),
+        (1, ParallelConfig(max_tokens_per_microbatch=100), True, {}),
+        (2, ParallelConfig(tensor=2, sequence_parallel=True), True, {}),
+        (2, ParallelConfig(pipeline=2, max_tokens_per_microbatch=100), False, {}),
+        (4, ParallelConfig(tensor=2, pipeline=2, max_tokens_per_microbatch=200), False, {}),
+        (1, ParallelConfig(max_tokens_per_microbatch=100), False, {"num_experts": 6, "norm_topk_prob": False}),
+        (4, ParallelConfig(expert=2, pipeline=2, max_tokens_per_microbatch=100), False, {"num_experts": 6}),
+        (4, ParallelConfig(tensor=2, sequence_parallel=True, expert=2), False, {"num_experts": 6}),
     ],
-    ids=["TP1", "TP2 SP tied", "PP2 untied", "TP2 PP2 untied"],
+    ids=["TP1", "TP2 SP tied", "PP2 untied", "TP2 PP2 untied", "experts", "experts EP2 PP2", "experts TP2 SP EP2"],
 )
-def test_scores_and_weights(world_size, parallel, tied, tmp_path):
+def test_scores_and_weights(world_size, parallel, tied, experts, tmp_path):
     from safetensors.torch import load_file
 
     vocab_size = 61
-    model = make_qwen3(tmp_path / "model", tied=tied, vocab_size=vocab_size)
-    scores, weights = run_ranks(_score, world_size, model, parallel, "float32")[0]
+    model = make_qwen3(tmp_path / "model", tied=tied, vocab_size=vocab_size, **experts)
+    found = run_ranks(_score, world_size, model, parallel, "float32")
+    scores, weights = {i: s for own, _ in found for i, s in own.items()}, found[0][1]
     assert len(scores) == 9
     for i, (log_prob, entropy) in enumerate(_reference(model, _sequences(vocab_size))):
         torch.testing.assert_close(torch.from_numpy(scores[i][0]).double(), log_prob, rtol=0, atol=1e-5)

@@ -123,6 +123,29 @@ def test_layout_does_not_change_training(layout, paths, reference):
     assert_same_training(run(world_size, config, rollouts), reference[tied])
 
 
+EXPERTS = {"num_experts": 6, "num_hidden_layers": 2}
+EXPERT_LAYOUTS = {
+    "EP2 distributed optimizer": (2, {"expert": 2, "distributed_optimizer": True}),
+    "TP2 SP": (2, {"tensor": 2, "sequence_parallel": True}),
+    "TP2 SP EP2 DP2": (4, {"tensor": 2, "sequence_parallel": True, "expert": 2}),
+    "PP2 EP2, ranks with padding alone": (4, {"pipeline": 2, "expert": 2, "max_tokens_per_microbatch": 1}),
+}
+
+
+@pytest.fixture(scope="module")
+def mixture(paths, tmp_path_factory):
+    """(model, its training on one rank)."""
+    model = make_qwen3(tmp_path_factory.mktemp("experts") / "model", tied=False, vocab_size=VOCAB, **EXPERTS)
+    return model, run(1, _config(model), paths[1])
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_layout_does_not_change_training_of_experts(layout, paths, mixture):
+    world_size, parallel = EXPERT_LAYOUTS[layout]
+    config = _config(mixture[0], parallel=ParallelConfig(**{"max_tokens_per_microbatch": 256, **parallel}))
+    assert_same_training(run(world_size, config, paths[1]), mixture[1])
+
+
 @pytest.mark.parametrize("teacher", ["frozen", "ema"])
 def test_teacher_weights_and_several_updates_agree_across_layouts(teacher, paths):
     models, rollouts = paths

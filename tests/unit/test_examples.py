@@ -12,7 +12,7 @@ from megatron_egrsd.config import parse_config
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = [*sorted(EXAMPLES.glob("run_*.sh")), *sorted(EXAMPLES.glob("slurm/*.sbatch"))]
-RUNS = RUN_4B, RUN_8B = EXAMPLES / "run_qwen3_4b_cl_egrsd.sh", EXAMPLES / "run_qwen3_8b_cl_egrsd.sh"
+RUNS = RUN_4B, RUN_8B, RUN_30B = [EXAMPLES / f"run_qwen3_{size}_cl_egrsd.sh" for size in ("4b", "8b", "30b_a3b")]
 TINY = {"MODEL": "examples/tiny/model", "DATA": "examples/tiny/train.jsonl"}
 # Training ranks: what each configuration and script is written for, up to the largest run docs/cluster.md speaks of.
 WORLDS = {"tiny_cpu.yaml": (1, 2, 4), "qwen3_8b_cl_egrsd.yaml": (4, 8, 16, 32, 64)}
@@ -64,8 +64,8 @@ def test_scripts_are_bash(script):
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
 )
 def test_scripts_refuse_in_one_sentence(script, variables, reason):
-    # TENSOR=4 for both: the scripts' own defaults differ, and the refusals are about divisibility by it.
-    done = run(script, **(TINY | {"TENSOR": "4"} | variables))
+    # The same for all: the scripts' own defaults differ, and the refusals are about divisibility by them.
+    done = run(script, **(TINY | {"TENSOR": "4", "EXPERT": "1", "ENGINE_TENSOR": "1"} | variables))
     assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
@@ -116,7 +116,16 @@ def test_dry_run_is_one_process_for_every_rank(tmp_path):
     assert done.stdout.count("layout      16 ranks = TP 2 x PP 1 x DP 8, sequence parallel") == 1
 
 
+def test_a_mixture_on_two_nodes(started):
+    nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "ROLLOUT_URLS": "http://a:1"}
+    _, config = started(RUN_30B, **nodes)
+    assert (config.parallel.tensor, config.parallel.expert, config.check_world(16)) == (4, 8, 4)
+    refused = run(RUN_30B, **TINY, **nodes, EXPERT="3")
+    assert refused.returncode == 2 and "do not divide by EXPERT = 3" in refused.stderr
+
+
 def test_plan_of_a_mixture():
-    done = run(EXAMPLES / "run_qwen3_30b_a3b_plan.sh")
+    words = [sys.executable, "tools/plan.py", "--models", "Qwen3-30B-A3B", "--gpus", "64", "--machine", "H100"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| Qwen3-30B-A3B | 64 | ") == 1
