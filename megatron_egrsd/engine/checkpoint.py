@@ -2,8 +2,9 @@
 
 A checkpoint is a directory step_NNNNNN. It is written under another name and renamed when every rank has finished, so
 it is complete or it is not there; SHA-256 sums of all its files tell later whether it still is what was written. Any
-layout can load it. What needs no saving: the order of the problems follows from seed and step, the frozen teacher from
-model.path, and training draws no random numbers (there is no dropout).
+layout can load it, with the same kind of optimizer (distributed or not). What needs no saving: the order of the
+problems follows from seed and step, the frozen teacher from model.path, and training draws no random numbers (there is
+no dropout).
 """
 
 import contextlib
@@ -159,10 +160,16 @@ def load(engine: Engine, path: Path) -> int:
 
     Raises BadArgument where `path` does not belong to this model.
     """
+    sharded = engine.config.parallel.distributed_optimizer
     for optimizer in _distributed_optimizers(engine):
         _prepare_torch_adam(optimizer)
     try:
         with _without_code():
+            saved = dist_checkpointing.load_common_state_dict(str(path)).get("distributed_optimizer", sharded)
+            if saved != sharded:
+                raise BadArgument(
+                    f"{path} was saved with parallel.distributed_optimizer {str(saved).lower()}; continue with the same"
+                )
             state = dist_checkpointing.load(_state(engine, 0, loading=True), str(path))
     except dist_checkpointing.core.CheckpointingException as error:
         raise BadArgument(f"{path} does not belong to this model: {error}") from None
@@ -201,6 +208,7 @@ def _state(engine: Engine, step: int, *, loading: bool) -> dict:
         "optimizer": engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
         "scheduler": engine.scheduler.state_dict(),
         "step": step,
+        "distributed_optimizer": engine.config.parallel.distributed_optimizer,
     }
     if engine.config.teacher.weights == "ema" and engine.teacher_weights is not None:
         names = [name for name, _ in engine.module.named_parameters()]
