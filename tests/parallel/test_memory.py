@@ -69,7 +69,7 @@ def _measure(rank, world_size, config, path):
     with Engine(config) as engine:
         learn(engine, rollouts, config)
         weights = list(engine.module.parameters())
-        gradients = [buffer.grad_data for buffer in engine.model.buffers]
+        gradients = [b.grad_data for b in engine.model.buffers + engine.model.expert_parallel_buffers]
         own = {w.untyped_storage().data_ptr() for w in weights}
         optimizers = [o.optimizer for o in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])]
         state = [t for o in optimizers for s in o.state.values() for name, t in s.items() if name != "step"]
@@ -91,6 +91,7 @@ def _measure(rank, world_size, config, path):
         return resident, live.peak - live.start, max(lengths), parallel_state.get_pipeline_model_parallel_rank()
 
 
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 192}
 # name -> (ranks, dtype, parallel, tied embeddings, teacher)
 LAYOUTS = {
     "fp32": (1, "float32", {}, False, "live"),
@@ -101,6 +102,7 @@ LAYOUTS = {
     "PP2": (2, "bfloat16", {"pipeline": 2}, True, "frozen"),
     "DP2 distributed optimizer": (2, "bfloat16", {"distributed_optimizer": True}, False, "live"),
     "TP2 PP2": (4, "float32", {"tensor": 2, "pipeline": 2, "distributed_optimizer": True}, True, "live"),
+    "experts EP2": (2, "bfloat16", {"expert": 2, "distributed_optimizer": True}, False, "frozen"),
 }
 
 
@@ -110,7 +112,7 @@ SLOW = {"fp32", "TP2", "TP2 PP2"}
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS])
 def test_memory_is_what_the_engine_allocates(name, tmp_path):
     ranks, dtype, parallel, tied, teacher = LAYOUTS[name]
-    model = make_qwen3(tmp_path / "model", tied=tied, **SIZES)
+    model = make_qwen3(tmp_path / "model", tied=tied, **SIZES, **(EXPERTS if "experts" in name else {}))
     rollouts = [
         dataclasses.replace(r, response_ids=r.response_ids * 8, rollout_log_probs=r.rollout_log_probs * 8)
         for r in _rollouts()
