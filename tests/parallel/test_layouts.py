@@ -139,7 +139,10 @@ def mixture(paths, tmp_path_factory):
     return model, run(1, _config(model), paths[1])
 
 
-@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(x, marks=pytest.mark.slow if ranks == 2 else ()) for x, (ranks, _) in EXPERT_LAYOUTS.items()],
+)
 def test_layout_does_not_change_training_of_experts(layout, paths, mixture):
     world_size, parallel = EXPERT_LAYOUTS[layout]
     config = _config(mixture[0], parallel=ParallelConfig(**{"max_tokens_per_microbatch": 256, **parallel}))
