@@ -38,7 +38,7 @@ def train(output: Path, arguments: list[str]) -> list[dict]:
 def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
     """Medians over the steps of all repeats, without the first one, which warms up, and the last, which is alone."""
     phases: dict[str, list[np.ndarray]] = {mode: [] for mode in MODES}
-    predicted = []
+    predicted: dict[str, list[np.ndarray]] = {mode: [] for mode in MODES}
     for repeat in range(repeats):
         for mode, arguments in MODES.items():
             path = output / f"{mode.replace(' ', '-')}-{repeat}"
@@ -47,9 +47,8 @@ def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
             seconds = {phase: np.array([row[f"time/{phase}"] for row in rows]) for phase in PHASES}
             seconds["tokens"] = np.array([row["batch/tokens"] for row in rows])
             phases[mode].append({name: values[1:-1] for name, values in seconds.items()})
-            if mode == "on-policy":  # what trains in step i overlaps with the sampling of batch i + 1
-                overlapped = [seconds[p][1:-1] for p in ("score", "train", "sync")]
-                predicted.append(step_seconds(seconds["generate"][2:], *overlapped, staleness=1))
+            overlapped = [seconds[p][1:-1] for p in ("score", "train", "sync")]  # with the sampling of the next batch
+            predicted[mode].append(step_seconds(seconds["generate"][2:], *overlapped, staleness=1))
             print(f"{mode} {repeat}: median step {median(phases[mode][-1]['step']):.2f} s; "
                   f"load average {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)  # fmt: skip
     print(f"| median of {repeats} x {steps - 2} steps | {' | '.join(PHASES)} | tokens a batch |")
@@ -60,9 +59,10 @@ def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
         whole[mode] = found["step"]
         cells = [f"{found[phase]:.2f} s" for phase in PHASES]
         print(f"| {mode} | {' | '.join(cells)} | {found['tokens']:,.0f} |")
-    forecast = median(np.concatenate(predicted))
-    print(f"| one step off, predicted | {' | ' * (len(PHASES) - 1)}{forecast:.2f} s | |")
-    for name, seconds in (("predicted", forecast), ("measured", whole["one step off"])):
+    forecast = {mode: median(np.concatenate(runs)) for mode, runs in predicted.items()}
+    for name, seconds in (("on-policy", forecast["on-policy"]), ("its own", forecast["one step off"])):
+        print(f"| one step off, predicted from {name} phases | {' | ' * (len(PHASES) - 1)}{seconds:.2f} s | |")
+    for name, seconds in (("predicted", forecast["on-policy"]), ("measured", whole["one step off"])):
         print(f"\n{name}: {1 - seconds / whole['on-policy']:.0%} less than on-policy", end="")
     each = [1 - median(b["step"]) / median(a["step"]) for a, b in zip(*phases.values(), strict=True)]
     print(f" (by repeat: {', '.join(f'{share:.0%}' for share in each)})")
