@@ -48,11 +48,12 @@ else
 fi
 TENSOR="${TENSOR:-4}"                        # TP; keep it within a node
 PIPELINE="${PIPELINE:-1}"                    # PP; may cross nodes
+VIRTUAL_PIPELINE="${VIRTUAL_PIPELINE:-1}"    # VPP; chunks of layers a stage, more shorten the pipeline's bubble
 EXPERT="${EXPERT:-1}"                        # EP; ranks of a stage that share a mixture's experts, 1 for a dense model
 ENGINE_TENSOR="${ENGINE_TENSOR:-1}"          # TP of each launched SGLang server: an 8B model fits on one GPU
 
 for name in NNODES MASTER_PORT RENDEZVOUS_TIMEOUT SAVE_SECONDS GPUS_PER_NODE NPROC_PER_NODE TENSOR PIPELINE \
-    EXPERT ENGINE_TENSOR; do
+    VIRTUAL_PIPELINE EXPERT ENGINE_TENSOR; do
     positive "$name"
 done
 if ((NNODES == 1)); then
@@ -106,6 +107,7 @@ fi
 PARALLEL_ARGS=(
     --parallel.tensor "$TENSOR"
     --parallel.pipeline "$PIPELINE"
+    --parallel.virtual_pipeline "$VIRTUAL_PIPELINE"
     --parallel.expert "$EXPERT"
     --parallel.sequence_parallel "$( ((TENSOR > 1)) && echo true || echo false)"  # needs TP > 1
 )

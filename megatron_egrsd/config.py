@@ -280,6 +280,8 @@ class ParallelConfig:
     Args:
         tensor: Tensor-parallel size (TP).
         pipeline: Pipeline-parallel size (PP).
+        virtual_pipeline: Chunks of layers that a stage holds (VPP). With more than one, stages take turns more often
+            and wait less, for more communication and activations (interleaved 1F1B, Narayanan et al. 2021).
         expert: Expert-parallel size (EP): as many ranks of a stage share the experts of a mixture; TP splits none.
         sequence_parallel: Split the activations outside attention and MLP over the TP ranks (SP).
         distributed_optimizer: Shard the optimizer state over the data-parallel ranks.
@@ -291,6 +293,7 @@ class ParallelConfig:
 
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1
     expert: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
@@ -300,17 +303,26 @@ class ParallelConfig:
     timeout: float = 1800.0
 
     def __post_init__(self):
-        for name in ("tensor", "pipeline", "expert", "max_tokens_per_microbatch", "timeout"):
+        for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "max_tokens_per_microbatch", "timeout"):
             _require(getattr(self, name) > 0, f"parallel.{name} is {getattr(self, name)}; it must be positive")
         _require(
             not self.sequence_parallel or self.tensor > 1,
             "parallel.sequence_parallel needs parallel.tensor > 1; set one of them",
+        )
+        _require(
+            self.virtual_pipeline == 1 or self.pipeline > 1,
+            "parallel.virtual_pipeline divides the stages of a pipeline, but parallel.pipeline is 1; set one of them",
         )
 
     @property
     def model_parallel(self) -> int:
         """Ranks that hold one copy of the model."""
         return self.tensor * self.pipeline
+
+    @property
+    def round_of_micro_batches(self) -> int:
+        """What their number is a multiple of: the interleaved schedule of a virtual pipeline fills whole rounds."""
+        return self.pipeline if self.virtual_pipeline > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -554,7 +566,8 @@ def parse_config(arguments: list[str]) -> Config:
 
 
 def _one_sentence(message: str) -> str:
-    """jsonargparse's message in the words of this project, with the nearest valid key."""
+    """jsonargparse's message in the words of this project, with the nearest valid key; endless words are cut."""
+    message = re.sub(r"(\S{200})\S+", r"\1...", message)
     if match := re.search(r"unrecognized arguments: --([\w.\-]+)", message):
         return f"no configuration key is called {match[1]}{nearest_key(match[1])}"
     if match := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):

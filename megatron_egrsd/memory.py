@@ -9,6 +9,7 @@ hf/mapping.py.
 """
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -56,25 +57,25 @@ class RankMemory:
         return sum(self.resident.values()) + sum(self.phases[self.peak_phase].values())
 
 
-def shard_shapes(arch: Architecture, parallel: ParallelConfig, stage: int) -> dict[str, torch.Size]:
-    """Shape of every parameter that a rank of `stage` holds, by megatron-core's local name (layers from 0 here).
+def shard_shapes(arch: Architecture, parallel: ParallelConfig, stage: int) -> list[dict[str, torch.Size]]:
+    """Shape of every parameter of a rank of `stage`, chunk by chunk, by megatron-core's local name (layers from 0).
 
     The last stage of a tied model holds a copy of the embedding; EP splits only the experts.
     """
-    template, shapes = _one_layer(arch, parallel.tensor, parallel.expert), {}
-    layer = "decoder.layers.0."
-    if stage == 0:
-        shapes["embedding.word_embeddings.weight"] = template["embedding.word_embeddings.weight"]
+    template = _one_layer(arch, parallel.tensor, parallel.expert)
+    layer, layers = "decoder.layers.0.", arch.num_layers // (parallel.pipeline * parallel.virtual_pipeline)
     own = [(name.removeprefix(layer), shape) for name, shape in template.items() if name.startswith(layer)]
-    for i in range(arch.num_layers // parallel.pipeline):
-        shapes |= {f"decoder.layers.{i}.{name}": shape for name, shape in own}
+    chunk = {f"decoder.layers.{i}.{name}": shape for i in range(layers) for name, shape in own}
+    chunks = [dict(chunk) for _ in range(parallel.virtual_pipeline)]
+    if stage == 0:
+        chunks[0]["embedding.word_embeddings.weight"] = template["embedding.word_embeddings.weight"]
     if stage == parallel.pipeline - 1:
-        shapes["decoder.final_layernorm.weight"] = template["decoder.final_layernorm.weight"]
+        chunks[-1]["decoder.final_layernorm.weight"] = template["decoder.final_layernorm.weight"]
         if not arch.tied_embeddings:
-            shapes["output_layer.weight"] = template["output_layer.weight"]
+            chunks[-1]["output_layer.weight"] = template["output_layer.weight"]
         elif stage > 0:
-            shapes["output_layer.weight"] = template["embedding.word_embeddings.weight"]
-    return shapes
+            chunks[-1]["output_layer.weight"] = template["embedding.word_embeddings.weight"]
+    return chunks
 
 
 @functools.cache
@@ -94,14 +95,16 @@ def rank_memory(
     """Bytes of a rank of pipeline stage `stage` where the longest micro-batch has `tokens` tokens."""
     parallel = config.parallel
     b = getattr(torch, config.model.dtype).itemsize
-    shapes = shard_shapes(arch, parallel, stage)
+    chunks = shard_shapes(arch, parallel, stage)
     data_parallel = world_size // parallel.model_parallel
-    resident = _resident(config, shapes, world_size // parallel.pipeline, b)
+    resident = _resident(config, chunks, world_size // parallel.pipeline, b)
     if place.gpu:
         resident["CUDA runtime"] = GPU_RUNTIME_BYTES
 
     in_flight = parallel.pipeline - stage  # 1F1B: forward passes of a stage before its first backward pass
-    layers = arch.num_layers // parallel.pipeline
+    if parallel.virtual_pipeline > 1:  # interleaved, of a chunk each: megatron-core's warm-up and one more
+        in_flight = 2 * (in_flight - 1) + (parallel.virtual_pipeline - 1) * parallel.pipeline + 1
+    layers = arch.num_layers // (parallel.pipeline * parallel.virtual_pipeline)
     is_last = stage == parallel.pipeline - 1
     h = arch.hidden_size // (parallel.tensor if parallel.sequence_parallel else 1)
     layer = layer_activations(arch, parallel.tensor, h, b, place)
@@ -116,9 +119,9 @@ def rank_memory(
     phases = {"backward pass of the layers": activations | backward}
     if is_last:
         phases["backward pass of the LM head"] = activations | head
-    phases["optimizer step"] = {"temporaries": _adam_temporaries(shapes, config, data_parallel, place)}
+    phases["optimizer step"] = {"temporaries": _adam_temporaries(chunks, config, data_parallel, place)}
     if config.teacher.weights == "ema" and b < 4:
-        phases["scoring"] = {"teacher in the type of the weights": _numel(shapes) * b,
+        phases["scoring"] = {"teacher in the type of the weights": _numel(chunks) * b,
                              "one layer": tokens * layer}  # fmt: skip
     rank = stage * (world_size // parallel.pipeline)
     if rank == 0:
@@ -129,7 +132,7 @@ def rank_memory(
     return RankMemory(rank, stage, resident, phases)
 
 
-def _resident(config: Config, shapes: dict[str, torch.Size], stage_ranks: int, b: int):
+def _resident(config: Config, chunks: list[dict[str, torch.Size]], stage_ranks: int, b: int):
     """Weights, gradients, optimizer state and the teacher's own weights, in bytes.
 
     Source: megatron-core's _ParamAndGradBuffer (fp32 gradients, grad_reduce_in_fp32), its Float16 and distributed
@@ -137,10 +140,8 @@ def _resident(config: Config, shapes: dict[str, torch.Size], stage_ranks: int, b
     """
     weights = gradients = optimizer = 0
     sharded = config.parallel.distributed_optimizer
-    for experts, ranks in (
-        (False, stage_ranks // config.parallel.tensor),
-        (True, stage_ranks // config.parallel.expert),
-    ):
+    replicas = {False: stage_ranks // config.parallel.tensor, True: stage_ranks // config.parallel.expert}
+    for shapes, (experts, ranks) in itertools.product(chunks, replicas.items()):
         sizes = [math.prod(s) for name, s in shapes.items() if (".local_experts." in name) == experts]
         buffer = _buffer_numel(sizes, ranks) if sharded else sum(sizes)
         weights += buffer * b
@@ -149,7 +150,7 @@ def _resident(config: Config, shapes: dict[str, torch.Size], stage_ranks: int, b
     result = {"weights": weights, "gradients (fp32)": gradients, "optimizer": optimizer}
     if config.teacher.weights != "live" and config.objective.needs_teacher:
         ema = config.teacher.weights == "ema"
-        result[f"teacher ({config.teacher.weights})"] = _numel(shapes) * (4 if ema else b)
+        result[f"teacher ({config.teacher.weights})"] = _numel(chunks) * (4 if ema else b)
     return result
 
 
@@ -164,8 +165,8 @@ def _buffer_numel(sizes: list[int], data_parallel: int) -> int:
     return -(-aligned // unit) * unit
 
 
-def _numel(shapes: dict[str, torch.Size]) -> int:
-    return sum(math.prod(s) for s in shapes.values())
+def _numel(chunks: list[dict[str, torch.Size]]) -> int:
+    return sum(math.prod(s) for shapes in chunks for s in shapes.values())
 
 
 def _norm(width: int, b: int, place: Placement) -> int:
@@ -230,12 +231,12 @@ def lm_head(arch: Architecture, tensor: int, tokens: int, b: int, place: Placeme
     }
 
 
-def _adam_temporaries(shapes: dict[str, torch.Size], config: Config, data_parallel: int, place: Placement) -> int:
+def _adam_temporaries(chunks: list[dict[str, torch.Size]], config: Config, data_parallel: int, place: Placement) -> int:
     """What AdamW allocates for its update: nothing when fused (Transformer Engine), else torch's square roots.
 
     torch's AdamW takes all parameters at once on a GPU, and one by one with two temporaries on a CPU.
     """
-    owned, largest = _numel(shapes), max(math.prod(s) for s in shapes.values())
+    owned, largest = _numel(chunks), max(math.prod(s) for shapes in chunks for s in shapes.values())
     if config.parallel.distributed_optimizer:
         owned = -(-owned // data_parallel)
     if place.gpu:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from megatron_egrsd.config import Config
+from megatron_egrsd.config import Config, ParallelConfig
 from megatron_egrsd.data.packing import schedule
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
@@ -101,6 +101,7 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
     plan.add(
         "layout",
         f"{ranks} ranks = TP {p.tensor} x PP {p.pipeline} x DP {data_parallel}"
+        + (f", VPP {p.virtual_pipeline}" if p.virtual_pipeline > 1 else "")
         + (f", EP {p.expert}" if p.expert > 1 else "")
         + (", sequence parallel" if p.sequence_parallel else "")
         + (", distributed optimizer" if p.distributed_optimizer else "")
@@ -115,8 +116,8 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
     )
     longest = max(len(x.student_ids) for x in prompts) + r.max_response_tokens
     budget = p.max_tokens_per_microbatch
-    most = len(schedule([[longest] * a_rank], budget)[0])
-    bubble = f", {_bubble(p.pipeline, most)} of the time in the pipeline's bubble" if p.pipeline > 1 else ""
+    most = len(schedule([[longest] * a_rank], budget, p.round_of_micro_batches)[0])
+    bubble = f", {_bubble(p, most)} of the time in the pipeline's bubble" if p.pipeline > 1 else ""
     plan.add(
         "",
         f"samples of at most {longest:,} tokens in micro-batches of at most {budget:,}: "
@@ -135,9 +136,10 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
     return max(longest, min(budget, longest * a_rank))
 
 
-def _bubble(pipeline: int, micro_batches: int) -> str:
-    """Share of its time that a stage of the 1F1B schedule waits: (P - 1) / (M + P - 1), Narayanan et al. 2021."""
-    return f"{(pipeline - 1) / (micro_batches + pipeline - 1):.0%}"
+def _bubble(parallel: ParallelConfig, micro_batches: int) -> str:
+    """Share of its time that a stage waits: (P - 1) / (M V + P - 1), Narayanan et al. 2021 (arXiv 2104.04473)."""
+    waits, works = parallel.pipeline - 1, micro_batches * parallel.virtual_pipeline
+    return f"{waits / (works + waits):.0%}"
 
 
 def _add_memory(

@@ -9,6 +9,7 @@ Every layout that fits into memory is timed with the model of tools/step_time.py
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -108,7 +109,7 @@ def _choices(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> I
             score = pass_seconds(machine, arch, parallel, training, teachers, response_rows, train=False)
             train = pass_seconds(machine, arch, parallel, training, students, response_rows, train=True)
             own = max(
-                sum(math.prod(shape) for shape in _shapes(arch, parallel, stage).values())
+                sum(math.prod(shape) for chunk in _shapes(arch, parallel, stage) for shape in chunk.values())
                 for stage in (0, parallel.pipeline - 1)
             )
             train += update_seconds(machine, parallel, training, own)
@@ -148,10 +149,11 @@ def _layouts(arch, machine, ranks, rollouts, longest) -> Iterator[ParallelConfig
                 replicas = ranks // (tensor * pipeline)
                 if rollouts % replicas:
                     continue
-                for recompute in (False, True):
+                chunks = [v for v in (1, 2, 4) if v == 1 or (pipeline > 1 and arch.num_layers % (pipeline * v) == 0)]
+                for recompute, virtual in itertools.product((False, True), chunks):
                     yield ParallelConfig(
-                        tensor=tensor, pipeline=pipeline, expert=expert, sequence_parallel=tensor > 1,
-                        distributed_optimizer=True, max_tokens_per_microbatch=longest, recompute=recompute,
+                        tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, expert=expert, recompute=recompute,
+                        sequence_parallel=tensor > 1, distributed_optimizer=True, max_tokens_per_microbatch=longest,
                     )  # fmt: skip
 
 
@@ -159,7 +161,7 @@ _cache: dict = {}
 
 
 def _shapes(arch, parallel, stage):
-    key = (arch, parallel.tensor, parallel.pipeline, stage, parallel.expert)
+    key = (arch, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, stage, parallel.expert)
     if key not in _cache:
         _cache[key] = shard_shapes(arch, parallel, stage)
     return _cache[key]
@@ -192,8 +194,9 @@ def table(machine: Machine, models: list[str], gpu_counts: list[int], rollouts: 
                 yield f"| {' | '.join(cells)} |" + " |" * (len(_COLUMNS) - len(cells))
                 continue
             p = c.parallel
-            layout = f"{c.training}: TP {p.tensor}" + (f" PP {p.pipeline}" if p.pipeline > 1 else "")
-            layout += f" EP {p.expert}" if p.expert > 1 else ""
+            layout = f"{c.training}: TP {p.tensor}"
+            for split, size in (("PP", p.pipeline), ("VPP", p.virtual_pipeline), ("EP", p.expert)):
+                layout += f" {split} {size}" if size > 1 else ""
             layout += f" DP {c.training // p.model_parallel}" + (", recompute" if p.recompute else "")
             cells += [f"{c.serving // c.engine_tensor} x TP {c.engine_tensor}", layout, f"{c.memory / 2**30:.0f} GiB"]
             cells += [f"{seconds:.1f} s" for seconds in (c.generate, c.score, c.train, c.sync, c.step, c.one_step_off)]

@@ -90,13 +90,18 @@ def pass_seconds(
     """Seconds of scoring or training `lengths` on `ranks`, without gradient reduction and optimizer.
 
     Training is a forward and a backward pass, with recomputation one more forward pass through the layers; the LM head
-    is three products, and a fourth where its logits were not kept. The pipeline's bubble is (P - 1) / M.
+    is three products, and a fourth where its logits were not kept. The pipeline's bubble is
+    (P - 1) / (M V); each of the V chunks of a stage has its fixed cost a micro-batch and sends its rows on.
     """
     replicas = ranks // parallel.model_parallel
     factor = (4 if parallel.recompute else 3) if train else 1
     flops = factor * forward_flops(arch, lengths) + (4 if train else 1) * head_flops(arch, rows)
     micro_batches = max(1, math.ceil(sum(lengths) / replicas / parallel.max_tokens_per_microbatch))
-    seconds = flops / ranks / machine.flops + micro_batches * machine.pass_seconds * (2 if train else 1)
+    micro_batches = math.ceil(micro_batches / parallel.round_of_micro_batches) * parallel.round_of_micro_batches
+    turns = parallel.virtual_pipeline * (2 if train else 1)
+    seconds = flops / ranks / machine.flops + micro_batches * machine.pass_seconds * turns
+    if parallel.pipeline > 1:
+        seconds += turns * sum(lengths) / replicas * arch.hidden_size * 2 / parallel.tensor / machine.network
     # Sequence parallelism, a layer: two all-gathers and two reduce-scatters forward, the same and two more gathers (of
     # the inputs, for the weights' gradients) backward. One product of T x H activations each.
     collectives = ((10 + (4 if parallel.recompute else 0)) if train else 4) if parallel.tensor > 1 else 0
@@ -107,7 +112,7 @@ def pass_seconds(
         passes = factor - (1 if train and parallel.recompute else 0)
         local = moved / parallel.tensor
         seconds += 2 * passes * arch.experts_per_token * local * (parallel.expert - 1) / parallel.expert / rate
-    return seconds * (1 + (parallel.pipeline - 1) / micro_batches)
+    return seconds * (1 + (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline))
 
 
 def update_seconds(machine: Machine, parallel: ParallelConfig, ranks: int, parameters: int) -> float:

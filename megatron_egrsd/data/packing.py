@@ -1,6 +1,7 @@
 """From ragged sequences to packed micro-batches: balanced over the ranks, padding-free, every sample exactly once."""
 
 import heapq
+import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -85,15 +86,15 @@ def balance_passes(scored: Seq[int], trained: Seq[int], parts: int) -> list[list
     return [sorted(part) for part in assignment]
 
 
-def schedule(lengths_per_rank: Seq[Seq[int]], budget: int) -> list[list[list[int]]]:
+def schedule(lengths_per_rank: Seq[Seq[int]], budget: int, multiple: int = 1) -> list[list[list[int]]]:
     """Micro-batches of each rank, as indices into the rank's own samples, the longest first.
 
-    The number of micro-batches is the same on every rank (the pipeline and the gradient reduction run in step), and
-    none holds more than `budget` tokens unless it holds a single sample. Parts may be empty where a rank has few
-    samples. Longest first, the n-th micro-batches of all ranks are alike, and memory is at its peak from the start.
+    Their number is the same on every rank (the pipeline and the gradient reduction run in step) and a multiple of
+    `multiple`; none holds more than `budget` tokens unless it holds a single sample, and some are empty where a rank
+    has few samples. Longest first, the n-th of all ranks are alike, and memory is at its peak from the start.
     """
-    count = max(min(-(-sum(lengths) // budget), len(lengths)) for lengths in lengths_per_rank) or 1
-    while True:
+    least = max(min(-(-sum(lengths) // budget), len(lengths)) for lengths in lengths_per_rank) or 1
+    for count in itertools.count(-(-least // multiple) * multiple, multiple):
         plan = [balance(lengths, count) for lengths in lengths_per_rank]
         if all(
             _fits(part, lengths, budget)
@@ -101,7 +102,6 @@ def schedule(lengths_per_rank: Seq[Seq[int]], budget: int) -> list[list[list[int
             for part in parts
         ):
             break
-        count += 1
     return [
         sorted(parts, key=lambda part, own=lengths: -sum(own[i] for i in part))
         for lengths, parts in zip(lengths_per_rank, plan, strict=True)

@@ -173,12 +173,13 @@ def load(engine: Engine, path: Path) -> int:
             state = dist_checkpointing.load(_state(engine, 0, loading=True), str(path))
     except dist_checkpointing.core.CheckpointingException as error:
         raise BadArgument(f"{path} does not belong to this model: {error}") from None
-    engine.module.load_state_dict(state["model"])
+    for i, chunk in enumerate(engine.chunks):
+        chunk.load_state_dict(state["model"][str(i)])
     engine.optimizer.load_state_dict(state["optimizer"])
     engine.scheduler.load_state_dict(state["scheduler"])
     if "teacher" in state:
-        for (name, _), teacher in zip(engine.module.named_parameters(), engine.teacher_weights, strict=True):
-            teacher.copy_(state["teacher"][name])
+        for (i, name), teacher in zip(_names(engine), engine.teacher_weights, strict=True):
+            teacher.copy_(state["teacher"][i][name])
     return state["step"]
 
 
@@ -202,7 +203,7 @@ def _state(engine: Engine, step: int, *, loading: bool) -> dict:
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    model = engine.module.sharded_state_dict(metadata=metadata)
+    model = {str(i): chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(engine.chunks)}
     state = {
         "model": model,
         "optimizer": engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
@@ -211,13 +212,19 @@ def _state(engine: Engine, step: int, *, loading: bool) -> dict:
         "distributed_optimizer": engine.config.parallel.distributed_optimizer,
     }
     if engine.config.teacher.weights == "ema" and engine.teacher_weights is not None:
-        names = [name for name, _ in engine.module.named_parameters()]
-        sharded = engine.module.sharded_state_dict(prefix="teacher.", metadata=metadata)
-        state["teacher"] = {
-            name: _with_data(sharded[f"teacher.{name}"], teacher)
-            for name, teacher in zip(names, engine.teacher_weights, strict=True)
+        state["teacher"] = {i: {} for i in model}
+        sharded = {
+            str(i): chunk.sharded_state_dict(prefix="teacher.", metadata=metadata)
+            for i, chunk in enumerate(engine.chunks)
         }
+        for (i, name), teacher in zip(_names(engine), engine.teacher_weights, strict=True):
+            state["teacher"][i][name] = _with_data(sharded[i][f"teacher.{name}"], teacher)
     return state
+
+
+def _names(engine: Engine) -> list[tuple[str, str]]:
+    """(chunk, name) of engine.parameters()."""
+    return [(str(i), name) for i, chunk in enumerate(engine.chunks) for name, _ in chunk.named_parameters()]
 
 
 def _with_data(sharded: ShardedTensor | ShardedTensorFactory, data: torch.Tensor):

@@ -5,6 +5,7 @@ Every rank makes the same calls with the same arguments; the engine knows which 
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -61,21 +62,22 @@ class Engine:
 
         dtype = getattr(torch, config.model.dtype)
         transformer = transformer_config(self.arch, config.parallel, dtype)
-        self.module = build_model(self.arch, transformer, config.parallel).to(self.device)
-        load_hf(self.module, checkpoint)
-        wrapped = Float16Module(transformer, self.module) if dtype == torch.bfloat16 else self.module
-        self.model = DistributedDataParallel(
-            transformer,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.distributed_optimizer
-            ),
-            wrapped,
+        self.chunks = [chunk.to(self.device) for chunk in build_model(self.arch, transformer, config.parallel)]
+        load_hf(self.chunks, checkpoint)
+        reduction = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.distributed_optimizer
         )
+        self.model = [
+            DistributedDataParallel(
+                transformer, reduction, Float16Module(transformer, chunk) if dtype == torch.bfloat16 else chunk
+            )
+            for chunk in self.chunks
+        ]
         updates = config.steps * config.optimizer.updates_per_batch
         self.optimizer, self.scheduler = build_optimizer(
             self.model, config.optimizer, updates, dtype, config.parallel.distributed_optimizer
         )
-        transformer.no_sync_func = self.model.no_sync
+        transformer.no_sync_func = self._no_sync
         # The losses are normalised before they reach the schedule, so it must not divide by its own token count.
         transformer.finalize_model_grads_func = lambda model, *_, **__: finalize_model_grads(model, None)
         transformer.grad_scale_func = self.optimizer.scale_loss
@@ -84,7 +86,7 @@ class Engine:
         if config.teacher.weights != "live" and config.objective.needs_teacher:
             # The moving average is kept in fp32: in bf16 a step of (1 - decay) would round away.
             kept = torch.float32 if config.teacher.weights == "ema" else dtype
-            self.teacher_weights = [p.detach().to(kept, copy=True) for p in self.module.parameters()]
+            self.teacher_weights = [p.detach().to(kept, copy=True) for p in self.parameters()]
 
     def __enter__(self) -> "Engine":
         return self
@@ -97,6 +99,10 @@ class Engine:
     def close(self) -> None:
         distributed.shutdown()
 
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """This rank's, of all its chunks."""
+        return itertools.chain.from_iterable(chunk.parameters() for chunk in self.chunks)
+
     # -- what is whose ------------------------------------------------------------------------------------------
 
     def partition(self, scored: Seq[int], trained: Seq[int] | None = None) -> list[list[int]]:
@@ -108,9 +114,10 @@ class Engine:
 
     def _micro_batches(self, sequences: Seq[Sequence], partition: list[list[int]]) -> list[MicroBatch]:
         lengths = [[len(sequences[i]) for i in part] for part in partition]
-        plan = schedule(lengths, self.config.parallel.max_tokens_per_microbatch)
+        parallel = self.config.parallel
+        plan = schedule(lengths, parallel.max_tokens_per_microbatch, parallel.round_of_micro_batches)
         own = partition[self.data_parallel_rank]
-        multiple = self.config.parallel.tensor if self.config.parallel.sequence_parallel else 1
+        multiple = parallel.tensor if parallel.sequence_parallel else 1
         return [pack(sequences, [own[i] for i in part], multiple) for part in plan[self.data_parallel_rank]]
 
     # -- forward and backward -----------------------------------------------------------------------------------
@@ -124,7 +131,8 @@ class Engine:
         `teacher` scores with the teacher's weights (config.teacher), else with the current ones.
         """
         batches = self._micro_batches(sequences, partition)
-        self.model.eval()
+        for chunk in self.model:
+            chunk.eval()
         with self._teacher() if teacher else contextlib.nullcontext():
             outputs = self._run(batches, lambda output, batch, **_: output, forward_only=True)
         packed = torch.empty(2, sum(b.targets.numel() for b in batches), device=self.device)
@@ -155,8 +163,9 @@ class Engine:
         sums.
         """
         batches = self._micro_batches(sequences, partition)
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._run(batches, functools.partial(_differentiate, loss), forward_only=False)
         sums = self._sum_over_ranks(outputs)
@@ -167,13 +176,13 @@ class Engine:
         self.scheduler.step(increment=1)
         if self.teacher_weights is not None and self.config.teacher.weights == "ema":
             rate = 1 - self._ema_decay()
-            for teacher, student in zip(self.teacher_weights, self.module.parameters(), strict=True):
+            for teacher, student in zip(self.teacher_weights, self.parameters(), strict=True):
                 teacher.lerp_(student.detach().float(), rate)
         return sums | {"grad_norm": float(grad_norm), "lr": lr, "micro_batches": len(batches)}
 
     def _gradient_is_finite(self) -> bool:
         """Whether every rank's part of the reduced gradient is; megatron-core itself only looks in fp16."""
-        buffers = self.model.buffers + self.model.expert_parallel_buffers
+        buffers = (buffer for chunk in self.model for buffer in chunk.buffers + chunk.expert_parallel_buffers)
         total = sum(buffer.grad_data.sum(dtype=torch.float32) for buffer in buffers)
         bad = (~torch.isfinite(total)).int()
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
@@ -187,7 +196,7 @@ class Engine:
         """megatron-core's schedule over the micro-batches; what `loss` returns for each, on the last stage."""
         return get_forward_backward_func()(
             forward_step_func=functools.partial(self._forward, loss=loss),
-            data_iterator=iter(batches),
+            data_iterator=[iter(batches) for _ in self.model],
             model=self.model,
             num_microbatches=len(batches),
             seq_length=1,  # the stages exchange the true lengths (variable_seq_lengths)
@@ -195,6 +204,14 @@ class Engine:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+    @contextlib.contextmanager
+    def _no_sync(self) -> Iterator[None]:
+        """No chunk reduces its gradients."""
+        with contextlib.ExitStack() as stack:
+            for chunk in self.model:
+                stack.enter_context(chunk.no_sync())
+            yield
 
     def _forward(self, batches: Iterator[MicroBatch], model, loss):
         batch = next(batches).to(self.device)
@@ -252,7 +269,7 @@ class Engine:
         if self.teacher_weights is None:
             yield
             return
-        parameters = list(self.module.parameters())
+        parameters = list(self.parameters())
         current = [p.data for p in parameters]
         for p, teacher in zip(parameters, self.teacher_weights, strict=True):
             p.data = teacher.to(p.dtype)
@@ -264,7 +281,7 @@ class Engine:
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor) on the first rank; every rank must exhaust it."""
-        return export_hf(self.module, self.arch)
+        return export_hf(self.chunks, self.arch)
 
 
 def _differentiate(loss: LossFunction, output: torch.Tensor, batch: MicroBatch):

@@ -38,6 +38,7 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
     """
     on_gpu = torch.cuda.is_available()
     fused = use_transformer_engine(parallel.transformer_engine)
+    interleaved = parallel.virtual_pipeline > 1
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -56,6 +57,10 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        # Batched, the interleaved schedule would mix up what two stages send each other both ways.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, dense models included
@@ -94,23 +99,29 @@ def _experts(arch: Architecture, parallel: ParallelConfig, fused: bool) -> dict:
     }
 
 
-def build_model(arch: Architecture, config: TransformerConfig, parallel: ParallelConfig) -> GPTModel:
-    """This rank's stage and shard, with weights still undefined."""
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=_layer_spec(config, use_transformer_engine(parallel.transformer_engine)),
-        vocab_size=arch.padded_vocab_size(parallel.tensor),
-        max_sequence_length=arch.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        parallel_output=True,
-        share_embeddings_and_output_weights=arch.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=arch.rope_theta,
-    )
+def build_model(arch: Architecture, config: TransformerConfig, parallel: ParallelConfig) -> list[GPTModel]:
+    """This rank's shard of its stage, with weights still undefined: parallel.virtual_pipeline chunks of layers."""
+    fused = use_transformer_engine(parallel.transformer_engine)
+    chunks = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]
+    return [
+        GPTModel(
+            config=config,
+            transformer_layer_spec=_layer_spec(config, fused, chunk),
+            vocab_size=arch.padded_vocab_size(parallel.tensor),
+            max_sequence_length=arch.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+            parallel_output=True,
+            share_embeddings_and_output_weights=arch.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=arch.rope_theta,
+            vp_stage=chunk,
+        )
+        for chunk in chunks
+    ]
 
 
-def _layer_spec(config: TransformerConfig, fused: bool):
+def _layer_spec(config: TransformerConfig, fused: bool, chunk: int | None):
     if fused:
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
@@ -126,4 +137,4 @@ def _layer_spec(config: TransformerConfig, fused: bool):
     attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = CausalAttention
     # The block's own submodules, so that the final norm is ours as well.
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=RMSNorm)

@@ -16,9 +16,9 @@ from megatron_egrsd.config import OptimizerConfig
 
 
 def build_optimizer(
-    model: DistributedDataParallel, config: OptimizerConfig, updates: int, dtype: torch.dtype, distributed: bool
+    chunks: list[DistributedDataParallel], config: OptimizerConfig, updates: int, dtype: torch.dtype, distributed: bool
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW over `model` and a schedule for `updates` optimizer steps. Norms and biases are not decayed."""
+    """AdamW over the model's chunks and a schedule for `updates` optimizer steps. Norms and biases are not decayed."""
     settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -32,7 +32,7 @@ def build_optimizer(
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=distributed,
     )
-    optimizer = get_megatron_optimizer(settings, [model], config_overrides=get_standard_config_overrides(settings))
+    optimizer = get_megatron_optimizer(settings, chunks, config_overrides=get_standard_config_overrides(settings))
     scheduler = OptimizerParamScheduler(
         optimizer,
         # megatron-core's warm-up reaches init_lr at update 0; starting at zero would waste that update.

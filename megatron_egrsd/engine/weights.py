@@ -20,7 +20,7 @@ def _own_experts(arch: Architecture) -> int:
     return arch.num_experts // parallel_state.get_expert_model_parallel_world_size()
 
 
-def _own_entries(module: torch.nn.Module, arch: Architecture) -> list[tuple[Entry, torch.nn.Parameter]]:
+def _own_entries(chunks: list[torch.nn.Module], arch: Architecture) -> list[tuple[Entry, torch.nn.Parameter]]:
     """This stage's parameters with their place in the mapping, in its order, which the export must keep.
 
     The last stage of a tied model holds a copy of the embedding as output_layer.weight; it maps to the same entry.
@@ -28,11 +28,11 @@ def _own_entries(module: torch.nn.Module, arch: Architecture) -> list[tuple[Entr
     table = {entry.megatron: entry for entry in entries(arch)}
     if arch.tied_embeddings:
         table["output_layer.weight"] = table["embedding.word_embeddings.weight"]
-    first_layer = module.decoder.layers[0].layer_number - 1 if len(module.decoder.layers) else 0
     first_expert = parallel_state.get_expert_model_parallel_rank() * _own_experts(arch)
     own = []
-    for name, parameter in module.named_parameters():
-        name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda m: str(int(m[0]) + first_layer), local_name(name))
+    for chunk, (name, parameter) in ((c, named) for c in chunks for named in c.named_parameters()):
+        first_layer = chunk.decoder.layers[0].layer_number - 1
+        name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda m, n=first_layer: str(int(m[0]) + n), local_name(name))
         name = _EXPERT.sub(lambda m: str(int(m[0]) + first_expert), name)
         if name not in table:
             raise RunError(f"megatron-core calls a parameter {name}, which the weight mapping does not know")
@@ -42,10 +42,10 @@ def _own_entries(module: torch.nn.Module, arch: Architecture) -> list[tuple[Entr
 
 
 @torch.no_grad()
-def load_hf(module: torch.nn.Module, checkpoint: HFCheckpoint) -> None:
+def load_hf(chunks: list[torch.nn.Module], checkpoint: HFCheckpoint) -> None:
     """Fill this rank's parameters from the checkpoint, reading only the tensors of this stage."""
     arch, group = checkpoint.architecture, parallel_state.get_tensor_model_parallel_group()
-    for entry, parameter in _own_entries(module, arch):
+    for entry, parameter in _own_entries(chunks, arch):
         rank, tp = (0, 1) if entry.is_expert else (group.rank(), group.size())
         full = entry.layout.join([checkpoint[name] for name in entry.hf], arch, tp)
         shard = entry.layout.shard(full, rank, tp)
@@ -57,7 +57,7 @@ def load_hf(module: torch.nn.Module, checkpoint: HFCheckpoint) -> None:
 
 
 @torch.no_grad()
-def export_hf(module: torch.nn.Module, arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
+def export_hf(chunks: list[torch.nn.Module], arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (Hugging Face name, full tensor) in model order on the first rank of the job; nothing on other ranks.
 
     Collective: every rank must exhaust the iterator. Only the first replica works, of experts the first one of theirs;
@@ -69,28 +69,27 @@ def export_hf(module: torch.nn.Module, arch: Architecture) -> Iterator[tuple[str
     }
     if not any(is_first.values()):
         return
-    own = _own_entries(module, arch)
+    own = _own_entries(chunks, arch)
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     stage = pipeline.rank()
     is_writer = is_first[False] and parallel_state.get_tensor_model_parallel_rank() == 0
     plans = [None] * pipeline.size()
     dist.all_gather_object(plans, [entry.megatron for entry, _ in own], group=pipeline)
-    table, sent = {entry.megatron: entry for entry in entries(arch)}, set()
-    for source, names in enumerate(plans):
-        for position, name in enumerate(names):
-            if name in sent:
-                continue  # the last stage's copy of a tied embedding
-            sent.add(name)
-            gathered = _names_on_expert_ranks(table[name], arch)
-            gives = source == stage and is_first[table[name].is_expert]
-            fulls = _gather(*own[position]) if gives else [None] * len(gathered)
-            if not is_writer:
-                continue
-            for name, full in zip(gathered, fulls, strict=True):
-                if source != 0:
-                    full = _move_to_first_stage(full, source, pipeline)
-                if stage == 0:
-                    yield from zip(table[name].hf, table[name].layout.split(full, arch), strict=True)
+    # From the last to the first: of a tied embedding, the first stage's copy counts.
+    holders = {name: (source, i) for source in reversed(range(len(plans))) for i, name in enumerate(plans[source])}
+    table = {entry.megatron: entry for entry in entries(arch)}
+    for name in (name for name in table if name in holders):
+        source, position = holders[name]
+        gathered = _names_on_expert_ranks(table[name], arch)
+        gives = source == stage and is_first[table[name].is_expert]
+        fulls = _gather(*own[position]) if gives else [None] * len(gathered)
+        if not is_writer:
+            continue
+        for tensor, full in zip(gathered, fulls, strict=True):
+            if source != 0:
+                full = _move_to_first_stage(full, source, pipeline)
+            if stage == 0:
+                yield from zip(table[tensor].hf, table[tensor].layout.split(full, arch), strict=True)
 
 
 def _names_on_expert_ranks(entry: Entry, arch: Architecture) -> list[str]:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_egrsd.config import Config, DataConfig, parse_config
@@ -108,6 +108,7 @@ WORDS = ["--seed", "--steps", "--output", "--rollout.urls", "--objective.mix", "
 
 
 @fuzz(0.04)
+@example(TINY, ["1" + "0" * 399] * 4)
 @given(damaged(TINY), st.lists(st.sampled_from(WORDS) | st.text(max_size=6) | scalars.map(str), max_size=4))
 def test_config(scratch, content, words):
     (scratch / "config.yaml").write_bytes(content)

@@ -37,7 +37,7 @@ def _train(rank, world_size, config, path, kind):
     with Engine(config) as engine:
         hook = None
         if kind == "gradient":  # what an overflow in one rank's backward pass leaves behind
-            first = next(p for p in engine.module.parameters() if p.requires_grad)
+            first = next(p for p in engine.parameters() if p.requires_grad)
             value = math.inf if rank == world_size - 1 else 1.0
             hook = first.register_hook(lambda grad: grad * value)
         before = _weights(engine)
@@ -89,7 +89,7 @@ def _poisoned(rank, world_size, config, path):
 
     with Engine(config) as engine:
         with torch.no_grad():
-            next(engine.module.parameters()).fill_(math.nan)
+            next(engine.parameters()).fill_(math.nan)
         return learn(engine, load_rollouts(path / "good.jsonl"), config)
 
 

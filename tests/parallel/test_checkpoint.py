@@ -77,7 +77,7 @@ def test_resume_is_bit_identical(world_size, parallel, setting):
 def test_resume_in_another_layout(setting):
     config, rollouts, root = setting
     metrics, weights = _run(1, config, rollouts, root / "whole", 0, 4)
-    split = ParallelConfig(max_tokens_per_microbatch=256, pipeline=2, distributed_optimizer=True)
+    split = ParallelConfig(max_tokens_per_microbatch=256, pipeline=2, virtual_pipeline=2, distributed_optimizer=True)
     sharded = dataclasses.replace(config, parallel=split)
     _run(2, sharded, rollouts, root / "parts", 0, 2)
     tensor = dataclasses.replace(config, parallel=ParallelConfig(max_tokens_per_microbatch=256, tensor=2,
@@ -97,40 +97,31 @@ def test_experts_resume_in_another_layout(setting):
     assert_same_training(found, (metrics[2:], weights))
 
 
-def test_the_other_optimizer_is_refused(setting):
-    config, rollouts, root = setting
-    _run(1, config, rollouts, root / "run", 0, 1)
-    config = dataclasses.replace(config, parallel=ParallelConfig(distributed_optimizer=True))
-    with pytest.raises(AssertionError, match=r"was saved with parallel.distributed_optimizer false; continue with"):
-        _run(1, config, rollouts, root / "run", 1, 2)
-
-
-def test_only_complete_checkpoints_count_and_old_ones_go(setting, tmp_path):
+def test_only_complete_checkpoints_count(tmp_path):
     from megatron_egrsd.engine import checkpoint
 
     for name in ("step_000002", "step_000010", "step_000012.partial", "step_x", "other"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert [p.name for p in checkpoint.complete(tmp_path / "checkpoints")] == ["step_000010", "step_000002"]
     assert checkpoint.complete(tmp_path / "none") == []
-    config, rollouts, root = setting
-    for start, stop in [(0, 1), (1, 2), (2, 3)]:
-        _run(1, config, rollouts, root / "run", start, stop)
-    assert sorted(p.name for p in (root / "run").iterdir()) == ["step_000002", "step_000003"]
 
 
-def test_the_best_checkpoint_stays(setting):
+def test_old_checkpoints_go_and_the_best_stays(setting):
     config, _, root = setting
-    run_ranks(_save_four, 1, config, root / "run")
-    assert sorted(p.name for p in (root / "run").glob("step_*")) == ["step_000002", "step_000003", "step_000004"]
+    run_ranks(_save_four, 1, config, root)
+    assert sorted(p.name for p in (root / "newest").iterdir()) == ["step_000003", "step_000004"]
+    best = sorted(p.name for p in (root / "best").glob("step_*"))
+    assert best == ["step_000002", "step_000003", "step_000004"]
 
 
-def _save_four(rank, world_size, config, directory):
+def _save_four(rank, world_size, config, root):
     from megatron_egrsd.engine import checkpoint
     from megatron_egrsd.engine.engine import Engine
 
     with Engine(config) as engine:
         for step in (1, 2, 3, 4):
-            checkpoint.save(engine, directory, step, keep=2, best=step in (1, 2))
+            checkpoint.save(engine, root / "newest", step, keep=2)
+            checkpoint.save(engine, root / "best", step, keep=2, best=step in (1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +132,13 @@ def saved(tmp_path_factory):
     config = _config(make_qwen3(root / "model", vocab_size=VOCAB), steps=4)
     _run(1, config, root / "rollouts.jsonl", root / "run", 0, 1)
     return root / "run" / "step_000001"
+
+
+def test_the_other_optimizer_is_refused(saved):
+    root = saved.parent.parent
+    config = _config(root / "model", steps=4, parallel=ParallelConfig(distributed_optimizer=True))
+    with pytest.raises(AssertionError, match=r"was saved with parallel.distributed_optimizer false; continue with"):
+        _run(1, config, root / "rollouts.jsonl", saved.parent, 1, 2)
 
 
 def test_any_damage_is_noticed(saved, tmp_path):

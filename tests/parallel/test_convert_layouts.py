@@ -111,7 +111,8 @@ def _load_and_save(rank, world_size, layout, jobs):
         checkpoint = MegatronCheckpoint(source)
         config = transformer_config(checkpoint.architecture, parallel, torch.float32)
         config.num_layers_in_last_pipeline_stage = last
-        model = build_model(checkpoint.architecture, config, parallel).eval()
+        (model,) = build_model(checkpoint.architecture, config, parallel)
+        model.eval()
         for parameter in model.parameters():
             torch.nn.init.constant_(parameter, float("nan"))  # whatever is not loaded shows
         state, missing, unexpected = dist_checkpointing.load(

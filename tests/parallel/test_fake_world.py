@@ -17,21 +17,21 @@ from megatron_egrsd.hf.mapping import entries, hf_shapes
 from megatron_egrsd.memory import _buffer_numel, shard_shapes
 from tests.published import PARAMETERS, PUBLISHED
 
-# model, ranks, TP, PP, EP: an upper stage of each is uneven in what it holds besides layers.
+# model, ranks, TP, PP, VPP, EP: an upper stage of each is uneven in what it holds besides layers.
 LAYOUTS = [
-    ("Qwen3-8B", 8, 4, 1, 1),
-    ("Qwen3-8B", 64, 2, 2, 1),
-    ("Qwen3-8B", 512, 8, 4, 1),
-    ("Qwen3-4B", 512, 4, 4, 1),  # tied embeddings: the last stage has a copy
-    ("Qwen3-32B", 64, 8, 2, 1),
-    ("Qwen3-32B", 512, 8, 8, 1),
-    pytest.param("Qwen3-30B-A3B", 64, 2, 1, 8, marks=pytest.mark.slow),
-    ("Qwen3-30B-A3B", 512, 1, 4, 16),
+    ("Qwen3-8B", 8, 4, 1, 1, 1),
+    ("Qwen3-8B", 64, 2, 2, 1, 1),
+    ("Qwen3-8B", 512, 8, 4, 3, 1),
+    ("Qwen3-4B", 512, 4, 4, 1, 1),  # tied embeddings: the last stage has a copy
+    ("Qwen3-32B", 64, 8, 2, 1, 1),
+    ("Qwen3-32B", 512, 8, 8, 2, 1),
+    pytest.param("Qwen3-30B-A3B", 64, 2, 1, 1, 8, marks=pytest.mark.slow),
+    ("Qwen3-30B-A3B", 512, 1, 4, 3, 16),
 ]
 
 
 def build_shard(arch: Architecture, world_size: int, rank: int, layout: ParallelConfig):
-    """(model on the meta device, TP rank, EP rank) of one rank of a world that exists only in this process."""
+    """(chunks on the meta device, TP rank, EP rank) of one rank of a world that exists only in this process."""
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -43,25 +43,30 @@ def build_shard(arch: Architecture, world_size: int, rank: int, layout: Parallel
         parallel_state.initialize_model_parallel(
             layout.tensor,
             layout.pipeline,
+            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
             expert_model_parallel_size=layout.expert,
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
         )
         with torch.device("meta"):
-            model = build_model(arch, transformer_config(arch, layout, torch.bfloat16), layout)
+            chunks = build_model(arch, transformer_config(arch, layout, torch.bfloat16), layout)
         ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
     finally:
         distributed.shutdown()
-    assert {p.device.type for p in model.parameters()} == {"meta"}
-    return model, *ranks
+    assert {p.device.type for chunk in chunks for p in chunk.parameters()} == {"meta"}
+    return chunks, *ranks
 
 
 @pytest.mark.parametrize(
-    ("name", "world_size", "tensor", "pipeline", "expert"), LAYOUTS, ids=lambda v: str(v).replace("Qwen3-", "")
+    ("name", "world_size", "tensor", "pipeline", "virtual", "expert"),
+    LAYOUTS,
+    ids=lambda value: str(value).replace("Qwen3-", ""),
 )
-def test_the_shards_of_every_rank_are_the_model(name, world_size, tensor, pipeline, expert):
+def test_the_shards_of_every_rank_are_the_model(name, world_size, tensor, pipeline, virtual, expert):
     arch = Architecture.from_config(PUBLISHED[name])
-    layout = ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert, sequence_parallel=tensor > 1)
+    layout = ParallelConfig(
+        tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, expert=expert, sequence_parallel=tensor > 1
+    )
     # TP and EP both count from a stage's first rank; what follows the larger of the two (each 2^n) repeats it.
     distinct = [(stage, i) for stage in range(pipeline) for i in range(max(tensor, expert))]
     last_replica = (pipeline - 1, world_size // pipeline - 1)
@@ -69,14 +74,17 @@ def test_the_shards_of_every_rank_are_the_model(name, world_size, tensor, pipeli
     counted = [shard_shapes(arch, layout, stage) for stage in range(pipeline)]
     for stage, i in [*distinct, last_replica]:
         rank = stage * (world_size // pipeline) + i
-        model, tensor_rank, expert_rank = build_shard(arch, world_size, rank, layout)
+        chunks, tensor_rank, expert_rank = build_shard(arch, world_size, rank, layout)
         assert (tensor_rank, expert_rank) == (i % tensor, i % expert)
-        assert {n: p.shape for n, p in model.named_parameters()} == counted[stage]
-        _check_buffers(model, world_size // pipeline, layout)
+        assert [{n: p.shape for n, p in chunk.named_parameters()} for chunk in chunks] == counted[stage]
+        for chunk in chunks:
+            _check_buffers(chunk, world_size // pipeline, layout)
         if (stage, i) == last_replica:
             continue
-        for local, parameter in model.named_parameters():
-            full = _global_name(local, stage * arch.num_layers // pipeline, expert_rank * arch.num_experts // expert)
+        layers = arch.num_layers // (pipeline * virtual)
+        named = ((i, *pair) for i, chunk in enumerate(chunks) for pair in chunk.named_parameters())
+        for i, local, parameter in named:
+            full = _global_name(local, (i * pipeline + stage) * layers, expert_rank * arch.num_experts // expert)
             if full == "output_layer.weight" and arch.tied_embeddings:
                 full = "embedding.word_embeddings.weight"  # the last stage's copy overwrites its equal
             found.setdefault(full, {})[tensor_rank] = parameter.detach()
@@ -120,6 +128,8 @@ def test_layouts_that_do_not_divide_the_model_are_refused():
     dense.check_parallel(ParallelConfig(tensor=8, pipeline=4))
     with pytest.raises(BadArgument, match="does not divide the model's 36 layers"):
         dense.check_parallel(ParallelConfig(tensor=4, pipeline=8))
+    with pytest.raises(BadArgument, match=r"4 x parallel.virtual_pipeline = 2 does not divide the model's 36"):
+        dense.check_parallel(ParallelConfig(pipeline=4, virtual_pipeline=2))
     with pytest.raises(BadArgument, match=r"parallel.expert = 2, but the model has no experts"):
         dense.check_parallel(ParallelConfig(expert=2))
     experts.check_parallel(ParallelConfig(tensor=4, sequence_parallel=True, expert=16))

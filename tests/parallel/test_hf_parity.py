@@ -57,9 +57,14 @@ def _reference(model, sequences):
         (2, ParallelConfig(pipeline=2, max_tokens_per_microbatch=100), False, {}),
         (4, ParallelConfig(tensor=2, pipeline=2, max_tokens_per_microbatch=200), False, {}),
         (1, ParallelConfig(max_tokens_per_microbatch=100), False, {"num_experts": 6, "norm_topk_prob": False}),
-        (4, ParallelConfig(expert=2, pipeline=2, max_tokens_per_microbatch=100), False, {"num_experts": 6}),
+        (
+            4,
+            ParallelConfig(expert=2, pipeline=2, virtual_pipeline=2, max_tokens_per_microbatch=100),
+            False,
+            {"num_experts": 6},
+        ),
     ],
-    ids=["TP1", "TP2 SP tied", "PP2 untied", "TP2 PP2 untied", "experts", "experts EP2 PP2"],
+    ids=["TP1", "TP2 SP tied", "PP2 untied", "TP2 PP2 untied", "experts", "experts EP2 PP2 VPP2"],
 )
 def test_scores_and_weights(world_size, parallel, tied, experts, tmp_path):
     from safetensors.torch import load_file

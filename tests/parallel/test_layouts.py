@@ -1,4 +1,4 @@
-"""The layout is no hyper-parameter: TP, PP, SP, DP, packing and micro-batch size give the same training."""
+"""The layout is no hyper-parameter: TP, PP, VPP, SP, DP, EP, packing and micro-batch size give the same training."""
 
 import dataclasses
 
@@ -108,6 +108,7 @@ LAYOUTS = {
     "DP2 distributed optimizer": (2, {"distributed_optimizer": True}, True),
     "TP2 SP": (2, {"tensor": 2, "sequence_parallel": True}, False),
     "TP2 PP2": (4, {"tensor": 2, "pipeline": 2}, True),
+    "PP2 VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True}, True),
     "one sample a micro-batch": (1, {"max_tokens_per_microbatch": 1}, False),
     "DP2, ranks with padding alone": (2, {"max_tokens_per_microbatch": 1}, True),
     "one micro-batch": (1, {"max_tokens_per_microbatch": 100_000}, True),

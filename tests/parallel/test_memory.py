@@ -68,8 +68,8 @@ def _measure(rank, world_size, config, path):
     rollouts = load_rollouts(path)
     with Engine(config) as engine:
         learn(engine, rollouts, config)
-        weights = list(engine.module.parameters())
-        gradients = [b.grad_data for b in engine.model.buffers + engine.model.expert_parallel_buffers]
+        weights = list(engine.parameters())
+        gradients = [b.grad_data for chunk in engine.model for b in chunk.buffers + chunk.expert_parallel_buffers]
         own = {w.untyped_storage().data_ptr() for w in weights}
         optimizers = [o.optimizer for o in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])]
         state = [t for o in optimizers for s in o.state.values() for name, t in s.items() if name != "step"]
@@ -100,6 +100,7 @@ LAYOUTS = {
     "TP2": (2, "float32", {"tensor": 2}, True, "live"),
     "TP2 SP": (2, "bfloat16", {"tensor": 2, "sequence_parallel": True}, False, "live"),
     "PP2": (2, "bfloat16", {"pipeline": 2}, True, "frozen"),
+    "PP2 VPP2": (2, "bfloat16", {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True}, True, "ema"),
     "DP2 distributed optimizer": (2, "bfloat16", {"distributed_optimizer": True}, False, "live"),
     "TP2 PP2": (4, "float32", {"tensor": 2, "pipeline": 2, "distributed_optimizer": True}, True, "live"),
     "experts EP2": (2, "bfloat16", {"expert": 2, "distributed_optimizer": True}, False, "frozen"),

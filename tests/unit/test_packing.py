@@ -40,10 +40,11 @@ def test_both_passes_use_every_index_once_and_are_even(costs, parts):
         assert assignment == balance(scored, parts)
 
 
-@given(st.lists(lengths, min_size=1, max_size=4), st.integers(1, 200))
-def test_schedule_keeps_the_budget_and_the_ranks_in_step(per_rank, budget):
-    plan = schedule(per_rank, budget)
+@given(st.lists(lengths, min_size=1, max_size=4), st.integers(1, 200), st.integers(1, 4))
+def test_schedule_keeps_the_budget_and_the_ranks_in_step(per_rank, budget, multiple):
+    plan = schedule(per_rank, budget, multiple)
     assert len({len(parts) for parts in plan}) == 1
+    assert len(plan[0]) % multiple == 0
     for own, parts in zip(per_rank, plan, strict=True):
         assert sorted(i for part in parts for i in part) == list(range(len(own)))
         loads = [sum(own[i] for i in part) for part in parts]
