@@ -288,6 +288,9 @@ class ParallelConfig:
         max_tokens_per_microbatch: Token budget of one packed micro-batch; a longer single sample gets its own.
         transformer_engine: Use Transformer Engine layers: where installed on a GPU, always, or never.
         recompute: Recompute the activations of every layer in the backward pass.
+        overlap_grad_reduce: Reduce gradients over the data-parallel ranks while the last backward pass still runs.
+        megatron: Further fields of megatron-core's TransformerConfig that change how, not what it computes: fp8*,
+            recompute_*, tp_comm_*, cpu_offloading*, *_fusion. The plan does not count them.
         timeout: Seconds a collective may take.
     """
 
@@ -300,6 +303,8 @@ class ParallelConfig:
     max_tokens_per_microbatch: int = 16384
     transformer_engine: Literal["auto", "always", "never"] = "auto"
     recompute: bool = False
+    overlap_grad_reduce: bool = False
+    megatron: dict[str, Any] = field(default_factory=dict)
     timeout: float = 1800.0
 
     def __post_init__(self):

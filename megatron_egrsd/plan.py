@@ -107,6 +107,11 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
         + (", distributed optimizer" if p.distributed_optimizer else "")
         + (", recomputation" if p.recompute else ""),
     )
+    if p.megatron:
+        from megatron_egrsd.engine.model import check_megatron
+
+        check_megatron(p)
+        plan.add("", f"parallel.megatron ({', '.join(p.megatron)}) is not counted below")
     an_update = r.rollouts_per_step // o.updates_per_batch
     a_rank = an_update // data_parallel
     plan.add(

@@ -65,7 +65,9 @@ class Engine:
         self.chunks = [chunk.to(self.device) for chunk in build_model(self.arch, transformer, config.parallel)]
         load_hf(self.chunks, checkpoint)
         reduction = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.distributed_optimizer
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+            overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         )
         self.model = [
             DistributedDataParallel(

@@ -1,5 +1,8 @@
 """Qwen3 as a megatron-core GPTModel, from the sizes in a Hugging Face config.json."""
 
+import dataclasses
+import difflib
+import fnmatch
 import importlib.util
 
 import torch
@@ -18,6 +21,9 @@ from megatron_egrsd.engine.layers import CausalAttention, RMSNorm
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 
+# Fields of TransformerConfig that change how a result is computed, not which: what parallel.megatron may hold.
+_HOW = "fp8*, recompute_*, tp_comm_*, cpu_offloading*, *_fusion, persist_layer_norm, deallocate_pipeline_outputs"
+
 
 def use_transformer_engine(choice: str) -> bool:
     """Whether to build Transformer Engine layers; BadArgument where they are demanded but cannot be had."""
@@ -34,13 +40,13 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
     """megatron-core's configuration of this model in this layout.
 
     Losses arrive at the schedule already divided by the global batch's normaliser, so the schedule must only sum:
-    calculate_per_token_loss switches its divisions off.
+    calculate_per_token_loss switches its divisions off. BadArgument where parallel.megatron does not fit.
     """
     on_gpu = torch.cuda.is_available()
     fused = use_transformer_engine(parallel.transformer_engine)
     interleaved = parallel.virtual_pipeline > 1
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return TransformerConfig(
+    settings = dict(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.intermediate_size,
@@ -77,9 +83,30 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
         bias_dropout_fusion=on_gpu,
         apply_rope_fusion=fused,
         batch_p2p_sync=on_gpu,
-        **(recompute if parallel.recompute else {}),
-        **(_experts(arch, parallel, fused) if arch.num_experts else {}),
     )
+    settings |= recompute if parallel.recompute else {}
+    settings |= _experts(arch, parallel, fused) if arch.num_experts else {}
+    check_megatron(parallel)
+    try:
+        return TransformerConfig(**settings | parallel.megatron)
+    except (ValueError, AssertionError, TypeError, ImportError) as error:
+        if not parallel.megatron:
+            raise
+        raise BadArgument(f"megatron-core refuses parallel.megatron: {' '.join(str(error).split())}") from None
+
+
+def check_megatron(parallel: ParallelConfig) -> None:
+    """BadArgument where parallel.megatron names what is no field of TransformerConfig, or changes the model."""
+    fields = [field.name for field in dataclasses.fields(TransformerConfig)]
+    for name in parallel.megatron:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise BadArgument(f"parallel.megatron.{name} is no field of megatron-core's TransformerConfig{hint}")
+        if not any(fnmatch.fnmatch(name, pattern) for pattern in _HOW.split(", ")):
+            raise BadArgument(
+                f"parallel.megatron.{name} is not among the fields that only change how the model is computed: {_HOW}"
+            )
 
 
 def _experts(arch: Architecture, parallel: ParallelConfig, fused: bool) -> dict:

@@ -36,7 +36,7 @@ def files(tmp_path_factory):
     return make_qwen3(root / "model", vocab_size=VOCAB), root
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "OPSD" else ()) for n in OBJECTIVES])
 def test_layout_does_not_change_training(name, files):
     (changes, ranks, layout), (model, root) = OBJECTIVES[name], files
     expected = run(1, _config(model, **changes), root / "rollouts.jsonl")

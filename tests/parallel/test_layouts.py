@@ -113,6 +113,8 @@ LAYOUTS = {
     "DP2, ranks with padding alone": (2, {"max_tokens_per_microbatch": 1}, True),
     "one micro-batch": (1, {"max_tokens_per_microbatch": 100_000}, True),
     "recompute": (1, {"recompute": True}, True),
+    "DP2, reduction overlaps": (2, {"overlap_grad_reduce": True, "distributed_optimizer": True}, False),
+    "recompute the MLP": (1, {"megatron": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}}, True),
 }
 
 
@@ -150,7 +152,7 @@ def test_layout_does_not_change_training_of_experts(layout, paths, mixture):
     assert_same_training(run(world_size, config, paths[1]), mixture[1])
 
 
-@pytest.mark.parametrize("teacher", ["frozen", "ema"])
+@pytest.mark.parametrize("teacher", [pytest.param("frozen", marks=pytest.mark.slow), "ema"])
 def test_teacher_weights_and_several_updates_agree_across_layouts(teacher, paths):
     models, rollouts = paths
     changes = {

@@ -165,6 +165,21 @@ def test_a_world_that_does_not_divide(model):
         print_plan(config_8b(model("Qwen3-8B")), 6)
 
 
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        ("fp_8", r"parallel.megatron.fp_8 is no field of megatron-core's TransformerConfig; did you mean fp8\?"),
+        ("num_layers", "parallel.megatron.num_layers is not among the fields that only change how"),
+    ],
+)
+def test_fields_of_megatron_core(field, reason, model):
+    path = model("Qwen3-8B")
+    with pytest.raises(BadArgument, match=reason):
+        resolve(config_8b(path, f"--parallel.megatron.{field}", "1"), PROMPTS, [], 4)
+    lines = resolve(config_8b(path, "--parallel.megatron.fp8", "hybrid"), PROMPTS, [], 4).lines
+    assert any("parallel.megatron (fp8) is not counted below" in line for line in lines)
+
+
 def test_half_a_run_is_planned_without_the_other_half(model, tmp_path):
     replay = tmp_path / "replay.jsonl"
     replay.write_text("")
