@@ -203,8 +203,9 @@ def test_the_cable_is_cut_and_the_same_command_continues(hosts, tmp_path):
     save = {"checkpoint.every": 1}
     for host in hosts:
         host.train(output, 10_000, save, TENSOR="2", NPROC_PER_NODE="2", GPUS_PER_NODE="3")
+    saved = lambda: list((output / "checkpoints").glob("step_??????"))  # noqa: E731
     deadline = time.monotonic() + 200
-    while len(metrics(output)) < 1 and time.monotonic() < deadline:
+    while not saved() and time.monotonic() < deadline:
         assert all(host.process.poll() is None for host in hosts), hosts[0].tail() + hosts[1].tail()
         time.sleep(0.2)
     # The first host may be sampling: its own wait begins when it next needs the other.
@@ -221,7 +222,7 @@ def test_the_cable_is_cut_and_the_same_command_continues(hosts, tmp_path):
     assert not (output / "hf").exists()
 
     ip("-n", hosts[1].name, "link", "set", hosts[1].cable, "up")
-    done = max(int(p.name.removeprefix("step_")) for p in (output / "checkpoints").glob("step_??????"))
+    done = max(int(p.name.removeprefix("step_")) for p in saved())
     for host in hosts:
         host.train(output, done + 1, save, TENSOR="2", NPROC_PER_NODE="2", GPUS_PER_NODE="3")
     for host in hosts:
