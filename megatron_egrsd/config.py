@@ -325,9 +325,19 @@ class ParallelConfig:
         return self.tensor * self.pipeline
 
     @property
+    def layer_chunks(self) -> int:
+        """Parts of equal size that the layers are divided into: the chunks of all stages."""
+        return self.pipeline * self.virtual_pipeline
+
+    @property
+    def interleaved(self) -> int | None:
+        """`virtual_pipeline` as megatron-core takes it: None for the plain 1F1B schedule, which has no chunks."""
+        return self.virtual_pipeline if self.virtual_pipeline > 1 else None
+
+    @property
     def round_of_micro_batches(self) -> int:
-        """What their number is a multiple of: the interleaved schedule of a virtual pipeline fills whole rounds."""
-        return self.pipeline if self.virtual_pipeline > 1 else 1
+        """What their number is a multiple of: the interleaved schedule fills whole rounds."""
+        return self.pipeline if self.interleaved else 1
 
 
 @dataclass(frozen=True)

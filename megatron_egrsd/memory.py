@@ -63,7 +63,7 @@ def shard_shapes(arch: Architecture, parallel: ParallelConfig, stage: int) -> li
     The last stage of a tied model holds a copy of the embedding; EP splits only the experts.
     """
     template = _one_layer(arch, parallel.tensor, parallel.expert)
-    layer, layers = "decoder.layers.0.", arch.num_layers // (parallel.pipeline * parallel.virtual_pipeline)
+    layer, layers = "decoder.layers.0.", arch.num_layers // parallel.layer_chunks
     own = [(name.removeprefix(layer), shape) for name, shape in template.items() if name.startswith(layer)]
     chunk = {f"decoder.layers.{i}.{name}": shape for i in range(layers) for name, shape in own}
     chunks = [dict(chunk) for _ in range(parallel.virtual_pipeline)]
@@ -102,9 +102,9 @@ def rank_memory(
         resident["CUDA runtime"] = GPU_RUNTIME_BYTES
 
     in_flight = parallel.pipeline - stage  # 1F1B: forward passes of a stage before its first backward pass
-    if parallel.virtual_pipeline > 1:  # interleaved, of a chunk each: megatron-core's warm-up and one more
+    if parallel.interleaved:  # of a chunk each: megatron-core's warm-up and one more
         in_flight = 2 * (in_flight - 1) + (parallel.virtual_pipeline - 1) * parallel.pipeline + 1
-    layers = arch.num_layers // (parallel.pipeline * parallel.virtual_pipeline)
+    layers = arch.num_layers // parallel.layer_chunks
     is_last = stage == parallel.pipeline - 1
     h = arch.hidden_size // (parallel.tensor if parallel.sequence_parallel else 1)
     layer = layer_activations(arch, parallel.tensor, h, b, place)

@@ -101,7 +101,7 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
     plan.add(
         "layout",
         f"{ranks} ranks = TP {p.tensor} x PP {p.pipeline} x DP {data_parallel}"
-        + (f", VPP {p.virtual_pipeline}" if p.virtual_pipeline > 1 else "")
+        + (f", VPP {p.interleaved}" if p.interleaved else "")
         + (f", EP {p.expert}" if p.expert > 1 else "")
         + (", sequence parallel" if p.sequence_parallel else "")
         + (", distributed optimizer" if p.distributed_optimizer else "")

@@ -12,15 +12,14 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).parents[1]
+from benchmark_runs import CONFIG, ROOT, TRAIN, metrics, run
+
 TINY = ROOT / "examples/tiny/model"
-CONFIG = ["--config", str(ROOT / "examples/configs/tiny_cpu.yaml")]
 PHASES = ("generate", "prepare", "train", "sync", "wait", "step")
 
 
@@ -122,16 +121,10 @@ def measure(system: str, path: Path, case: Case, checkpoint: Path, trl_python: s
             (path / "case.json").write_text(json.dumps(facts), encoding="utf-8")
             command = [trl_python, str(ROOT / "tools/trl_grpo.py"), str(path)]
         else:
-            command = [sys.executable, "-m", "megatron_egrsd.cli", "train", *CONFIG]
-            command += words(settings(case, checkpoint, path) | own)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
-        if done.returncode:
-            last = (done.stderr.strip() or "no message").splitlines()[-1]
-            sys.exit(f"benchmark_end_to_end.py: error: {system} failed: {last}")
+            command = [*TRAIN, *words(settings(case, checkpoint, path) | own)]
+        run(command, threads, system)
         (path / "finished").touch()
-    lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for line in lines if "time/step" in (row := json.loads(line))]
+    return [row for row in metrics(path) if "time/step" in row]
 
 
 def table(name: str, runs: dict[str, list[list[dict]]], case: Case) -> None:

@@ -8,17 +8,15 @@ Both run the demo's configuration, the two modes in turn; runs that are in OUTPU
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
+from benchmark_runs import TRAIN, metrics, run
 from step_time import step_seconds
 
-ROOT = Path(__file__).parents[1]
 MODES = {"on-policy": [], "one step off": ["--rollout.staleness", "1", "--objective.importance_cap", "2"]}
 PHASES = ("generate", "score", "train", "sync", "wait", "step")
 
@@ -26,13 +24,8 @@ PHASES = ("generate", "score", "train", "sync", "wait", "step")
 def train(output: Path, arguments: list[str]) -> list[dict]:
     """The rows of metrics.jsonl of a run; exits with the run's message where it fails."""
     if not (output / "hf").exists():
-        command = [sys.executable, "-m", "megatron_egrsd.cli", "train", "--config", "examples/configs/tiny_cpu.yaml"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*command, "--output", str(output.resolve()), *arguments], cwd=ROOT, env=environment,
-                              text=True, capture_output=True)  # fmt: skip
-        if done.returncode:
-            sys.exit(f"benchmark_overlap.py: error: {output} failed: {(done.stderr or 'no message').splitlines()[-1]}")
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        run([*TRAIN, "--output", str(output.resolve()), *arguments], 1, str(output))
+    return metrics(output)
 
 
 def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:

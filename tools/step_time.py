@@ -90,8 +90,8 @@ def pass_seconds(
     """Seconds of scoring or training `lengths` on `ranks`, without gradient reduction and optimizer.
 
     Training is a forward and a backward pass, with recomputation one more forward pass through the layers; the LM head
-    is three products, and a fourth where its logits were not kept. The pipeline's bubble is
-    (P - 1) / (M V); each of the V chunks of a stage has its fixed cost a micro-batch and sends its rows on.
+    is three products, and a fourth where its logits were not kept. The pipeline's bubble is (P - 1) / (M V); each of
+    the V chunks of a stage has its fixed cost a micro-batch and sends its rows on.
     """
     replicas = ranks // parallel.model_parallel
     factor = (4 if parallel.recompute else 3) if train else 1

@@ -203,7 +203,7 @@ def _state(engine: Engine, step: int, *, loading: bool) -> dict:
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    model = {str(i): chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(engine.chunks)}
+    model = _sharded_chunks(engine, metadata)
     state = {
         "model": model,
         "optimizer": engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
@@ -213,13 +213,15 @@ def _state(engine: Engine, step: int, *, loading: bool) -> dict:
     }
     if engine.config.teacher.weights == "ema" and engine.teacher_weights is not None:
         state["teacher"] = {i: {} for i in model}
-        sharded = {
-            str(i): chunk.sharded_state_dict(prefix="teacher.", metadata=metadata)
-            for i, chunk in enumerate(engine.chunks)
-        }
+        sharded = _sharded_chunks(engine, metadata, "teacher.")
         for (i, name), teacher in zip(_names(engine), engine.teacher_weights, strict=True):
             state["teacher"][i][name] = _with_data(sharded[i][f"teacher.{name}"], teacher)
     return state
+
+
+def _sharded_chunks(engine: Engine, metadata: dict, prefix: str = "") -> dict[str, dict]:
+    """Each chunk's weights with their places in the checkpoint. Its number is no part of a place, only of this key."""
+    return {str(i): c.sharded_state_dict(prefix=prefix, metadata=metadata) for i, c in enumerate(engine.chunks)}
 
 
 def _names(engine: Engine) -> list[tuple[str, str]]:

@@ -105,6 +105,10 @@ class Engine:
         """This rank's, of all its chunks."""
         return itertools.chain.from_iterable(chunk.parameters() for chunk in self.chunks)
 
+    def gradients(self) -> Iterator[torch.Tensor]:
+        """The buffers of this rank's gradients, of all its chunks."""
+        return (b.grad_data for chunk in self.model for b in chunk.buffers + chunk.expert_parallel_buffers)
+
     # -- what is whose ------------------------------------------------------------------------------------------
 
     def partition(self, scored: Seq[int], trained: Seq[int] | None = None) -> list[list[int]]:
@@ -184,8 +188,7 @@ class Engine:
 
     def _gradient_is_finite(self) -> bool:
         """Whether every rank's part of the reduced gradient is; megatron-core itself only looks in fp16."""
-        buffers = (buffer for chunk in self.model for buffer in chunk.buffers + chunk.expert_parallel_buffers)
-        total = sum(buffer.grad_data.sum(dtype=torch.float32) for buffer in buffers)
+        total = sum(gradient.sum(dtype=torch.float32) for gradient in self.gradients())
         bad = (~torch.isfinite(total)).int()
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         return not bad.item()

@@ -44,7 +44,6 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
     """
     on_gpu = torch.cuda.is_available()
     fused = use_transformer_engine(parallel.transformer_engine)
-    interleaved = parallel.virtual_pipeline > 1
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     settings = dict(
         num_layers=arch.num_layers,
@@ -63,10 +62,10 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        virtual_pipeline_model_parallel_size=parallel.interleaved,
         # Batched, the interleaved schedule would mix up what two stages send each other both ways.
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=bool(parallel.interleaved),
+        batch_p2p_comm=not parallel.interleaved,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, dense models included
@@ -129,7 +128,7 @@ def _experts(arch: Architecture, parallel: ParallelConfig, fused: bool) -> dict:
 def build_model(arch: Architecture, config: TransformerConfig, parallel: ParallelConfig) -> list[GPTModel]:
     """This rank's shard of its stage, with weights still undefined: parallel.virtual_pipeline chunks of layers."""
     fused = use_transformer_engine(parallel.transformer_engine)
-    chunks = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]
+    chunks = range(parallel.interleaved) if parallel.interleaved else [None]
     return [
         GPTModel(
             config=config,

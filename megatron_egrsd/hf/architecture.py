@@ -105,11 +105,11 @@ class Architecture:
         for name, size in split.items():
             if size % tensor:
                 raise BadArgument(f"parallel.tensor = {tensor} does not divide the model's {size} {name}")
-        chunks, name = pipeline * parallel.virtual_pipeline, f"parallel.pipeline = {pipeline}"
-        if parallel.virtual_pipeline > 1:
-            name += f" x parallel.virtual_pipeline = {parallel.virtual_pipeline}"
-        if self.num_layers % chunks:
-            raise BadArgument(f"{name} does not divide the model's {self.num_layers} layers")
+        if self.num_layers % parallel.layer_chunks:
+            chunks = f" x parallel.virtual_pipeline = {parallel.interleaved}" if parallel.interleaved else ""
+            raise BadArgument(
+                f"parallel.pipeline = {pipeline}{chunks} does not divide the model's {self.num_layers} layers"
+            )
 
     @property
     def num_parameters(self) -> int:

@@ -43,7 +43,7 @@ def build_shard(arch: Architecture, world_size: int, rank: int, layout: Parallel
         parallel_state.initialize_model_parallel(
             layout.tensor,
             layout.pipeline,
-            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+            layout.interleaved,
             expert_model_parallel_size=layout.expert,
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
@@ -81,10 +81,10 @@ def test_the_shards_of_every_rank_are_the_model(name, world_size, tensor, pipeli
             _check_buffers(chunk, world_size // pipeline, layout)
         if (stage, i) == last_replica:
             continue
-        layers = arch.num_layers // (pipeline * virtual)
-        named = ((i, *pair) for i, chunk in enumerate(chunks) for pair in chunk.named_parameters())
-        for i, local, parameter in named:
-            full = _global_name(local, (i * pipeline + stage) * layers, expert_rank * arch.num_experts // expert)
+        layers = arch.num_layers // layout.layer_chunks
+        named = ((j, *pair) for j, chunk in enumerate(chunks) for pair in chunk.named_parameters())
+        for j, local, parameter in named:
+            full = _global_name(local, (j * pipeline + stage) * layers, expert_rank * arch.num_experts // expert)
             if full == "output_layer.weight" and arch.tied_embeddings:
                 full = "embedding.word_embeddings.weight"  # the last stage's copy overwrites its equal
             found.setdefault(full, {})[tensor_rank] = parameter.detach()

@@ -69,7 +69,7 @@ def _measure(rank, world_size, config, path):
     with Engine(config) as engine:
         learn(engine, rollouts, config)
         weights = list(engine.parameters())
-        gradients = [b.grad_data for chunk in engine.model for b in chunk.buffers + chunk.expert_parallel_buffers]
+        gradients = list(engine.gradients())
         own = {w.untyped_storage().data_ptr() for w in weights}
         optimizers = [o.optimizer for o in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])]
         state = [t for o in optimizers for s in o.state.values() for name, t in s.items() if name != "step"]

@@ -1,0 +1,25 @@
+"""Training runs as processes of their own, for the benchmarks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ["--config", str(ROOT / "examples/configs/tiny_cpu.yaml")]
+TRAIN = [sys.executable, "-m", "megatron_egrsd.cli", "train", *CONFIG]
+
+
+def run(command: list[str], threads: int, name: str) -> None:
+    """To the end of `command`, from the repository; where it fails, exits with the last line that it said."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    if done.returncode:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {name} failed: {last}")
+
+
+def metrics(path: Path) -> list[dict]:
+    """The rows of the metrics.jsonl of the run at `path`."""
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
