@@ -6,6 +6,7 @@
 #
 # Placement is disaggregated: the first NPROC_PER_NODE GPUs of every node train. Without ROLLOUT_URLS the remaining
 # GPUs of the first node run SGLang, started and ended by the first training rank; those of other nodes stay idle.
+# COLOCATED=1, for one node: all GPUs train and run SGLang, in turns.
 #
 # Further words are overrides: bash ... --optimizer.lr 2e-6 --steps 50, or --dry-run. What is not set here or there is in
 # CONFIG. Nothing is downloaded. SIGTERM to any node's script saves and ends all of them with status 0; the same command
@@ -40,8 +41,9 @@ RENDEZVOUS_TIMEOUT="${RENDEZVOUS_TIMEOUT:-900}"  # seconds that nodes wait for e
 
 # Their GPUs.
 ROLLOUT_URLS="${ROLLOUT_URLS:-}"             # servers that already run, separated by commas; empty: launch them here
+COLOCATED="${COLOCATED:-0}"                  # 1: SGLang on the GPUs that train, in turns
 GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
-if [[ -n "$ROLLOUT_URLS" ]]; then
+if [[ -n "$ROLLOUT_URLS" || "$COLOCATED" == 1 ]]; then
     NPROC_PER_NODE="${NPROC_PER_NODE:-$GPUS_PER_NODE}"          # training ranks of each node: all GPUs
 else
     NPROC_PER_NODE="${NPROC_PER_NODE:-$(((GPUS_PER_NODE + 1) / 2))}"  # or half of them, the others sample
@@ -56,6 +58,11 @@ for name in NNODES MASTER_PORT RENDEZVOUS_TIMEOUT SAVE_SECONDS GPUS_PER_NODE NPR
     VIRTUAL_PIPELINE EXPERT ENGINE_TENSOR; do
     positive "$name"
 done
+[[ "$COLOCATED" == [01] ]] || fail "COLOCATED is '$COLOCATED'; it must be 0 or 1"
+if ((COLOCATED)); then
+    ((NNODES == 1)) || fail "COLOCATED=1 is for one node, and NNODES is $NNODES; set ROLLOUT_URLS instead"
+    [[ -z "$ROLLOUT_URLS" ]] || fail "COLOCATED=1 launches its servers, and ROLLOUT_URLS names others; set one of them"
+fi
 if ((NNODES == 1)); then
     NODE_RANK="${NODE_RANK:-0}"
     MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
@@ -93,6 +100,13 @@ ROLLOUT_ARGS=(
 if [[ -n "$ROLLOUT_URLS" ]]; then
     ROLLOUT_ARGS+=(
         --rollout.urls "[\"${ROLLOUT_URLS//,/\",\"}\"]"
+    )
+elif ((COLOCATED)); then
+    ROLLOUT_ARGS+=(
+        --rollout.colocated true
+        --rollout.weight_sync ipc                            # NCCL takes no two processes on one GPU
+        --rollout.engines "$((GPUS_PER_NODE / ENGINE_TENSOR))"
+        --rollout.engine_tensor_parallel "$ENGINE_TENSOR"
     )
 else
     serving=$((GPUS_PER_NODE - NPROC_PER_NODE))

@@ -194,11 +194,15 @@ class RolloutConfig:
         urls: Servers that already run; empty launches `engines` servers on this node.
         engines: Servers to launch.
         engine_tensor_parallel: Tensor-parallel size of each launched server.
+        colocated: The launched servers run on the GPUs of the training ranks, and the two take turns: what one needs
+            the other has moved to host memory, or freed, meanwhile. For one node, with weight_sync ipc or disk
+            (docs/cluster.md).
         host: Address the launched servers listen on.
         port: First port of the launched servers; 0 picks free ones.
         max_concurrent_requests: Requests in flight, over all servers.
         max_total_tokens: Size of a launched server's KV cache in tokens; 0 leaves it to SGLang.
-        weight_sync: Over a process group from the first training rank, or through a directory on disk.
+        weight_sync: Over a process group from the first training rank; by handles to its memory, which servers of the
+            same host open (CUDA IPC, shared memory on CPU); or through a directory on disk.
         sync_bucket_mib: Size of one broadcast bucket.
         verify_sync: Compare every weight in SGLang with the engine's after each synchronisation, bit by bit.
         start_timeout: Seconds until a launched server must be healthy.
@@ -222,11 +226,12 @@ class RolloutConfig:
     urls: list[str] = field(default_factory=list)
     engines: int = 1
     engine_tensor_parallel: int = 1
+    colocated: bool = False
     host: str = "127.0.0.1"
     port: int = 0
     max_concurrent_requests: int = 512
     max_total_tokens: int = 0
-    weight_sync: Literal["distributed", "disk"] = "distributed"
+    weight_sync: Literal["distributed", "ipc", "disk"] = "distributed"
     sync_bucket_mib: int = 512
     verify_sync: bool = False
     start_timeout: float = 600.0
@@ -266,6 +271,19 @@ class RolloutConfig:
             f"rollout.staleness is {self.staleness}; it must be 0 (on-policy) or 1 (the next batch is sampled while "
             "this one trains)",
         )
+        if self.colocated:
+            _require(
+                not self.urls, "rollout.colocated shares GPUs with servers that the run launches; empty rollout.urls"
+            )
+            _require(
+                self.weight_sync != "distributed",
+                'rollout.colocated needs rollout.weight_sync "ipc" or "disk": NCCL takes no two processes on one GPU',
+            )
+            _require(
+                not self.staleness,
+                "rollout.colocated takes turns on one set of GPUs, rollout.staleness samples while they train; choose "
+                "one of the two",
+            )
         _require(0 <= self.port < 65536, f"rollout.port is {self.port}; it must lie in [0, 65535]")
 
     @property

@@ -3,13 +3,16 @@
 import contextlib
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
 from megatron_egrsd.batches import Batch, BatchSampling, check_versions
+from megatron_egrsd.colocation import Apart, Colocation
 from megatron_egrsd.config import Config
 from megatron_egrsd.console import RunLog
 from megatron_egrsd.engine import checkpoint
@@ -21,12 +24,14 @@ from megatron_egrsd.preemption import Preemption
 from megatron_egrsd.report import plot_frontier, read_evaluations, summary_table
 from megatron_egrsd.rewards import load_reward
 from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.server_memory import ServerMemory
 from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
 from megatron_egrsd.rollout.weight_sync import WeightSync
 from megatron_egrsd.samples import Prompt, Rollout, load_replay, save_rollouts
 from megatron_egrsd.sampling import Sampler, summarize
 from megatron_egrsd.scores import Record, gather_scores, save_scores, scored_rollouts
 
+T = TypeVar("T")
 # Why an update was skipped: learn's metric, and what to tell the user.
 _SKIPPED = {
     "skipped/log_prob": "a log-prob, SGLang's or the engine's, is not finite",
@@ -60,6 +65,7 @@ class FirstRank:
         self.stack = contextlib.ExitStack()
         try:
             self.resumed = on_first_rank(self._checkpoint_to_resume)
+            self.turns = self._placement()
             on_first_rank(self._start)
         except BaseException:
             self.stack.close()
@@ -72,6 +78,9 @@ class FirstRank:
         if path is not None and checkpoint.step_of(path) >= self.config.steps:
             raise BadArgument(f"{path} is the end of a run of {self.config.steps} steps; raise steps to train on")
         return path
+
+    def _placement(self) -> Colocation | Apart:
+        return Colocation(self.engine) if self.config.rollout.colocated else Apart()
 
     def _start(self) -> None:
         if self.config.checkpoint.resume:
@@ -98,6 +107,7 @@ class FirstRank:
             RolloutServers(config, self.config.model, seed % 2**31, self.output / "logs")
         )
         self.sync = WeightSync(self.servers, config, self.engine.device, self.output)
+        self.turns.memory = ServerMemory(self.sync.control)
         self.stack.callback(self.sync.close)
         client = RolloutClient(self.servers, config, [self.tokenizer.eos_token_id], self._check)
         reward = load_reward(self.config.data.reward, self.config.data.reward_timeout)
@@ -135,6 +145,7 @@ class FirstRank:
             if self.config.rollout.urls:  # servers of somebody else's: who knows what they hold
                 self.push_weights(0)
             return 0
+        self.turns.training()
         step = checkpoint.load(self.engine, self.resumed)
         self.push_weights(step)
         self._say(f"continuing from {self.resumed}")
@@ -142,6 +153,7 @@ class FirstRank:
 
     def save(self, step: int) -> Path:
         """A checkpoint of the state after `step` steps, with the metrics so far."""
+        self.turns.training()
         accuracies = [e["accuracy"] for e in self.evaluations]
         best = on_first_rank(
             lambda: bool(accuracies) and self.evaluations[-1]["step"] == step and accuracies[-1] == max(accuracies)
@@ -156,6 +168,7 @@ class FirstRank:
     def stopped(self, error: RunError, step: int) -> RunError:
         """Save the state after `step` steps, and say in the error how to continue."""
         try:
+            self.turns.end()
             if self.unreported:  # its weights did not reach SGLang, but it was made
                 self.report(*self.unreported)
             path = self.save(step)
@@ -174,14 +187,20 @@ class FirstRank:
 
         Servers that die meanwhile are replaced; what is missing then is sampled with the weights of `step`.
         """
+        batch = self._sampled(lambda: self._finished_batch(prompts, step), step)
+        check_versions(batch.rollouts, step, self.config.rollout.staleness)
+        self.turns.training()
+        return batch
+
+    def _sampled(self, sample: Callable[[], T], version: int) -> T:
+        """What `sample` returns on the first rank, with servers that hold the weights of `version`."""
+        if self.turns.turn == "training":  # they gave them up, for a checkpoint
+            self.push_weights(version)
         while True:
             try:
-                batch = on_first_rank(lambda: self._finished_batch(prompts, step))
-                break
+                return on_first_rank(sample)
             except ServersLost:  # they are starting again; every rank has a part of the weights they need
-                self.push_weights(step)
-        check_versions(batch.rollouts, step, self.config.rollout.staleness)
-        return batch
+                self.push_weights(version)
 
     def sample_ahead(self, prompts: list[Prompt], step: int) -> None:
         """One step off: begin the batch of `step` with the weights that SGLang holds. Nothing where on-policy."""
@@ -211,21 +230,20 @@ class FirstRank:
 
     def _sample(self, prompts: list[Prompt], n: int, temperature: float, version: int) -> list[Rollout]:
         done: dict = {}  # what was sampled survives the servers
-        while True:
-            try:
-                return on_first_rank(lambda: self.sampler.sample(prompts, n, temperature, done))
-            except ServersLost:
-                self.push_weights(version)
+        return self._sampled(lambda: self.sampler.sample(prompts, n, temperature, done), version)
 
     def push_weights(self, version: int) -> None:
         """The engine's weights into SGLang; every rank streams its part. RunError names what did not arrive."""
         while True:
             try:
+                self.turns.transfer()
                 on_first_rank_while(lambda weights: self.sync.push(weights, version), self.engine.export_weights())
                 if self.config.rollout.verify_sync:
                     on_first_rank_while(lambda weights: self.sync.verify(weights), self.engine.export_weights())
+                self.turns.sampling()
                 return
             except ServersLost as lost:  # their successors need all of them
+                self.turns.give_way()
                 self._say(f"the weights did not arrive: {lost}; sending them again")
 
     # -- the log ------------------------------------------------------------------------------------------------
@@ -289,6 +307,7 @@ class FirstRank:
 
     def finish(self) -> None:
         """The final Hugging Face checkpoint, the table and the plot."""
+        self.turns.training()
         model, target = self.config.model.path, self.output / "hf"
         on_first_rank_while(lambda weights: save_hf(weights, model, target), self.engine.export_weights())
         if self.engine.is_first_rank:
@@ -305,6 +324,9 @@ class Replay(FirstRank):
 
     def _start_servers(self) -> None:
         print(f"rollouts: replayed from {self.config.replay}, without SGLang", flush=True)
+
+    def _placement(self) -> Apart:
+        return Apart()
 
     def push_weights(self, version: int) -> None:
         """There is no SGLang."""

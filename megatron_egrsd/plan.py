@@ -169,6 +169,11 @@ def _add_memory(
         lightest = min(others, key=lambda m: m.total)
         plan.add("", f"  the other stages need less, rank {lightest.rank} (stage {lightest.stage}) the least: "
                      f"{readable(lightest.total)}")  # fmt: skip
+    if config.rollout.colocated:
+        names = worst.resident.keys() - {"gradients (fp32)", "CUDA runtime"}
+        host = sum(worst.resident[name] for name in names)
+        plan.add("", f"  {'in host memory while SGLang samples':<45}{readable(host):>12}, "
+                     f"{readable(host * ranks)} for {ranks} ranks")  # fmt: skip
     if gpu_memory and worst.total > gpu_memory:
         plan.refusals.append(
             f"rank {worst.rank} needs {readable(worst.total)} where a GPU has {readable(gpu_memory)}; "
@@ -222,7 +227,8 @@ def _add_servers(plan: Plan, config: Config, arch: Architecture, prompts, gpu_me
 
     ports = [r.port + i for i in range(r.engines)] if r.port else []
     where = f"ports {ports[0]} to {ports[-1]}" if ports else "free ports"
-    plan.add("rollouts", f"{r.engines} SGLang server(s) of TP {r.engine_tensor_parallel} on {r.host}, {where}")
+    turns = ", in turns with the training ranks on their GPUs" if r.colocated else ""
+    plan.add("rollouts", f"{r.engines} SGLang server(s) of TP {r.engine_tensor_parallel} on {r.host}, {where}{turns}")
     if ports and ports[-1] > 65535:
         plan.refusals.append(f"rollout.port = {r.port} leaves no ports for {r.engines} servers")
         ports = []

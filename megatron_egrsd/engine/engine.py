@@ -27,6 +27,7 @@ from megatron_egrsd.config import Config
 from megatron_egrsd.data.packing import MicroBatch, Sequence, balance_passes, pack, schedule
 from megatron_egrsd.engine import distributed
 from megatron_egrsd.engine.model import build_model, transformer_config
+from megatron_egrsd.engine.offload import Shelf, without
 from megatron_egrsd.engine.optimizer import build_optimizer
 from megatron_egrsd.engine.weights import export_hf, load_hf
 from megatron_egrsd.errors import BadUpdate
@@ -89,6 +90,9 @@ class Engine:
             # The moving average is kept in fp32: in bf16 a step of (1 - decay) would round away.
             kept = torch.float32 if config.teacher.weights == "ema" else dtype
             self.teacher_weights = [p.detach().to(kept, copy=True) for p in self.parameters()]
+        self._weights = Shelf(self.parameters)
+        self._gradients = Shelf(self.gradients, contents=False)
+        self._state = Shelf(self._training_state)
 
     def __enter__(self) -> "Engine":
         return self
@@ -108,6 +112,33 @@ class Engine:
     def gradients(self) -> Iterator[torch.Tensor]:
         """The buffers of this rank's gradients, of all its chunks."""
         return (b.grad_data for chunk in self.model for b in chunk.buffers + chunk.expert_parallel_buffers)
+
+    def _training_state(self) -> list[torch.Tensor]:
+        """What the optimizer holds beside the weights themselves, and the teacher's weights, where they are its own."""
+        optimizers = [o.optimizer for o in getattr(self.optimizer, "chained_optimizers", [self.optimizer])]
+        main = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        moments = [t for o in optimizers for state in o.state.values() for t in state.values()]
+        tensors = [t for t in (*main, *moments) if isinstance(t, torch.Tensor) and t.device == self.device]
+        return without(tensors, self.parameters()) + (self.teacher_weights or [])
+
+    # -- turns on the device ------------------------------------------------------------------------------------
+
+    def offload(self, *, keep_weights: bool = False) -> None:
+        """Hand the device's memory back: weights (unless kept), optimizer and teacher wait in host memory.
+
+        Nothing but `reload`, and with the weights kept `export_weights`, may be called until it is there again.
+        """
+        self._gradients.put()
+        self._state.put()
+        if not keep_weights:
+            self._weights.put()
+
+    def reload(self, *, only_weights: bool = False) -> None:
+        """Take what `offload` put away back to the device, bit for bit."""
+        self._weights.take()
+        if not only_weights:
+            self._state.take()
+            self._gradients.take()
 
     # -- what is whose ------------------------------------------------------------------------------------------
 

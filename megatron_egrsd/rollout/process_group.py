@@ -26,6 +26,11 @@ def address_towards(url: str) -> str:
         return probe.getsockname()[0]
 
 
+def is_local(url: str) -> bool:
+    """Whether the host of `url` is this one: towards itself, a host uses the very address."""
+    return socket.gethostbyname(urlsplit(url).hostname) == address_towards(url)
+
+
 class BroadcastGroup:
     """Rank 0 of a group of `world_size`; the servers hold the other ranks.
 

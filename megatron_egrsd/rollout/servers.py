@@ -44,6 +44,7 @@ class Server:
         self.log = log
         self.children: list[psutil.Process] = []  # known once it is healthy
         self.lost = ""  # why it does not count, until it has the current weights again
+        self.released: set[str] = set()  # parts of its GPU memory (server_memory.py)
 
     def ended(self) -> str:
         """Why a launched server has ended: exit code or ended process, last error line and log path; "" if it runs."""
@@ -202,7 +203,7 @@ class RolloutServers:
             server.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output,
                                               stderr=subprocess.STDOUT, env=environment,
                                               start_new_session=True)  # fmt: skip
-        server.log, server.children = log, []
+        server.log, server.children, server.released = log, [], set()
 
     def await_health(self, servers: list[Server] | None = None) -> None:
         """Return when these servers (all) are healthy; RunError if one ends or `config.start_timeout` passes."""
@@ -274,6 +275,8 @@ def server_command(config: RolloutConfig, model: ModelConfig, seed: int, port: i
             "sleep-on-idle": True,  # the scheduler polls: on few cores it would take one from training
             "max-running-requests": config.max_concurrent_requests,
         }
+    elif config.colocated:
+        arguments["enable-memory-saver"] = True  # what release_memory_occupation needs
     arguments |= {name.replace("_", "-"): value for name, value in config.server_args.items()}
     if device == "cpu":
         arguments.pop("base-gpu-id", None)  # SGLang would take it for a NUMA node

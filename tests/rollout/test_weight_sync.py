@@ -1,15 +1,18 @@
 """Weights into a real server: they arrive bit by bit, and whatever keeps them from it is named in time."""
 
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_egrsd.errors import RunError
-from megatron_egrsd.rollout import weight_sync
+from megatron_egrsd.rollout import tensor_handles, weight_sync
+from megatron_egrsd.rollout.control import Control
 from megatron_egrsd.rollout.process_group import BroadcastGroup
 from megatron_egrsd.rollout.weight_sync import WeightSync
-from tests.rollout.conftest import largest_difference, load_hf, named_tensors, rollout_config
+from tests.rollout.conftest import largest_difference, load_hf, named_tensors, rollout_config, wait_until
 
 pytestmark = pytest.mark.timeout(200)
 PROMPTS = [[7, 8, 9], [10] * 20, [11]]
@@ -53,6 +56,43 @@ def test_disk_transport(servers, client, model_directory, tmp_path):
     assert largest_difference(hf, PROMPTS, client.generate(PROMPTS, 2), 1.0) < 1e-5
 
 
+def test_handles_to_shared_memory(servers, client, model_directory, monkeypatch):
+    """Nothing but names and addresses goes through HTTP, and no shared memory stays behind."""
+    before, bodies = shared_memory(), []
+    request = Control.request
+    monkeypatch.setattr(Control, "request", lambda self, *a: bodies.append(str(a)) or request(self, *a))
+    ipc = WeightSync(servers, rollout_config(weight_sync="ipc"), "cpu")
+    for version in (3, 4):
+        hf = changed(model_directory, version)
+        tensors = named_tensors(hf)
+        ipc.push(iter(tensors), version)
+        ipc.verify(tensors)
+        assert largest_difference(hf, PROMPTS, client.generate(PROMPTS, 2), 1.0) < 1e-5
+    ipc.close()
+    assert sum(map(len, bodies)) < 40_000 < sum(t.nbytes for _, t in tensors)
+    assert wait_until(lambda: shared_memory() == before, 5)
+
+
+def test_handles_for_another_host_are_refused(servers, monkeypatch):
+    monkeypatch.setattr(weight_sync, "is_local", lambda url: False)
+    with pytest.raises(RunError, match=r'weight_sync is "ipc", .* is another host; choose "distributed" or "disk"'):
+        WeightSync(servers, rollout_config(weight_sync="ipc"), "cpu")
+
+
+def test_too_little_shared_memory_is_one_sentence(servers, model_directory, monkeypatch):
+    """Writing beyond it would end the process with SIGBUS."""
+    ipc = WeightSync(servers, rollout_config(weight_sync="ipc"), "cpu")
+    monkeypatch.setattr(tensor_handles.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(RunError, match=r"/dev/shm has 0 MiB left .* lower rollout.sync_bucket_mib"):
+        ipc.push(named_tensors(load_hf(model_directory)), 5)
+    ipc.control.on_all("end_weight_update", {})
+    ipc.close()
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("torch_*")}
+
+
 def test_a_tensor_corrupted_on_its_way_is_named(sync, model_directory, monkeypatch):
     """One flipped bit in one bucket, after the engine and before the server."""
     tensors = named_tensors(changed(model_directory, 4))
@@ -92,9 +132,9 @@ def test_wrong_version_is_named(sync, monkeypatch):
 def test_a_refused_bucket_is_one_sentence_at_once(servers, sync, model_directory, monkeypatch):
     """Without begin_weight_update SGLang answers 400 and takes no part in the broadcast: nobody may wait for it."""
     tensors = named_tensors(changed(model_directory, 8))
-    on_all = WeightSync._on_all
+    on_all = Control.on_all
     skip = ("begin_weight_update",)
-    monkeypatch.setattr(WeightSync, "_on_all", lambda self, e, *a, **k: e in skip or on_all(self, e, *a, **k))
+    monkeypatch.setattr(Control, "on_all", lambda self, e, *a, **k: e in skip or on_all(self, e, *a, **k))
     start = time.monotonic()
     with pytest.raises(RunError, match=r"update_weights_from_distributed refused with HTTP 400: .*begin_weight_update"):
         sync.push(tensors, 8)
@@ -106,7 +146,7 @@ def test_a_refused_bucket_is_one_sentence_at_once(servers, sync, model_directory
 
 def test_servers_that_do_not_join_are_an_error_within_the_timeout(servers, monkeypatch):
     monkeypatch.setattr(weight_sync, "address_towards", lambda url: "127.0.0.1")
-    request = WeightSync._request
+    request = Control.request
 
     def deaf(self, method, url, endpoint, body=None):
         if endpoint == "init_weights_update_group":
@@ -114,7 +154,7 @@ def test_servers_that_do_not_join_are_an_error_within_the_timeout(servers, monke
             return {"success": True}
         return request(self, method, url, endpoint, body)
 
-    monkeypatch.setattr(WeightSync, "_request", deaf)
+    monkeypatch.setattr(Control, "request", deaf)
     start = time.monotonic()
     with pytest.raises(RunError, match=r"weight group of 2 ranks did not form"):
         WeightSync(servers, rollout_config(sync_timeout=3.0), "cpu")

@@ -60,6 +60,9 @@ def test_scripts_are_bash(script):
         ({"NNODES": "two"}, "NNODES is 'two'"),
         ({"NPROC_PER_NODE": "6"}, "6 training GPUs do not divide"),
         ({"NPROC_PER_NODE": "8"}, "leaves no 1 for SGLang"),
+        ({"COLOCATED": "yes"}, "COLOCATED is 'yes'"),
+        ({"COLOCATED": "1", "NNODES": "2", "NODE_RANK": "0"}, "COLOCATED=1 is for one node, and NNODES is 2"),
+        ({"COLOCATED": "1", "ROLLOUT_URLS": "http://a:1"}, "COLOCATED=1 launches its servers, and ROLLOUT_URLS"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
 )
@@ -107,6 +110,12 @@ def test_external_servers_leave_every_gpu_to_training(started):
     assert launch[launch.index("--node-rank") + 1] == "1" and launch[launch.index("--nproc-per-node") + 1] == "8"
     assert config.rollout.urls == ["http://a:1", "http://b:2"] and config.rollout.server_args == {}
     assert config.check_world(16) == 2
+
+
+def test_colocated_servers_share_every_gpu_with_the_training_ranks(started):
+    launch, config = started(RUN_8B, COLOCATED="1", ENGINE_TENSOR="2")
+    assert launch[launch.index("--nproc-per-node") + 1] == "8" and config.rollout.engines == 4
+    assert config.rollout.colocated and config.rollout.weight_sync == "ipc" and config.rollout.server_args == {}
 
 
 def test_dry_run_is_one_process_for_every_rank(tmp_path):

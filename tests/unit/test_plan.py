@@ -121,6 +121,23 @@ def test_servers_that_cannot_hold_one_response(model):
     assert not refusals(plan, "longest response")
 
 
+def test_colocated_ranks_say_what_waits_in_host_memory(model):
+    words = ["--rollout.colocated", "true", "--rollout.weight_sync", "ipc"]
+    plan = resolve(config_8b(model("Qwen3-8B"), *words), PROMPTS, [], 8, 80 * GIB)
+    [line] = [line for line in plan.lines if "in host memory" in line]
+    held = 8_190_735_360 / 4 * (2 + 12 / 2) / GIB  # TP 4, DP 2: bf16 weights, a half of fp32 weights and moments
+    assert float(line.split()[-7]) == pytest.approx(held, rel=0.001) and "for 8 ranks" in line, line
+    assert any("in turns with the training ranks" in line for line in plan.lines)
+
+
+def test_several_nodes_are_not_colocated(model, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    words = ["--rollout.colocated", "true", "--rollout.weight_sync", "ipc", "--data.train"]
+    with pytest.raises(BadArgument, match="8 of 16 training ranks are on this one; give SGLang GPUs of its own"):
+        print_plan(config_8b(model("Qwen3-8B"), *words, str(ROOT / "examples/tiny/train.jsonl")))
+
+
 def test_ports_that_are_taken(model):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

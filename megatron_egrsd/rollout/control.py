@@ -1,0 +1,102 @@
+"""Administrative requests to the servers, to all of them at once and under one deadline."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import httpx
+
+from megatron_egrsd.errors import RunError
+from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
+
+
+class Control:
+    """Whatever is not generation: weights, versions, memory. Used by one process.
+
+    Args:
+        servers: All of them are asked; the end of one is noticed while the others answer.
+        timeout: Seconds from `start_clock` until nothing more is waited for.
+    """
+
+    def __init__(self, servers: RolloutServers, timeout: float):
+        self.servers, self.timeout = servers, timeout
+        self._http = httpx.Client(timeout=timeout, trust_env=False, headers=servers.headers)
+        self._threads = ThreadPoolExecutor(len(servers.urls), thread_name_prefix="control")
+        self.start_clock()
+
+    def start_clock(self) -> float:
+        """The present time, from which the timeout counts."""
+        now = time.monotonic()
+        self.deadline = now + self.timeout
+        return now
+
+    def on_all(self, endpoint: str, body: dict | list[dict | None],
+               meanwhile: Callable[[Callable[[], None]], None] | None = None) -> list[dict[str, Any]]:  # fmt: skip
+        """POST to every server at once, and run `meanwhile` until they answer; the first failure is raised.
+
+        A list holds a body for each server, None for one that is not asked. `meanwhile` is given a function that raises
+        when a request has failed: then nobody will take part.
+
+        Raises:
+            ServersLost: A server has ended, hangs or answers with something else than SGLang would.
+            RunError: A server refused.
+        """
+        bodies = body if isinstance(body, list) else [body] * len(self.servers.urls)
+        requests = [self._threads.submit(self.request, "POST", url, endpoint, b)
+                    for url, b in zip(self.servers.urls, bodies, strict=True) if b is not None]  # fmt: skip
+        if meanwhile is not None:
+            try:
+                meanwhile(lambda: _raise_failed(requests))
+            except RunError as error:
+                wait(requests, timeout=1.0)  # a refusal explains more than the broadcast that it broke
+                _raise_failed(requests)
+                self._check_alive()
+                raise ServersLost(str(error)) from error
+        while wait(requests, timeout=0.2).not_done:
+            _raise_failed(requests)
+            self._check_alive()
+        return [request.result() for request in requests]
+
+    def request(self, method: str, url: str, endpoint: str, body: dict | None = None) -> dict[str, Any]:
+        """One server's answer, {} where it is empty; raises as `on_all` does."""
+        remaining = self.deadline - time.monotonic()
+        try:
+            response = self._http.request(method, f"{url}/{endpoint}", json=body, timeout=max(0.1, remaining))
+        except httpx.TimeoutException:
+            raise ServersLost(f"{url}/{endpoint} did not answer within rollout.sync_timeout = "
+                              f"{self.timeout:g} s") from None  # fmt: skip
+        except httpx.TransportError as error:
+            reason = error or type(error).__name__
+            raise ServersLost(f"{url}/{endpoint} failed: {reason}; is the server alive?") from error
+        try:
+            answer = (response.json() if "json" in response.headers.get("content-type", "") else None) or {}
+        except ValueError:
+            raise ServersLost(f"{url}/{endpoint} answered with something that is not JSON") from None
+        if response.status_code != 200 or answer.get("success") is False:
+            reason = answer.get("message") or response.text[:300]
+            raise RunError(f"{url}/{endpoint} refused with HTTP {response.status_code}: {reason}")
+        return answer
+
+    def tell(self, endpoint: str, body: dict, timeout: float) -> None:
+        """POST to one server after the other, whether or not they are still there to hear it."""
+        for url in self.servers.urls:
+            with contextlib.suppress(httpx.HTTPError):  # a server that is ending
+                self._http.post(f"{url}/{endpoint}", json=body, timeout=timeout)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._http.close()
+
+    def _check_alive(self) -> None:
+        try:
+            self.servers.check_alive()
+        except RunError as error:
+            raise ServersLost(str(error)) from None
+
+
+def _raise_failed(requests: list[Future]) -> None:
+    for request in requests:
+        if request.done():
+            request.result()

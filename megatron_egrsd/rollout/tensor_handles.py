@@ -1,0 +1,42 @@
+"""Tensors shared with servers of this host by handle: CUDA IPC on GPUs, shared memory on CPU.
+
+What travels is a pickle in torch.multiprocessing's format, which SGLang reads through its allow-list of harmless types.
+It holds addresses, not contents: some kilobytes for any model.
+"""
+
+import base64
+import io
+import shutil
+from multiprocessing.reduction import ForkingPickler
+
+import torch
+import torch.multiprocessing as torch_mp
+
+from megatron_egrsd.errors import RunError
+
+NamedTensors = list[tuple[str, torch.Tensor]]
+_SHARED_MEMORY = "/dev/shm"
+
+
+def share(bucket: NamedTensors, device: torch.device) -> tuple[str, torch.Tensor]:
+    """(handles of `bucket` in base64, the one buffer behind them). Keep the buffer until the servers have answered.
+
+    The tensors, of one type, are copied side by side into memory on `device` that other processes can open. RunError
+    where that is the host's and does not fit: the kernel would kill the process that writes to it.
+    """
+    size, free = sum(t.nbytes for _, t in bucket), shutil.disk_usage(_SHARED_MEMORY).free
+    if device.type == "cpu" and size > free:
+        raise RunError(f"{_SHARED_MEMORY} has {free >> 20} MiB left for a weight bucket of {size >> 20} MiB; lower "
+                       "rollout.sync_bucket_mib, or give the container more (docker run --shm-size)")  # fmt: skip
+    flat = torch.cat([t.detach().to(device).reshape(-1) for _, t in bucket])
+    parts = flat.split([t.numel() for _, t in bucket])
+    views = [(name, part.view(t.shape)) for (name, t), part in zip(bucket, parts, strict=True)]
+    # By file name, not by descriptor: that can only be passed on to a process of our own.
+    strategy = torch_mp.get_sharing_strategy()
+    torch_mp.set_sharing_strategy("file_system")
+    try:
+        pickled = io.BytesIO()
+        ForkingPickler(pickled).dump(views)
+    finally:
+        torch_mp.set_sharing_strategy(strategy)
+    return base64.b64encode(pickled.getvalue()).decode(), flat

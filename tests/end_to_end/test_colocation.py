@@ -1,0 +1,107 @@
+"""Engine and SGLang in turns on one device. Real servers, real ranks, real faults; on CPU SGLang frees nothing."""
+
+import signal
+
+import pytest
+
+from megatron_egrsd.config import parse_config
+from tests.end_to_end.test_train import descendants_with, metrics, run
+from tests.faults.runs import MODEL, ROOT, Run, kill, steps
+from tests.ranks import run_ranks
+
+COLOCATED = {
+    "rollout.colocated": "true",
+    "rollout.weight_sync": "ipc",
+    "rollout.verify_sync": "true",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("transport", ["ipc", "disk"])
+def test_the_engine_is_away_while_sglang_samples(transport, tmp_path):
+    """With evaluations and checkpoints between the turns, every weight arrives and every log-prob agrees."""
+    parallel = {"parallel.tensor": 2, "parallel.distributed_optimizer": "true", "teacher.weights": "ema"}
+    settings = COLOCATED | parallel | {"rollout.weight_sync": transport, "rollout.engines": 2}
+    settings |= {"checkpoint.every": 2, "evaluation.every": 2, "optimizer.updates_per_batch": 2}
+    done = run(tmp_path / "run", ranks=2, timeout=500, steps=4, **settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = metrics(tmp_path / "run")
+    assert [m["step"] for m in rows if "evaluation/accuracy" in m] == [0, 2, 4]
+    trained = [m for m in rows if "loss/policy" in m]
+    assert len(trained) == 4 and all(m["sync/log_prob_difference"] < 1e-5 for m in trained)
+    assert (tmp_path / "run/hf/model.safetensors").exists()
+    assert not descendants_with(str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_faults_end_or_continue(tmp_path):
+    """Two ranks; the only server is killed, then SIGTERM, then too many lost servers, then the end."""
+    output, settings = tmp_path / "run", COLOCATED | {"parallel.tensor": 2, "rollout.start_timeout": 300}
+    with Run(output, ranks=2, steps=40, **settings) as first:
+        first.await_step(2, timeout=400)
+        for process in first.find("rollout.launch")[:1]:
+            kill(process)
+        first.await_step(max(steps(output)) + 3, timeout=400)
+        kill(first.ranks()[1], signal.SIGTERM)
+        assert first.finish(120) == 0 and "resumable" in first.last_word(), first.text()
+    stopped = max(steps(output))
+    with Run(output, ranks=2, steps=stopped + 30, **settings, **{"rollout.max_restarts": 0}) as second:
+        second.await_step(stopped + 3, timeout=400)
+        for process in second.find("rollout.launch")[:1]:
+            kill(process)
+        assert second.finish(120) == 1, second.text()
+        assert "rollout.max_restarts); resumable: step" in second.text()
+    ended = max(steps(output))
+    with Run(output, ranks=2, steps=ended + 2, **settings) as third:
+        assert third.finish(300) == 0, third.text()
+    assert max(steps(output)) == ended + 2
+    assert not descendants_with(str(tmp_path))
+
+
+def _kill_in_every_turn(rank, world_size, config) -> list[tuple[str, float]]:
+    """(turn in which the server was killed, difference of the log-probs sampled after it)."""
+    from megatron_egrsd.engine.engine import Engine
+    from megatron_egrsd.first_rank import FirstRank
+    from megatron_egrsd.learn import learn
+    from megatron_egrsd.preemption import Preemption
+    from megatron_egrsd.train import prepare
+
+    prompts, _, tokenizer = prepare(config)
+    seen = []
+    with (
+        Engine(config) as engine,
+        Preemption() as preemption,
+        FirstRank(config, engine, tokenizer, preemption) as first,
+    ):
+
+        def step(number: int) -> float:
+            metrics = learn(engine, first.batch(prompts, number).rollouts, config)
+            return metrics["sync/log_prob_difference"]
+
+        assert step(0) < 1e-5  # which leaves the turn to training
+        kill(first.servers.servers[0].process)
+        first.push_weights(1)
+        seen.append(("training", step(1)))
+        first.turns.transfer()
+        kill(first.servers.servers[0].process)
+        first.push_weights(2)
+        kill(first.servers.servers[0].process)
+        seen.append(("transfer, sampling", step(2)))
+        kill(first.servers.servers[0].process)
+        path = first.save(3)  # needs the device, which the servers that start again would take
+        assert path.is_dir()
+        seen.append(("training, saved", step(3)))
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_server_is_killed_in_every_turn(tmp_path):
+    words = ["--config", str(ROOT / "examples/configs/tiny_cpu.yaml"), "--model.path", str(MODEL)]
+    words += ["--data.train", str(ROOT / "examples/tiny/train.jsonl"), "--output", str(tmp_path / "run")]
+    words += ["--rollout.prompts_per_step", "4", "--rollout.rollouts_per_prompt", "4", "--steps", "9"]
+    config = parse_config(words + [word for key, value in COLOCATED.items() for word in (f"--{key}", value)])
+    [seen] = run_ranks(_kill_in_every_turn, 1, config, timeout=500)
+    assert len(seen) == 3 and all(difference < 1e-5 for _, difference in seen), seen

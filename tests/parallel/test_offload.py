@@ -1,0 +1,107 @@
+"""The engine's memory goes and comes back: nothing of it is left on the device, and training never notices."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_egrsd.config import ModelConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.engine.offload import Shelf, without
+from megatron_egrsd.samples import load_rollouts, save_rollouts
+from tests.models import make_qwen3
+from tests.parallel.test_layouts import _config, _rollouts
+from tests.ranks import run_ranks
+
+
+def _held(engine) -> int:
+    """Bytes of all storages that parameters, gradients, optimizer and teacher have."""
+    optimizers = [o.optimizer for o in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])]
+    state = [t for o in optimizers for s in o.state.values() for name, t in s.items() if name != "step"]
+    main = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    tensors = [*engine.parameters(), *engine.gradients(), *state, *main, *(engine.teacher_weights or [])]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _train(rank, world_size, config, path, turns):
+    """Final weights after three steps, with the engine off the device between them where `turns`."""
+    from megatron_egrsd.engine.engine import Engine
+    from megatron_egrsd.learn import learn
+
+    rollouts = load_rollouts(path)
+    with Engine(config) as engine:
+        for _ in range(config.steps):
+            if turns:
+                full, weights = _held(engine), {name: t.clone() for name, t in engine.export_weights()}
+                engine.offload(keep_weights=True)
+                assert full > _held(engine) > 0
+                engine.offload()
+                assert _held(engine) == 0
+                engine.offload()  # twice is once
+                engine.reload(only_weights=True)
+                for name, tensor in engine.export_weights():
+                    assert torch.equal(tensor, weights[name]), name
+                engine.reload()
+                assert _held(engine) == full
+            metrics = learn(engine, rollouts, config)
+        weights = {name: tensor.float().numpy().copy() for name, tensor in engine.export_weights()}
+    return metrics["loss/policy"], weights
+
+
+LAYOUTS = {
+    "fp32": (1, "float32", {}, "live"),
+    "bf16, moving average": (1, "bfloat16", {}, "ema"),
+    "DP2 distributed optimizer": (2, "float32", {"distributed_optimizer": True}, "frozen"),
+    "TP2": (2, "bfloat16", {"tensor": 2, "sequence_parallel": True, "distributed_optimizer": True}, "ema"),
+    "PP2 VPP2": (2, "bfloat16", {"pipeline": 2, "virtual_pipeline": 2, "overlap_grad_reduce": True}, "live"),
+}
+SLOW = {"TP2", "PP2 VPP2"}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS])
+def test_training_is_the_same_bit_for_bit(name, tmp_path):
+    ranks, dtype, parallel, teacher = LAYOUTS[name]
+    model = make_qwen3(tmp_path / "model")
+    save_rollouts(_rollouts(), tmp_path / "rollouts.jsonl")
+    config = dataclasses.replace(
+        _config(model, teacher=TeacherConfig(weights=teacher)),
+        model=ModelConfig(path=str(model), dtype=dtype),
+        parallel=ParallelConfig(max_tokens_per_microbatch=256, **parallel),
+    )
+    stayed, moved = (run_ranks(_train, ranks, config, tmp_path / "rollouts.jsonl", turns) for turns in (False, True))
+    assert stayed[0][0] == moved[0][0]
+    for weight, expected in stayed[0][1].items():
+        assert (moved[0][1][weight] == expected).all(), weight
+
+
+def test_views_share_what_comes_back():
+    whole = torch.arange(10.0)
+    part = whole[2:5]
+    shelf = Shelf(lambda: [whole, part])
+    shelf.put()
+    assert whole.untyped_storage().nbytes() == 0
+    shelf.take()
+    part += 1
+    assert whole.tolist() == [0, 1, 3, 4, 5, 5, 6, 7, 8, 9]
+    assert not without([part], [whole])
+
+
+def test_what_numpy_has_seen_stays():
+    whole = torch.arange(10.0)
+    assert whole.numpy().sum() == 45
+    shelf = Shelf(lambda: [whole])
+    shelf.put()
+    shelf.take()
+    assert whole.sum() == 45
+
+
+def test_a_tensor_made_in_the_place_of_another_gets_its_own_copy():
+    """A loaded checkpoint replaces Adam's moments, perhaps by others at the same address."""
+    tensors = [torch.zeros(1000)]
+    shelf = Shelf(lambda: tensors)
+    for size in (1000, 500, 2000, 500):
+        tensors[0] = None
+        tensors[0] = torch.full((size,), float(size))
+        shelf.put()
+        shelf.take()
+        assert torch.equal(tensors[0], torch.full((size,), float(size)))

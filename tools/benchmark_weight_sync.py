@@ -1,0 +1,72 @@
+#!/usr/bin/env python3
+"""Seconds to push a model's weights into one SGLang server, by every transport in turn, against one copy in memory.
+
+    python tools/benchmark_weight_sync.py [--layers 4] [--rounds 5] [--gpu]
+
+The model has Qwen3-0.6B's sizes but for its layers, and random bf16 weights. On a GPU the first push warms up.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from benchmark_convert import make_model
+
+from megatron_egrsd.config import ModelConfig, RolloutConfig
+from megatron_egrsd.hf.checkpoint import HFCheckpoint
+from megatron_egrsd.rollout.servers import RolloutServers
+from megatron_egrsd.rollout.weight_sync import WeightSync
+
+TRANSPORTS = "distributed", "ipc", "disk"
+
+
+def seconds_of_a_copy(tensors: list[torch.Tensor]) -> float:
+    """The least that any transport does: read every byte once and write it once."""
+    into = [torch.empty_like(t) for t in tensors]
+    start = time.monotonic()
+    for target, source in zip(into, tensors, strict=True):
+        target.copy_(source)
+    if tensors[0].is_cuda:
+        torch.cuda.synchronize()
+    return time.monotonic() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--gpu", action="store_true", help="tensors on the server's own GPU: no NCCL then")
+    arguments = parser.parse_args()
+    device = "cuda" if arguments.gpu else "cpu"
+    transports = [t for t in TRANSPORTS if t != "distributed" or not arguments.gpu]
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch, "model")
+        size = make_model(model, num_hidden_layers=arguments.layers)
+        checkpoint = HFCheckpoint(model)
+        tensors = [(name, checkpoint[name].to(device)) for name in checkpoint.names()]
+        base = RolloutConfig(max_total_tokens=1024, max_concurrent_requests=4, sync_bucket_mib=256)
+        seconds: dict[str, list[float]] = {name: [] for name in ("copy", *transports)}
+        with RolloutServers(base, ModelConfig(str(model)), 0, Path(scratch, "logs")) as servers:
+            syncs = {}
+            for name in transports:
+                config = RolloutConfig(weight_sync=name, sync_bucket_mib=256)
+                syncs[name] = WeightSync(servers, config, device, Path(scratch))
+            for version in range(1, arguments.rounds + 2):
+                seconds["copy"].append(seconds_of_a_copy([tensor for _, tensor in tensors]))
+                for name, sync in syncs.items():
+                    seconds[name].append(sync.push(iter(tensors), version))
+            syncs["ipc"].verify(iter(tensors))
+            for sync in syncs.values():
+                sync.close()
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    print(f"{size / 1e9:.2f} GB in {len(tensors)} tensors, median of {arguments.rounds} pushes each, in turn\n")
+    print("| transport | s | GB/s | times a copy |\n|---|--:|--:|--:|")
+    for name, value in medians.items():
+        print(f"| {name} | {value:.2f} | {size / value / 1e9:.2f} | {value / medians['copy']:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
