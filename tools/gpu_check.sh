@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # On a CUDA machine, in one command and without network: build the kernels, run tests/gpu, write the GPU table.
 #   tools/gpu_check.sh            PYTHON chooses the interpreter (default: python); needs torch >= 2.11 with CUDA, nvcc,
-#                                 setuptools and pytest in it
-# Leaves docs/performance-cuda.md and docs/performance-cuda.png.
+#                                 setuptools and pytest in it; trains where megatron-core and transformers are, too
+# Leaves docs/performance-cuda.md, docs/performance-cuda.png and docs/training-cuda.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -17,3 +17,8 @@ CHECK
 # Only what these tests need: pytest's plugins and the project's other dependencies may be missing here.
 "$python" -m pytest -q -o addopts= tests/gpu
 "$python" tools/benchmark_vocab_parallel.py --device cuda --output docs/performance
+if missing=$(PYTHONPATH=. "$python" -c 'import transformers, tools.check_training' 2>&1); then
+    PYTHONPATH=. "$python" tools/check_training.py --models tiny 0.6B --output docs/training-cuda.md
+else
+    echo "nothing was trained: ${missing##*$'\n'}"
+fi

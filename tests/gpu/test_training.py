@@ -1,0 +1,19 @@
+"""Training on one GPU: log-probs near fp32, memory as the dry run says. Needs a GPU and megatron-core."""
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["tiny", "0.6B"])
+def test_one_gpu_trains_and_the_plan_is_right(name, dtype, tmp_path):
+    pytest.importorskip("megatron.core")
+    from tools.check_training import check
+
+    result = check(name, dtype, tmp_path)
+    assert result.differences[0] < (1e-4 if dtype == "float32" else 0.05), result
+    assert result.differences[-1] > 0 and result.seconds > 0
+    if name == "0.6B":  # cuBLAS's workspace is larger than the tiny model
+        assert result.peak == pytest.approx(result.predicted, rel=0.1), result

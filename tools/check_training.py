@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Train on one device and report what only a run shows: log-probs against fp32, memory against the plan, speed.
+
+    python tools/check_training.py                      # the tiny model, and one of 20M parameters
+    python tools/check_training.py --models tiny 0.6B   # on a GPU: 0.6B has Qwen3-0.6B's sizes and random weights
+    python tools/check_training.py --output FILE.md     # the table into a file, with the device's name
+
+No SGLang: responses are random tokens, and Hugging Face's fp32 log-probs stand where SGLang's would. The difference is
+what training calls sync/log_prob_difference. Memory is counted by torch's allocator, on a GPU alone; `predicted` is the
+dry run's sum without its allowance for the CUDA runtime, beside which stands what that really took.
+"""
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig, RolloutConfig
+from megatron_egrsd.data.packing import schedule
+from megatron_egrsd.engine.engine import Engine
+from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.learn import learn
+from megatron_egrsd.memory import rank_memory
+from megatron_egrsd.plan import placement, readable
+from megatron_egrsd.samples import Problem, Prompt, Rollout
+
+TINY = Path(__file__).parents[1] / "examples" / "tiny" / "model"
+# name -> (sizes, longest response, tokens of a micro-batch)
+MODELS = {
+    "tiny": (None, 200, 2048),
+    "20M": ({"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6,
+             "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 8192}, 300, 2048),
+    "0.6B": ({"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+              "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}, 4000, 16384),
+}  # fmt: skip
+PROMPTS, PER_PROMPT, STEPS = 4, 4, 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """`differences`: mean |log-prob - fp32 log-prob| in nats of each step, the first before any update."""
+
+    model: str
+    dtype: str
+    parameters: int
+    tokens: int
+    differences: list[float]
+    seconds: float
+    peak: int = 0
+    predicted: int = 0
+    runtime: int = 0
+
+
+def make_model(name: str, directory: Path) -> Path:
+    """The model's checkpoint: the trained tiny one, or random weights as Hugging Face initialises them."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = MODELS[name][0]
+    if sizes is None:
+        return TINY
+    torch.manual_seed(0)
+    config = Qwen3Config(**sizes, max_position_embeddings=8192, tie_word_embeddings=True, eos_token_id=2)
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory / name)
+    return directory / name
+
+
+def make_rollouts(arch: Architecture, longest: int) -> list[Rollout]:
+    """Random prompts and responses of 1/8 to all of `longest` tokens; half of each group is right."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high + 1, (1,), generator=generator))
+        return torch.randint(3, arch.vocab_size, (length,), generator=generator).tolist()
+
+    rollouts = []
+    for group in range(PROMPTS):
+        prompt = Prompt(Problem(str(group), "p", "a", "s"), ids(10, 40), ids(40, 120))
+        for i in range(PER_PROMPT):
+            response = ids(longest // 8, longest)
+            rollouts.append(Rollout(prompt, group, response, [0.0] * len(response), "stop", 0, reward=float(i % 2)))
+    return rollouts
+
+
+@torch.no_grad()
+def with_reference(rollouts: list[Rollout], model: Path, device: torch.device) -> list[Rollout]:
+    """`rollouts` with Hugging Face's log-probs, computed in fp32 from the same weights."""
+    from transformers import Qwen3ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    disable_progress_bar()
+    network = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32).to(device).eval()
+    done = []
+    for r in rollouts:
+        ids = torch.tensor([r.prompt.student_ids + r.response_ids], device=device)
+        logits = network(ids, logits_to_keep=len(r.response_ids) + 1).logits[0, :-1]
+        log_probs = logits.log_softmax(-1).gather(1, ids[0, -len(r.response_ids) :, None])[:, 0]
+        done.append(replace(r, rollout_log_probs=log_probs.tolist()))
+    return done
+
+
+def check(name: str, dtype: str, directory: Path) -> Result:
+    """Train `name` for some steps on this device."""
+    model = make_model(name, directory)
+    arch = Architecture.from_pretrained(model)
+    _, longest, budget = MODELS[name]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rollouts = with_reference(make_rollouts(arch, longest), model, device)
+    config = Config(
+        model=ModelConfig(str(model), dtype),
+        data=DataConfig(train="unused"),
+        objective=ObjectiveConfig(importance_cap=2.0),
+        rollout=RolloutConfig(prompts_per_step=PROMPTS, rollouts_per_prompt=PER_PROMPT),
+        parallel=ParallelConfig(max_tokens_per_microbatch=budget),
+        steps=STEPS,
+        max_log_prob_difference=10.0,  # reported, not refused
+    )
+    gc.collect()
+    differences, seconds = [], []
+    with Engine(config) as engine:
+        for _ in range(STEPS):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            metrics = learn(engine, rollouts, config)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+            differences.append(metrics["sync/log_prob_difference"])
+        peak = runtime = 0
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            peak, runtime = torch.cuda.max_memory_allocated(), total - free - torch.cuda.memory_reserved()
+    lengths = [len(r.prompt.student_ids) + len(r.response_ids) for r in rollouts]
+    tokens = max(sum(lengths[i] for i in part) for part in schedule([lengths], budget, 1)[0])
+    place = placement(config, None)
+    memory = rank_memory(config, arch, 1, 0, place, tokens=tokens)
+    predicted = memory.total - memory.resident.get("CUDA runtime", 0)
+    # The first step builds and warms up.
+    return Result(name, dtype, arch.num_parameters, sum(lengths), differences, statistics.median(seconds[1:]), peak,
+                  predicted, runtime)  # fmt: skip
+
+
+def table(results: list[Result]) -> str:
+    rows = [
+        "| model | parameters | type | difference of log-probs, before and after updates (nats) | tokens/s | peak "
+        "| predicted | off | CUDA runtime |",
+        "|---|--:|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for r in results:
+        memory = (
+            f"{readable(r.peak)} | {readable(r.predicted)} | {r.peak / r.predicted - 1:+.1%} | {readable(r.runtime)}"
+        )
+        rows.append(
+            f"| {r.model} | {r.parameters / 1e6:,.1f}M | {r.dtype} | {', '.join(f'{d:.1e}' for d in r.differences)} "
+            f"| {r.tokens / r.seconds:,.0f} | {memory if r.peak else '- | - | - | -'} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["tiny", "20M"])
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    with tempfile.TemporaryDirectory() as scratch:
+        results = [check(m, dtype, Path(scratch)) for m in arguments.models for dtype in ("float32", "bfloat16")]
+    text = f"{where}, torch {torch.__version__}, {STEPS} steps\n\n{table(results)}\n"
+    print(text)
+    if arguments.output:
+        partial = arguments.output.with_name(arguments.output.name + ".partial")
+        partial.write_text(f"# Training on one device\n\n`python tools/check_training.py`: {text}")
+        partial.rename(arguments.output)
+
+
+if __name__ == "__main__":
+    main()
