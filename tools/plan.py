@@ -15,7 +15,7 @@ import math
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -29,21 +29,24 @@ from step_time import (
     pass_seconds,
     step_seconds,
     sync_seconds,
+    turn_seconds,
     update_seconds,
 )
 
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.memory import Placement, rank_memory, shard_shapes
+from megatron_egrsd.memory import Placement, RankMemory, rank_memory, shard_shapes
 
 MODELS = json.loads((Path(__file__).parent / "published_models.json").read_text())
 
 # Peaks: NVIDIA's data sheets of the SXM modules (dense bf16; NVLink 900 GB/s in both directions together; one 400 Gb/s
-# port a GPU as in DGX). Shares reached: assumed, docs/scaling.md says from what.
+# port a GPU as in DGX; 16 lanes of PCIe 5). Shares reached: assumed, docs/scaling.md says from what.
 GEMM, HBM, WIRE = 0.5, 0.8, 0.8
 MACHINES = {
-    name: Machine(name, memory << 30, 989e12 * GEMM, hbm * HBM, 450e9 * WIRE, 50e9 * WIRE, decode_seconds=0.7e-3)
+    name: Machine(
+        name, memory << 30, 989e12 * GEMM, hbm * HBM, 450e9 * WIRE, 50e9 * WIRE, 63e9 * WIRE, decode_seconds=0.7e-3
+    )
     for name, memory, hbm in (("H100", 79, 3.35e12), ("H200", 140, 4.8e12))
 }
 ROLLOUTS = {8: 256, 64: 1024, 512: 4096}  # a step's, by GPUs: the batch grows more slowly than the cluster
@@ -53,7 +56,10 @@ TRAINER_SHARE = 0.95  # of a GPU that a training rank may be planned to fill
 
 @dataclass(frozen=True)
 class Choice:
-    """A division of the GPUs, what it takes of memory (bytes) and time (seconds)."""
+    """A division of the GPUs, what it takes of memory (bytes) and time (seconds).
+
+    `turns`: of moving the training state to host memory and back, where both use the same GPUs.
+    """
 
     serving: int
     engine_tensor: int
@@ -64,10 +70,19 @@ class Choice:
     score: float
     train: float
     sync: float
+    turns: float = 0.0
+
+    @property
+    def layout(self) -> str:
+        p = self.parallel
+        sizes = f"TP {p.tensor}"
+        for split, size in (("PP", p.pipeline), ("VPP", p.virtual_pipeline), ("EP", p.expert)):
+            sizes += f" {split} {size}" if size > 1 else ""
+        return f"{sizes} DP {self.training // p.model_parallel}" + (", recompute" if p.recompute else "")
 
     @property
     def step(self) -> float:
-        return step_seconds(self.generate, self.score, self.train, self.sync, staleness=0)
+        return step_seconds(self.generate, self.score, self.train, self.sync, staleness=0) + self.turns
 
     @property
     def one_step_off(self) -> float:
@@ -88,33 +103,38 @@ def long_tailed(count: int, cut: int) -> list[int]:
 
 def best(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> Choice | None:
     """The fastest division of `gpus` that fits, or None."""
-    choices = list(_choices(arch, machine, gpus, batch))
+    # In eighths: of a node where there is one, else of the cluster, where a whole node either trains or serves.
+    shares = [gpus * eighth // 8 for eighth in range(1, 8)]
+    choices = itertools.chain(*(_choices(arch, machine, gpus - n, n, batch) for n in shares))
     return min(choices, key=lambda choice: choice.step, default=None)
 
 
-def _choices(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> Iterator[Choice]:
-    # In eighths: of a node where there is one, else of the cluster, where a whole node either trains or serves.
-    shares = [gpus * eighth // 8 for eighth in range(1, 8)]
-    generated = {n: _generate(arch, machine, n, batch) for n in shares}
+def best_in_turns(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> Choice | None:
+    """The fastest layout in which all `gpus` train and sample in turns (`rollout.colocated`), or None."""
+    choices = _choices(arch, machine, gpus, gpus, batch) if gpus <= machine.node else []
+    timed = (replace(c, turns=turn_seconds(machine, _kept(arch, c.parallel, gpus))) for c in choices)
+    return min(timed, key=lambda choice: choice.step, default=None)
+
+
+def _choices(arch: Architecture, machine: Machine, serving: int, training: int, batch: Batch) -> Iterator[Choice]:
+    if (served := _generate(arch, machine, serving, batch)) is None:
+        return
     students = [batch.student_prompt + n for n in batch.responses]
     teachers = [batch.teacher_prompt + n for n in batch.responses]
     response_rows = sum(batch.responses)
-    for training in shares:
-        if (served := generated[gpus - training]) is None:
+    for parallel in _layouts(arch, machine, training, len(students), max(teachers)):
+        memory = _memory(arch, parallel, training, max(teachers)).total
+        if memory > TRAINER_SHARE * machine.memory:
             continue
-        for parallel in _layouts(arch, machine, training, len(students), max(teachers)):
-            memory = _memory(arch, parallel, training, max(teachers))
-            if memory > TRAINER_SHARE * machine.memory:
-                continue
-            score = pass_seconds(machine, arch, parallel, training, teachers, response_rows, train=False)
-            train = pass_seconds(machine, arch, parallel, training, students, response_rows, train=True)
-            own = max(
-                sum(math.prod(shape) for chunk in _shapes(arch, parallel, stage) for shape in chunk.values())
-                for stage in (0, parallel.pipeline - 1)
-            )
-            train += update_seconds(machine, parallel, training, own)
-            sync = sync_seconds(machine, arch, parallel, RolloutConfig().sync_bucket_mib << 20)
-            yield Choice(gpus - training, served[1], training, parallel, memory, served[0], score, train, sync)
+        score = pass_seconds(machine, arch, parallel, training, teachers, response_rows, train=False)
+        train = pass_seconds(machine, arch, parallel, training, students, response_rows, train=True)
+        own = max(
+            sum(math.prod(shape) for chunk in _shapes(arch, parallel, stage) for shape in chunk.values())
+            for stage in (0, parallel.pipeline - 1)
+        )
+        train += update_seconds(machine, parallel, training, own)
+        sync = sync_seconds(machine, arch, parallel, RolloutConfig().sync_bucket_mib << 20)
+        yield Choice(serving, served[1], training, parallel, memory, served[0], score, train, sync)
 
 
 def _generate(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> tuple[float, int] | None:
@@ -167,16 +187,22 @@ def _shapes(arch, parallel, stage):
     return _cache[key]
 
 
-def _memory(arch: Architecture, parallel: ParallelConfig, ranks: int, tokens: int) -> int:
-    """Bytes of the largest rank: the first stage has most micro-batches in flight, the last one the LM head."""
+def _memory(arch: Architecture, parallel: ParallelConfig, ranks: int, tokens: int) -> RankMemory:
+    """The largest rank: the first stage has most micro-batches in flight, the last one the LM head."""
     config = Config(ModelConfig(path="-"), DataConfig(train="-"), parallel=parallel)
     stages = {0, parallel.pipeline - 1}
     place = Placement(gpu=True, transformer_engine=True)
-    return max(rank_memory(config, arch, ranks, s, place, tokens=tokens).total for s in stages)
+    return max((rank_memory(config, arch, ranks, s, place, tokens=tokens) for s in stages), key=lambda m: m.total)
+
+
+def _kept(arch: Architecture, parallel: ParallelConfig, ranks: int) -> int:
+    """Bytes that the largest rank keeps in host memory while SGLang samples."""
+    resident = _memory(arch, parallel, ranks, tokens=1).resident
+    return resident["weights"] + resident["optimizer"]
 
 
 _COLUMNS = ("model", "GPUs", "rollouts", "serving", "training", "a GPU", "generate", "score", "train", "sync", "step",
-            "one step off", "bottleneck", "tokens/s a GPU")  # fmt: skip
+            "one step off", "in turns", "bottleneck", "tokens/s a GPU")  # fmt: skip
 
 
 def table(machine: Machine, models: list[str], gpu_counts: list[int], rollouts: int | None, cut: int) -> Iterator[str]:
@@ -188,19 +214,18 @@ def table(machine: Machine, models: list[str], gpu_counts: list[int], rollouts: 
         for gpus in gpu_counts:
             count = rollouts or ROLLOUTS.get(gpus, 256)
             batch = Batch(300, 1500, long_tailed(count, cut))
-            cells = [Path(name).name, str(gpus), f"{count:,}"]
-            if (c := best(arch, machine, gpus, batch)) is None:
-                cells += ["does not fit", f"{training_state(arch) / 2**30:,.0f} GiB to train"]
-                yield f"| {' | '.join(cells)} |" + " |" * (len(_COLUMNS) - len(cells))
-                continue
-            p = c.parallel
-            layout = f"{c.training}: TP {p.tensor}"
-            for split, size in (("PP", p.pipeline), ("VPP", p.virtual_pipeline), ("EP", p.expert)):
-                layout += f" {split} {size}" if size > 1 else ""
-            layout += f" DP {c.training // p.model_parallel}" + (", recompute" if p.recompute else "")
-            cells += [f"{c.serving // c.engine_tensor} x TP {c.engine_tensor}", layout, f"{c.memory / 2**30:.0f} GiB"]
-            cells += [f"{seconds:.1f} s" for seconds in (c.generate, c.score, c.train, c.sync, c.step, c.one_step_off)]
-            yield f"| {' | '.join(cells)} | {c.bottleneck} | {sum(batch.responses) / c.step / gpus:,.0f} |"
+            turns, cells = best_in_turns(arch, machine, gpus, batch), [Path(name).name, str(gpus), f"{count:,}"]
+            if c := best(arch, machine, gpus, batch):
+                servers = f"{c.serving // c.engine_tensor} x TP {c.engine_tensor}"
+                cells += [servers, f"{c.training}: {c.layout}", f"{c.memory / 2**30:.0f} GiB"]
+                seconds = c.generate, c.score, c.train, c.sync, c.step, c.one_step_off
+                cells += [f"{value:.1f} s" for value in seconds]
+                last = [c.bottleneck, f"{sum(batch.responses) / c.step / gpus:,.0f}"]
+            else:
+                cells += ["does not fit", f"{training_state(arch) / 2**30:,.0f} GiB to train", *[""] * 7]
+                last = ["", ""]
+            cells += [f"{turns.step:.1f} s: {turns.layout}" if turns else "-", *last]
+            yield f"| {' | '.join(cells)} |"
 
 
 def training_state(arch: Architecture) -> int:

@@ -24,6 +24,7 @@ class Machine:
     flops           FLOP/s of matrix products
     memory_rate     bytes/s from HBM while decoding
     link, network   bytes/s out of a GPU to others of its node, and to other nodes
+    host            bytes/s between a GPU and pinned host memory
     decode_seconds  a decoding step's fixed cost
     pass_seconds    a micro-batch's fixed cost, forward or backward
     tensor_seconds  fixed cost of gathering and sending one tensor in a weight sync
@@ -36,6 +37,7 @@ class Machine:
     memory_rate: float
     link: float
     network: float
+    host: float
     decode_seconds: float = 2e-3
     pass_seconds: float = 5e-3
     tensor_seconds: float = 2e-4
@@ -126,6 +128,14 @@ def update_seconds(machine: Machine, parallel: ParallelConfig, ranks: int, param
     rate = machine.link if ranks <= machine.node else machine.network
     moved = (4 + 2 if sharded else 2 * 4) * parameters * (replicas - 1) / replicas
     return moved / rate + 30 * parameters / (replicas if sharded else 1) / machine.memory_rate
+
+
+def turn_seconds(machine: Machine, kept: int) -> float:
+    """Seconds a step that colocated ranks move the `kept` bytes of each to host memory and back.
+
+    Weights, optimizer and teacher; gradients are dropped. What SGLang unmaps and maps is counted as free.
+    """
+    return 2 * kept / machine.host
 
 
 def decode_step_seconds(machine: Machine, arch: Architecture, tensor: int, running: int, context: float) -> float:

@@ -83,7 +83,7 @@ def test_tables(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| Qwen3")]
-    assert len(rows) == 4 and all(row.count("|") == 15 for row in rows)
+    assert len(rows) == 4 and all(row.count("|") == 16 for row in rows)
     assert "does not fit" in rows[1] and "does not fit" not in rows[0]  # 8 H100 hold 8B, not 32B and its servers
     done = subprocess.run([*command[:3], "no/model", "--gpus", "8"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "no/model does not exist" in done.stderr and done.stderr.count("\n") == 1
@@ -92,13 +92,25 @@ def test_tables(tmp_path):
 def test_the_choice_fits_and_is_the_fastest():
     arch, machine = Architecture.from_config(PUBLISHED["Qwen3-8B"]), plan_tool.MACHINES["H100"]
     batch = step_time.Batch(300, 1500, plan_tool.long_tailed(256, 16384))
-    choices = list(plan_tool._choices(arch, machine, 8, batch))
+    choices = [c for n in range(1, 8) for c in plan_tool._choices(arch, machine, 8 - n, n, batch)]
     best = plan_tool.best(arch, machine, 8, batch)
     assert best.step == min(c.step for c in choices)
     for c in choices:
         assert c.memory <= 0.95 * machine.memory and c.serving + c.training == 8
         assert 256 % (c.training // c.parallel.model_parallel) == 0
         assert c.one_step_off <= c.step
+
+
+def test_turns_use_every_gpu_twice_and_pay_for_the_moves():
+    arch, machine = Architecture.from_config(PUBLISHED["Qwen3-8B"]), plan_tool.MACHINES["H100"]
+    batch = step_time.Batch(300, 1500, plan_tool.long_tailed(256, 16384))
+    turns, apart = plan_tool.best_in_turns(arch, machine, 8, batch), plan_tool.best(arch, machine, 8, batch)
+    assert turns.serving == turns.training == 8 and turns.generate < apart.generate and turns.train < apart.train
+    weights = 2 * arch.num_parameters / turns.parallel.model_parallel
+    adam = 12 * arch.num_parameters / 8  # over all ranks: the distributed optimizer
+    assert turns.turns * machine.host == pytest.approx(2 * (weights + adam), rel=0.01)
+    assert turns.step == pytest.approx(turns.generate + turns.score + turns.train + turns.sync + turns.turns)
+    assert plan_tool.best_in_turns(arch, machine, 64, batch) is None  # one node
 
 
 def _run(path: Path, prompts: int, longest: int, seed: int) -> None:
