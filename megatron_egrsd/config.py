@@ -102,6 +102,8 @@ class ObjectiveConfig:
         clip_low: PPO clip below 1 of the policy ratio.
         clip_high: PPO clip above 1 of the policy ratio.
         importance_cap: Cap C of the truncated importance weight pi_old / pi_rollout; null switches it off.
+        kl_coef: Weight of the KL divergence to the initial weights in the loss (beta of GRPO); 0 switches it off, and
+            saves a pass a step and a copy of the weights.
         loss_normalization: Mean over the tokens of the global batch, mean of sequence means, or fixed length.
         fixed_length: Tokens per rollout that "fixed" divides by.
         function: Import path of an objective of your own, "file.py:Class" or "module:Class" (docs/extending.md); empty
@@ -121,6 +123,7 @@ class ObjectiveConfig:
     clip_low: float = 0.2
     clip_high: float = 0.28
     importance_cap: float | None = None
+    kl_coef: float = 0.0
     loss_normalization: Literal["token_mean", "seq_mean", "fixed"] = "token_mean"
     fixed_length: int = 0
     function: str = ""
@@ -140,6 +143,7 @@ class ObjectiveConfig:
         _require(0 <= self.clip_low < 1, "objective.clip_low must lie in [0, 1)")
         _require(self.clip_high >= 0, "objective.clip_high must not be negative")
         _require(self.importance_cap is None or self.importance_cap > 0, "objective.importance_cap must be positive")
+        _require(self.kl_coef >= 0, f"objective.kl_coef is {self.kl_coef}; it must not be negative")
         _require(
             self.loss_normalization != "fixed" or self.fixed_length > 0,
             'objective.loss_normalization is "fixed", so objective.fixed_length must be positive',

@@ -40,6 +40,7 @@ METRICS = [
     Metric("weight/abs_mean", "", "6.3f", "Mean absolute token weight |W|."),
     Metric("loss/policy", "", "8.4f", "Policy loss."),
     Metric("loss/clip_share", "", "5.3f", "Share of tokens that the PPO clip stops; 0 with one update a batch."),
+    Metric("loss/kl", "", "6.4f", "Mean KL divergence to the initial weights, nats; 0 without objective.kl_coef."),
     Metric("loss/importance", "", "6.3f", "Mean truncated importance weight c; 1 without objective.importance_cap."),
     Metric("optimizer/grad_norm", "|grad|", "8.3g", "Global gradient norm before clipping."),
     Metric("optimizer/lr", "", "8.2g", "Learning rate."),

@@ -26,7 +26,8 @@ def learn(engine: "Engine", rollouts: list[Rollout], config: Config, record: Rec
     """Train on `rollouts` (all of them, on every rank) and return the step's metrics, equal on every rank.
 
     With one update per batch the policy that is updated is the one that sampled, so log pi_old is the training pass's
-    own log-prob and no separate student pass is run. Rollouts of advantage 0 carry no gradient and are not trained.
+    own log-prob and no separate student pass is run. Rollouts of advantage 0 carry no gradient, and are not trained, but
+    for a KL penalty.
     `record` gets the scores of all rollouts before the update, on every rank; it costs a student pass of its own where
     there is one update.
     """
@@ -35,22 +36,26 @@ def learn(engine: "Engine", rollouts: list[Rollout], config: Config, record: Rec
     students = [Sequence(r.prompt.student_ids, r.response_ids) for r in rollouts]
     teachers = [Sequence(r.prompt.teacher_ids, r.response_ids) for r in rollouts]
 
+    has_gradient = [bool(a or config.objective.kl_coef) for a in advantage]
     minibatches = []
     share = config.rollout.prompts_per_step // config.optimizer.updates_per_batch
     for first in range(0, config.rollout.prompts_per_step, share):
         members = [i for i, r in enumerate(rollouts) if first <= r.group < first + share]
         scored = [len(teachers[i]) for i in members]
-        trained = [len(students[i]) if advantage[i] else 0 for i in members]
+        trained = [len(students[i]) if has_gradient[i] else 0 for i in members]
         minibatches.append([[members[i] for i in part] for part in engine.partition(scored, trained)])
     everyone = [[i for m in minibatches for i in m[rank]] for rank in range(engine.data_parallel)]
     own = {i: rollouts[i] for i in everyone[engine.data_parallel_rank]}
 
-    teacher = engine.score(teachers, everyone, teacher=True) if objective.needs_teacher else None
+    teacher = engine.score(teachers, everyone, "teacher") if objective.needs_teacher else None
+    reference = engine.score(students, everyone, "reference") if config.objective.kl_coef else None
     known = len(minibatches) > 1 or objective.needs_student
     student = engine.score(students, everyone) if known or record else None
     if record:
         record(advantage, student, teacher)
     fields = _prepare(engine, objective, own, advantage, teacher, student if known else None)
+    for i, scores in (reference or {}).items():
+        fields[i]["reference_log_prob"] = scores.log_prob
     score_seconds = time.perf_counter() - started
 
     sums: dict[str, float] = {}
@@ -61,7 +66,7 @@ def learn(engine: "Engine", rollouts: list[Rollout], config: Config, record: Rec
             length = torch.tensor([len(rollouts[i].response_ids)])
             normalizer = loss_normalizer(length, config.objective, num_tokens=num_tokens, num_sequences=len(members))
             students[i] = replace(students[i], fields=fields[i] | {"normalizer": normalizer})
-        trained = [[i for i in part if advantage[i]] for part in minibatch]
+        trained = [[i for i in part if has_gradient[i]] for part in minibatch]
         if any(trained):
             try:
                 update = engine.train_step(
@@ -128,8 +133,9 @@ def _loss(
         tokens = Tokens(batch.response_cu_seqlens, **scores, fields=prepared)
         weight = objective.weight(tokens)
         sums = {name: values.sum() for name, values in objective.metrics(tokens).items()}
-    old, rollout = tokens.student_log_prob, f["rollout_log_prob"]
-    result = policy_loss(log_prob, old, weight, mask, f["normalizer"], objective.config, rollout_log_prob=rollout)
+    old, rollout, reference = tokens.student_log_prob, f["rollout_log_prob"], f.get("reference_log_prob")
+    others = {"rollout_log_prob": rollout, "reference_log_prob": reference}
+    result = policy_loss(log_prob, old, weight, mask, f["normalizer"], objective.config, **others)
     if tokens.teacher_log_prob is not None:
         sums["teacher/entropy"] = tokens.teacher_entropy.sum()
         sums["weight/log_ratio"] = (tokens.teacher_log_prob - old).sum()
@@ -141,6 +147,7 @@ def _loss(
         "sync/log_prob_difference": (old - rollout).abs().sum(),
         "weight/abs_mean": weight.abs().sum(),
         "loss/importance": result.importance,
+        "loss/kl": result.kl,
     }
     return result.loss, sums
 

@@ -151,6 +151,8 @@ def _resident(config: Config, chunks: list[dict[str, torch.Size]], stage_ranks: 
     if config.teacher.weights != "live" and config.objective.needs_teacher:
         ema = config.teacher.weights == "ema"
         result[f"teacher ({config.teacher.weights})"] = _numel(chunks) * (4 if ema else b)
+    if config.objective.kl_coef and "teacher (frozen)" not in result:
+        result["initial weights (KL)"] = _numel(chunks) * b
     return result
 
 

@@ -203,6 +203,7 @@ class PolicyLoss:
     clipped: torch.Tensor  # tokens whose policy ratio was clipped
     ratio: torch.Tensor  # pi_theta / pi_old
     importance: torch.Tensor  # truncated pi_old / pi_rollout; the token count where that is off
+    kl: torch.Tensor  # estimates of the KL divergence to the reference, nats; 0 where that is off
     tokens: torch.Tensor
 
 
@@ -215,12 +216,16 @@ def policy_loss(
     config: "ObjectiveConfig",
     *,
     rollout_log_prob: torch.Tensor | None = None,
+    reference_log_prob: torch.Tensor | None = None,
 ) -> PolicyLoss:
     """L = -sum_t mask * c * min(rho W, clip(rho, 1 - eps_lo, 1 + eps_hi) W) / N with W detached. All [T].
 
     rho = pi_theta / pi_old (PPO, arXiv 1707.06347, eq. 7); c = min(pi_old / pi_rollout, C) where `importance_cap` is
     set (truncated importance sampling; needs `rollout_log_prob`), else 1. Tokens outside the mask contribute exactly
     0 to loss and gradient, whatever their values.
+
+    Where `kl_coef` is positive (it needs `reference_log_prob`), plus kl_coef * sum_t mask * (e^d - d - 1) / N with
+    d = log pi_ref - log pi_theta: GRPO's estimate of KL(pi_theta | pi_ref) (arXiv 2402.03300, eq. 4), never negative.
     """
     log_prob, old = torch.where(mask, log_prob.float(), 0.0), torch.where(mask, old_log_prob.detach().float(), 0.0)
     w = torch.where(mask, weight.detach().float(), 0.0)
@@ -234,6 +239,14 @@ def policy_loss(
         drift = torch.where(mask, old - rollout_log_prob.detach().float(), 0.0)
         importance = importance * torch.exp(drift).clamp(max=config.importance_cap)
     normalizer = torch.as_tensor(normalizer, dtype=torch.float32, device=w.device)
-    loss = -torch.where(mask, importance * surrogate / normalizer, 0.0).sum()
+    loss, kl = -torch.where(mask, importance * surrogate / normalizer, 0.0).sum(), torch.zeros_like(log_prob)
+    if config.kl_coef:
+        if reference_log_prob is None:
+            raise ValueError("kl_coef is set, so policy_loss needs reference_log_prob")
+        beyond = torch.where(mask, reference_log_prob.detach().float(), 0.0) - log_prob
+        kl = torch.expm1(beyond) - beyond
+        loss = loss + config.kl_coef * torch.where(mask, kl / normalizer, 0.0).sum()
     was_clipped = (clipped_ratio * w < ratio * w) & mask
-    return PolicyLoss(loss, was_clipped.sum(), (ratio.detach() * mask).sum(), importance.sum(), mask.sum())
+    return PolicyLoss(
+        loss, was_clipped.sum(), (ratio.detach() * mask).sum(), importance.sum(), kl.detach().sum(), mask.sum()
+    )

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -90,6 +91,10 @@ class Engine:
             # The moving average is kept in fp32: in bf16 a step of (1 - decay) would round away.
             kept = torch.float32 if config.teacher.weights == "ema" else dtype
             self.teacher_weights = [p.detach().to(kept, copy=True) for p in self.parameters()]
+        self.reference_weights = None
+        if config.objective.kl_coef:
+            frozen = self.teacher_weights if config.teacher.weights == "frozen" else None
+            self.reference_weights = frozen or [p.detach().clone() for p in self.parameters()]
         self._weights = Shelf(self.parameters)
         self._gradients = Shelf(self.gradients, contents=False)
         self._state = Shelf(self._training_state)
@@ -114,12 +119,12 @@ class Engine:
         return (b.grad_data for chunk in self.model for b in chunk.buffers + chunk.expert_parallel_buffers)
 
     def _training_state(self) -> list[torch.Tensor]:
-        """What the optimizer holds beside the weights themselves, and the teacher's weights, where they are its own."""
+        """What the optimizer holds beside the weights, and the weights of teacher and reference that are their own."""
         optimizers = [o.optimizer for o in getattr(self.optimizer, "chained_optimizers", [self.optimizer])]
         main = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         moments = [t for o in optimizers for state in o.state.values() for t in state.values()]
         tensors = [t for t in (*main, *moments) if isinstance(t, torch.Tensor) and t.device == self.device]
-        return without(tensors, self.parameters()) + (self.teacher_weights or [])
+        return [*without(tensors, self.parameters()), *(self.teacher_weights or []), *(self.reference_weights or [])]
 
     # -- turns on the device ------------------------------------------------------------------------------------
 
@@ -161,16 +166,20 @@ class Engine:
 
     @torch.no_grad()
     def score(
-        self, sequences: Seq[Sequence], partition: list[list[int]], *, teacher: bool = False
+        self,
+        sequences: Seq[Sequence],
+        partition: list[list[int]],
+        weights: Literal["current", "teacher", "reference"] = "current",
     ) -> dict[int, Scores]:
         """Scores of this data-parallel rank's samples, by index into `sequences`, on every rank of the replica.
 
-        `teacher` scores with the teacher's weights (config.teacher), else with the current ones.
+        `weights`: the current ones, the teacher's (config.teacher), or the initial ones (config.objective.kl_coef).
         """
         batches = self._micro_batches(sequences, partition)
         for chunk in self.model:
             chunk.eval()
-        with self._teacher() if teacher else contextlib.nullcontext():
+        other = {"current": None, "teacher": self.teacher_weights, "reference": self.reference_weights}[weights]
+        with self._holding(other):
             outputs = self._run(batches, lambda output, batch, **_: output, forward_only=True)
         packed = torch.empty(2, sum(b.targets.numel() for b in batches), device=self.device)
         if outputs:
@@ -300,15 +309,15 @@ class Engine:
         return {k: sum(part.get(k, 0.0) for part in gathered) for k in dict.fromkeys(keys)}
 
     @contextlib.contextmanager
-    def _teacher(self):
-        """The model with the teacher's weights, exchanged by pointer; only a type that differs is copied."""
-        if self.teacher_weights is None:
+    def _holding(self, weights: list[torch.Tensor] | None):
+        """The model with these weights (None: its own), exchanged by pointer; only a type that differs is copied."""
+        if weights is None:
             yield
             return
         parameters = list(self.parameters())
         current = [p.data for p in parameters]
-        for p, teacher in zip(parameters, self.teacher_weights, strict=True):
-            p.data = teacher.to(p.dtype)
+        for p, other in zip(parameters, weights, strict=True):
+            p.data = other.to(p.dtype)
         try:
             yield
         finally:

@@ -165,6 +165,30 @@ def test_teacher_weights_and_several_updates_agree_across_layouts(teacher, paths
     assert_same_training(run(2, _config(models[True], parallel=split, **changes), rollouts), expected)
 
 
+@pytest.mark.slow
+def test_the_kl_penalty_agrees_across_layouts(paths):
+    models, rollouts = paths
+    changes = {"objective": ObjectiveConfig(kl_coef=0.5)}
+    expected = run(1, _config(models[False], **changes), rollouts)
+    assert 0 == expected[0][0]["loss/kl"] < expected[0][1]["loss/kl"] < expected[0][2]["loss/kl"]
+    split = ParallelConfig(tensor=2, pipeline=2, max_tokens_per_microbatch=128)
+    assert_same_training(run(4, _config(models[False], parallel=split, **changes), rollouts), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["frozen", "live"])
+def test_the_kl_penalty_holds_the_policy_at_its_initial_weights(teacher, paths):
+    """The first update starts from them, so it is what it is without; the stronger, the nearer it stays."""
+    models, rollouts = paths
+    kl = []
+    for coefficient in (1e-9, 1.0, 30.0):
+        changes = {"objective": ObjectiveConfig(kl_coef=coefficient), "teacher": TeacherConfig(weights=teacher)}
+        metrics, _ = run(1, _config(models[True], steps=6, **changes), rollouts)
+        assert metrics[0]["loss/kl"] == pytest.approx(0, abs=1e-9)
+        kl.append(metrics[-1]["loss/kl"])
+    assert kl[0] > 1.2 * kl[1] > 1.2 * kl[2] > 0, kl
+
+
 def test_order_of_the_rollouts_does_not_change_training(paths, reference, tmp_path):
     models, _ = paths
     save_rollouts(_rollouts()[::-1], tmp_path / "reversed.jsonl")

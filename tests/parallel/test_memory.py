@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_egrsd.config import ModelConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.config import ModelConfig, ObjectiveConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.memory import Placement, rank_memory
 from megatron_egrsd.plan import checkpoint_bytes
@@ -75,7 +75,7 @@ def _measure(rank, world_size, config, path):
         state = [t for o in optimizers for s in o.state.values() for name, t in s.items() if name != "step"]
         main = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         state += [p for p in main if p.untyped_storage().data_ptr() not in own]
-        teacher = engine.teacher_weights or []
+        teacher = (engine.teacher_weights or []) + (engine.reference_weights or [])
         lengths, micro_batches = [], engine._micro_batches
 
         def note(*args):
@@ -94,7 +94,7 @@ def _measure(rank, world_size, config, path):
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 192}
 # name -> (ranks, dtype, parallel, tied embeddings, teacher)
 LAYOUTS = {
-    "fp32": (1, "float32", {}, False, "live"),
+    "fp32, KL": (1, "float32", {}, False, "live"),
     "bf16, moving average": (1, "bfloat16", {}, True, "ema"),
     "bf16, recompute": (1, "bfloat16", {"recompute": True}, False, "frozen"),
     "TP2": (2, "float32", {"tensor": 2}, True, "live"),
@@ -107,7 +107,7 @@ LAYOUTS = {
 }
 
 
-SLOW = {"fp32", "TP2", "TP2 PP2"}
+SLOW = {"fp32, KL", "TP2", "TP2 PP2"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS])
@@ -120,7 +120,7 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
     ]
     save_rollouts(rollouts, tmp_path / "rollouts.jsonl")
     config = dataclasses.replace(
-        _config(model),
+        _config(model, objective=ObjectiveConfig(kl_coef=0.1 * ("KL" in name))),
         model=ModelConfig(path=str(model), dtype=dtype),
         parallel=ParallelConfig(max_tokens_per_microbatch=1200, **parallel),
         teacher=TeacherConfig(weights=teacher),
@@ -132,7 +132,7 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
         arch = Architecture.from_pretrained(model)
         predicted = rank_memory(config, arch, ranks, stage, Placement(False, False), tokens=tokens)
         expected = dict(predicted.resident)
-        expected["teacher"] = expected.pop(f"teacher ({teacher})", 0)
+        expected["teacher"] = expected.pop(f"teacher ({teacher})", 0) + expected.pop("initial weights (KL)", 0)
         assert resident == expected, f"rank {rank}"
         phases = {k: sum(v.values()) for k, v in predicted.phases.items() if k != "weight sync"}
         assert max(phases.values()) == pytest.approx(peak, rel=0.1), f"rank {rank}: {phases}"

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_egrsd.config import ModelConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.config import ModelConfig, ObjectiveConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.engine.offload import Shelf, without
 from megatron_egrsd.samples import load_rollouts, save_rollouts
 from tests.models import make_qwen3
@@ -18,7 +18,8 @@ def _held(engine) -> int:
     optimizers = [o.optimizer for o in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])]
     state = [t for o in optimizers for s in o.state.values() for name, t in s.items() if name != "step"]
     main = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    tensors = [*engine.parameters(), *engine.gradients(), *state, *main, *(engine.teacher_weights or [])]
+    tensors = [*engine.parameters(), *engine.gradients(), *state, *main, *(engine.teacher_weights or []),
+               *(engine.reference_weights or [])]  # fmt: skip
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -48,7 +49,7 @@ def _train(rank, world_size, config, path, turns):
 
 
 LAYOUTS = {
-    "fp32": (1, "float32", {}, "live"),
+    "fp32, KL": (1, "float32", {}, "live"),
     "bf16, moving average": (1, "bfloat16", {}, "ema"),
     "DP2 distributed optimizer": (2, "float32", {"distributed_optimizer": True}, "frozen"),
     "TP2": (2, "bfloat16", {"tensor": 2, "sequence_parallel": True, "distributed_optimizer": True}, "ema"),
@@ -64,7 +65,7 @@ def test_training_is_the_same_bit_for_bit(name, tmp_path):
     model = make_qwen3(tmp_path / "model")
     save_rollouts(_rollouts(), tmp_path / "rollouts.jsonl")
     config = dataclasses.replace(
-        _config(model, teacher=TeacherConfig(weights=teacher)),
+        _config(model, teacher=TeacherConfig(weights=teacher), objective=ObjectiveConfig(kl_coef=0.1 * ("KL" in name))),
         model=ModelConfig(path=str(model), dtype=dtype),
         parallel=ParallelConfig(max_tokens_per_microbatch=256, **parallel),
     )

@@ -210,6 +210,24 @@ def test_loss_and_gradient_against_fp64_and_exact_zero_outside_the_mask(batch, n
     assert result.tokens == mask.sum()
 
 
+@given(batches(), st.floats(0.01, 10))
+def test_kl_and_its_gradient_against_fp64(batch, kl_coef):
+    """beta (e^d - d - 1) / N: its derivative by log pi_theta is beta (1 - e^d) / N, and nothing outside the mask."""
+    mask, old = batch["mask"], batch["student_log_prob"]
+    config, zero = ObjectiveConfig(kl_coef=kl_coef), torch.zeros_like(old)
+    beyond = torch.linspace(-2, 2, old.numel())  # log pi_ref - log pi_theta
+    reference = (old + beyond).masked_fill(~mask, float("nan"))
+    log_prob = old.clone().masked_fill(~mask, float("nan")).requires_grad_()
+    result = policy_loss(log_prob, old, zero, mask, 8.0, config, reference_log_prob=reference)
+    result.loss.backward()
+    d = (reference.double() - old.double())[mask]
+    kl = d.exp() - d - 1
+    assert result.loss.item() == pytest.approx(kl_coef * float(kl.sum()) / 8, rel=1e-4, abs=1e-6)
+    assert result.kl.item() == pytest.approx(float(kl.sum()), rel=1e-4, abs=1e-6) and (kl >= 0).all()
+    torch.testing.assert_close(log_prob.grad[mask].double(), kl_coef * (1 - d.exp()) / 8, rtol=1e-4, atol=1e-5)
+    assert (log_prob.grad[~mask] == 0).all()
+
+
 def test_normalizers_sum_to_what_they_mean():
     lengths = torch.tensor([3, 1, 6])
     for normalization, total in [("token_mean", 1.0), ("seq_mean", 1.0), ("fixed", 10 / (5 * 3))]:
@@ -222,6 +240,8 @@ def test_missing_inputs_are_named():
     one = torch.ones(1)
     with pytest.raises(ValueError, match="rollout_log_prob"):
         policy_loss(one, one, one, one.bool(), 1.0, ObjectiveConfig(importance_cap=2.0))
+    with pytest.raises(ValueError, match="reference_log_prob"):
+        policy_loss(one, one, one, one.bool(), 1.0, ObjectiveConfig(kl_coef=0.1))
     with pytest.raises(ValueError, match="vocab_size"):
         normalized_entropy(
             one, torch.tensor([0, 1]), one.bool(), ObjectiveConfig(entropy_normalization="log_vocab")
