@@ -26,7 +26,7 @@ def learn(engine: "Engine", rollouts: list[Rollout], config: Config, record: Rec
     """Train on `rollouts` (all of them, on every rank) and return the step's metrics, equal on every rank.
 
     With one update per batch the policy that is updated is the one that sampled, so log pi_old is the training pass's
-    own log-prob and no separate student pass is run. Rollouts of advantage 0 carry no gradient, and are not trained, but
+    own log-prob and no separate student pass is run. Rollouts of advantage 0 carry no gradient and are not trained, but
     for a KL penalty.
     `record` gets the scores of all rollouts before the update, on every rank; it costs a student pass of its own where
     there is one update.
