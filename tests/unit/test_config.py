@@ -45,6 +45,7 @@ def test_yaml_with_overrides_the_later_one_wins(tmp_path):
         (["--rollout.prompts_per_step", "5", "--optimizer.updates_per_batch", "2"], ["5 does not divide", "2 equal"]),
         (["--rollout.staleness", "2"], ["rollout.staleness is 2", "0 (on-policy) or 1"]),
         (["--rollout.staleness", "1"], ["older weights", "set objective.importance_cap"]),
+        (["--parallel.context", "0"], ["parallel.context is 0; it must be positive"]),
         (["--parallel.sequence_parallel", "true"], ["parallel.tensor > 1"]),
         (["--data.teacher_template", "{problem}"], ["{solution} or {answer}"]),
         (["--data.teacher_template", "{problem} {answer} {hint}"], ["{hint}"]),
