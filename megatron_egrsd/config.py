@@ -333,6 +333,10 @@ class ParallelConfig:
         """What a sequence's length is padded to a multiple of: each CP rank holds two chunks of it (data/zigzag.py)."""
         return 2 * self.context if self.context > 1 else 1
 
+    def tokens_on_a_rank(self, length: int) -> int:
+        """What a context-parallel rank holds of a sequence of `length` tokens, padding included."""
+        return -(-length // self.sequence_multiple) * self.sequence_multiple // self.context
+
     @property
     def layer_chunks(self) -> int:
         """Parts of equal size that the layers are divided into: the chunks of all stages."""

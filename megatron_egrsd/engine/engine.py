@@ -18,15 +18,14 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 
 from megatron_egrsd.config import Config
-from megatron_egrsd.data.packing import MicroBatch, Sequence, balance_passes, pack, round_up, schedule
+from megatron_egrsd.data.packing import MicroBatch, Sequence, balance_passes, pack, schedule
 from megatron_egrsd.engine import distributed
-from megatron_egrsd.engine.context_parallel import gather_scores
+from megatron_egrsd.engine.context_parallel import gather_scores, packed_seq_params
 from megatron_egrsd.engine.model import build_model, transformer_config
 from megatron_egrsd.engine.optimizer import build_optimizer
 from megatron_egrsd.engine.weights import export_hf, load_hf
@@ -121,15 +120,14 @@ class Engine:
         return balance_passes(scored, scored if trained is None else trained, self.data_parallel)
 
     def _micro_batches(self, sequences: Seq[Sequence], partition: list[list[int]]) -> list[MicroBatch]:
-        parallel, rank = self.config.parallel, self.context_group.rank()
-        each = parallel.sequence_multiple
-        lengths = [[round_up(len(sequences[i]), each) for i in part] for part in partition]
-        budget = parallel.max_tokens_per_microbatch * parallel.context
-        plan = schedule(lengths, budget, parallel.round_of_micro_batches)[self.data_parallel_rank]
-        own = partition[self.data_parallel_rank]
+        parallel = self.config.parallel
+        lengths = [[parallel.tokens_on_a_rank(len(sequences[i])) for i in part] for part in partition]
+        plan = schedule(lengths, parallel.max_tokens_per_microbatch, parallel.round_of_micro_batches)
+        own, each = partition[self.data_parallel_rank], parallel.sequence_multiple
         multiple = each * (parallel.tensor if parallel.sequence_parallel else 1)
-        batches = (pack(sequences, [own[i] for i in part], multiple, each=each) for part in plan)
-        return [batch.split(rank, parallel.context) for batch in batches]
+        parts = plan[self.data_parallel_rank]
+        batches = (pack(sequences, [own[i] for i in part], multiple, each=each) for part in parts)
+        return [batch.split(self.context_group.rank(), parallel.context) for batch in batches]
 
     # -- forward and backward -----------------------------------------------------------------------------------
 
@@ -226,22 +224,11 @@ class Engine:
 
     def _forward(self, batches: Iterator[MicroBatch], model, loss):
         batch = next(batches).to(self.device)
-        # Padding ends its sequence, where no other token sees it: to attention, tokens like all others.
-        padded = batch.cu_seqlens if self.config.parallel.context > 1 else None
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            cu_seqlens_q_padded=padded,
-            cu_seqlens_kv_padded=padded,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-        )
         output = model(
             batch.tokens[None],
             batch.position_ids[None],
             None,
-            packed_seq_params=packed,
+            packed_seq_params=packed_seq_params(batch, self.context_group),
             output_processor=self._response_scores,
             output_processor_context=batch,
         )
@@ -261,10 +248,7 @@ class Engine:
             vocab_size=self.arch.vocab_size,
             temperature=self.config.rollout.temperature,
         )
-        scores = torch.stack([log_prob, entropy])
-        if self.config.parallel.context > 1:
-            scores = gather_scores(scores, context.own, context.targets.numel(), self.context_group)
-        return scores
+        return gather_scores(torch.stack([log_prob, entropy]), context, self.context_group)
 
     # -- sums, teacher, weights ---------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Plain-torch layers for megatron-core's ModuleSpec, used where Transformer Engine is not: a norm and an attention."""
 
+import functools
 import math
 
 import torch
@@ -44,30 +45,43 @@ class CausalAttention(torch.nn.Module):
     def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None,
                 packed_seq_params=None):  # fmt: skip
         cu_seqlens, group = packed_seq_params.cu_seqlens_q, parallel_state.get_context_parallel_group()
-        rank, size = group.rank(), group.size()
-        lengths = cu_seqlens.diff().tolist()
-        chunks, held = 1, [0]
-        if size > 1:
-            chunks, held = 2 * size, [rank, 2 * size - 1 - rank]
-            both = gather_tokens(torch.cat([key, value], 1), cu_seqlens, group)
-            key, value = both.chunk(2, 1)
-        queries = query.split([n // chunks for n in lengths for _ in held])
-        keys, values = key.split(lengths), value.split(lengths)
-        outputs = [None] * len(queries)
-        for members in _buckets(lengths):
-            for place, chunk in enumerate(held):
-                spans = [lengths[i] // chunks for i in members]
-                ends = [(chunk + 1) * n for n in spans]
-                q = _padded([queries[i * len(held) + place] for i in members])
-                k, v = (_padded([x[i][:end] for i, end in zip(members, ends, strict=True)]) for x in (keys, values))
-                mask = _visible(q, k, [chunk * n for n in spans]) if chunk else None
-                o = F.scaled_dot_product_attention(
-                    q, k, v, mask, is_causal=not chunk, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
-                )
-                o = o.transpose(1, 2).flatten(2)
-                for row, i in enumerate(members):
-                    outputs[i * len(held) + place] = o[row, : spans[row]]
+        lengths = tuple(cu_seqlens.diff().tolist())
+        if group.size() > 1:
+            key, value = gather_tokens(torch.cat([key, value], 1), cu_seqlens, group).chunk(2, 1)
+        spans, calls = _calls(lengths, group.rank(), group.size(), query.dtype, query.device)
+        queries, keys, values = query.split(spans), key.split(lengths), value.split(lengths)
+        outputs = [None] * len(spans)
+        for parts, mask in calls:
+            q = _padded([queries[chunk] for chunk, _, _ in parts])
+            k, v = (_padded([x[sequence][:end] for _, sequence, end in parts]) for x in (keys, values))
+            o = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            o = o.transpose(1, 2).flatten(2)
+            for row, (chunk, _, _) in enumerate(parts):
+                outputs[chunk] = o[row, : spans[chunk]]
         return torch.cat(outputs)
+
+
+@functools.lru_cache(maxsize=1)  # all layers share a micro-batch's masks
+def _calls(lengths: tuple[int, ...], rank: int, size: int, dtype: torch.dtype, device: torch.device):
+    """(the number of queries in each of this rank's chunks, the SDPA calls over them).
+
+    A call is a list of (chunk, sequence, keys of that sequence up to the chunk's end) and a mask [B, 1, Lq, Lk] to add
+    to the scores, None where each chunk begins its sequence and so is plainly causal.
+    """
+    held, chunks = ([rank, 2 * size - 1 - rank], 2 * size) if size > 1 else ([0], 1)
+    spans = [n // chunks for n in lengths for _ in held]
+    calls = []
+    for members in _buckets(lengths):
+        for place, number in enumerate(held):
+            parts = [(i * len(held) + place, i, (number + 1) * (lengths[i] // chunks)) for i in members]
+            before = torch.tensor([end - spans[chunk] for chunk, _, end in parts], device=device)[:, None]
+            last = before + torch.arange(max(spans[chunk] for chunk, _, _ in parts), device=device)
+            hidden = torch.arange(max(end for _, _, end in parts), device=device) > last[:, None, :, None]
+            mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf) if number else None
+            calls.append((parts, mask))
+    return spans, calls
 
 
 def _padded(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -75,13 +89,7 @@ def _padded(rows: list[torch.Tensor]) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2)
 
 
-def _visible(q: torch.Tensor, k: torch.Tensor, before: list[int]) -> torch.Tensor:
-    """[B, 1, Lq, Lk] bool: query i of row b sees the `before[b]` keys ahead of the chunk and the chunk's up to its own."""
-    last = torch.tensor(before, device=q.device)[:, None] + torch.arange(q.shape[2], device=q.device)
-    return (torch.arange(k.shape[2], device=q.device) <= last[..., None])[:, None]
-
-
-def _buckets(lengths: list[int], waste: float = 1.3) -> list[list[int]]:
+def _buckets(lengths: tuple[int, ...], waste: float = 1.3) -> list[list[int]]:
     """Indices in groups whose longest member is at most `waste` times the shortest."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):

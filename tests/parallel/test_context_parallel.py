@@ -1,4 +1,4 @@
-"""Context parallelism: the split of a sequence is megatron-core's, and attention over it is attention over the whole."""
+"""Context parallelism: the split is megatron-core's, and attention over split sequences is that over whole ones."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""The layout is no hyper-parameter: TP, PP, VPP, SP, CP, DP, EP, packing and micro-batch size give the same training."""
+"""The layout is no hyper-parameter: TP, PP, VPP, SP, CP, DP, EP, packing and micro-batch size train alike."""
 
 import dataclasses
 
@@ -169,8 +169,15 @@ def test_layout_does_not_change_training_of_experts(layout, paths, mixture):
     assert_same_training(run(world_size, config, paths[1]), mixture[1])
 
 
-@pytest.mark.parametrize("teacher", [pytest.param("frozen", marks=pytest.mark.slow), "ema"])
-def test_teacher_weights_and_several_updates_agree_across_layouts(teacher, paths):
+@pytest.mark.parametrize(
+    ("teacher", "split"),
+    [
+        pytest.param("frozen", {"tensor": 2}, marks=pytest.mark.slow),
+        ("ema", {"tensor": 2}),
+        pytest.param("ema", {"context": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_teacher_weights_and_several_updates_agree_across_layouts(teacher, split, paths):
     models, rollouts = paths
     changes = {
         "teacher": TeacherConfig(weights=teacher, ema_decay=0.5),
@@ -178,8 +185,8 @@ def test_teacher_weights_and_several_updates_agree_across_layouts(teacher, paths
         "objective": ObjectiveConfig(loss_normalization="seq_mean", entropy_normalization="max"),
     }
     expected = run(1, _config(models[True], **changes), rollouts)
-    split = ParallelConfig(tensor=2, max_tokens_per_microbatch=128)
-    assert_same_training(run(2, _config(models[True], parallel=split, **changes), rollouts), expected)
+    parallel = ParallelConfig(max_tokens_per_microbatch=128, **split)
+    assert_same_training(run(2, _config(models[True], parallel=parallel, **changes), rollouts), expected)
 
 
 def test_order_of_the_rollouts_does_not_change_training(paths, reference, tmp_path):

@@ -103,11 +103,13 @@ LAYOUTS = {
     "PP2 VPP2": (2, "bfloat16", {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True}, True, "ema"),
     "DP2 distributed optimizer": (2, "bfloat16", {"distributed_optimizer": True}, False, "live"),
     "TP2 PP2": (4, "float32", {"tensor": 2, "pipeline": 2, "distributed_optimizer": True}, True, "live"),
+    "CP2": (2, "float32", {"context": 2}, False, "live"),
+    "CP2 distributed optimizer": (2, "bfloat16", {"context": 2, "distributed_optimizer": True}, True, "ema"),
     "experts EP2": (2, "bfloat16", {"expert": 2, "distributed_optimizer": True}, False, "frozen"),
 }
 
 
-SLOW = {"fp32", "TP2", "TP2 PP2"}
+SLOW = {"fp32", "TP2", "TP2 PP2", "CP2", "CP2 distributed optimizer"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS])

@@ -114,7 +114,7 @@ def test_context_parallel_ranks_share_every_sequence(spans, size, tensor):
 
 
 def test_context_parallel_chunks():
-    """Eight tokens on two ranks: the outer and the inner chunks, as Transformer Engine's thd_get_partitioned_indices."""
+    """Eight tokens on two ranks: the outer and the inner chunks, as Transformer Engine has them."""
     batch = pack(_numbered([(2, 5), (1, 2)]), [0, 1], 8, each=4)
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 0, 8, 9, 10, 0, 0, 0, 0, 0]
     assert [batch.split(rank, 2).tokens.tolist() for rank in (0, 1)] == [
