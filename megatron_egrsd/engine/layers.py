@@ -76,12 +76,16 @@ def _calls(lengths: tuple[int, ...], rank: int, size: int, dtype: torch.dtype, d
     for members in _buckets(lengths):
         for place, number in enumerate(held):
             parts = [(i * len(held) + place, i, (number + 1) * (lengths[i] // chunks)) for i in members]
-            before = torch.tensor([end - spans[chunk] for chunk, _, end in parts], device=device)[:, None]
-            last = before + torch.arange(max(spans[chunk] for chunk, _, _ in parts), device=device)
-            hidden = torch.arange(max(end for _, _, end in parts), device=device) > last[:, None, :, None]
-            mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf) if number else None
-            calls.append((parts, mask))
+            bounds = torch.tensor([(spans[chunk], end) for chunk, _, end in parts], device=device)
+            calls.append((parts, _mask(*bounds.T, dtype) if number else None))
     return spans, calls
+
+
+def _mask(queries: torch.Tensor, ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[B, 1, Lq, Lk]: 0 where a query may see a key, else -inf; the last of `queries` [B] is at key `ends` [B] - 1."""
+    last = (ends - queries)[:, None] + torch.arange(int(queries.max()), device=ends.device)
+    hidden = torch.arange(int(ends.max()), device=ends.device) > last[:, None, :, None]
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def _padded(rows: list[torch.Tensor]) -> torch.Tensor:
