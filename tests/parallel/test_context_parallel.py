@@ -63,7 +63,7 @@ def _reference(cu_seqlens: torch.Tensor) -> list[torch.Tensor]:
     return [output.detach(), *(x.grad for x in qkv)]
 
 
-@pytest.mark.parametrize("size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_attention_and_its_gradients(size):
     found = run_ranks(_attend, size)
     places = torch.cat([torch.from_numpy(own) for own, *_ in found])
