@@ -51,11 +51,12 @@ fi
 TENSOR="${TENSOR:-4}"                        # TP; keep it within a node
 PIPELINE="${PIPELINE:-1}"                    # PP; may cross nodes
 VIRTUAL_PIPELINE="${VIRTUAL_PIPELINE:-1}"    # VPP; chunks of layers a stage, more shorten the pipeline's bubble
+CONTEXT="${CONTEXT:-1}"                      # CP; ranks that share each sequence, for responses too long for one
 EXPERT="${EXPERT:-1}"                        # EP; ranks of a stage that share a mixture's experts, 1 for a dense model
 ENGINE_TENSOR="${ENGINE_TENSOR:-1}"          # TP of each launched SGLang server: an 8B model fits on one GPU
 
 for name in NNODES MASTER_PORT RENDEZVOUS_TIMEOUT SAVE_SECONDS GPUS_PER_NODE NPROC_PER_NODE TENSOR PIPELINE \
-    VIRTUAL_PIPELINE EXPERT ENGINE_TENSOR; do
+    VIRTUAL_PIPELINE CONTEXT EXPERT ENGINE_TENSOR; do
     positive "$name"
 done
 [[ "$COLOCATED" == [01] ]] || fail "COLOCATED is '$COLOCATED'; it must be 0 or 1"
@@ -71,8 +72,9 @@ fi
 if ! [[ "$NODE_RANK" =~ ^(0|[1-9][0-9]*)$ && "$NODE_RANK" -lt "$NNODES" ]]; then
     fail "NODE_RANK is '$NODE_RANK'; it must be this node's number, 0 to $((NNODES - 1))"
 fi
-(((NNODES * NPROC_PER_NODE) % (TENSOR * PIPELINE) == 0)) ||
-    fail "$NNODES x $NPROC_PER_NODE training GPUs do not divide into copies of TENSOR x PIPELINE = $TENSOR x $PIPELINE"
+(((NNODES * NPROC_PER_NODE) % (TENSOR * PIPELINE * CONTEXT) == 0)) ||
+    fail "$NNODES x $NPROC_PER_NODE training GPUs do not divide into replicas of TENSOR x PIPELINE x CONTEXT = \
+$TENSOR x $PIPELINE x $CONTEXT"
 (((NNODES * NPROC_PER_NODE / PIPELINE) % EXPERT == 0)) ||
     fail "$NNODES x $NPROC_PER_NODE training GPUs in $PIPELINE pipeline stages do not divide by EXPERT = $EXPERT"
 [[ -f "$CONFIG" ]] || fail "there is no configuration file $CONFIG; set CONFIG"
@@ -122,6 +124,7 @@ PARALLEL_ARGS=(
     --parallel.tensor "$TENSOR"
     --parallel.pipeline "$PIPELINE"
     --parallel.virtual_pipeline "$VIRTUAL_PIPELINE"
+    --parallel.context "$CONTEXT"
     --parallel.expert "$EXPERT"
     --parallel.sequence_parallel "$( ((TENSOR > 1)) && echo true || echo false)"  # needs TP > 1
 )

@@ -304,10 +304,12 @@ class ParallelConfig:
         pipeline: Pipeline-parallel size (PP).
         virtual_pipeline: Chunks of layers that a stage holds (VPP). With more than one, stages take turns more often
             and wait less, for more communication and activations (interleaved 1F1B, Narayanan et al. 2021).
+        context: Context-parallel size (CP): as many ranks share each sequence of a micro-batch, for long responses.
         expert: Expert-parallel size (EP): as many ranks of a stage share the experts of a mixture; TP splits none.
         sequence_parallel: Split the activations outside attention and MLP over the TP ranks (SP).
-        distributed_optimizer: Shard the optimizer state over the data-parallel ranks.
-        max_tokens_per_microbatch: Token budget of one packed micro-batch; a longer single sample gets its own.
+        distributed_optimizer: Shard the optimizer state over the data-parallel and context-parallel ranks.
+        max_tokens_per_microbatch: Token budget of one packed micro-batch on each context-parallel rank; a longer single
+            sample gets its own.
         transformer_engine: Use Transformer Engine layers: where installed on a GPU, always, or never.
         recompute: Recompute the activations of every layer in the backward pass.
         overlap_grad_reduce: Reduce gradients over the data-parallel ranks while the last backward pass still runs.
@@ -319,6 +321,7 @@ class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1
+    context: int = 1
     expert: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
@@ -330,7 +333,8 @@ class ParallelConfig:
     timeout: float = 1800.0
 
     def __post_init__(self):
-        for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "max_tokens_per_microbatch", "timeout"):
+        sizes = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
+        for name in (*sizes, "max_tokens_per_microbatch", "timeout"):
             _require(getattr(self, name) > 0, f"parallel.{name} is {getattr(self, name)}; it must be positive")
         _require(
             not self.sequence_parallel or self.tensor > 1,
@@ -343,8 +347,17 @@ class ParallelConfig:
 
     @property
     def model_parallel(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor * self.pipeline
+        """Ranks of one replica: they work on the same samples."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What a sequence's length is padded to a multiple of: each CP rank holds two chunks of it (data/zigzag.py)."""
+        return 2 * self.context if self.context > 1 else 1
+
+    def tokens_on_a_rank(self, length: int) -> int:
+        """What a context-parallel rank holds of a sequence of `length` tokens, padding included."""
+        return -(-length // self.sequence_multiple) * self.sequence_multiple // self.context
 
     @property
     def layer_chunks(self) -> int:
@@ -540,8 +553,9 @@ class Config:
         model_parallel = self.parallel.model_parallel
         _require(
             world_size % model_parallel == 0,
-            f"{world_size} training ranks do not divide into copies of parallel.tensor x parallel.pipeline = "
-            f"{self.parallel.tensor} x {self.parallel.pipeline} = {model_parallel} ranks; "
+            f"{world_size} training ranks do not divide into replicas of parallel.tensor x parallel.pipeline x "
+            f"parallel.context = {self.parallel.tensor} x {self.parallel.pipeline} x {self.parallel.context} = "
+            f"{model_parallel} ranks; "
             f"start a multiple of {model_parallel} with torchrun --nproc-per-node",
         )
         data_parallel = world_size // model_parallel

@@ -4,8 +4,8 @@ What stays (weights, gradients, optimizer, teacher) follows the buffers of megat
 adds follows the tensors that autograd keeps. tests/parallel/test_memory.py compares both with the engine on CPU.
 Transformer Engine's layers are counted from its source and have not been measured here.
 
-Symbols: T tokens of a micro-batch, all of which may be response tokens; b bytes of a weight; H, F, D, N, G, V as in
-hf/mapping.py.
+Symbols: T tokens of a micro-batch on one rank, all of which may be response tokens; b bytes of a weight; H, F, D, N, G,
+V as in hf/mapping.py.
 """
 
 import functools
@@ -92,11 +92,11 @@ def _one_layer(arch: Architecture, tensor: int, expert: int) -> dict[str, torch.
 def rank_memory(
     config: Config, arch: Architecture, world_size: int, stage: int, place: Placement, *, tokens: int
 ) -> RankMemory:
-    """Bytes of a rank of pipeline stage `stage` where the longest micro-batch has `tokens` tokens."""
+    """Bytes of a rank of pipeline stage `stage` where the longest micro-batch has `tokens` tokens on a rank."""
     parallel = config.parallel
     b = getattr(torch, config.model.dtype).itemsize
     chunks = shard_shapes(arch, parallel, stage)
-    data_parallel = world_size // parallel.model_parallel
+    replicas = world_size // (parallel.tensor * parallel.pipeline)  # of a weight: context parallelism splits none
     resident = _resident(config, chunks, world_size // parallel.pipeline, b)
     if place.gpu:
         resident["CUDA runtime"] = GPU_RUNTIME_BYTES
@@ -107,7 +107,7 @@ def rank_memory(
     layers = arch.num_layers // parallel.layer_chunks
     is_last = stage == parallel.pipeline - 1
     h = arch.hidden_size // (parallel.tensor if parallel.sequence_parallel else 1)
-    layer = layer_activations(arch, parallel.tensor, h, b, place)
+    layer = layer_activations(arch, parallel.tensor, h, b, place, parallel.context)
     kept = layers * (h * b if parallel.recompute else layer) + (0 if is_last else h * b)
     activations = {"activations": in_flight * tokens * kept}
     head = lm_head(arch, parallel.tensor, tokens, b, place) | {
@@ -119,7 +119,7 @@ def rank_memory(
     phases = {"backward pass of the layers": activations | backward}
     if is_last:
         phases["backward pass of the LM head"] = activations | head
-    phases["optimizer step"] = {"temporaries": _adam_temporaries(chunks, config, data_parallel, place)}
+    phases["optimizer step"] = {"temporaries": _adam_temporaries(chunks, config, replicas, place)}
     if config.teacher.weights == "ema" and b < 4:
         phases["scoring"] = {"teacher in the type of the weights": _numel(chunks) * b,
                              "one layer": tokens * layer}  # fmt: skip
@@ -178,7 +178,7 @@ def _norm(width: int, b: int, place: Placement) -> int:
     return 12 * width + 4  # engine/layers.py computes in fp32: fp32 two copies and bf16 two, or fp32 three
 
 
-def layer_activations(arch: Architecture, tensor: int, h: int, b: int, place: Placement) -> int:
+def layer_activations(arch: Architecture, tensor: int, h: int, b: int, place: Placement, context: int = 1) -> int:
     """Bytes a token that one transformer layer keeps from forward to backward, `h` = H / TP under sequence parallelism.
 
     Ours, in the manner of Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1), for RMSNorm, grouped queries, SwiGLU
@@ -194,7 +194,10 @@ def layer_activations(arch: Architecture, tensor: int, h: int, b: int, place: Pl
     else:
         fp32_inputs = 8 * q + 4 * (q + 2 * kv) + 4 * kv if b == 4 else 10 * (q + kv)
         # The core attention copies queries, keys, values and output into padded batches (engine/layers.py).
-        attention = fp32_inputs + b * (2 * q + 2 * kv) + b * q + 4 * (heads + groups)
+        # Under context parallelism, of keys and values all ranks': those up to the end of each of the two chunks. The
+        # masks, which all layers share, are not counted.
+        copies = 2 * q + kv * (2 * context + 1 if context > 1 else 2)
+        attention = fp32_inputs + b * copies + b * q + 4 * (heads + groups)
         attention += 4 * arch.head_dim * b  # the unfused rotary embedding keeps cosines and sines, twice
     attention += 4 * heads
     return norms + attention + _mlp(arch, tensor, h, b, place)
@@ -233,14 +236,14 @@ def lm_head(arch: Architecture, tensor: int, tokens: int, b: int, place: Placeme
     }
 
 
-def _adam_temporaries(chunks: list[dict[str, torch.Size]], config: Config, data_parallel: int, place: Placement) -> int:
+def _adam_temporaries(chunks: list[dict[str, torch.Size]], config: Config, replicas: int, place: Placement) -> int:
     """What AdamW allocates for its update: nothing when fused (Transformer Engine), else torch's square roots.
 
     torch's AdamW takes all parameters at once on a GPU, and one by one with two temporaries on a CPU.
     """
     owned, largest = _numel(chunks), max(math.prod(s) for shapes in chunks for s in shapes.values())
     if config.parallel.distributed_optimizer:
-        owned = -(-owned // data_parallel)
+        owned = -(-owned // replicas)
     if place.gpu:
         return 0 if place.transformer_engine else 4 * owned
     return 8 * min(owned, largest)

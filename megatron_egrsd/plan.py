@@ -79,9 +79,9 @@ def resolve(
     plan = Plan()
     if gpu_memory is None and torch.cuda.is_available():
         gpu_memory = torch.cuda.get_device_properties(0).total_memory
-    tokens = _add_batch(plan, config, arch, prompts, heldout, ranks)
+    longest = _add_batch(plan, config, arch, prompts, heldout, ranks)
     if config.debug != "rollout-only":
-        _add_memory(plan, config, arch, ranks, tokens, gpu_memory)
+        _add_memory(plan, config, arch, ranks, longest, gpu_memory)
     if config.debug != "train-only":
         _add_servers(plan, config, arch, prompts, gpu_memory)
     _add_disk(plan, config, arch)
@@ -89,7 +89,7 @@ def resolve(
 
 
 def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout, ranks: int) -> int:
-    """Model, layout, batch arithmetic; returns the tokens of the longest possible micro-batch."""
+    """Model, layout, batch arithmetic; returns the tokens of the longest possible sample."""
     data_parallel = config.check_world(ranks)
     p, r, o = config.parallel, config.rollout, config.optimizer
     padded = arch.padded_vocab_size(p.tensor)
@@ -100,7 +100,9 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
     )
     plan.add(
         "layout",
-        f"{ranks} ranks = TP {p.tensor} x PP {p.pipeline} x DP {data_parallel}"
+        f"{ranks} ranks = TP {p.tensor} x PP {p.pipeline}"
+        + (f" x CP {p.context}" if p.context > 1 else "")
+        + f" x DP {data_parallel}"
         + (f", VPP {p.interleaved}" if p.interleaved else "")
         + (f", EP {p.expert}" if p.expert > 1 else "")
         + (", sequence parallel" if p.sequence_parallel else "")
@@ -120,15 +122,16 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
         f"{an_update} an update, {a_rank} of them a data-parallel rank",
     )
     longest = max(len(x.student_ids) for x in prompts) + r.max_response_tokens
-    budget = p.max_tokens_per_microbatch
-    most = len(schedule([[longest] * a_rank], budget, p.round_of_micro_batches)[0])
+    budget, share = p.max_tokens_per_microbatch, p.tokens_on_a_rank(longest)
+    most = len(schedule([[share] * a_rank], budget, p.round_of_micro_batches)[0])
     bubble = f", {_bubble(p, most)} of the time in the pipeline's bubble" if p.pipeline > 1 else ""
     plan.add(
         "",
-        f"samples of at most {longest:,} tokens in micro-batches of at most {budget:,}: "
-        f"at most {most} an update a rank{bubble}",
+        f"samples of at most {longest:,} tokens"
+        + (f", {share:,} of them on each CP rank," if p.context > 1 else "")
+        + f" in micro-batches of at most {budget:,}: at most {most} an update a rank{bubble}",
     )
-    if longest > budget:
+    if share > budget:
         plan.add(
             "", f"a sample longer than parallel.max_tokens_per_microbatch = {budget:,} is a micro-batch of its own"
         )
@@ -138,7 +141,15 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
         f"{config.steps * r.prompts_per_step / len(prompts):.2f} epochs of {len(prompts)} problems; "
         f"{len(heldout)} held-out problems",
     )
-    return max(longest, min(budget, longest * a_rank))
+    return longest
+
+
+def _longest_micro_batch(config: Config, longest: int, ranks: int) -> int:
+    """Tokens on one rank of the longest micro-batch where no sample has more than `longest`."""
+    p = config.parallel
+    samples = config.rollout.rollouts_per_step // config.optimizer.updates_per_batch // (ranks // p.model_parallel)
+    share = p.tokens_on_a_rank(longest)
+    return max(share, min(p.max_tokens_per_microbatch, share * samples))
 
 
 def _bubble(parallel: ParallelConfig, micro_batches: int) -> str:
@@ -148,10 +159,10 @@ def _bubble(parallel: ParallelConfig, micro_batches: int) -> str:
 
 
 def _add_memory(
-    plan: Plan, config: Config, arch: Architecture, ranks: int, tokens: int, gpu_memory: int | None
+    plan: Plan, config: Config, arch: Architecture, ranks: int, longest: int, gpu_memory: int | None
 ) -> None:
     """Bytes of the largest rank, term by term; a refusal where they are more than the GPU has."""
-    place = placement(config, gpu_memory)
+    place, tokens = placement(config, gpu_memory), _longest_micro_batch(config, longest, ranks)
     stages = memory_of_stages(config, arch, ranks, place, tokens)
     worst = max(stages, key=lambda m: m.total)
     kind = "a GPU with Transformer Engine" if place.transformer_engine else "a GPU" if place.gpu else "the CPU"
@@ -177,7 +188,7 @@ def _add_memory(
     if gpu_memory and worst.total > gpu_memory:
         plan.refusals.append(
             f"rank {worst.rank} needs {readable(worst.total)} where a GPU has {readable(gpu_memory)}; "
-            + _remedy(config, arch, ranks, place, tokens, gpu_memory)
+            + _remedy(config, arch, ranks, place, longest, gpu_memory)
         )
 
 
@@ -194,7 +205,7 @@ def memory_of_stages(config: Config, arch: Architecture, ranks: int, place: Plac
     return [rank_memory(config, arch, ranks, stage, place, tokens=tokens) for stage in stages]
 
 
-def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, tokens: int, gpu_memory: int) -> str:
+def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, longest: int, gpu_memory: int) -> str:
     """The mildest single change of the parallel section that fits, as advice; each is tried."""
     p = config.parallel
     changes = [
@@ -203,6 +214,7 @@ def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, to
         {"recompute": True, "distributed_optimizer": True},
         *({"tensor": p.tensor * k, "recompute": True, "distributed_optimizer": True} for k in (2, 4, 8)),
         *({"pipeline": p.pipeline * k, "recompute": True, "distributed_optimizer": True} for k in (2, 4, 8)),
+        *({"context": p.context * k, "recompute": True, "distributed_optimizer": True} for k in (2, 4, 8)),
     ]
     for change in changes:
         try:
@@ -211,10 +223,11 @@ def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, to
             arch.check_parallel(other.parallel)
         except BadArgument:
             continue
+        tokens = _longest_micro_batch(other, longest, ranks)
         if max(m.total for m in memory_of_stages(other, arch, ranks, place, tokens)) <= gpu_memory:
             new = {k: v for k, v in change.items() if getattr(p, k) != v}
             return "it fits with " + ", ".join(f"--parallel.{k} {str(v).lower()}" for k, v in new.items())
-    return "neither recomputation, the distributed optimizer, more TP nor more PP makes it fit: it takes more GPUs"
+    return "neither recomputation, the distributed optimizer nor more TP, PP or CP makes it fit: it takes more GPUs"
 
 
 def _add_servers(plan: Plan, config: Config, arch: Architecture, prompts, gpu_memory: int | None) -> None:

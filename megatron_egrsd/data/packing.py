@@ -3,9 +3,11 @@
 import heapq
 import itertools
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+
+from megatron_egrsd.data.zigzag import zigzag
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,17 @@ class Sequence:
 class MicroBatch:
     """Sequences laid end to end. T tokens in all (padding last), R response tokens, B sequences.
 
-    Row `rows[r]` of the hidden states predicts `targets[r]`: the rows before each response token. A batch of padding
-    alone (B = 0, R = 0) is what a rank runs when it has fewer samples than the others have micro-batches.
+    Row `rows[r]` of the hidden states predicts `targets[own[r]]`: the rows before each response token. A batch of
+    padding alone (B = 0, R = 0) is what a rank runs when it has fewer samples than the others have micro-batches.
+
+    After `split`, `tokens`, `position_ids`, `rows` and `own` are a context-parallel rank's; all else is as before.
     """
 
     tokens: torch.Tensor  # [T] int64
     position_ids: torch.Tensor  # [T] int64, from 0 in every sequence
     cu_seqlens: torch.Tensor  # [B + 1] int32, or [B + 2] where padding forms a last sequence of its own
     rows: torch.Tensor  # [R] int64
+    own: torch.Tensor  # [R] int64, the response tokens that the rows predict: all of them, in order
     targets: torch.Tensor  # [R] int64
     response_cu_seqlens: torch.Tensor  # [B + 1] int32
     samples: tuple[int, ...]  # B indices into the list that was packed
@@ -48,6 +53,17 @@ class MicroBatch:
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         fields = {k: v.to(device, non_blocking=True) for k, v in self.fields.items()}
         return MicroBatch(**moved, samples=self.samples, fields=fields)
+
+    def split(self, rank: int, size: int) -> "MicroBatch":
+        """What context-parallel rank `rank` of `size` runs; the lengths are multiples of 2 x size where size > 1."""
+        places = zigzag(self.cu_seqlens, rank, size)
+        row = torch.full_like(self.tokens, -1)
+        row[places] = torch.arange(places.numel())
+        rows = row[self.rows]
+        own = (rows >= 0).nonzero()[:, 0]
+        return replace(
+            self, tokens=self.tokens[places], position_ids=self.position_ids[places], rows=rows[own], own=self.own[own]
+        )
 
     def unpack(self, packed: torch.Tensor) -> dict[int, torch.Tensor]:
         """[R] -> sample index -> [response length]."""
@@ -112,13 +128,22 @@ def _fits(part: list[int], lengths: Seq[int], budget: int) -> bool:
     return len(part) <= 1 or sum(lengths[i] for i in part) <= budget
 
 
-def pack(sequences: Seq[Sequence], samples: Seq[int], multiple: int = 1, pad_id: int = 0) -> MicroBatch:
-    """Lay `sequences[i]` for i in `samples` end to end, padded to a multiple of `multiple` tokens (at least one)."""
+def round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def pack(sequences: Seq[Sequence], samples: Seq[int], multiple: int = 1, pad_id: int = 0, each: int = 1) -> MicroBatch:
+    """Lay `sequences[i]` for i in `samples` end to end, padded to a multiple of `multiple` tokens (at least one).
+
+    Before, every sequence is padded to a multiple of `each`, which divides `multiple`.
+    """
     chosen = [sequences[i] for i in samples]
-    tokens = [t for s in chosen for t in (*s.prompt_ids, *s.response_ids)]
-    total = max(1, -(-len(tokens) // multiple)) * multiple
-    padding = total - len(tokens)
-    lengths = [len(s) for s in chosen]
+    lengths = [round_up(len(s), each) for s in chosen]
+    tokens = [
+        t for s, n in zip(chosen, lengths, strict=True)
+        for t in (*s.prompt_ids, *s.response_ids, *[pad_id] * (n - len(s)))
+    ]  # fmt: skip
+    padding = max(multiple, round_up(len(tokens), multiple)) - len(tokens)
     starts = [0]
     for n in lengths:
         starts.append(starts[-1] + n)
@@ -129,12 +154,14 @@ def pack(sequences: Seq[Sequence], samples: Seq[int], multiple: int = 1, pad_id:
     response_lengths = torch.tensor([0] + [len(s.response_ids) for s in chosen], dtype=torch.int32)
     spans = lengths + ([padding] if padding else [])
     names = list(chosen[0].fields) if chosen else []
+    targets = torch.tensor([t for s in chosen for t in s.response_ids], dtype=torch.int64)
     return MicroBatch(
         tokens=torch.tensor(tokens + [pad_id] * padding, dtype=torch.int64),
         position_ids=torch.cat([torch.arange(n) for n in spans]),
         cu_seqlens=torch.tensor([0, *spans], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         rows=torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64),
-        targets=torch.tensor([t for s in chosen for t in s.response_ids], dtype=torch.int64),
+        own=torch.arange(targets.numel()),
+        targets=targets,
         response_cu_seqlens=response_lengths.cumsum(0, dtype=torch.int32),
         samples=tuple(samples),
         fields={name: torch.cat([_per_token(s.fields[name], len(s.response_ids)) for s in chosen]) for name in names},

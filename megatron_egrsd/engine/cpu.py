@@ -15,6 +15,8 @@ import types
 import torch
 import torch.utils._device
 
+from megatron_egrsd.data.zigzag import zigzag
+
 
 def install() -> None:
     """Answer megatron-core's CUDA calls on the CPU. Idempotent; must run before megatron.core is imported."""
@@ -69,14 +71,15 @@ def _all_sequences_at_once(apply):
 
     Where angles [T, 1, 1, D] come for all T tokens it takes them as they are, in one go.
     """
+    alone = types.SimpleNamespace(size=lambda: 1, rank=lambda: 0)
 
     @functools.wraps(apply)
-    def wrapper(t, cu_seqlens, freqs, *args, **kwargs):
-        lengths = cu_seqlens.diff()
-        starts = cu_seqlens[:-1].repeat_interleave(lengths)
-        positions = torch.arange(starts.numel(), device=starts.device) - starts
-        # One sequence to megatron-core, whose slices are then the whole.
-        return apply(t, cu_seqlens[[0, -1]], freqs[positions], *args, **kwargs)
+    def wrapper(t, cu_seqlens, freqs, *args, cp_group, **kwargs):
+        places = zigzag(cu_seqlens, cp_group.rank(), cp_group.size())
+        starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+        # One sequence of one rank to megatron-core, whose slices are then the whole.
+        bounds = torch.tensor([0, t.shape[0]])
+        return apply(t, bounds, freqs[places - starts[places]], *args, cp_group=alone, **kwargs)
 
     return wrapper
 

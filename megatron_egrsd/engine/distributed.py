@@ -42,6 +42,7 @@ def initialize(config: ParallelConfig, seed: int, facts: dict[str, str] | None =
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.interleaved,
+        context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=1,  # many small experts: whole ones on few ranks beat slices of all on many
         distributed_timeout_minutes=max(1, int(config.timeout // 60)),

@@ -1,4 +1,4 @@
-"""The training engine: one Qwen3 in any TP x PP x DP layout that can score tokens and take optimizer steps.
+"""The training engine: one Qwen3 in any TP x PP x CP x DP layout that can score tokens and take optimizer steps.
 
 Every rank makes the same calls with the same arguments; the engine knows which part is its own.
 """
@@ -19,7 +19,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
@@ -27,6 +26,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.packing import MicroBatch, Sequence, balance_passes, pack, schedule
 from megatron_egrsd.engine import distributed
+from megatron_egrsd.engine.context_parallel import gather_scores, packed_seq_params
 from megatron_egrsd.engine.model import build_model, transformer_config
 from megatron_egrsd.engine.offload import Shelf, without
 from megatron_egrsd.engine.optimizer import build_optimizer
@@ -60,6 +60,7 @@ class Engine:
         self.data_parallel = config.check_world(dist.get_world_size())
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_group = parallel_state.get_data_parallel_group()
+        self.context_group = parallel_state.get_context_parallel_group()
         self.is_first_rank = dist.get_rank() == 0
 
         dtype = getattr(torch, config.model.dtype)
@@ -155,12 +156,14 @@ class Engine:
         return balance_passes(scored, scored if trained is None else trained, self.data_parallel)
 
     def _micro_batches(self, sequences: Seq[Sequence], partition: list[list[int]]) -> list[MicroBatch]:
-        lengths = [[len(sequences[i]) for i in part] for part in partition]
         parallel = self.config.parallel
+        lengths = [[parallel.tokens_on_a_rank(len(sequences[i])) for i in part] for part in partition]
         plan = schedule(lengths, parallel.max_tokens_per_microbatch, parallel.round_of_micro_batches)
-        own = partition[self.data_parallel_rank]
-        multiple = parallel.tensor if parallel.sequence_parallel else 1
-        return [pack(sequences, [own[i] for i in part], multiple) for part in plan[self.data_parallel_rank]]
+        own, each = partition[self.data_parallel_rank], parallel.sequence_multiple
+        multiple = each * (parallel.tensor if parallel.sequence_parallel else 1)
+        parts = plan[self.data_parallel_rank]
+        batches = (pack(sequences, [own[i] for i in part], multiple, each=each) for part in parts)
+        return [batch.split(self.context_group.rank(), parallel.context) for batch in batches]
 
     # -- forward and backward -----------------------------------------------------------------------------------
 
@@ -202,6 +205,7 @@ class Engine:
     ) -> dict[str, float]:
         """One optimizer step on all `sequences`; `loss` sees this rank's micro-batches on the last pipeline stage.
 
+        It sees whole responses, on every context-parallel rank; each differentiates the scores of its own tokens.
         The losses of all micro-batches and ranks are summed, never averaged: the caller divides by the global batch's
         normaliser. Returns the sums that `loss` reports, over the global batch, with grad_norm, lr and micro_batches.
 
@@ -260,18 +264,11 @@ class Engine:
 
     def _forward(self, batches: Iterator[MicroBatch], model, loss):
         batch = next(batches).to(self.device)
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-        )
         output = model(
             batch.tokens[None],
             batch.position_ids[None],
             None,
-            packed_seq_params=packed,
+            packed_seq_params=packed_seq_params(batch, self.context_group),
             output_processor=self._response_scores,
             output_processor_context=batch,
         )
@@ -286,19 +283,19 @@ class Engine:
         log_prob, entropy = linear_log_prob_and_entropy(
             hidden_states[:, 0].index_select(0, context.rows),
             output_layer.weight if output_weight is None else output_weight,
-            context.targets,
+            context.targets.index_select(0, context.own),
             group=group if group.size() > 1 else None,
             vocab_size=self.arch.vocab_size,
             temperature=self.config.rollout.temperature,
         )
-        return torch.stack([log_prob, entropy])
+        return gather_scores(torch.stack([log_prob, entropy]), context, self.context_group)
 
     # -- sums, teacher, weights ---------------------------------------------------------------------------------
 
     def _sum_over_ranks(self, outputs: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Sum dictionaries over micro-batches and data-parallel ranks; the same result everywhere."""
         own = {}
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
+        if parallel_state.get_tensor_model_parallel_rank() == 0 and self.context_group.rank() == 0:
             keys = [k for o in outputs for k in o]  # a batch of padding alone reports nothing
             own = {k: sum(float(o.get(k, 0.0)) for o in outputs) for k in dict.fromkeys(keys)}
         gathered = [own]

@@ -63,6 +63,7 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.interleaved,
+        context_parallel_size=parallel.context,
         # Batched, the interleaved schedule would mix up what two stages send each other both ways.
         overlap_p2p_comm=bool(parallel.interleaved),
         batch_p2p_comm=not parallel.interleaved,

@@ -64,7 +64,7 @@ def export_hf(chunks: list[torch.nn.Module], arch: Architecture) -> Iterator[tup
     one full tensor (of experts, one of each rank) is alive at a time, plus whatever the consumer keeps.
     """
     is_first = {
-        False: parallel_state.get_data_parallel_rank() == 0,
+        False: parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,
         True: parallel_state.get_expert_data_parallel_rank() == 0,
     }
     if not any(is_first.values()):

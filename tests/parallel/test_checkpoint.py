@@ -60,8 +60,13 @@ def setting(tmp_path):
         pytest.param(
             2, ParallelConfig(max_tokens_per_microbatch=256, tensor=2, sequence_parallel=True), marks=pytest.mark.slow
         ),
+        pytest.param(
+            2,
+            ParallelConfig(max_tokens_per_microbatch=64, context=2, distributed_optimizer=True),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["TP1", "DP2 distributed optimizer", "TP2 SP"],
+    ids=["TP1", "DP2 distributed optimizer", "TP2 SP", "CP2 distributed optimizer"],
 )
 def test_resume_is_bit_identical(world_size, parallel, setting):
     config, rollouts, root = setting
@@ -83,6 +88,17 @@ def test_resume_in_another_layout(setting):
     tensor = dataclasses.replace(config, parallel=ParallelConfig(max_tokens_per_microbatch=256, tensor=2,
                                                                  distributed_optimizer=True))  # fmt: skip
     assert_same_training(_run(2, tensor, rollouts, root / "parts", 2, 4), (metrics[2:], weights))
+
+
+@pytest.mark.slow
+def test_context_parallel_resumes_in_another_layout_and_back(setting):
+    config, rollouts, root = setting
+    metrics, weights = _run(1, config, rollouts, root / "whole", 0, 4)
+    layouts = ({"context": 2}, {"tensor": 2}, {"pipeline": 2}, {"context": 2})
+    for step, layout in enumerate(layouts):
+        parallel = ParallelConfig(max_tokens_per_microbatch=64, distributed_optimizer=True, **layout)
+        found = _run(2, dataclasses.replace(config, parallel=parallel), rollouts, root / "parts", step, step + 1)
+    assert_same_training(found, (metrics[3:], weights))
 
 
 def test_experts_resume_in_another_layout(setting):

@@ -46,6 +46,32 @@ def test_layout_does_not_change_training(name, files):
     assert ("teacher/entropy" in expected[0][0]) == ("OPSD" in name)
 
 
+# A token weighs as much as the other tokens of its rollout are uncertain.
+WHOLE = """
+import torch
+from megatron_egrsd.weighting import Objective
+
+class Whole(Objective):
+    needs_teacher = False
+
+    def weight(self, tokens):
+        lengths = tokens.cu_seqlens.diff()
+        means = torch.stack([h.mean() for h in tokens.student_entropy.split(lengths.tolist())])
+        return tokens.advantage * means.repeat_interleave(lengths)
+"""
+
+
+@pytest.mark.slow
+def test_context_parallelism_shows_an_objective_whole_rollouts(files):
+    model, root = files
+    (root / "whole.py").write_text(WHOLE)
+    objective = ObjectiveConfig(function=f"{root / 'whole.py'}:Whole")
+    expected = run(1, _config(model, objective=objective), root / "rollouts.jsonl")
+    split = ParallelConfig(context=2, **SPLIT)
+    assert_same_training(run(2, _config(model, objective=objective, parallel=split), root / "rollouts.jsonl"), expected)
+    assert expected[0][0]["optimizer/grad_norm"] > 0
+
+
 def test_the_record_is_what_is_trained_and_needs_no_reward(files):
     path = files[1] / "opsd.jsonl"
     config = {"objective": ObjectiveConfig(function=OPSD), "optimizer": OptimizerConfig(lr=1e-12)}

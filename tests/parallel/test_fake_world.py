@@ -17,16 +17,18 @@ from megatron_egrsd.hf.mapping import entries, hf_shapes
 from megatron_egrsd.memory import _buffer_numel, shard_shapes
 from tests.published import PARAMETERS, PUBLISHED
 
-# model, ranks, TP, PP, VPP, EP: an upper stage of each is uneven in what it holds besides layers.
+# model, ranks, TP, PP, VPP, CP, EP: an upper stage of each is uneven in what it holds besides layers.
 LAYOUTS = [
-    ("Qwen3-8B", 8, 4, 1, 1, 1),
-    ("Qwen3-8B", 64, 2, 2, 1, 1),
-    ("Qwen3-8B", 512, 8, 4, 3, 1),
-    ("Qwen3-4B", 512, 4, 4, 1, 1),  # tied embeddings: the last stage has a copy
-    ("Qwen3-32B", 64, 8, 2, 1, 1),
-    ("Qwen3-32B", 512, 8, 8, 2, 1),
-    pytest.param("Qwen3-30B-A3B", 64, 2, 1, 1, 8, marks=pytest.mark.slow),
-    ("Qwen3-30B-A3B", 512, 1, 4, 3, 16),
+    ("Qwen3-8B", 8, 4, 1, 1, 1, 1),
+    ("Qwen3-8B", 64, 2, 2, 1, 1, 1),
+    ("Qwen3-8B", 512, 8, 4, 3, 1, 1),
+    ("Qwen3-8B", 64, 4, 2, 1, 4, 1),
+    ("Qwen3-4B", 512, 4, 4, 1, 1, 1),  # tied embeddings: the last stage has a copy
+    ("Qwen3-32B", 64, 8, 2, 1, 1, 1),
+    ("Qwen3-32B", 512, 8, 8, 2, 1, 1),
+    pytest.param("Qwen3-30B-A3B", 64, 2, 1, 1, 1, 8, marks=pytest.mark.slow),
+    ("Qwen3-30B-A3B", 512, 1, 4, 3, 1, 16),
+    pytest.param("Qwen3-30B-A3B", 64, 4, 2, 1, 2, 16, marks=pytest.mark.slow),
 ]
 
 
@@ -44,10 +46,14 @@ def build_shard(arch: Architecture, world_size: int, rank: int, layout: Parallel
             layout.tensor,
             layout.pipeline,
             layout.interleaved,
+            context_parallel_size=layout.context,
             expert_model_parallel_size=layout.expert,
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
         )
+        replicas = world_size // (layout.tensor * layout.pipeline)
+        assert parallel_state.get_data_parallel_world_size(with_context_parallel=True) == replicas
+        assert parallel_state.get_data_parallel_world_size() == world_size // layout.model_parallel
         with torch.device("meta"):
             chunks = build_model(arch, transformer_config(arch, layout, torch.bfloat16), layout)
         ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
@@ -58,15 +64,16 @@ def build_shard(arch: Architecture, world_size: int, rank: int, layout: Parallel
 
 
 @pytest.mark.parametrize(
-    ("name", "world_size", "tensor", "pipeline", "virtual", "expert"),
+    ("name", "world_size", "tensor", "pipeline", "virtual", "context", "expert"),
     LAYOUTS,
     ids=lambda value: str(value).replace("Qwen3-", ""),
 )
-def test_the_shards_of_every_rank_are_the_model(name, world_size, tensor, pipeline, virtual, expert):
+def test_the_shards_of_every_rank_are_the_model(name, world_size, tensor, pipeline, virtual, context, expert):
     arch = Architecture.from_config(PUBLISHED[name])
     layout = ParallelConfig(
-        tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, expert=expert, sequence_parallel=tensor > 1
-    )
+        tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context, expert=expert,
+        sequence_parallel=tensor > 1,
+    )  # fmt: skip
     # TP and EP both count from a stage's first rank; what follows the larger of the two (each 2^n) repeats it.
     distinct = [(stage, i) for stage in range(pipeline) for i in range(max(tensor, expert))]
     last_replica = (pipeline - 1, world_size // pipeline - 1)

@@ -1,5 +1,6 @@
 """The engine computes what Hugging Face's Qwen3ForCausalLM computes, and its weights come out as they went in."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ def _sequences(vocab_size: int) -> list[Sequence]:
 
 
 def _score(rank, world_size, model, parallel, dtype):
-    """(scores of this replica's samples, exported weights); only the first rank exports."""
+    """(scores of this replica's samples, exported weights)."""
     from megatron_egrsd.engine.engine import Engine
 
     config = Config(
@@ -56,6 +57,10 @@ def _reference(model, sequences):
         (2, ParallelConfig(tensor=2, sequence_parallel=True), True, {}),
         (2, ParallelConfig(pipeline=2, max_tokens_per_microbatch=100), False, {}),
         (4, ParallelConfig(tensor=2, pipeline=2, max_tokens_per_microbatch=200), False, {}),
+        (2, ParallelConfig(context=2, max_tokens_per_microbatch=50), False, {}),
+        pytest.param(
+            4, ParallelConfig(context=2, pipeline=2, max_tokens_per_microbatch=1), True, {}, marks=pytest.mark.slow
+        ),
         (1, ParallelConfig(max_tokens_per_microbatch=100), False, {"num_experts": 6, "norm_topk_prob": False}),
         (
             4,
@@ -64,7 +69,7 @@ def _reference(model, sequences):
             {"num_experts": 6},
         ),
     ],
-    ids=["TP1", "TP2 SP tied", "PP2 untied", "TP2 PP2 untied", "experts", "experts EP2 PP2 VPP2"],
+    ids=["TP1", "TP2 SP tied", "PP2 untied", "TP2 PP2 untied", "CP2", "CP2 PP2", "experts", "experts EP2 PP2 VPP2"],
 )
 def test_scores_and_weights(world_size, parallel, tied, experts, tmp_path):
     from safetensors.torch import load_file
@@ -74,6 +79,9 @@ def test_scores_and_weights(world_size, parallel, tied, experts, tmp_path):
     found = run_ranks(_score, world_size, model, parallel, "float32")
     scores, weights = {i: s for own, _ in found for i, s in own.items()}, found[0][1]
     assert len(scores) == 9
+    assert sum(len(own) for own, _ in found) == 9 * parallel.model_parallel, "a rank of a replica lacks scores"
+    assert all(np.array_equal(own[i], scores[i]) for own, _ in found for i in own), "differs from rank to rank"
+    assert not any(weights for _, weights in found[1:]), "only the first rank exports"
     for i, (log_prob, entropy) in enumerate(_reference(model, _sequences(vocab_size))):
         torch.testing.assert_close(torch.from_numpy(scores[i][0]).double(), log_prob, rtol=0, atol=1e-5)
         torch.testing.assert_close(torch.from_numpy(scores[i][1]).double(), entropy, rtol=0, atol=1e-5)

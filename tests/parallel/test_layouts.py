@@ -1,4 +1,4 @@
-"""The layout is no hyper-parameter: TP, PP, VPP, SP, DP, EP, packing and micro-batch size give the same training."""
+"""The layout is no hyper-parameter: TP, PP, VPP, SP, CP, DP, EP, packing and micro-batch size train alike."""
 
 import dataclasses
 
@@ -116,9 +116,21 @@ LAYOUTS = {
     "DP2, reduction overlaps": (2, {"overlap_grad_reduce": True, "distributed_optimizer": True}, False),
     "recompute the MLP": (1, {"megatron": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}}, True),
 }
+CONTEXT_LAYOUTS = {
+    "CP2 distributed optimizer": (2, {"context": 2, "distributed_optimizer": True}, True),
+    "CP2 TP2 SP": (4, {"context": 2, "tensor": 2, "sequence_parallel": True}, False),
+    "CP2 TP2": (4, {"context": 2, "tensor": 2}, True),
+    "CP2 PP2": (4, {"context": 2, "pipeline": 2, "recompute": True}, False),
+    "CP2 PP2 VPP2": (4, {"context": 2, "pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True}, True),
+    "CP2 DP2": (4, {"context": 2, "distributed_optimizer": True, "overlap_grad_reduce": True}, True),
+    "CP2 DP2, ranks with padding alone": (4, {"context": 2, "max_tokens_per_microbatch": 1}, False),
+    "CP4": (4, {"context": 4}, True),
+}
+LAYOUTS |= {name: (n, {"max_tokens_per_microbatch": 64} | p, tied) for name, (n, p, tied) in CONTEXT_LAYOUTS.items()}
+SLOW = [name for name, (ranks, _, _) in CONTEXT_LAYOUTS.items() if ranks > 2]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in LAYOUTS])
 def test_layout_does_not_change_training(layout, paths, reference):
     world_size, parallel, tied = LAYOUTS[layout]
     models, rollouts = paths
@@ -131,6 +143,8 @@ EXPERT_LAYOUTS = {
     "EP2 distributed optimizer": (2, {"expert": 2, "distributed_optimizer": True}),
     "TP2 SP": (2, {"tensor": 2, "sequence_parallel": True}),
     "TP2 SP EP2 DP2": (4, {"tensor": 2, "sequence_parallel": True, "expert": 2}),
+    "CP2 EP2 distributed optimizer": (2, {"context": 2, "expert": 2, "distributed_optimizer": True}),
+    "CP2 TP2 SP EP2": (4, {"context": 2, "tensor": 2, "sequence_parallel": True, "expert": 2}),
     "PP2 EP2, ranks with padding alone": (4, {"pipeline": 2, "expert": 2, "max_tokens_per_microbatch": 1}),
 }
 
@@ -144,7 +158,10 @@ def mixture(paths, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(x, marks=pytest.mark.slow if ranks == 2 else ()) for x, (ranks, _) in EXPERT_LAYOUTS.items()],
+    [
+        pytest.param(x, marks=pytest.mark.slow if ranks == 2 or "context" in parallel else ())
+        for x, (ranks, parallel) in EXPERT_LAYOUTS.items()
+    ],
 )
 def test_layout_does_not_change_training_of_experts(layout, paths, mixture):
     world_size, parallel = EXPERT_LAYOUTS[layout]
@@ -152,8 +169,15 @@ def test_layout_does_not_change_training_of_experts(layout, paths, mixture):
     assert_same_training(run(world_size, config, paths[1]), mixture[1])
 
 
-@pytest.mark.parametrize("teacher", [pytest.param("frozen", marks=pytest.mark.slow), "ema"])
-def test_teacher_weights_and_several_updates_agree_across_layouts(teacher, paths):
+@pytest.mark.parametrize(
+    ("teacher", "split"),
+    [
+        pytest.param("frozen", {"tensor": 2}, marks=pytest.mark.slow),
+        ("ema", {"tensor": 2}),
+        pytest.param("ema", {"context": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_teacher_weights_and_several_updates_agree_across_layouts(teacher, split, paths):
     models, rollouts = paths
     changes = {
         "teacher": TeacherConfig(weights=teacher, ema_decay=0.5),
@@ -161,8 +185,8 @@ def test_teacher_weights_and_several_updates_agree_across_layouts(teacher, paths
         "objective": ObjectiveConfig(loss_normalization="seq_mean", entropy_normalization="max"),
     }
     expected = run(1, _config(models[True], **changes), rollouts)
-    split = ParallelConfig(tensor=2, max_tokens_per_microbatch=128)
-    assert_same_training(run(2, _config(models[True], parallel=split, **changes), rollouts), expected)
+    parallel = ParallelConfig(max_tokens_per_microbatch=128, **split)
+    assert_same_training(run(2, _config(models[True], parallel=parallel, **changes), rollouts), expected)
 
 
 @pytest.mark.slow

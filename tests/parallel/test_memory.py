@@ -103,11 +103,13 @@ LAYOUTS = {
     "PP2 VPP2": (2, "bfloat16", {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True}, True, "ema"),
     "DP2 distributed optimizer": (2, "bfloat16", {"distributed_optimizer": True}, False, "live"),
     "TP2 PP2": (4, "float32", {"tensor": 2, "pipeline": 2, "distributed_optimizer": True}, True, "live"),
+    "CP2": (2, "float32", {"context": 2}, False, "live"),
+    "CP2 distributed optimizer": (2, "bfloat16", {"context": 2, "distributed_optimizer": True}, True, "ema"),
     "experts EP2": (2, "bfloat16", {"expert": 2, "distributed_optimizer": True}, False, "frozen"),
 }
 
 
-SLOW = {"fp32, KL", "TP2", "TP2 PP2"}
+SLOW = {"fp32, KL", "TP2", "TP2 PP2", "CP2", "CP2 distributed optimizer"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS])
@@ -136,6 +138,28 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
         assert resident == expected, f"rank {rank}"
         phases = {k: sum(v.values()) for k, v in predicted.phases.items() if k != "weight sync"}
         assert max(phases.values()) == pytest.approx(peak, rel=0.1), f"rank {rank}: {phases}"
+
+
+@pytest.mark.slow
+def test_context_parallelism_divides_what_a_long_response_adds(tmp_path):
+    """Bytes that a step with responses of 2,000 tokens adds on the largest rank; `-s` prints them (docs/cluster.md)."""
+    model = make_qwen3(tmp_path / "model", tied=False, **SIZES)
+    rollouts = [
+        dataclasses.replace(r, response_ids=(r.response_ids * 2000)[:2000], rollout_log_probs=[-1.0] * 2000)
+        if r.group == 0
+        else dataclasses.replace(r, reward=0.0)  # scored, not trained
+        for r in _rollouts()
+    ]
+    save_rollouts(rollouts, tmp_path / "rollouts.jsonl")
+    longest = 2000 + len(rollouts[0].prompt.student_ids)
+    added = {}
+    for size in (1, 2, 4):
+        config = _config(model, parallel=ParallelConfig(context=size, max_tokens_per_microbatch=1))
+        found = run_ranks(_measure, size, config, tmp_path / "rollouts.jsonl", timeout=400)
+        added[size] = max(peak for _, peak, _, _ in found)
+        assert {tokens for _, _, tokens, _ in found} == {config.parallel.tokens_on_a_rank(longest)}
+    print("MiB added on the largest rank by CP:", {size: round(peak / 2**20, 1) for size, peak in added.items()})
+    assert added[2] < 0.62 * added[1] and added[4] < 0.42 * added[1]
 
 
 def _checkpoint_bytes(rank, world_size, config, path, directory):

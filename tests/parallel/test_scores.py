@@ -38,6 +38,7 @@ LAYOUTS = {
     "DP2": (2, {}),
     "PP2": (2, {"pipeline": 2}),
     "TP2 DP2": (4, {"tensor": 2}),
+    "CP2 DP2": (4, {"context": 2}),
 }
 
 
@@ -65,7 +66,7 @@ def reference(files):
     return dump(files, "reference")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(x, marks=pytest.mark.slow if "CP" in x else ()) for x in LAYOUTS])
 def test_every_layout_records_the_same(layout, files, reference):
     world_size, parallel = LAYOUTS[layout]
     parallel = ParallelConfig(max_tokens_per_microbatch=256, **parallel)

@@ -51,6 +51,7 @@ def test_yaml_with_overrides_the_later_one_wins(tmp_path):
             ["--rollout.colocated", "true", "--rollout.weight_sync", "ipc", "--rollout.staleness", "1"],
             ["takes turns", "one of the two"],
         ),
+        (["--parallel.context", "0"], ["parallel.context is 0; it must be positive"]),
         (["--parallel.sequence_parallel", "true"], ["parallel.tensor > 1"]),
         (["--data.teacher_template", "{problem}"], ["{solution} or {answer}"]),
         (["--data.teacher_template", "{problem} {answer} {hint}"], ["{hint}"]),
@@ -105,10 +106,11 @@ def test_presets_are_the_family():
 
 
 @pytest.mark.parametrize(
-    ("world", "tensor", "pipeline", "prompts", "expected"),
-    [(1, 1, 1, 1, 1), (8, 2, 2, 4, 2), (4, 2, 2, 3, 1), (6, 2, 1, 3, 3), (3, 2, 1, 4, None), (8, 1, 1, 3, None)],
-)
-def test_world_size_arithmetic(world, tensor, pipeline, prompts, expected):
+    ("world", "tensor", "pipeline", "context", "prompts", "expected"),
+    [(1, 1, 1, 1, 1, 1), (8, 2, 2, 1, 4, 2), (4, 2, 2, 1, 3, 1), (6, 2, 1, 1, 3, 3), (3, 2, 1, 1, 4, None),
+     (8, 1, 1, 1, 3, None), (16, 2, 2, 2, 4, 2), (4, 2, 1, 2, 3, 1), (4, 2, 2, 2, 4, None)],
+)  # fmt: skip
+def test_world_size_arithmetic(world, tensor, pipeline, context, prompts, expected):
     config = parse_config(
         [
             *BASE,
@@ -116,6 +118,8 @@ def test_world_size_arithmetic(world, tensor, pipeline, prompts, expected):
             str(tensor),
             "--parallel.pipeline",
             str(pipeline),
+            "--parallel.context",
+            str(context),
             "--rollout.prompts_per_step",
             str(prompts),
             "--rollout.rollouts_per_prompt",

@@ -59,6 +59,8 @@ def test_scripts_are_bash(script):
         ({"NNODES": "2", "MASTER_ADDR": "10.0.0.1", "NODE_RANK": "2"}, "NODE_RANK is '2'"),
         ({"NNODES": "two"}, "NNODES is 'two'"),
         ({"NPROC_PER_NODE": "6"}, "6 training GPUs do not divide"),
+        ({"CONTEXT": "3"}, "4 training GPUs do not divide into replicas of TENSOR x PIPELINE x CONTEXT = 4 x 1 x 3"),
+        ({"CONTEXT": "no"}, "CONTEXT is 'no'"),
         ({"NPROC_PER_NODE": "8"}, "leaves no 1 for SGLang"),
         ({"COLOCATED": "yes"}, "COLOCATED is 'yes'"),
         ({"COLOCATED": "1", "NNODES": "2", "NODE_RANK": "0"}, "COLOCATED=1 is for one node, and NNODES is 2"),
@@ -116,6 +118,14 @@ def test_colocated_servers_share_every_gpu_with_the_training_ranks(started):
     launch, config = started(RUN_8B, COLOCATED="1", ENGINE_TENSOR="2")
     assert launch[launch.index("--nproc-per-node") + 1] == "8" and config.rollout.engines == 4
     assert config.rollout.colocated and config.rollout.weight_sync == "ipc" and config.rollout.server_args == {}
+
+
+def test_long_responses_on_two_nodes(started):
+    nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "CONTEXT": "4", "MAX_RESPONSE": "32768"}
+    _, config = started(RUN_8B, ROLLOUT_URLS="http://a:1", **nodes)
+    assert (config.parallel.context, config.parallel.tensor, config.check_world(16)) == (4, 4, 1)
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    assert config.parallel.tokens_on_a_rank(longest) <= config.parallel.max_tokens_per_microbatch
 
 
 def test_dry_run_is_one_process_for_every_rank(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_egrsd.data.packing import Sequence, balance, balance_passes, pack, schedule
+from megatron_egrsd.data.packing import Sequence, balance, balance_passes, pack, round_up, schedule
 
 spec = importlib.util.spec_from_file_location(
     "benchmark_packing", Path(__file__).parents[2] / "tools/benchmark_packing.py"
@@ -52,21 +52,30 @@ def test_schedule_keeps_the_budget_and_the_ranks_in_step(per_rank, budget, multi
         assert loads == sorted(loads, reverse=True)
 
 
-@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=6), st.sampled_from([1, 4, 8]))
-def test_rows_predict_their_targets(spans, multiple):
+spans_of_tokens = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=6)
+
+
+def _numbered(spans: list[tuple[int, int]]) -> list[Sequence]:
+    """Sequences of (prompt, response) lengths whose tokens are numbered consecutively from 1, not to meet padding."""
     token = iter(range(1, 1000))
-    sequences = [
+    return [
         Sequence(
             [next(token) for _ in range(p)], [next(token) for _ in range(r)], {"a": float(p), "b": torch.arange(r)}
         )
         for p, r in spans
     ]
+
+
+@given(spans_of_tokens, st.sampled_from([1, 4, 8]))
+def test_rows_predict_their_targets(spans, multiple):
+    sequences = _numbered(spans)
     order = list(range(len(sequences)))[::-1]
     batch = pack(sequences, order, multiple)
     assert batch.tokens.numel() % multiple == 0 and batch.tokens.numel() >= 1
     assert batch.cu_seqlens[-1] == batch.tokens.numel() and batch.cu_seqlens.dtype == torch.int32
     # Tokens are numbered consecutively, so the token after each row must be its target.
     assert torch.equal(batch.tokens[batch.rows] + 1, batch.targets)
+    assert batch.own.tolist() == list(range(batch.targets.numel()))
     assert batch.targets.tolist() == [t for i in order for t in sequences[i].response_ids]
     for start, end in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
         assert batch.position_ids[start:end].tolist() == list(range(end - start))
@@ -74,6 +83,44 @@ def test_rows_predict_their_targets(spans, multiple):
     assert {i: t.tolist() for i, t in unpacked.items()} == {i: list(sequences[i].response_ids) for i in order}
     if sequences:
         assert batch.fields["b"].tolist() == [b for i in order for b in range(len(sequences[i].response_ids))]
+
+
+@given(spans_of_tokens, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
+def test_context_parallel_ranks_share_every_sequence(spans, size, tensor):
+    each = 2 * size if size > 1 else 1
+    sequences = _numbered(spans)
+    whole = pack(sequences, range(len(sequences)), each * tensor, each=each)
+    parts = [whole.split(rank, size) for rank in range(size)]
+    total = whole.tokens.numel()
+    assert {part.tokens.numel() * size for part in parts} == {total} and total % (each * tensor) == 0
+    assert total <= max(each * tensor, round_up(sum(p + r + each - 1 for p, r in spans), each * tensor))
+    # Together the parts are the whole: the tokens with their positions, and each response token on one rank.
+    pairs = [pair for part in parts for pair in zip(part.tokens.tolist(), part.position_ids.tolist(), strict=True)]
+    assert sorted(pairs) == sorted(zip(whole.tokens.tolist(), whole.position_ids.tolist(), strict=True))
+    own = torch.cat([part.own for part in parts])
+    assert own.sort().values.tolist() == list(range(whole.targets.numel()))
+    # A rank's rows predict its own targets, and every rank's scores put in their places are the batch's.
+    assert all(torch.equal(part.tokens[part.rows] + 1, part.targets[part.own]) for part in parts)
+    scores = torch.zeros_like(whole.targets)
+    scores[own] = torch.cat([part.tokens[part.rows] for part in parts]) + 1
+    unpacked = parts[-1].unpack(scores)
+    assert {i: t.tolist() for i, t in unpacked.items()} == {i: list(s.response_ids) for i, s in enumerate(sequences)}
+    # Two chunks of each sequence, at equal distance from its ends, in the order of the row.
+    for start, end in zip(whole.cu_seqlens[:-1].tolist(), whole.cu_seqlens[1:].tolist(), strict=True):
+        for part in parts:
+            held = part.position_ids[start // size : end // size].tolist()
+            assert held == sorted(held) and len(held) == (end - start) // size
+            assert size == 1 or [end - start - 1 - x for x in reversed(held)] == held
+
+
+def test_context_parallel_chunks():
+    """Eight tokens on two ranks: the outer and the inner chunks, as Transformer Engine has them."""
+    batch = pack(_numbered([(2, 5), (1, 2)]), [0, 1], 8, each=4)
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 0, 8, 9, 10, 0, 0, 0, 0, 0]
+    assert [batch.split(rank, 2).tokens.tolist() for rank in (0, 1)] == [
+        [1, 2, 7, 0, 8, 0, 0, 0],
+        [3, 4, 5, 6, 9, 10, 0, 0],
+    ]
 
 
 def test_batch_of_padding_alone():

@@ -96,6 +96,21 @@ def test_too_little_memory_is_refused_with_a_change_that_fits(name, ranks, words
     assert not refusals(changed, "where a GPU has")
 
 
+def test_responses_too_long_for_a_rank(model):
+    """Where TP and PP are exhausted, context parallelism makes 121k tokens fit: 30k on each of four ranks."""
+    words = ["--rollout.max_response_tokens", "120000", "--parallel.tensor", "8"]
+    path = model("Qwen3-8B")
+    plan = resolve(config_8b(path, *words), PROMPTS, [], 64, int(15.4 * GIB))
+    (reason,) = refusals(plan, "where a GPU has")
+    assert reason.startswith("rank 0 needs 22.04 GiB") and reason.endswith("it fits with --parallel.context 4"), reason
+    plan = resolve(config_8b(path, *words, "--parallel.context", "4"), PROMPTS, [], 64, int(15.4 * GIB))
+    assert not refusals(plan, "where a GPU has")
+    lines = "\n".join(plan.lines)
+    assert "64 ranks = TP 8 x PP 1 x CP 4 x DP 2, sequence parallel" in lines
+    assert "samples of at most 121,299 tokens, 30,326 of them on each CP rank, in micro-batches of" in lines
+    assert "30,326 tokens a micro-batch" in lines and "15.30 GiB of 15.40 GiB" in lines
+
+
 def test_a_model_that_no_layout_of_so_many_gpus_holds(model):
     plan = resolve(config_8b(model("Qwen3-32B")), PROMPTS, [], 4, 80 * GIB)
     assert len(refusals(plan, "it takes more GPUs")) == 1

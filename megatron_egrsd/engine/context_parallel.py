@@ -1,0 +1,59 @@
+"""What context-parallel ranks know of the whole row: its bounds, keys and values in attention, scores for the loss."""
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+from megatron_egrsd.data.packing import MicroBatch
+from megatron_egrsd.data.zigzag import zigzag
+
+
+def packed_seq_params(batch: MicroBatch, group: dist.ProcessGroup) -> PackedSeqParams:
+    """The bounds of the whole row's sequences.
+
+    What pads a sequence ends it, where no other token sees it: to attention these are tokens like all others. The
+    padded bounds, which Transformer Engine splits by, are the same.
+    """
+    padded = batch.cu_seqlens if group.size() > 1 else None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
+
+
+def gather_tokens(x: torch.Tensor, cu_seqlens: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[T / size, ...] of each rank (data/zigzag.py) -> [T, ...] in the order of the packed row.
+
+    Every rank's gradient of the whole reaches the rank that a token came from, summed.
+    """
+    places = torch.cat([zigzag(cu_seqlens, rank, group.size()) for rank in range(group.size())])
+    return gather_from_sequence_parallel_region(x, group=group).index_select(0, places.argsort())
+
+
+def gather_scores(scores: torch.Tensor, batch: MicroBatch, group: dist.ProcessGroup) -> torch.Tensor:
+    """[2, r] of each rank's own response tokens -> [2, R] of all in the batch, the same on every rank.
+
+    What all ranks compute from it is one loss: each keeps the gradient of its own columns, and nothing is summed.
+    """
+    return _Scores.apply(scores, batch.own, batch.targets.numel(), group) if group.size() > 1 else scores
+
+
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, own, total, group):
+        ctx.save_for_backward(own)
+        whole = scores.new_zeros(2, total)
+        whole[:, own] = scores
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (own,) = ctx.saved_tensors
+        return gradient[:, own], None, None, None
