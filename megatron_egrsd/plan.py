@@ -146,9 +146,8 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
 
 def _longest_micro_batch(config: Config, longest: int, ranks: int) -> int:
     """Tokens on one rank of the longest micro-batch where no sample has more than `longest`."""
-    p = config.parallel
+    p, share = config.parallel, config.parallel.tokens_on_a_rank(longest)
     samples = config.rollout.rollouts_per_step // config.optimizer.updates_per_batch // (ranks // p.model_parallel)
-    share = p.tokens_on_a_rank(longest)
     return max(share, min(p.max_tokens_per_microbatch, share * samples))
 
 
