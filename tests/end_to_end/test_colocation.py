@@ -18,11 +18,11 @@ COLOCATED = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("transport", ["ipc", "disk"])
-def test_the_engine_is_away_while_sglang_samples(transport, tmp_path):
+@pytest.mark.parametrize(("transport", "parallel"), [("ipc", "tensor"), ("disk", "context")])
+def test_the_engine_is_away_while_sglang_samples(transport, parallel, tmp_path):
     """With evaluations and checkpoints between the turns, every weight arrives and every log-prob agrees."""
-    parallel = {"parallel.tensor": 2, "parallel.distributed_optimizer": "true", "teacher.weights": "ema"}
-    settings = COLOCATED | parallel | {"rollout.weight_sync": transport, "rollout.engines": 2}
+    settings = COLOCATED | {"rollout.weight_sync": transport, "rollout.engines": 2, f"parallel.{parallel}": 2}
+    settings |= {"parallel.distributed_optimizer": "true", "teacher.weights": "ema", "objective.kl_coef": 0.01}
     settings |= {"checkpoint.every": 2, "evaluation.every": 2, "optimizer.updates_per_batch": 2}
     done = run(tmp_path / "run", ranks=2, timeout=500, steps=4, **settings)
     assert done.returncode == 0, done.stderr[-3000:]
