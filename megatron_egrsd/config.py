@@ -280,6 +280,11 @@ class RolloutConfig:
             not (self.partial and self.dynamic_sampling),
             "rollout.partial and rollout.dynamic_sampling do not go together; set one of them",
         )
+        _require(
+            not (self.partial and any("speculative" in name for name in self.server_args)),
+            "rollout.partial stops a response before SGLang has looked for its end among the tokens of its last step; "
+            "with speculative decoding those are many, so take it out of rollout.server_args",
+        )
         most = self.prompts_per_step if self.partial and self.staleness > 1 else 0
         _require(
             0 <= self.extra_prompts <= most,

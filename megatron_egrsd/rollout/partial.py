@@ -47,15 +47,20 @@ class Stretch:
     async def _run(self, session: aiohttp.ClientSession) -> None:
         self._slots = asyncio.Semaphore(self.client.config.max_concurrent_requests)
         tasks: list[asyncio.Task] = []
-        while tasks or not self._stop:
-            while self._added and not self._stop:
-                tasks.append(asyncio.ensure_future(self._respond(session, *self._added.pop(0))))
-            if self._stop:
-                await self.client.abort(session)
-            await asyncio.sleep(_POLL)
-            for task in [task for task in tasks if task.done()]:
-                tasks.remove(task)
-                task.result()
+        try:
+            while tasks or not self._stop:
+                while self._added and not self._stop:
+                    tasks.append(asyncio.ensure_future(self._respond(session, *self._added.pop(0))))
+                if self._stop:
+                    await self.client.abort(session)
+                await asyncio.sleep(_POLL)
+                for task in [task for task in tasks if task.done()]:
+                    task.result()
+                    tasks.remove(task)
+        finally:
+            for task in tasks:  # what one meets, the others may meet as well
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _respond(self, session: aiohttp.ClientSession, prompt, responses, done) -> None:
         await asyncio.gather(*(self._continue(session, prompt, responses, j) for j in range(len(responses))))

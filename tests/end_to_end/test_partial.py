@@ -107,6 +107,7 @@ def test_faults_end_or_continue_as_on_policy(tmp_path):
             kill(process)
         assert second.finish(120) == 1, second.text()
         assert "rollout.max_restarts); resumable: step" in second.text()
+        assert "never retrieved" not in second.log.read_text()
     ended = max(steps(output))
     with Run(output, ranks=2, steps=ended + 2, **settings) as third:
         assert third.finish(400) == 0, third.text()

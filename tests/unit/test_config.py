@@ -49,6 +49,10 @@ def test_yaml_with_overrides_the_later_one_wins(tmp_path):
         ([*PARTIAL, "--rollout.staleness", "2"], ["older weights", "set objective.importance_cap"]),
         ([*PARTIAL, "--rollout.staleness", "-1"], ["rollout.staleness is -1"]),
         ([*PARTIAL, "--rollout.staleness", "1", "--rollout.dynamic_sampling", "1"], ["do not go together"]),
+        (
+            [*PARTIAL, "--rollout.staleness", "1", "--rollout.server_args", '{"speculative-algorithm": "NGRAM"}'],
+            ["with speculative decoding", "rollout.server_args"],
+        ),
         (["--rollout.extra_prompts", "1"], ["rollout.extra_prompts is 1", "0 without rollout.partial"]),
         ([*PARTIAL, "--rollout.staleness", "1", "--rollout.extra_prompts", "1"], ["extra_prompts is 1", "2 or more"]),
         (
