@@ -85,7 +85,7 @@ class RolloutClient:
         self.config = config
         self.stop_token_ids = list(stop_token_ids or [])
         self.check = check
-        self.stopping = False
+        self.stopping = False  # true from `abort` on
         self._requests: dict[Server, set[asyncio.Task]] = {}
 
     def generate(

@@ -44,6 +44,7 @@ def _log_probs(rank, world_size, output, versions: int) -> list[list[np.ndarray]
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_every_token_is_of_the_version_it_names_and_weighted_for_it(tmp_path):
     output, count = tmp_path / "run", 5
