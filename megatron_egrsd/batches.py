@@ -11,6 +11,7 @@ from megatron_egrsd.errors import Preempted, RunError
 from megatron_egrsd.learn import groups_without_signal
 from megatron_egrsd.rollout.servers import ServersLost
 from megatron_egrsd.samples import Prompt, Rollout
+from megatron_egrsd.sampling import Sampler
 
 # (prompts, what was sampled of them before, as in RolloutClient.generate) -> their rewarded rollouts
 Sample = Callable[[list[Prompt], dict], list[Rollout]]
@@ -82,9 +83,40 @@ class BatchSampling:
         return [self.prompts[i] for i in batch_indices(len(self.prompts), size, step, seed)[: len(groups)]]
 
 
+class Batches:
+    """The batches of a run, each sampled by one version of the weights; on one process."""
+
+    def __init__(self, sampler: Sampler, thread: ThreadPoolExecutor, config: Config):
+        self.sampler, self.thread, self.config = sampler, thread, config
+        self.sampling: BatchSampling | None = None
+
+    def batch(self, prompts: list[Prompt], step: int) -> Batch:
+        """The batch of `step` (from 0), sampled ahead or now, as BatchSampling.result."""
+        if self.sampling is None:
+            self.sampling = self._of(prompts, step)
+        batch, self.sampling = self.sampling.result(), None
+        return batch
+
+    def ahead(self, prompts: list[Prompt], step: int) -> None:
+        """Begin the batch of `step`, with the weights that SGLang holds; returns at once."""
+        self.sampling = self._of(prompts, step)
+        self.sampling.start(self.thread)
+
+    def wait(self) -> None:
+        """Return when no request is in flight, as BatchSampling.wait."""
+        if self.sampling is not None:
+            self.sampling.wait()
+
+    def _of(self, prompts: list[Prompt], step: int) -> BatchSampling:
+        n, temperature = self.config.rollout.rollouts_per_prompt, self.config.rollout.temperature
+        return BatchSampling(
+            lambda some, done: self.sampler.sample(some, n, temperature, done), prompts, self.config, step
+        )
+
+
 def check_versions(rollouts: list[Rollout], step: int, staleness: int) -> None:
-    """RunError where a rollout is not of the weights after `step` updates, or of at most `staleness` updates before."""
+    """RunError where a token is not of the weights after `step` updates, or of at most `staleness` updates before."""
     oldest = max(0, step - staleness)
-    if wrong := {r.weight_version for r in rollouts} - set(range(oldest, step + 1)):
+    if wrong := {version for r in rollouts for version, _ in r.versions} - set(range(oldest, step + 1)):
         allowed = f"; rollout.staleness = {staleness} allows versions from {oldest} on" if staleness else ""
         raise RunError(f"SGLang sampled with weight version {min(wrong)}, but the engine holds version {step}{allowed}")

@@ -219,8 +219,11 @@ class RolloutConfig:
         api_key_variable: Environment variable that holds the servers' API key; it is never written anywhere.
         dynamic_sampling: Rounds in which groups without a signal (all right or all wrong) are replaced by fresh
             prompts before a batch is trained; 0 trains the batch as it came.
-        staleness: Updates that may lie between the weights that sample a batch and those that it trains. 0 is exactly
-            on-policy; 1 samples the next batch while this one trains (docs/overlap.md).
+        staleness: Updates that may lie between the weights that sample a token and those that it trains. 0 is exactly
+            on-policy; 1 samples the next batch while this one trains (docs/overlap.md); more needs `partial`.
+        partial: Partial rollouts: new weights do not wait for the responses in flight, which go on with them.
+        extra_prompts: Prompts in flight beyond one batch: as many may be carried over while others are trained. At most
+            `prompts_per_step`, and only where `partial` is set and `staleness` is 2 or more.
     """
 
     prompts_per_step: int = 32
@@ -248,6 +251,8 @@ class RolloutConfig:
     api_key_variable: str = ""
     dynamic_sampling: int = 0
     staleness: int = 0
+    partial: bool = False
+    extra_prompts: int = 0
 
     def __post_init__(self):
         for name in (
@@ -271,9 +276,30 @@ class RolloutConfig:
         )
         _require(self.temperature > 0, "rollout.temperature must be positive: on-policy sampling needs T > 0")
         _require(
-            self.staleness in (0, 1),
+            self.staleness in (0, 1) or (self.partial and self.staleness > 1),
             f"rollout.staleness is {self.staleness}; it must be 0 (on-policy) or 1 (the next batch is sampled while "
-            "this one trains)",
+            "this one trains), or more with rollout.partial",
+        )
+        _require(
+            not self.partial or self.staleness > 0,
+            "rollout.partial continues responses with newer weights, but rollout.staleness is 0 and allows no older "
+            "ones; set rollout.staleness to 1 or more",
+        )
+        _require(
+            not (self.partial and self.dynamic_sampling),
+            "rollout.partial and rollout.dynamic_sampling do not go together; set one of them",
+        )
+        _require(
+            not (self.partial and any("speculative" in name for name in self.server_args)),
+            "rollout.partial stops a response before SGLang has looked for its end among the tokens of its last step; "
+            "with speculative decoding those are many, so take it out of rollout.server_args",
+        )
+        most = self.prompts_per_step if self.partial and self.staleness > 1 else 0
+        _require(
+            0 <= self.extra_prompts <= most,
+            f"rollout.extra_prompts is {self.extra_prompts}; it must lie between 0 and rollout.prompts_per_step, and "
+            "be 0 without rollout.partial and a rollout.staleness of 2 or more, so that what is carried over fits into "
+            "one batch before it is too old",
         )
         if self.colocated:
             _require(
@@ -490,8 +516,8 @@ class Config:
         seed: Seed of the data order, of sampling and of the initial state of every random generator.
         output: Directory of the run: metrics, logs, final Hugging Face checkpoint. Must not hold another run.
         max_log_prob_difference: Largest mean |log-prob(engine) - log-prob(SGLang)| over a batch, in nats; beyond it the
-            two disagree and the update is skipped. null is 0.1 on-policy and, where rollout.staleness lets an update
-            lie between the two, 0.2.
+            two disagree and the update is skipped. null is 0.1, and 0.1 more for every update that rollout.staleness
+            lets lie between the two.
         max_skipped_steps: Steps in a row that may be skipped (numbers that are not finite, or the disagreement above)
             before the run ends; the rollouts of each are kept under output/skipped.
         debug: "rollout-only" samples and rewards with the weights of model.path, without a training engine;
@@ -537,7 +563,7 @@ class Config:
         )
         _require(
             not self.rollout.staleness or self.objective.importance_cap is not None,
-            "rollout.staleness 1 trains on samples of older weights and needs the truncated importance weight that "
+            "rollout.staleness trains on samples of older weights and needs the truncated importance weight that "
             "corrects for it; set objective.importance_cap, for example to 2",
         )
 
@@ -546,7 +572,7 @@ class Config:
         """`max_log_prob_difference` in nats, or its default."""
         if self.max_log_prob_difference is not None:
             return self.max_log_prob_difference
-        return 0.2 if self.rollout.staleness else 0.1
+        return 0.1 * (1 + self.rollout.staleness)
 
     def check_world(self, world_size: int) -> int:
         """The data-parallel size for `world_size` ranks; BadArgument where the sizes do not divide."""

@@ -51,11 +51,14 @@ METRICS = [
     Metric("batch/degenerate_share", "", "5.3f", "Share of rollouts without advantage: groups all right or wrong."),
     Metric("batch/sampled", "", "5.0f", "Rollouts sampled for the batch; more than it holds under dynamic sampling."),
     Metric("rollout/staleness", "", "5.2f", "Updates from the weights that sampled a token to those it trains: mean."),
+    Metric("rollout/staleness/max", "", "2.0f", "The same: largest."),
     Metric("rollout/restarts", "", "3.0f", "SGLang servers lost and replaced so far."),
     Metric("batch/micro_batches", "", "4.0f", "Micro-batches of the last update, per data-parallel rank."),
     Metric("perf/tokens_per_second", "tok/s", "6.0f", "Response tokens a second over the whole step, all devices."),
     Metric("time/generate", "gen", "5.1f", "Seconds of sampling and rewarding the batch."),
-    Metric("time/wait", "", "5.1f", "Those that training waited for: all, but less where rollout.staleness is 1."),
+    Metric(
+        "time/wait", "", "5.1f", "Those that training waited for: all, but less where rollout.staleness is above 0."
+    ),
     Metric("time/score", "score", "5.1f", "Seconds of scoring with the teacher (and the old policy)."),
     Metric("time/train", "train", "5.1f", "Seconds of forward, backward and optimizer."),
     Metric("time/sync", "sync", "5.1f", "Seconds of sending the new weights to SGLang."),

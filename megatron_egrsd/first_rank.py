@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import yaml
 
-from megatron_egrsd.batches import Batch, BatchSampling, check_versions
+from megatron_egrsd.batches import Batch, Batches, check_versions
 from megatron_egrsd.colocation import Apart, Colocation
 from megatron_egrsd.config import Config
 from megatron_egrsd.console import RunLog
@@ -30,6 +30,7 @@ from megatron_egrsd.rollout.weight_sync import WeightSync
 from megatron_egrsd.samples import Prompt, Rollout, load_replay, save_rollouts
 from megatron_egrsd.sampling import Sampler, summarize
 from megatron_egrsd.scores import Record, gather_scores, save_scores, scored_rollouts
+from megatron_egrsd.stream import Stream
 
 T = TypeVar("T")
 # Why an update was skipped: learn's metric, and what to tell the user.
@@ -39,7 +40,7 @@ _SKIPPED = {
     "skipped/gradient": "the gradient is not finite",
     "skipped/disagreement": "SGLang's log-probs differ from the engine's by {difference:.3g} nats on average "
     "(max_log_prob_difference = {limit:g}): it holds other weights, which rollout.verify_sync true would name, "
-    "computes differently or, under rollout.staleness, is further behind than one update should leave it",
+    "computes differently or, under rollout.staleness, is further behind than its updates should leave it",
 }
 
 
@@ -57,7 +58,6 @@ class FirstRank:
         self.checkpoints = self.output / "checkpoints"
         self.evaluations: list[dict[str, float]] = []
         self.skipped = 0  # steps in a row
-        self.sampling: BatchSampling | None = None  # of the next batch, on the first rank
         self.ending = False
         self.unreported: tuple[int, list[Rollout], dict[str, float]] | None = None
 
@@ -112,6 +112,7 @@ class FirstRank:
         client = RolloutClient(self.servers, config, [self.tokenizer.eos_token_id], self._check)
         reward = load_reward(self.config.data.reward, self.config.data.reward_timeout)
         self.sampler = Sampler(client, self.tokenizer, reward)
+        self.batches = (Stream if config.partial else Batches)(self.sampler, self.thread, self.config)
         self.stack.callback(self._end_sampling)
 
     def _check(self) -> None:
@@ -122,9 +123,8 @@ class FirstRank:
 
     def _end_sampling(self) -> None:
         self.ending = True
-        if self.sampling is not None:
-            with contextlib.suppress(Exception):
-                self.sampling.wait()
+        with contextlib.suppress(Exception):
+            self.batches.wait()
 
     def _clear(self, step: int) -> None:
         """What the stopped run left behind its last checkpoint makes room, and is not lost."""
@@ -187,7 +187,7 @@ class FirstRank:
 
         Servers that die meanwhile are replaced; what is missing then is sampled with the weights of `step`.
         """
-        batch = self._sampled(lambda: self._finished_batch(prompts, step), step)
+        batch = self._sampled(lambda: self.batches.batch(prompts, step), step)
         check_versions(batch.rollouts, step, self.config.rollout.staleness)
         self.turns.training()
         return batch
@@ -203,30 +203,17 @@ class FirstRank:
                 self.push_weights(version)
 
     def sample_ahead(self, prompts: list[Prompt], step: int) -> None:
-        """One step off: begin the batch of `step` with the weights that SGLang holds. Nothing where on-policy."""
+        """Begin what `step` needs with the weights that SGLang holds. Nothing where on-policy."""
         if self.config.rollout.staleness and self.engine.is_first_rank and step < self.config.steps:
-            self.sampling = self._batch_sampling(prompts, step)
-            self.sampling.start(self.thread)
+            self.batches.ahead(prompts, step)
 
     def await_sampling(self) -> None:
-        """Return, on every rank, when no request is in flight: weights never change under one.
+        """Return, on every rank, when no request is in flight, finished or stopped: weights never change under one.
 
         RunError where the next batch cannot be had; what can be mended, or ends the run anyway, waits for `batch`.
         """
         if self.config.rollout.staleness:
-            on_first_rank(lambda: self.sampling and self.sampling.wait())
-
-    def _finished_batch(self, prompts: list[Prompt], step: int) -> Batch:
-        if self.sampling is None:
-            self.sampling = self._batch_sampling(prompts, step)
-        batch, self.sampling = self.sampling.result(), None
-        return batch
-
-    def _batch_sampling(self, prompts: list[Prompt], step: int) -> BatchSampling:
-        n, temperature = self.config.rollout.rollouts_per_prompt, self.config.rollout.temperature
-        return BatchSampling(
-            lambda some, done: self.sampler.sample(some, n, temperature, done), prompts, self.config, step
-        )
+            on_first_rank(lambda: self.batches.wait())
 
     def _sample(self, prompts: list[Prompt], n: int, temperature: float, version: int) -> list[Rollout]:
         done: dict = {}  # what was sampled survives the servers
@@ -294,8 +281,9 @@ class FirstRank:
         def write() -> None:
             if "time/step" in metrics:
                 metrics["perf/tokens_per_second"] = metrics["batch/tokens"] / metrics["time/step"]
-            behind = sum((step - 1 - r.weight_version) * len(r.response_ids) for r in rollouts)
-            metrics["rollout/staleness"] = behind / metrics["batch/tokens"]
+            behind = [(step - 1 - version, tokens) for r in rollouts for version, tokens in r.versions]
+            metrics["rollout/staleness"] = sum(updates * tokens for updates, tokens in behind) / metrics["batch/tokens"]
+            metrics["rollout/staleness/max"] = max(updates for updates, _ in behind)
             self.log.step({"step": step, "rollout/restarts": self._restarts()} | metrics)
             if self.config.dump_rollouts:
                 save_rollouts(rollouts, self.output / "rollouts" / f"step_{step:06d}.jsonl")
@@ -338,6 +326,9 @@ class Replay(FirstRank):
         return Batch(rollouts, len(rollouts))
 
     def sample_ahead(self, prompts: list[Prompt], step: int) -> None:
+        """There is nobody to sample."""
+
+    def await_sampling(self) -> None:
         """There is nobody to sample."""
 
     def evaluate(self, prompts: list[Prompt], step: int) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_egrsd.config import Config
@@ -35,6 +35,8 @@ class Rollout:
     `response_ids` ends with the end-of-turn token when `finish_reason == "stop"`. `rollout_log_probs[t]` is the
     rollout engine's log-probability (nats, at the sampling temperature) of `response_ids[t]`; it never enters the
     log-ratio of the objective. `group` is the index of the prompt in its batch: rollouts of one prompt share it.
+    `weight_version` is that of the weights that sampled the first token; where others continued (rollout.partial),
+    `segments` holds [weight version, number of tokens] of every stretch in turn, and is empty elsewhere.
     """
 
     prompt: Prompt
@@ -46,6 +48,12 @@ class Rollout:
     text: str = ""
     reward: float = 0.0
     reward_error: str = ""  # why the reward function gave none, and the reward is 0
+    segments: list[list[int]] = field(default_factory=list)
+
+    @property
+    def versions(self) -> list[list[int]]:
+        """[weight version, number of tokens] of every stretch of the response."""
+        return self.segments or [[self.weight_version, len(self.response_ids)]]
 
 
 def save_rollouts(rollouts: list[Rollout], path: Path) -> None:
@@ -95,6 +103,12 @@ def _rollout(row: dict) -> Rollout:
     _ = [float(number) for number in numbers]  # OverflowError: JSON's integers have no end
     if type(rollout.weight_version) is not int:
         raise ValueError("weight_version must be an integer")
+    if rollout.segments != []:
+        versions, lengths = zip(*rollout.segments, strict=True)
+        integers = all(type(number) is int for number in (*versions, *lengths))
+        whole = integers and min(lengths) > 0 and sum(lengths) == len(rollout.response_ids)
+        if not whole or versions[0] != rollout.weight_version or list(versions) != sorted(set(versions)):
+            raise ValueError("segments must be [version, tokens] from weight_version on, and add up to the response")
     if not rollout.prompt.student_ids or not 0 < len(rollout.response_ids) == len(rollout.rollout_log_probs):
         raise ValueError("an empty prompt or response, or not one log-prob a response token")
     return rollout

@@ -10,7 +10,7 @@ from megatron_egrsd.config import Config
 from megatron_egrsd.data.prompts import PromptBuilder
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.rewards import score
-from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.client import Generation, RolloutClient
 from megatron_egrsd.samples import Prompt, Rollout
 from megatron_egrsd.summary import Sample, accuracy, by_problem, percentile_95
 
@@ -35,7 +35,10 @@ class Sampler:
         `done` as in RolloutClient.generate: what is in it is not sampled again.
         """
         ids = [p.student_ids for p in prompts]
-        generations = self.client.generate(ids, n, temperature=temperature, done=done)
+        return self.rewarded(prompts, self.client.generate(ids, n, temperature=temperature, done=done))
+
+    def rewarded(self, prompts: list[Prompt], generations: list[list[Generation]]) -> list[Rollout]:
+        """The rollouts that the responses to each prompt make, decoded and rewarded."""
         rollouts = [
             Rollout(
                 prompt=prompt,
@@ -44,6 +47,7 @@ class Sampler:
                 rollout_log_probs=g.log_probs,
                 finish_reason=g.finish_reason,
                 weight_version=g.weight_version,
+                segments=g.segments if len(g.segments) > 1 else [],
                 text=self.tokenizer.decode(g.response_ids, skip_special_tokens=True),
             )
             for group, (prompt, answers) in enumerate(zip(prompts, generations, strict=True))

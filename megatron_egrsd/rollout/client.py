@@ -7,9 +7,10 @@ is our own, to the server with the fewest requests in flight: with whole batches
 
 import asyncio
 import contextlib
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,21 +22,42 @@ from megatron_egrsd.rollout.servers import RolloutServers, Server, ServersLost
 
 _WATCH = 0.5  # seconds between two looks at the servers' processes while requests are in flight
 _HEALTH = 5.0  # seconds between two questions for their health
+_ABORT = 5.0  # seconds that a server may take to hear that it should stop
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One sampled response.
+    """One sampled response, or the beginning of one.
 
     `log_probs[t]` is the log-probability (nats) of `response_ids[t]` under softmax(logits / temperature). A response
-    that stopped ends with the stop token. `finish_reason` is "stop" or "length". `weight_version` is that of the last
-    sync, 0 before the first, -1 where the server has a version of its own naming.
+    that stopped ends with the stop token. `finish_reason` is "stop", "length" or, of a beginning, "abort". `segments`
+    are [weight version, number of tokens] of what each version sampled, in turn; a version is that of the last sync,
+    0 before the first, -1 where the server has a version of its own naming.
     """
 
     response_ids: list[int]
     log_probs: list[float]
     finish_reason: str
-    weight_version: int
+    segments: list[list[int]]
+
+    @property
+    def weight_version(self) -> int:
+        """That of the first token, which is the oldest."""
+        return self.segments[0][0]
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason != "abort"
+
+    def continued(self, more: "Generation") -> "Generation":
+        """This beginning with what was sampled behind it."""
+        stretches = itertools.groupby(self.segments + more.segments, key=lambda segment: segment[0])
+        segments = [[version, sum(tokens for _, tokens in same)] for version, same in stretches]
+        ids, log_probs = self.response_ids + more.response_ids, self.log_probs + more.log_probs
+        return Generation(ids, log_probs, more.finish_reason, segments)
+
+
+NOTHING = Generation([], [], "abort", [])
 
 
 class _RequestFailed(Exception):
@@ -63,6 +85,7 @@ class RolloutClient:
         self.config = config
         self.stop_token_ids = list(stop_token_ids or [])
         self.check = check
+        self.stopping = False  # true from `abort` on
         self._requests: dict[Server, set[asyncio.Task]] = {}
 
     def generate(
@@ -96,29 +119,36 @@ class RolloutClient:
         if n < 1 or max_new_tokens < 1 or temperature < 0:
             raise BadArgument(f"n = {n} and max_new_tokens = {max_new_tokens} must be positive and temperature = "
                               f"{temperature} not negative")  # fmt: skip
-        sampling = dict(sampling or {}) | {"temperature": temperature, "max_new_tokens": max_new_tokens}
-        sampling["skip_special_tokens"] = False
-        if self.stop_token_ids:
-            sampling["stop_token_ids"] = self.stop_token_ids
+        sampling = dict(sampling or {}) | self.sampling(temperature, max_new_tokens)
         done = {} if done is None else done
         asyncio.run(self._generate(prompts, n, sampling, done, seeds))
         return [[done[i, j] for j in range(n)] for i in range(len(prompts))]
+
+    def sampling(self, temperature: float, max_new_tokens: int) -> dict[str, Any]:
+        """SGLang's sampling parameters."""
+        stop = {"stop_token_ids": self.stop_token_ids} if self.stop_token_ids else {}
+        return {"temperature": temperature, "max_new_tokens": max_new_tokens, "skip_special_tokens": False} | stop
 
     async def _generate(self, prompts: list[list[int]], n: int, sampling: dict, done: dict, seeds) -> None:
         # The samples of one prompt are issued side by side: all but the first find its prefix cached.
         missing = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]
         slots = asyncio.Semaphore(self.config.max_concurrent_requests)
-        self._requests = {server: set() for server in self.servers.servers}
 
         async def sample(session: aiohttp.ClientSession, i: int, j: int) -> None:
             async with slots:
                 seed = {"sampling_seed": seeds(i, j)} if seeds else {}
-                done[i, j] = await self._sample(session, {"input_ids": prompts[i], "sampling_params": sampling | seed})
+                done[i, j] = await self.sample(session, {"input_ids": prompts[i], "sampling_params": sampling | seed})
 
+        await self.serve(lambda session: asyncio.gather(*(sample(session, i, j) for i, j in missing)))
+
+    async def serve(self, work: Callable[[aiohttp.ClientSession], Awaitable]) -> None:
+        """Await `work`, whose requests go through `sample`, with an eye on the servers."""
+        self.stopping = False
+        self._requests = {server: set() for server in self.servers.servers}
         timeout = aiohttp.ClientTimeout(total=self.config.request_timeout)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=self.servers.headers) as session:
-            samples = asyncio.gather(*(sample(session, i, j) for i, j in missing))
+            samples = asyncio.ensure_future(work(session))
             watches = [self._watch_processes(), *(self._watch_health(session, s) for s in self.servers.live)]
             tasks = {samples, *map(asyncio.ensure_future, watches)}
             try:
@@ -132,10 +162,10 @@ class RolloutClient:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _sample(self, session: aiohttp.ClientSession, body: dict) -> Generation:
-        """One response from whichever server; ServersLost when none is left."""
+    async def sample(self, session: aiohttp.ClientSession, body: dict) -> Generation:
+        """One response from whichever server, a beginning where `stopping`; ServersLost when none is left."""
         failures = 0
-        while True:
+        while not self.stopping:
             server = min(self.servers.live, key=lambda s: len(self._requests[s]), default=None)
             if server is None:
                 raise ServersLost("; ".join(s.lost for s in self.servers.servers))
@@ -158,6 +188,19 @@ class RolloutClient:
                     self._lose(server, str(error))
                     failures = 0
                 await asyncio.sleep(0.1 * 2**failures)
+        return NOTHING
+
+    async def abort(self, session: aiohttp.ClientSession) -> None:
+        """From now on requests end where they are, as beginnings. A server may have missed one that was on its way."""
+        self.stopping = True
+
+        async def abort_all(server: Server) -> None:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):  # the watches see to it
+                timeout, everything = aiohttp.ClientTimeout(total=_ABORT), {"abort_all": True}
+                async with session.post(f"{server.url}/abort_request", json=everything, timeout=timeout):
+                    pass
+
+        await asyncio.gather(*map(abort_all, self.servers.live))
 
     def _lose(self, server: Server, reason: str) -> None:
         self.servers.mark_lost(server, reason)
@@ -196,7 +239,7 @@ class RolloutClient:
                 if response.status != 200:
                     raise _RequestFailed(f"{where} failed with HTTP {response.status}: {(await response.text())[:300]}")
                 answer = await response.json()
-            return parse_generation(answer)
+            return parse_generation(answer, self.stopping)
         except TimeoutError:
             raise _RequestFailed(f"{where} did not answer within rollout.request_timeout = "
                                  f"{self.config.request_timeout:g} s") from None  # fmt: skip
@@ -204,10 +247,12 @@ class RolloutClient:
             raise _RequestFailed(f"{where} failed: {error or type(error).__name__}") from error
 
 
-def parse_generation(answer: Any) -> Generation:
+def parse_generation(answer: Any, stopping: bool = False) -> Generation:
     """SGLang's answer as a Generation; ValueError if it was aborted, contradicts itself or is something else.
 
-    A log-probability that SGLang could not compute (null in JSON) is nan here: the guard of the update skips it.
+    `stopping`: one that was aborted is a beginning, possibly of no tokens. SGLang does not look whether its last token
+    ends the response; that one is left out, whatever it is, and so sampled again. A log-probability that SGLang could
+    not compute (null in JSON) is nan here: the guard of the update skips it.
     """
     try:
         meta = answer["meta_info"]
@@ -218,13 +263,14 @@ def parse_generation(answer: Any) -> Generation:
         output_ids = list(answer["output_ids"])
     except (TypeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"not an answer of SGLang's ({type(error).__name__}: {error})") from None
-    if kind not in ("stop", "length"):
+    begun = stopping and kind == "abort"
+    if kind not in ("stop", "length") and not begun:
         raise ValueError(f"SGLang aborted the generation: {message}")
     sampled_ids = [token for _, token in entries]
     if sampled_ids != output_ids:
         raise ValueError(f"log-probabilities of other tokens than it sampled; {len(output_ids)} tokens, "
                          f"{len(entries)} log-probabilities")  # fmt: skip
-    if not sampled_ids or not all(type(token) is int and token >= 0 for token in sampled_ids):
+    if not (sampled_ids or begun) or not all(type(token) is int and token >= 0 for token in sampled_ids):
         raise ValueError("no tokens, or something that is no token id")
     if not all(value is None or type(value) in (int, float) for value, _ in entries):
         raise ValueError("a log-probability that is no number")
@@ -232,5 +278,7 @@ def parse_generation(answer: Any) -> Generation:
         log_probs = [math.nan if value is None else float(value) for value, _ in entries]
     except OverflowError:
         raise ValueError("a log-probability that no float holds") from None
-    version = version if isinstance(version, str) else ""
-    return Generation(sampled_ids, log_probs, kind, int(version) if version.isdecimal() else -1)
+    version = int(version) if isinstance(version, str) and version.isdecimal() else -1
+    if begun:
+        sampled_ids, log_probs = sampled_ids[:-1], log_probs[:-1]
+    return Generation(sampled_ids, log_probs, kind, [[version, len(sampled_ids)]] if sampled_ids else [])

@@ -6,6 +6,7 @@ from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConf
 from megatron_egrsd.errors import BadArgument
 
 BASE = ["--model.path", "m", "--data.train", "t.jsonl"]
+PARTIAL = ["--rollout.partial", "true"]
 
 
 def parse_error(arguments):
@@ -44,6 +45,20 @@ def test_yaml_with_overrides_the_later_one_wins(tmp_path):
         (["--rollout.temperature", "0"], ["positive"]),
         (["--rollout.prompts_per_step", "5", "--optimizer.updates_per_batch", "2"], ["5 does not divide", "2 equal"]),
         (["--rollout.staleness", "2"], ["rollout.staleness is 2", "0 (on-policy) or 1"]),
+        (["--rollout.partial", "true"], ["rollout.staleness is 0", "set rollout.staleness to 1 or more"]),
+        ([*PARTIAL, "--rollout.staleness", "2"], ["older weights", "set objective.importance_cap"]),
+        ([*PARTIAL, "--rollout.staleness", "-1"], ["rollout.staleness is -1"]),
+        ([*PARTIAL, "--rollout.staleness", "1", "--rollout.dynamic_sampling", "1"], ["do not go together"]),
+        (
+            [*PARTIAL, "--rollout.staleness", "1", "--rollout.server_args", '{"speculative-algorithm": "NGRAM"}'],
+            ["with speculative decoding", "rollout.server_args"],
+        ),
+        (["--rollout.extra_prompts", "1"], ["rollout.extra_prompts is 1", "0 without rollout.partial"]),
+        ([*PARTIAL, "--rollout.staleness", "1", "--rollout.extra_prompts", "1"], ["extra_prompts is 1", "2 or more"]),
+        (
+            [*PARTIAL, "--rollout.staleness", "2", "--rollout.extra_prompts", "33"],
+            ["between 0 and rollout.prompts_per_"],
+        ),
         (["--rollout.staleness", "1"], ["older weights", "set objective.importance_cap"]),
         (["--rollout.colocated", "true"], ["rollout.weight_sync", "no two processes on one GPU"]),
         (["--rollout.colocated", "true", "--rollout.urls", '["http://a:1"]'], ["empty rollout.urls"]),
@@ -67,6 +82,7 @@ def test_mistakes_on_the_command_line(arguments, words):
 def test_the_allowed_difference_of_log_probs_depends_on_the_staleness():
     stale = ["--rollout.staleness", "1", "--objective.importance_cap", "2"]
     assert [parse_config(BASE + more).log_prob_limit for more in ([], stale)] == [0.1, 0.2]
+    assert parse_config([*BASE, *stale, *PARTIAL, "--rollout.staleness", "3"]).log_prob_limit == 0.4
     assert parse_config([*BASE, *stale, "--max_log_prob_difference", "0.05"]).log_prob_limit == 0.05
 
 

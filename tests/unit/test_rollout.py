@@ -9,7 +9,7 @@ import torch
 
 from megatron_egrsd.config import ModelConfig, RolloutConfig
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.rollout.client import parse_generation
+from megatron_egrsd.rollout.client import NOTHING, Generation, parse_generation
 from megatron_egrsd.rollout.servers import choose_port, last_error, server_command
 from megatron_egrsd.rollout.weight_checksums import checksum, expected_checksums
 from megatron_egrsd.rollout.weight_sync import buckets
@@ -107,6 +107,24 @@ def test_parse_generation():
     with pytest.raises(ValueError, match="other tokens than it sampled"):
         parse_generation(answer(output_token_logprobs=[[-0.5, 5, None]]))
     assert parse_generation(answer(weight_version="default")).weight_version == -1
+
+
+def test_beginnings_are_put_together():
+    stopped = answer(finish_reason={"type": "abort", "message": "stopped"})
+    first = parse_generation(stopped, stopping=True)
+    assert (first.response_ids, first.log_probs, first.finished) == ([5], [-0.5], False)
+    queued = {"output_ids": [], "meta_info": stopped["meta_info"] | {"output_token_logprobs": []}}
+    assert parse_generation(queued, stopping=True) == NOTHING
+    more = parse_generation(stopped | {"meta_info": stopped["meta_info"] | {"weight_version": "4"}}, stopping=True)
+    whole = (
+        NOTHING.continued(first)
+        .continued(first)
+        .continued(more)
+        .continued(NOTHING)
+        .continued(parse_generation(answer(weight_version="6")))
+    )
+    assert whole == Generation([5, 5, 5, 5, 2], [-0.5] * 4 + [-0.25], "stop", [[3, 2], [4, 1], [6, 2]])
+    assert whole.weight_version == 3 and whole.finished
 
 
 def test_log_probs_that_json_cannot_spell_are_nan():

@@ -1,0 +1,80 @@
+"""Responses that outlive the weights they began with: stopped where they are, continued with the next ones.
+
+What a response has so far is kept here and not in SGLang, where it would end with the server. It goes on as a prompt of
+its own: its first token is computed from scratch, like all others by the weights that are there then.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import aiohttp
+
+from megatron_egrsd.rollout.client import Generation, RolloutClient
+
+_POLL = 0.02  # seconds between two looks at what was added, and whether to stop
+
+
+class Stretch:
+    """What is sampled between two changes of the weights: in `thread`, until `stop`. For one calling thread.
+
+    Args:
+        client: Its servers, and its concurrency, which the earliest responses get first.
+        temperature: Sampling temperature.
+        thread: Free until `stop`.
+    """
+
+    def __init__(self, client: RolloutClient, temperature: float, thread: ThreadPoolExecutor):
+        self.client, self.temperature = client, temperature
+        self._added: list[tuple[list[int], list[Generation], Callable[[], None]]] = []
+        self._stop = False
+        self.future: Future = thread.submit(lambda: asyncio.run(client.serve(self._run)))
+
+    def add(self, prompt: list[int], responses: list[Generation], done: Callable[[], None]) -> None:
+        """Continue `responses` to `prompt` in place, NOTHING from the start; `done` is called when all are finished."""
+        self._added.append((prompt, responses, done))
+
+    def stop(self) -> None:
+        """Return when nothing is in flight: what is unfinished has become a beginning.
+
+        Raises:
+            ServersLost: No server was left; what they had sampled since the last stop is lost with them.
+            RunError: As RolloutClient.generate, or what `done` raised.
+        """
+        self._stop = True
+        self.future.result()
+
+    async def _run(self, session: aiohttp.ClientSession) -> None:
+        self._slots = asyncio.Semaphore(self.client.config.max_concurrent_requests)
+        tasks: list[asyncio.Task] = []
+        try:
+            while tasks or not self._stop:
+                while self._added and not self._stop:
+                    tasks.append(asyncio.ensure_future(self._respond(session, *self._added.pop(0))))
+                if self._stop:
+                    await self.client.abort(session)
+                await asyncio.sleep(_POLL)
+                for task in [task for task in tasks if task.done()]:
+                    task.result()
+                    tasks.remove(task)
+        finally:
+            for task in tasks:  # what one meets, the others may meet as well
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _respond(self, session: aiohttp.ClientSession, prompt, responses, done) -> None:
+        await asyncio.gather(*(self._continue(session, prompt, responses, j) for j in range(len(responses))))
+        if all(response.finished for response in responses):
+            await asyncio.to_thread(done)
+
+    async def _continue(self, session: aiohttp.ClientSession, prompt, responses, j: int) -> None:
+        begun = responses[j]
+        if begun.finished:
+            return
+        async with self._slots:
+            left = self.client.config.max_response_tokens - len(begun.response_ids)
+            body = {
+                "input_ids": prompt + begun.response_ids,
+                "sampling_params": self.client.sampling(self.temperature, left),
+            }
+            responses[j] = begun.continued(await self.client.sample(session, body))
