@@ -1,12 +1,10 @@
 """Engine and SGLang in turns on one device. Real servers, real ranks, real faults; on CPU SGLang frees nothing."""
 
-import signal
-
 import pytest
 
 from megatron_egrsd.config import parse_config
 from tests.end_to_end.test_train import descendants_with, metrics, run
-from tests.faults.runs import MODEL, ROOT, Run, kill, steps
+from tests.faults.runs import MODEL, ROOT, kill, survive
 from tests.ranks import run_ranks
 
 COLOCATED = {
@@ -38,25 +36,8 @@ def test_the_engine_is_away_while_sglang_samples(transport, parallel, tmp_path):
 @pytest.mark.timeout(1800)
 def test_faults_end_or_continue(tmp_path):
     """Two ranks; the only server is killed, then SIGTERM, then too many lost servers, then the end."""
-    output, settings = tmp_path / "run", COLOCATED | {"parallel.tensor": 2, "rollout.start_timeout": 300}
-    with Run(output, ranks=2, steps=40, **settings) as first:
-        first.await_step(2, timeout=400)
-        for process in first.find("rollout.launch")[:1]:
-            kill(process)
-        first.await_step(max(steps(output)) + 3, timeout=400)
-        kill(first.ranks()[1], signal.SIGTERM)
-        assert first.finish(120) == 0 and "resumable" in first.last_word(), first.text()
-    stopped = max(steps(output))
-    with Run(output, ranks=2, steps=stopped + 30, **settings, **{"rollout.max_restarts": 0}) as second:
-        second.await_step(stopped + 3, timeout=400)
-        for process in second.find("rollout.launch")[:1]:
-            kill(process)
-        assert second.finish(120) == 1, second.text()
-        assert "rollout.max_restarts); resumable: step" in second.text()
-    ended = max(steps(output))
-    with Run(output, ranks=2, steps=ended + 2, **settings) as third:
-        assert third.finish(300) == 0, third.text()
-    assert max(steps(output)) == ended + 2
+    output = tmp_path / "run"
+    survive(output, COLOCATED)
     assert not descendants_with(str(tmp_path))
 
 

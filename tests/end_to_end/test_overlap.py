@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from megatron_egrsd.samples import load_rollouts
 from megatron_egrsd.scores import load_scores
 from tests.end_to_end.test_train import descendants_with, metrics, run
-from tests.faults.runs import PER_PROMPT, PROMPTS, Run, kill, replayed, rows, steps
+from tests.faults.runs import PER_PROMPT, PROMPTS, replayed, rows, steps, survive
 
 CAP = 1.02  # low, so that it cuts what one update does
 STALE = {"rollout.staleness": 1, "objective.importance_cap": CAP}
@@ -60,27 +59,8 @@ def test_every_batch_but_the_first_is_one_update_behind_and_weighted_for_it(tmp_
 def test_faults_end_or_continue_as_on_policy(tmp_path):
     """Two ranks; the only server is killed, then SIGTERM, then too many lost servers, then the end."""
     output = tmp_path / "run"
-    settings = {**STALE, "parallel.tensor": 2, "dump_rollouts": "true", "rollout.start_timeout": 300}
-    with Run(output, ranks=2, steps=40, **settings) as first:
-        first.await_step(2, timeout=400)
-        for process in first.find("rollout.launch")[:1]:
-            kill(process)
-        killed = max(steps(output))
-        first.await_step(killed + 3, timeout=400)
-        kill(first.ranks()[1], signal.SIGTERM)
-        assert first.finish(120) == 0 and "resumable" in first.last_word(), first.text()
-    stopped = max(steps(output))
-    with Run(output, ranks=2, steps=stopped + 30, **settings, **{"rollout.max_restarts": 0}) as second:
-        second.await_step(stopped + 3, timeout=400)
-        for process in second.find("rollout.launch")[:1]:
-            kill(process)
-        assert second.finish(120) == 1, second.text()
-        assert "rollout.max_restarts); resumable: step" in second.text()
-    ended = max(steps(output))
-    with Run(output, ranks=2, steps=ended + 2, **settings) as third:
-        assert third.finish(400) == 0, third.text()
+    killed, stopped, ended = survive(output, STALE)
 
-    assert steps(output) == list(range(1, ended + 3))
     for step in steps(output):
         rollouts = load_rollouts(output / "rollouts" / f"step_{step:06d}.jsonl")
         assert [r.group for r in rollouts] == [g for g in range(PROMPTS) for _ in range(PER_PROMPT)]

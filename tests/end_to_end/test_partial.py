@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import signal
 from collections import Counter
 
 import numpy as np
@@ -14,7 +13,7 @@ from megatron_egrsd.data.problems import batch_indices, load_problems
 from megatron_egrsd.samples import Rollout, load_rollouts
 from megatron_egrsd.scores import load_scores
 from tests.end_to_end.test_train import descendants_with, metrics, run
-from tests.faults.runs import PER_PROMPT, PROMPTS, Run, kill, rows, steps
+from tests.faults.runs import PER_PROMPT, PROMPTS, rows, survive
 from tests.ranks import run_ranks
 
 CAP = 1.02  # low, so that it cuts what an update does
@@ -93,27 +92,8 @@ def test_every_token_is_of_the_version_it_names_and_weighted_for_it(tmp_path):
 def test_faults_end_or_continue_as_on_policy(tmp_path):
     """Two ranks; the only server is killed, then SIGTERM, then too many lost servers, then the end."""
     output = tmp_path / "run"
-    settings = {**PARTIAL, "parallel.tensor": 2, "dump_rollouts": "true", "rollout.start_timeout": 300}
-    with Run(output, ranks=2, steps=40, **settings) as first:
-        first.await_step(2, timeout=400)
-        for process in first.find("rollout.launch")[:1]:
-            kill(process)
-        first.await_step(max(steps(output)) + 3, timeout=400)
-        kill(first.ranks()[1], signal.SIGTERM)
-        assert first.finish(120) == 0 and "resumable" in first.last_word(), first.text()
-    stopped = max(steps(output))
-    with Run(output, ranks=2, steps=stopped + 30, **settings, **{"rollout.max_restarts": 0}) as second:
-        second.await_step(stopped + 3, timeout=400)
-        for process in second.find("rollout.launch")[:1]:
-            kill(process)
-        assert second.finish(120) == 1, second.text()
-        assert "rollout.max_restarts); resumable: step" in second.text()
-        assert "never retrieved" not in second.log.read_text()
-    ended = max(steps(output))
-    with Run(output, ranks=2, steps=ended + 2, **settings) as third:
-        assert third.finish(400) == 0, third.text()
+    _, stopped, ended = survive(output, PARTIAL)
 
-    assert steps(output) == list(range(1, ended + 3))
     starts = [0, stopped, ended, ended + 2]
     for start, end in itertools.pairwise(starts):
         problems = []

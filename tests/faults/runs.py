@@ -155,3 +155,32 @@ def replayed(directory: Path) -> dict:
 def kill(process: psutil.Process, number: int = signal.SIGKILL) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
+
+
+def survive(output: Path, settings: dict) -> tuple[int, int, int]:
+    """Two ranks: the only server is killed, then SIGTERM, then too many lost servers, then two more steps to the end.
+
+    Each start continues the last one. Returns the last steps before the kill, before the second and the third start.
+    """
+    settings = {**settings, "parallel.tensor": 2, "dump_rollouts": "true", "rollout.start_timeout": 300}
+    with Run(output, ranks=2, steps=40, **settings) as first:
+        first.await_step(2, timeout=400)
+        for process in first.find("rollout.launch")[:1]:
+            kill(process)
+        killed = max(steps(output))
+        first.await_step(killed + 3, timeout=400)
+        kill(first.ranks()[1], signal.SIGTERM)
+        assert first.finish(120) == 0 and "resumable" in first.last_word(), first.text()
+    stopped = max(steps(output))
+    with Run(output, ranks=2, steps=stopped + 30, **settings, **{"rollout.max_restarts": 0}) as second:
+        second.await_step(stopped + 3, timeout=400)
+        for process in second.find("rollout.launch")[:1]:
+            kill(process)
+        assert second.finish(120) == 1, second.text()
+        assert "rollout.max_restarts); resumable: step" in second.text()
+        assert "never retrieved" not in second.log.read_text()
+    ended = max(steps(output))
+    with Run(output, ranks=2, steps=ended + 2, **settings) as third:
+        assert third.finish(400) == 0, third.text()
+    assert steps(output) == list(range(1, ended + 3))
+    return killed, stopped, ended

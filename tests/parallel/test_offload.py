@@ -55,7 +55,7 @@ LAYOUTS = {
     "TP2": (2, "bfloat16", {"tensor": 2, "sequence_parallel": True, "distributed_optimizer": True}, "ema"),
     "PP2 VPP2": (2, "bfloat16", {"pipeline": 2, "virtual_pipeline": 2, "overlap_grad_reduce": True}, "live"),
 }
-SLOW = {"TP2", "PP2 VPP2"}
+SLOW = {"bf16, moving average", "TP2", "PP2 VPP2"}
 
 
 @pytest.mark.timeout(300)
