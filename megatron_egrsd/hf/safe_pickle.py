@@ -1,5 +1,6 @@
 """Unpickling checkpoint records without running code of their choosing."""
 
+import enum
 import io
 import pickle
 from pathlib import Path
@@ -46,12 +47,23 @@ _RECORDS = {
 }  # fmt: skip
 
 
+def _member(cls: type, name: str) -> Any:
+    """`getattr` as far as a pickle needs it: Python 3.11.2, Debian 12's, writes a member of an enumeration so."""
+    if cls is _Unknown:
+        return cls()
+    if isinstance(cls, enum.EnumType) and name in cls.__members__:
+        return cls[name]
+    raise ValueError(f".metadata takes {name} from {cls}, which has no place in it and could run code")
+
+
 class MetadataUnpickler(pickle.Unpickler):
     """Reads `.metadata` without running code of its choosing: torch's checkpoint records and stand-ins, no more."""
 
     def find_class(self, module: str, name: str):
         if name in _RECORDS.get(module, ()):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module == "torch":
             found = getattr(torch, name, None)
             if found is torch.Size or isinstance(found, torch.dtype | torch.layout):
