@@ -190,6 +190,7 @@ def test_server_that_dies_at_start(tmp_path):
     assert not (tmp_path / "run" / "hf").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_ctrl_c_ends_the_server_as_well(tmp_path):
     output = tmp_path / "run"

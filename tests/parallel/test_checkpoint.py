@@ -55,7 +55,7 @@ def setting(tmp_path):
 @pytest.mark.parametrize(
     ("world_size", "parallel"),
     [
-        (1, ParallelConfig(max_tokens_per_microbatch=256)),
+        pytest.param(1, ParallelConfig(max_tokens_per_microbatch=256), marks=pytest.mark.slow),
         (2, ParallelConfig(max_tokens_per_microbatch=256, distributed_optimizer=True)),
         pytest.param(
             2, ParallelConfig(max_tokens_per_microbatch=256, tensor=2, sequence_parallel=True), marks=pytest.mark.slow
@@ -101,6 +101,7 @@ def test_context_parallel_resumes_in_another_layout_and_back(setting):
     assert_same_training(found, (metrics[3:], weights))
 
 
+@pytest.mark.slow
 def test_experts_resume_in_another_layout(setting):
     config, rollouts, root = setting
     model = make_qwen3(root / "mixture", tied=False, vocab_size=VOCAB, num_experts=6, num_hidden_layers=2)

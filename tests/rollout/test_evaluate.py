@@ -135,6 +135,7 @@ def test_samples_of_other_settings_are_refused(url, problems, whole, tmp_path):
         evaluate(parse_config(words(other, whole, *attached(url))))
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_deterministic_is_refused(servers, problems, tmp_path):
     with pytest.raises(BadArgument, match=r"evaluation\.deterministic false"):
         evaluate(parse_config(words(problems, tmp_path, *attached(servers.urls[0]))))
