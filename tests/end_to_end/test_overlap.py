@@ -19,6 +19,19 @@ def versions(output, step: int) -> set[int]:
     return {r.weight_version for r in load_rollouts(output / "rollouts" / f"step_{step:06d}.jsonl")}
 
 
+def assert_importance(output, made: list[dict]) -> None:
+    """loss/importance is the mean of c = min(pi_old / pi_rollout, CAP) over the trained tokens, in fp64; CAP cuts."""
+    cut = 0
+    for m in made:
+        scored = load_scores(output / "scores" / f"step_{m['step']:06d}.jsonl")
+        pairs = [(r.student_log_prob, r.rollout_log_prob) for r in scored if r.advantage]
+        old, sampled = np.concatenate(pairs, 1).astype(np.float64)
+        ratio = np.exp(old - sampled)
+        assert m["loss/importance"] == pytest.approx(np.minimum(ratio, CAP).mean(), rel=1e-6)
+        cut += int((ratio > CAP).sum())
+    assert cut > 20
+
+
 @pytest.mark.timeout(500)
 def test_every_batch_but_the_first_is_one_update_behind_and_weighted_for_it(tmp_path):
     output = tmp_path / "run"
@@ -32,15 +45,7 @@ def test_every_batch_but_the_first_is_one_update_behind_and_weighted_for_it(tmp_
     assert made[0]["sync/log_prob_difference"] < 1e-5 < 1e-3 < made[1]["sync/log_prob_difference"]
     assert [m["step"] for m in metrics(output) if "evaluation/accuracy" in m] == [0, 4]
 
-    cut = 0
-    for m in made:  # c = min(pi_old / pi_rollout, C) of every trained token, in fp64
-        scored = load_scores(output / "scores" / f"step_{m['step']:06d}.jsonl")
-        pairs = [(r.student_log_prob, r.rollout_log_prob) for r in scored if r.advantage]
-        old, sampled = np.concatenate(pairs, 1).astype(np.float64)
-        ratio = np.exp(old - sampled)
-        assert m["loss/importance"] == pytest.approx(np.minimum(ratio, CAP).mean(), rel=1e-6)
-        cut += int((ratio > CAP).sum())
-    assert cut > 20
+    assert_importance(output, made)
 
     # Batch 3 was sampled while batch 2 trained, by the weights after the first update and no others: trained on
     # batch 1 alone, the engine has the log-probs that SGLang reported.

@@ -11,12 +11,11 @@ from megatron_egrsd.config import parse_config
 from megatron_egrsd.data.packing import Sequence
 from megatron_egrsd.data.problems import batch_indices, load_problems
 from megatron_egrsd.samples import Rollout, load_rollouts
-from megatron_egrsd.scores import load_scores
+from tests.end_to_end.test_overlap import CAP, assert_importance
 from tests.end_to_end.test_train import descendants_with, metrics, run
 from tests.faults.runs import PER_PROMPT, PROMPTS, rows, survive
 from tests.ranks import run_ranks
 
-CAP = 1.02  # low, so that it cuts what an update does
 PARTIAL = {
     "rollout.partial": "true", "rollout.staleness": 2, "rollout.extra_prompts": 3, "objective.importance_cap": CAP,
     "data.evaluation": "",
@@ -75,15 +74,7 @@ def test_every_token_is_of_the_version_it_names_and_weighted_for_it(tmp_path):
         others += list(np.abs(engine[versions[0]][i] - r.rollout_log_probs)[versions > versions[0]])
     assert len(others) > 50 and np.mean(others) > 1e-3
 
-    cut = 0
-    for m in made:  # c = min(pi_old / pi_rollout, C) of every trained token, in fp64
-        scored = load_scores(output / "scores" / f"step_{m['step']:06d}.jsonl")
-        pairs = [(r.student_log_prob, r.rollout_log_prob) for r in scored if r.advantage]
-        old, sampled = np.concatenate(pairs, 1).astype(np.float64)
-        ratio = np.exp(old - sampled)
-        assert m["loss/importance"] == pytest.approx(np.minimum(ratio, CAP).mean(), rel=1e-6)
-        cut += int((ratio > CAP).sum())
-    assert cut > 20
+    assert_importance(output, made)
     assert not descendants_with(str(tmp_path))
 
 
