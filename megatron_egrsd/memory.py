@@ -53,6 +53,11 @@ class RankMemory:
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
+    def kept(self) -> int:
+        """What waits in host memory while colocated servers sample: gradients are dropped, the runtime stays."""
+        return sum(size for name, size in self.resident.items() if name not in ("gradients (fp32)", "CUDA runtime"))
+
+    @property
     def total(self) -> int:
         return sum(self.resident.values()) + sum(self.phases[self.peak_phase].values())
 

@@ -180,10 +180,8 @@ def _add_memory(
         plan.add("", f"  the other stages need less, rank {lightest.rank} (stage {lightest.stage}) the least: "
                      f"{readable(lightest.total)}")  # fmt: skip
     if config.rollout.colocated:
-        names = worst.resident.keys() - {"gradients (fp32)", "CUDA runtime"}
-        host = sum(worst.resident[name] for name in names)
-        plan.add("", f"  {'in host memory while SGLang samples':<45}{readable(host):>12}, "
-                     f"{readable(host * ranks)} for {ranks} ranks")  # fmt: skip
+        plan.add("", f"  {'in host memory while SGLang samples':<45}{readable(worst.kept):>12}, "
+                     f"{readable(worst.kept * ranks)} for {ranks} ranks")  # fmt: skip
     if gpu_memory and worst.total > gpu_memory:
         plan.refusals.append(
             f"rank {worst.rank} needs {readable(worst.total)} where a GPU has {readable(gpu_memory)}; "

@@ -58,7 +58,7 @@ TRAINER_SHARE = 0.95  # of a GPU that a training rank may be planned to fill
 class Choice:
     """A division of the GPUs, what it takes of memory (bytes) and time (seconds).
 
-    `turns`: of moving the training state to host memory and back, where both use the same GPUs.
+    `turns`: of moving the `kept` bytes of a rank to host memory and back, where both use the same GPUs.
     """
 
     serving: int
@@ -66,6 +66,7 @@ class Choice:
     training: int
     parallel: ParallelConfig
     memory: int
+    kept: int
     generate: float
     score: float
     train: float
@@ -112,7 +113,7 @@ def best(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> Choic
 def best_in_turns(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> Choice | None:
     """The fastest layout in which all `gpus` train and sample in turns (`rollout.colocated`), or None."""
     choices = _choices(arch, machine, gpus, gpus, batch) if gpus <= machine.node else []
-    timed = (replace(c, turns=turn_seconds(machine, _kept(arch, c.parallel, gpus))) for c in choices)
+    timed = (replace(c, turns=turn_seconds(machine, c.kept)) for c in choices)
     return min(timed, key=lambda choice: choice.step, default=None)
 
 
@@ -123,8 +124,8 @@ def _choices(arch: Architecture, machine: Machine, serving: int, training: int, 
     teachers = [batch.teacher_prompt + n for n in batch.responses]
     response_rows = sum(batch.responses)
     for parallel in _layouts(arch, machine, training, len(students), max(teachers)):
-        memory = _memory(arch, parallel, training, max(teachers)).total
-        if memory > TRAINER_SHARE * machine.memory:
+        memory = _memory(arch, parallel, training, max(teachers))
+        if memory.total > TRAINER_SHARE * machine.memory:
             continue
         score = pass_seconds(machine, arch, parallel, training, teachers, response_rows, train=False)
         train = pass_seconds(machine, arch, parallel, training, students, response_rows, train=True)
@@ -134,7 +135,7 @@ def _choices(arch: Architecture, machine: Machine, serving: int, training: int, 
         )
         train += update_seconds(machine, parallel, training, own)
         sync = sync_seconds(machine, arch, parallel, RolloutConfig().sync_bucket_mib << 20)
-        yield Choice(serving, served[1], training, parallel, memory, served[0], score, train, sync)
+        yield Choice(serving, served[1], training, parallel, memory.total, memory.kept, served[0], score, train, sync)
 
 
 def _generate(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> tuple[float, int] | None:
@@ -193,12 +194,6 @@ def _memory(arch: Architecture, parallel: ParallelConfig, ranks: int, tokens: in
     stages = {0, parallel.pipeline - 1}
     place = Placement(gpu=True, transformer_engine=True)
     return max((rank_memory(config, arch, ranks, s, place, tokens=tokens) for s in stages), key=lambda m: m.total)
-
-
-def _kept(arch: Architecture, parallel: ParallelConfig, ranks: int) -> int:
-    """Bytes that the largest rank keeps in host memory while SGLang samples."""
-    resident = _memory(arch, parallel, ranks, tokens=1).resident
-    return resident["weights"] + resident["optimizer"]
 
 
 _COLUMNS = ("model", "GPUs", "rollouts", "serving", "training", "a GPU", "generate", "score", "train", "sync", "step",

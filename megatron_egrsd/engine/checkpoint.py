@@ -25,6 +25,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_egrsd.engine.distributed import lost_contact, on_first_rank
 from megatron_egrsd.engine.engine import Engine
+from megatron_egrsd.engine.optimizer import parts
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.hf.safe_pickle import check_metadata
 
@@ -237,8 +238,7 @@ def _with_data(sharded: ShardedTensor | ShardedTensorFactory, data: torch.Tensor
 
 
 def _distributed_optimizers(engine: Engine) -> list[DistributedOptimizer]:
-    parts = getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
-    return [part for part in parts if isinstance(part, DistributedOptimizer)]
+    return [part for part in parts(engine.optimizer) if isinstance(part, DistributedOptimizer)]
 
 
 def _prepare_torch_adam(optimizer: DistributedOptimizer) -> None:

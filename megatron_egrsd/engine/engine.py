@@ -29,7 +29,7 @@ from megatron_egrsd.engine import distributed
 from megatron_egrsd.engine.context_parallel import gather_scores, packed_seq_params
 from megatron_egrsd.engine.model import build_model, transformer_config
 from megatron_egrsd.engine.offload import Shelf, without
-from megatron_egrsd.engine.optimizer import build_optimizer
+from megatron_egrsd.engine.optimizer import build_optimizer, parts
 from megatron_egrsd.engine.weights import export_hf, load_hf
 from megatron_egrsd.errors import BadUpdate
 from megatron_egrsd.hf.checkpoint import HFCheckpoint
@@ -121,7 +121,7 @@ class Engine:
 
     def _training_state(self) -> list[torch.Tensor]:
         """What the optimizer holds beside the weights, and the weights of teacher and reference that are their own."""
-        optimizers = [o.optimizer for o in getattr(self.optimizer, "chained_optimizers", [self.optimizer])]
+        optimizers = [part.optimizer for part in parts(self.optimizer)]
         main = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         moments = [t for o in optimizers for state in o.state.values() for t in state.values()]
         tensors = [t for t in (*main, *moments) if isinstance(t, torch.Tensor) and t.device == self.device]

@@ -15,6 +15,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_egrsd.config import OptimizerConfig
 
 
+def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """megatron-core's optimizers behind this one: one for dense and one for expert weights, or itself."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def build_optimizer(
     chunks: list[DistributedDataParallel], config: OptimizerConfig, updates: int, dtype: torch.dtype, distributed: bool
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:

@@ -37,6 +37,5 @@ class ServerMemory:
         try:
             self.control.on_all(endpoint, [{"tags": tags} if tags else None for tags in due])
         except ServersLost as lost:
-            for server in self.servers.servers:
-                self.servers.mark_lost(server, str(lost))
+            self.servers.mark_all_lost(str(lost))
             raise

@@ -149,6 +149,11 @@ class RolloutServers:
         print(f"{reason}; starting it again ({self.restarts} of {self.config.max_restarts} restarts)", flush=True)
         self._launch(index, self.seed + index + len(self.servers) * self.restarts, log)
 
+    def mark_all_lost(self, reason: str) -> None:
+        """`mark_lost` for every server: what one of them did not take part in leaves the others half done."""
+        for server in self.servers:
+            self.mark_lost(server, reason)
+
     def recover(self) -> None:
         """Await the health of every lost server; RunError where one does not come back in `config.start_timeout`."""
         self.await_health([server for server in self.servers if server.lost])

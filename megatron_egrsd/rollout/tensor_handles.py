@@ -14,11 +14,16 @@ import torch.multiprocessing as torch_mp
 
 from megatron_egrsd.errors import RunError
 
-NamedTensors = list[tuple[str, torch.Tensor]]
+Bucket = list[tuple[str, torch.Tensor]]
 _SHARED_MEMORY = "/dev/shm"
 
 
-def share(bucket: NamedTensors, device: torch.device) -> tuple[str, torch.Tensor]:
+def flatten(bucket: Bucket, device: torch.device) -> torch.Tensor:
+    """[elements] on `device`: the tensors of a bucket, of one type, side by side in memory of their own."""
+    return torch.cat([t.detach().to(device).reshape(-1) for _, t in bucket])
+
+
+def share(bucket: Bucket, device: torch.device) -> tuple[str, torch.Tensor]:
     """(handles of `bucket` in base64, the one buffer behind them). Keep the buffer until the servers have answered.
 
     The tensors, of one type, are copied side by side into memory on `device` that other processes can open. RunError
@@ -28,7 +33,7 @@ def share(bucket: NamedTensors, device: torch.device) -> tuple[str, torch.Tensor
     if device.type == "cpu" and size > free:
         raise RunError(f"{_SHARED_MEMORY} has {free >> 20} MiB left for a weight bucket of {size >> 20} MiB; lower "
                        "rollout.sync_bucket_mib, or give the container more (docker run --shm-size)")  # fmt: skip
-    flat = torch.cat([t.detach().to(device).reshape(-1) for _, t in bucket])
+    flat = flatten(bucket, device)
     parts = flat.split([t.numel() for _, t in bucket])
     views = [(name, part.view(t.shape)) for (name, t), part in zip(bucket, parts, strict=True)]
     # By file name, not by descriptor: that can only be passed on to a process of our own.

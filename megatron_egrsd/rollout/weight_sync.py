@@ -21,7 +21,7 @@ from megatron_egrsd.errors import RunError
 from megatron_egrsd.rollout.control import Control
 from megatron_egrsd.rollout.process_group import BroadcastGroup, address_towards, is_local
 from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
-from megatron_egrsd.rollout.tensor_handles import share
+from megatron_egrsd.rollout.tensor_handles import Bucket, flatten, share
 from megatron_egrsd.rollout.weight_checksums import expected_checksums
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
@@ -78,8 +78,7 @@ class WeightSync:
             self.control.on_all("update_weight_version", {"new_version": str(version), "abort_all_requests": False})
             self.check_version(version)
         except ServersLost as lost:
-            for server in self.servers.servers:
-                self.servers.mark_lost(server, str(lost))
+            self.servers.mark_all_lost(str(lost))
             raise
         self.servers.rejoin()
         return time.monotonic() - start
@@ -164,8 +163,8 @@ class WeightSync:
             send(bucket)
         self.control.on_all("end_weight_update", {})
 
-    def _broadcast(self, bucket: list[tuple[str, torch.Tensor]]) -> None:
-        flat = torch.cat([t.detach().to(self.device).contiguous().view(-1).view(torch.uint8) for _, t in bucket])
+    def _broadcast(self, bucket: Bucket) -> None:
+        flat = flatten(bucket, self.device).view(torch.uint8)
         announcement = {
             "names": [name for name, _ in bucket],
             "dtypes": [str(t.dtype).removeprefix("torch.") for _, t in bucket],
@@ -177,7 +176,7 @@ class WeightSync:
         send = partial(self._group.broadcast, flat, self.control.deadline)
         self.control.on_all("update_weights_from_distributed", announcement, meanwhile=send)
 
-    def _hand_over(self, bucket: list[tuple[str, torch.Tensor]]) -> None:
+    def _hand_over(self, bucket: Bucket) -> None:
         handles, _buffer = share(bucket, self.device)  # the buffer lives until all servers have copied it
         # Every tensor-parallel rank opens the same tensors and keeps its part of them.
         bodies = [{"serialized_named_tensors": [handles] * size, "flush_cache": True} for size in self._sizes]
@@ -198,7 +197,7 @@ class WeightSync:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def buckets(named_tensors: NamedTensors, size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+def buckets(named_tensors: NamedTensors, size: int) -> Iterator[Bucket]:
     """Consecutive tensors of one type, together at most `size` bytes; a larger tensor comes alone."""
     bucket, filled = [], 0
     for name, tensor in named_tensors:

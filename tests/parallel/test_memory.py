@@ -63,6 +63,7 @@ def _measure(rank, world_size, config, path):
     from megatron.core import parallel_state
 
     from megatron_egrsd.engine.engine import Engine
+    from megatron_egrsd.engine.optimizer import parts
     from megatron_egrsd.learn import learn
 
     rollouts = load_rollouts(path)
@@ -71,7 +72,7 @@ def _measure(rank, world_size, config, path):
         weights = list(engine.parameters())
         gradients = list(engine.gradients())
         own = {w.untyped_storage().data_ptr() for w in weights}
-        optimizers = [o.optimizer for o in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])]
+        optimizers = [part.optimizer for part in parts(engine.optimizer)]
         state = [t for o in optimizers for s in o.state.values() for name, t in s.items() if name != "step"]
         main = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         state += [p for p in main if p.untyped_storage().data_ptr() not in own]

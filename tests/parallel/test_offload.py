@@ -15,7 +15,9 @@ from tests.ranks import run_ranks
 
 def _held(engine) -> int:
     """Bytes of all storages that parameters, gradients, optimizer and teacher have."""
-    optimizers = [o.optimizer for o in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])]
+    from megatron_egrsd.engine.optimizer import parts
+
+    optimizers = [part.optimizer for part in parts(engine.optimizer)]
     state = [t for o in optimizers for s in o.state.values() for name, t in s.items() if name != "step"]
     main = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     tensors = [*engine.parameters(), *engine.gradients(), *state, *main, *(engine.teacher_weights or []),
