@@ -2,7 +2,7 @@
 # CL-EGRSD on Qwen3-30B-A3B, a mixture of 128 experts: the 8B script with expert parallelism. Not run on a GPU yet; where
 # the GPUs should go and what a step takes by arithmetic: python tools/plan.py --models Qwen3-30B-A3B --gpus 64
 #
-#   NNODES=4 NODE_RANK=0 MASTER_ADDR=10.0.0.1 ROLLOUT_URLS=http://10.0.0.9:30000 MODEL=... DATA=... bash ...
+#   NNODES=4 NODE_RANK=0 MASTER_ADDR=10.0.0.1 MODEL=... DATA=... bash examples/run_qwen3_30b_a3b_cl_egrsd.sh
 set -euo pipefail
 
 export MODEL="${MODEL:-models/Qwen3-30B-A3B}"

@@ -2,11 +2,11 @@
 # CL-EGRSD on Qwen3-8B, on one node or many: run this same script on every node.
 #
 #   MODEL=/models/Qwen3-8B DATA=/data/train.jsonl bash examples/run_qwen3_8b_cl_egrsd.sh
-#   NNODES=4 NODE_RANK=0 MASTER_ADDR=10.0.0.1 ROLLOUT_URLS=http://10.0.0.9:30000 MODEL=... DATA=... bash ...
+#   NNODES=4 NODE_RANK=0 MASTER_ADDR=10.0.0.1 MODEL=... DATA=... bash examples/run_qwen3_8b_cl_egrsd.sh
 #
-# Placement is disaggregated: the first NPROC_PER_NODE GPUs of every node train. Without ROLLOUT_URLS the remaining
-# GPUs of the first node run SGLang, started and ended by the first training rank; those of other nodes stay idle.
-# COLOCATED=1, for one node: all GPUs train and run SGLang, in turns.
+# Placement is disaggregated: of every node the first NPROC_PER_NODE GPUs train and the others run SGLang, which the
+# node's first training rank starts and ends. With ROLLOUT_URLS all GPUs train, and the servers are the user's.
+# COLOCATED=1: all GPUs train and run SGLang, in turns.
 #
 # Further words are overrides: bash ... --optimizer.lr 2e-6 --steps 50, or --dry-run. What is not set here or there is in
 # CONFIG. Nothing is downloaded. SIGTERM to any node's script saves and ends all of them with status 0; the same command
@@ -61,7 +61,6 @@ for name in NNODES MASTER_PORT RENDEZVOUS_TIMEOUT SAVE_SECONDS GPUS_PER_NODE NPR
 done
 [[ "$COLOCATED" == [01] ]] || fail "COLOCATED is '$COLOCATED'; it must be 0 or 1"
 if ((COLOCATED)); then
-    ((NNODES == 1)) || fail "COLOCATED=1 is for one node, and NNODES is $NNODES; set ROLLOUT_URLS instead"
     [[ -z "$ROLLOUT_URLS" ]] || fail "COLOCATED=1 launches its servers, and ROLLOUT_URLS names others; set one of them"
 fi
 if ((NNODES == 1)); then

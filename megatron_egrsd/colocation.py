@@ -8,8 +8,12 @@ training    weights, gradients, optimizer          nothing
 ```
 """
 
+from functools import cached_property
+
 from megatron_egrsd.engine.distributed import on_first_rank
 from megatron_egrsd.engine.engine import Engine
+from megatron_egrsd.fleet import Fleet
+from megatron_egrsd.rollout.control import Control
 from megatron_egrsd.rollout.server_memory import CACHES, EVERYTHING, WEIGHTS, ServerMemory
 from megatron_egrsd.rollout.servers import ServersLost
 
@@ -17,14 +21,18 @@ from megatron_egrsd.rollout.servers import ServersLost
 class Colocation:
     """Whose turn it is. Every rank makes the same calls; the first one speaks to the servers.
 
-    It begins with sampling: make it before the servers start, so that they find the memory free.
+    It begins with sampling: make it before the fleet starts, so that the servers find the memory free.
     """
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
-        self.memory: ServerMemory | None = None  # the servers', on the first rank, once they have started
+    def __init__(self, fleet: Fleet, engine: Engine):
+        self.fleet, self.engine = fleet, engine
         self.turn = "sampling"
         engine.offload()
+
+    @cached_property
+    def memory(self) -> ServerMemory:
+        """The servers', on the first rank, once they have started."""
+        return ServerMemory(Control(self.fleet.servers, self.fleet.config.sync_timeout))
 
     def sampling(self) -> None:
         """SGLang may sample. From `transfer`, when it has the weights."""
@@ -37,7 +45,7 @@ class Colocation:
         if self.turn == "training":
             self.engine.offload(keep_weights=True)
         else:
-            on_first_rank(lambda: self.memory.servers.recover())
+            self.fleet.recover()
             on_first_rank(lambda: self.memory.release(*CACHES))
             self.engine.reload(only_weights=True)
         on_first_rank(lambda: self.memory.resume(WEIGHTS))
@@ -58,21 +66,27 @@ class Colocation:
         """Await the servers that are starting anew, with the memory that they expect to be free."""
         self.engine.offload()
         self.turn = "sampling"
-        on_first_rank(lambda: self.memory.servers.recover())
+        self.fleet.recover()
 
     def end(self) -> None:
         """End the servers for good: all memory is the engine's."""
-        on_first_rank(lambda: self.memory.servers.close())
+        self.fleet.close()
         self.engine.reload()
         self.turn = "training"
 
 
 class Apart:
-    """Engine and SGLang on GPUs of their own, both always in turn."""
+    """Engine and SGLang on GPUs of their own, both always in turn; `fleet` is None where there is no SGLang."""
 
     turn = "sampling"
+
+    def __init__(self, fleet: Fleet | None):
+        self.fleet = fleet
+
+    def transfer(self) -> None:
+        self.fleet.recover()
 
     def _carry_on(self) -> None:
         pass
 
-    sampling = transfer = training = give_way = end = _carry_on
+    sampling = training = give_way = end = _carry_on

@@ -195,18 +195,17 @@ class RolloutConfig:
         rollouts_per_prompt: Responses sampled for each prompt: the group of the advantage.
         temperature: Sampling temperature; student and teacher are scored at the same one.
         max_response_tokens: A response is cut here and then counts as unfinished.
-        urls: Servers that already run; empty launches `engines` servers on this node.
-        engines: Servers to launch.
+        urls: Servers that already run; empty launches `engines` servers on every node.
+        engines: Servers to launch on each node.
         engine_tensor_parallel: Tensor-parallel size of each launched server.
         colocated: The launched servers run on the GPUs of the training ranks, and the two take turns: what one needs
-            the other has moved to host memory, or freed, meanwhile. For one node, with weight_sync ipc or disk
-            (docs/cluster.md).
-        host: Address the launched servers listen on.
+            the other has moved to host memory, or freed, meanwhile. With weight_sync ipc or disk (docs/cluster.md).
+        host: Address the launched servers listen on; on other nodes than the first one, theirs towards it.
         port: First port of the launched servers; 0 picks free ones.
         max_concurrent_requests: Requests in flight, over all servers.
         max_total_tokens: Size of a launched server's KV cache in tokens; 0 leaves it to SGLang.
-        weight_sync: Over a process group from the first training rank; by handles to its memory, which servers of the
-            same host open (CUDA IPC, shared memory on CPU); or through a directory on disk.
+        weight_sync: Over a process group from the first training rank; by handles to memory of a node's first rank,
+            which the servers of the same node open (CUDA IPC, shared memory on CPU); or through a directory on disk.
         sync_bucket_mib: Size of one broadcast bucket.
         verify_sync: Compare every weight in SGLang with the engine's after each synchronisation, bit by bit.
         start_timeout: Seconds until a launched server must be healthy.

@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -19,13 +19,14 @@ from megatron_egrsd.engine import checkpoint
 from megatron_egrsd.engine.distributed import on_first_rank, on_first_rank_while
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.fleet import Fleet
 from megatron_egrsd.hf.checkpoint import save_hf
+from megatron_egrsd.nodes import Nodes
 from megatron_egrsd.preemption import Preemption
 from megatron_egrsd.report import plot_frontier, read_evaluations, summary_table
 from megatron_egrsd.rewards import load_reward
 from megatron_egrsd.rollout.client import RolloutClient
-from megatron_egrsd.rollout.server_memory import ServerMemory
-from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
+from megatron_egrsd.rollout.servers import ServersLost
 from megatron_egrsd.rollout.weight_sync import WeightSync
 from megatron_egrsd.samples import Prompt, Rollout, load_replay, save_rollouts
 from megatron_egrsd.sampling import Sampler, summarize
@@ -65,8 +66,9 @@ class FirstRank:
         self.stack = contextlib.ExitStack()
         try:
             self.resumed = on_first_rank(self._checkpoint_to_resume)
-            self.turns = self._placement()
-            on_first_rank(self._start)
+            on_first_rank(self._make_room)
+            self._start_servers()
+            on_first_rank(self._start_log)
         except BaseException:
             self.stack.close()
             raise
@@ -79,13 +81,11 @@ class FirstRank:
             raise BadArgument(f"{path} is the end of a run of {self.config.steps} steps; raise steps to train on")
         return path
 
-    def _placement(self) -> Colocation | Apart:
-        return Colocation(self.engine) if self.config.rollout.colocated else Apart()
-
-    def _start(self) -> None:
+    def _make_room(self) -> None:
         if self.config.checkpoint.resume:
             self._clear(checkpoint.step_of(self.resumed) if self.resumed else 0)
-        self._start_servers()
+
+    def _start_log(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / "config.yaml").write_text(yaml.safe_dump(asdict(self.config), sort_keys=False), encoding="utf-8")
         if self.resumed and (history := self.resumed / checkpoint.HISTORY).is_file():
@@ -96,23 +96,36 @@ class FirstRank:
         self.stack.callback(self.log.close)
 
     def _start_servers(self) -> None:
-        config = self.config.rollout
-        where = ", ".join(config.urls) or f"{config.engines} SGLang server(s), log in {self.output / 'logs'}"
-        print(f"rollouts: {where}; starting takes up to a minute", flush=True)
+        config, logs = self.config.rollout, self.output / "logs"
+        self.nodes = Nodes()
+        self.fleet = Fleet(config, self.config.model, self.nodes)
+        self.turns = Colocation(self.fleet, self.engine) if config.colocated else Apart(self.fleet)
+        if self.engine.is_first_rank:
+            on_nodes = f" on each of {len(self.nodes)} nodes" if len(self.nodes) > 1 else ""
+            where = ", ".join(config.urls) or f"{config.engines} SGLang server(s){on_nodes}, log in {logs}"
+            print(f"rollouts: {where}; starting takes up to a minute", flush=True)
+            # Outlives the servers: one that it starts anew would die with it (rollout/launch_guard.py).
+            self.thread = self.stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sample-ahead"))
+        self.stack.callback(self.fleet.close)
         # A continued run draws on, and does not sample what it has sampled before.
         seed = self.config.seed + (1_000_003 * checkpoint.step_of(self.resumed) if self.resumed else 0)
-        # Outlives the servers: one that it starts anew would die with it (rollout/launch_guard.py).
-        self.thread = self.stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sample-ahead"))
-        self.servers = self.stack.enter_context(
-            RolloutServers(config, self.config.model, seed % 2**31, self.output / "logs")
-        )
-        self.sync = WeightSync(self.servers, config, self.engine.device, self.output)
-        self.turns.memory = ServerMemory(self.sync.control)
+        self.fleet.start(seed % 2**31, logs)
+        self.servers = self.fleet.servers
+        if config.weight_sync == "ipc":
+            self.nodes.each(self._connect)
+        else:
+            on_first_rank(self._connect)
+        on_first_rank(self._prepare_sampling)
+
+    def _connect(self) -> None:
+        self.sync = WeightSync(self.servers, self.config.rollout, self.engine.device, self.output)
         self.stack.callback(self.sync.close)
-        client = RolloutClient(self.servers, config, [self.tokenizer.eos_token_id], self._check)
-        reward = load_reward(self.config.data.reward, self.config.data.reward_timeout)
-        self.sampler = Sampler(client, self.tokenizer, reward)
-        self.batches = (Stream if config.partial else Batches)(self.sampler, self.thread, self.config)
+
+    def _prepare_sampling(self) -> None:
+        config = self.config
+        client = RolloutClient(self.servers, config.rollout, [self.tokenizer.eos_token_id], self._check)
+        self.sampler = Sampler(client, self.tokenizer, load_reward(config.data.reward, config.data.reward_timeout))
+        self.batches = (Stream if config.rollout.partial else Batches)(self.sampler, self.thread, config)
         self.stack.callback(self._end_sampling)
 
     def _check(self) -> None:
@@ -224,14 +237,29 @@ class FirstRank:
         while True:
             try:
                 self.turns.transfer()
-                on_first_rank_while(lambda weights: self.sync.push(weights, version), self.engine.export_weights())
+                self._send(lambda weights: self.sync.push(weights, version))
                 if self.config.rollout.verify_sync:
-                    on_first_rank_while(lambda weights: self.sync.verify(weights), self.engine.export_weights())
+                    self._send(lambda weights: self.sync.verify(weights))
                 self.turns.sampling()
                 return
-            except ServersLost as lost:  # their successors need all of them
-                self.turns.give_way()
-                self._say(f"the weights did not arrive: {lost}; sending them again")
+            except ServersLost as lost:
+                self._start_servers_anew(str(lost))
+
+    def _start_servers_anew(self, reason: str) -> None:
+        """All of them: what one did not take part in leaves the others half done."""
+        on_first_rank(lambda: self.servers.mark_all_lost(reason))
+        self.turns.give_way()
+        self._say(f"the weights did not arrive: {reason}; sending them again")
+
+    def _send(self, receive: Callable[[Iterator], None]) -> None:
+        """The weights to `receive` on the first rank; where they are handed over by handle, on that of every node."""
+        rollout = self.config.rollout
+        if rollout.weight_sync == "ipc":
+            weights = self.engine.export_weights(placeholders=True)
+            weights = self.nodes.share(weights, self.engine.device, rollout.sync_bucket_mib << 20)
+            self.nodes.each_while(receive, weights)
+        else:
+            on_first_rank_while(receive, self.engine.export_weights())
 
     # -- the log ------------------------------------------------------------------------------------------------
 
@@ -311,10 +339,9 @@ class Replay(FirstRank):
     """Trains on dumped rollouts, without SGLang: `debug: train-only`."""
 
     def _start_servers(self) -> None:
-        print(f"rollouts: replayed from {self.config.replay}, without SGLang", flush=True)
-
-    def _placement(self) -> Apart:
-        return Apart()
+        self.turns = Apart(None)
+        if self.engine.is_first_rank:
+            print(f"rollouts: replayed from {self.config.replay}, without SGLang", flush=True)
 
     def push_weights(self, version: int) -> None:
         """There is no SGLang."""

@@ -238,7 +238,7 @@ def _add_servers(plan: Plan, config: Config, arch: Architecture, prompts, gpu_me
     ports = [r.port + i for i in range(r.engines)] if r.port else []
     where = f"ports {ports[0]} to {ports[-1]}" if ports else "free ports"
     turns = ", in turns with the training ranks on their GPUs" if r.colocated else ""
-    plan.add("rollouts", f"{r.engines} SGLang server(s) of TP {r.engine_tensor_parallel} on {r.host}, {where}{turns}")
+    plan.add("rollouts", f"{r.engines} SGLang server(s) of TP {r.engine_tensor_parallel} on every node, {where}{turns}")
     if ports and ports[-1] > 65535:
         plan.refusals.append(f"rollout.port = {r.port} leaves no ports for {r.engines} servers")
         ports = []

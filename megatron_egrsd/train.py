@@ -5,7 +5,6 @@ the direction from the rewards, the magnitude and the gate from the teacher, and
 weights go into SGLang, checked by version (first_rank.py). One step off, the next batch is sampled meanwhile.
 """
 
-import os
 import time
 from pathlib import Path
 
@@ -86,12 +85,6 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
     arch.check_parallel(config.parallel)
     config.check_world(ranks or world_size())
     check_objective(config.objective)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # torchrun's; a plan for other ranks has none
-    if config.rollout.colocated and here not in (0, world_size()):
-        raise BadArgument(
-            f"rollout.colocated is for one node, but {here} of {world_size()} training ranks are on this one; give "
-            "SGLang GPUs of its own, by rollout.urls"
-        )
     output = Path(config.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not config.checkpoint.resume:
         raise BadArgument(

@@ -5,16 +5,21 @@
     python tools/benchmark_overlap.py curves OUTPUT [--seeds 0 1 2] [--steps 30] [-- --section.key value ...]
 
 Both run the demo's configuration, the three modes in turn; runs that are in OUTPUT already are read, not repeated.
+`time` also measures how much two processes slow each other down, which its prediction needs: the cores of a virtual
+machine may be threads of one.
 """
 
 import argparse
+import multiprocessing
 import os
 import sys
+import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
-from benchmark_runs import TRAIN, metrics, run
+from benchmark_runs import ROOT, TRAIN, metrics, run
 from step_time import step_seconds
 
 ONE_STEP_OFF = ["--rollout.staleness", "1", "--objective.importance_cap", "2"]
@@ -30,10 +35,58 @@ def train(output: Path, arguments: list[str]) -> list[dict]:
     return metrics(output)
 
 
+def slowdown(rounds: int = 5, seconds: float = 2.0) -> float:
+    """How many times as long a process takes beside a second one as alone; each runs passes of the demo's model."""
+    context = multiprocessing.get_context("spawn")
+    ends, workers = [], []
+    for _ in range(2):
+        end, other = context.Pipe()
+        workers.append(context.Process(target=_passes, args=(other,), daemon=True))
+        workers[-1].start()
+        ends.append(end)
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(rounds):
+        for together in rates:
+            for end in ends[:together]:
+                end.send(seconds)
+            rates[together] += [end.recv() for end in ends[:together]]
+    for end, worker in zip(ends, workers, strict=True):
+        end.close()
+        worker.join(20)
+    return median(rates[1]) / median(rates[2])
+
+
+def _passes(requests: Connection) -> None:
+    """For every number of seconds that is asked for, the passes a second, forward and backward, on one thread."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "examples/tiny/model", dtype=torch.float32)
+    tokens = torch.randint(model.config.vocab_size, (8, 128))
+
+    def one() -> None:
+        model(tokens).logits.logsumexp(-1).mean().backward()
+
+    one()
+    while True:
+        try:
+            seconds = requests.recv()
+        except EOFError:
+            return
+        passes, start = 0, time.perf_counter()
+        while time.perf_counter() < start + seconds:
+            one()
+            passes += 1
+        requests.send(passes / (time.perf_counter() - start))
+
+
 def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
     """Medians over the steps of all repeats, without the first one, which warms up, and the last, which is alone."""
-    phases: dict[str, list[np.ndarray]] = {mode: [] for mode in MODES}
-    predicted: dict[str, list[np.ndarray]] = {mode: [] for mode in MODES}
+    beside = slowdown()
+    phases: dict[str, list[dict[str, np.ndarray]]] = {mode: [] for mode in MODES}
+    # From on-policy's phases for processors of their own, and for those that this machine has.
+    predicted: dict[float, list[np.ndarray]] = {1.0: [], beside: []}
     for repeat in range(repeats):
         for mode, arguments in MODES.items():
             path = output / f"{mode.replace(' ', '-')}-{repeat}"
@@ -42,8 +95,10 @@ def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
             seconds = {phase: np.array([row[f"time/{phase}"] for row in rows]) for phase in PHASES}
             seconds["tokens"] = np.array([row["batch/tokens"] for row in rows])
             phases[mode].append({name: values[1:-1] for name, values in seconds.items()})
-            overlapped = [seconds[p][1:-1] for p in ("score", "train", "sync")]  # with the sampling of the next batch
-            predicted[mode].append(step_seconds(seconds["generate"][2:], *overlapped, staleness=1))
+            if mode == "on-policy":
+                overlapped = [seconds[p][1:-1] for p in ("score", "train", "sync")]  # with the next batch's sampling
+                for factor, steps_of in predicted.items():
+                    steps_of.append(step_seconds(seconds["generate"][2:], *overlapped, staleness=1, slowdown=factor))
             print(f"{mode} {repeat}: median step {median(phases[mode][-1]['step']):.2f} s; "
                   f"load average {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)  # fmt: skip
     print(f"| median of {repeats} x {steps - 2} steps | {' | '.join(PHASES)} | tokens a batch |")
@@ -54,10 +109,11 @@ def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
         whole[mode] = found["step"]
         cells = [f"{found[phase]:.2f} s" for phase in PHASES]
         print(f"| {mode} | {' | '.join(cells)} | {found['tokens']:,.0f} |")
-    forecast = {mode: median(np.concatenate(runs)) for mode, runs in predicted.items()}
-    for name, seconds in (("on-policy", forecast["on-policy"]), ("its own", forecast["one step off"])):
-        print(f"| one step off, predicted from {name} phases | {' | ' * (len(PHASES) - 1)}{seconds:.2f} s | |")
-    print(f"\nless than on-policy: predicted {1 - forecast['on-policy'] / whole['on-policy']:.0%}", end="")
+    print(f"\nless than on-policy, {whole['on-policy']:.2f} s", end="")
+    for factor, runs in predicted.items():
+        seconds = median(np.concatenate(runs))
+        saved = 1 - seconds / whole["on-policy"]
+        print(f"; one step off predicted for a slowdown of {factor:.2f}: {saved:.0%}, {seconds:.2f} s", end="")
     for mode in list(MODES)[1:]:
         runs = zip(phases["on-policy"], phases[mode], strict=True)
         each = ", ".join(f"{1 - median(b['step']) / median(a['step']):.0%}" for a, b in runs)

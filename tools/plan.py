@@ -112,8 +112,7 @@ def best(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> Choic
 
 def best_in_turns(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> Choice | None:
     """The fastest layout in which all `gpus` train and sample in turns (`rollout.colocated`), or None."""
-    choices = _choices(arch, machine, gpus, gpus, batch) if gpus <= machine.node else []
-    timed = (replace(c, turns=turn_seconds(machine, c.kept)) for c in choices)
+    timed = (replace(c, turns=turn_seconds(machine, c.kept)) for c in _choices(arch, machine, gpus, gpus, batch))
     return min(timed, key=lambda choice: choice.step, default=None)
 
 

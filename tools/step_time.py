@@ -54,13 +54,17 @@ class Batch:
     responses: Sequence[int]
 
 
-def step_seconds(generate, score, train, sync, *, staleness: int):
+def step_seconds(generate, score, train, sync, *, staleness: int, slowdown: float = 1.0):
     """Seconds of a step from those of its phases, numbers or arrays [steps]; `generate` of what is sampled meanwhile.
 
     On-policy one phase after the other; with `rollout.staleness` 1 the next batch is sampled while this one is scored
-    and trained, on processors of its own.
+    and trained. `slowdown` is how many times as long either takes while the other runs as well: 1 on processors of
+    their own, 2 on one that they share.
     """
-    return (np.maximum(generate, score + train) if staleness else generate + score + train) + sync
+    learn = score + train
+    if not staleness:
+        return generate + learn + sync
+    return np.maximum(generate, learn) + (slowdown - 1) * np.minimum(generate, learn) + sync
 
 
 def layer_parameters(arch: Architecture) -> tuple[int, int]:

@@ -106,15 +106,24 @@ def on_first_rank(function: Callable[[], T]) -> T:
 
 def on_first_rank_while(function: Callable[[Iterator], T], stream: Iterator) -> T:
     """`on_first_rank` for a `function` that consumes `stream`, an iterator every rank must exhaust."""
+    if dist.get_rank() != 0:
+        exhaust(stream)
+    return on_first_rank(to_the_end(function, stream))
+
+
+def to_the_end(function: Callable[[Iterator], T], stream: Iterator) -> Callable[[], T]:
+    """What calls `function` with `stream` and exhausts it, also after a failure: the other ranks are still sending."""
 
     def run() -> T:
         try:
             return function(stream)
         finally:
-            for _ in stream:  # after a failure the other ranks are still sending
-                pass
+            exhaust(stream)
 
-    if dist.get_rank() != 0:
-        for _ in stream:
-            pass
-    return on_first_rank(run)
+    return run
+
+
+def exhaust(stream: Iterator) -> None:
+    """Take part in a `stream` that other ranks consume."""
+    for _ in stream:
+        pass

@@ -321,9 +321,12 @@ class Engine:
             for p, data in zip(parameters, current, strict=True):
                 p.data = data
 
-    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, full tensor) on the first rank; every rank must exhaust it."""
-        return export_hf(self.chunks, self.arch)
+    def export_weights(self, placeholders: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, full tensor) on the first rank; every rank must exhaust it.
+
+        Others get nothing or, with `placeholders`, the same names with tensors on the meta device.
+        """
+        return ((name, t) for name, t in export_hf(self.chunks, self.arch) if placeholders or not t.is_meta)
 
 
 def _differentiate(loss: LossFunction, output: torch.Tensor, batch: MicroBatch):

@@ -58,38 +58,49 @@ def load_hf(chunks: list[torch.nn.Module], checkpoint: HFCheckpoint) -> None:
 
 @torch.no_grad()
 def export_hf(chunks: list[torch.nn.Module], arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (Hugging Face name, full tensor) in model order on the first rank of the job; nothing on other ranks.
+    """Yield (Hugging Face name, full tensor) in model order on the first rank of the job.
 
-    Collective: every rank must exhaust the iterator. Only the first replica works, of experts the first one of theirs;
-    one full tensor (of experts, one of each rank) is alive at a time, plus whatever the consumer keeps.
+    Every other rank gets the same names with tensors on the meta device, of the same shapes and types, and must exhaust
+    the iterator. Only the first replica works, of experts the first one of theirs; one full tensor (of experts, one of
+    each rank) is alive at a time, plus whatever the consumer keeps.
     """
     is_first = {
         False: parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,
         True: parallel_state.get_expert_data_parallel_rank() == 0,
     }
-    if not any(is_first.values()):
-        return
     own = _own_entries(chunks, arch)
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     stage = pipeline.rank()
     is_writer = is_first[False] and parallel_state.get_tensor_model_parallel_rank() == 0
     plans = [None] * pipeline.size()
-    dist.all_gather_object(plans, [entry.megatron for entry, _ in own], group=pipeline)
+    plan = [(entry.megatron, _full_shape(entry, parameter), parameter.dtype) for entry, parameter in own]
+    dist.all_gather_object(plans, plan, group=pipeline)
     # From the last to the first: of a tied embedding, the first stage's copy counts.
-    holders = {name: (source, i) for source in reversed(range(len(plans))) for i, name in enumerate(plans[source])}
+    holders = {
+        name: (source, i, torch.empty(shape, dtype=dtype, device="meta"))
+        for source in reversed(range(len(plans)))
+        for i, (name, shape, dtype) in enumerate(plans[source])
+    }
     table = {entry.megatron: entry for entry in entries(arch)}
     for name in (name for name in table if name in holders):
-        source, position = holders[name]
-        gathered = _names_on_expert_ranks(table[name], arch)
+        source, position, placeholder = holders[name]
+        names = _names_on_expert_ranks(table[name], arch)
         gives = source == stage and is_first[table[name].is_expert]
-        fulls = _gather(*own[position]) if gives else [None] * len(gathered)
-        if not is_writer:
-            continue
-        for tensor, full in zip(gathered, fulls, strict=True):
-            if source != 0:
-                full = _move_to_first_stage(full, source, pipeline)
-            if stage == 0:
-                yield from zip(table[tensor].hf, table[tensor].layout.split(full, arch), strict=True)
+        fulls = (_gather(*own[position]) if gives else None) or [None] * len(names)
+        for tensor, full in zip(names, fulls, strict=True):
+            if is_writer and source != 0:
+                full = _move_to_first_stage(full, placeholder, source, pipeline)
+            if not (is_writer and stage == 0):
+                full = placeholder
+            yield from zip(table[tensor].hf, table[tensor].layout.split(full, arch), strict=True)
+
+
+def _full_shape(entry: Entry, parameter: torch.nn.Parameter) -> list[int]:
+    """Shape of the full tensor of which `parameter` is this rank's shard."""
+    shape = list(parameter.shape)
+    if not entry.is_expert and entry.layout.dim is not None:
+        shape[entry.layout.dim] *= parallel_state.get_tensor_model_parallel_world_size()
+    return shape
 
 
 def _names_on_expert_ranks(entry: Entry, arch: Architecture) -> list[str]:
@@ -117,16 +128,14 @@ def _gather(entry: Entry, parameter: torch.nn.Parameter) -> list[torch.Tensor] |
     return [entry.layout.unshard(shards)]
 
 
-def _move_to_first_stage(full: torch.Tensor | None, source: int, pipeline: dist.ProcessGroup) -> torch.Tensor | None:
-    """The tensor of stage `source` on stage 0: its shape and type, then its data."""
+def _move_to_first_stage(
+    full: torch.Tensor | None, placeholder: torch.Tensor, source: int, pipeline: dist.ProcessGroup
+) -> torch.Tensor | None:
+    """The tensor of stage `source` on stage 0, where `placeholder` says what it looks like."""
     first, sender = dist.get_global_rank(pipeline, 0), dist.get_global_rank(pipeline, source)
     if pipeline.rank() == source:
-        dist.send_object_list([(tuple(full.shape), full.dtype)], dst=first, group=pipeline)
         dist.send(full.contiguous(), dst=first, group=pipeline)
     elif pipeline.rank() == 0:
-        header = [None]
-        dist.recv_object_list(header, src=sender, group=pipeline)
-        shape, dtype = header[0]
-        full = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
+        full = torch.empty_like(placeholder, device=torch.cuda.current_device())
         dist.recv(full, src=sender, group=pipeline)
     return full

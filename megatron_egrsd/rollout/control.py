@@ -18,12 +18,14 @@ class Control:
     Args:
         servers: All of them are asked; the end of one is noticed while the others answer.
         timeout: Seconds from `start_clock` until nothing more is waited for.
+        only_here: Leave those out that were launched on other nodes.
     """
 
-    def __init__(self, servers: RolloutServers, timeout: float):
+    def __init__(self, servers: RolloutServers, timeout: float, only_here: bool = False):
         self.servers, self.timeout = servers, timeout
+        self.urls = [server.url for server in servers.servers if not (only_here and server.elsewhere)]
         self._http = httpx.Client(timeout=timeout, trust_env=False, headers=servers.headers)
-        self._threads = ThreadPoolExecutor(len(servers.urls), thread_name_prefix="control")
+        self._threads = ThreadPoolExecutor(len(self.urls), thread_name_prefix="control")
         self.start_clock()
 
     def start_clock(self) -> float:
@@ -43,9 +45,9 @@ class Control:
             ServersLost: A server has ended, hangs or answers with something else than SGLang would.
             RunError: A server refused.
         """
-        bodies = body if isinstance(body, list) else [body] * len(self.servers.urls)
+        bodies = body if isinstance(body, list) else [body] * len(self.urls)
         requests = [self._threads.submit(self.request, "POST", url, endpoint, b)
-                    for url, b in zip(self.servers.urls, bodies, strict=True) if b is not None]  # fmt: skip
+                    for url, b in zip(self.urls, bodies, strict=True) if b is not None]  # fmt: skip
         if meanwhile is not None:
             try:
                 meanwhile(lambda: _raise_failed(requests))
@@ -81,7 +83,7 @@ class Control:
 
     def tell(self, endpoint: str, body: dict, timeout: float) -> None:
         """POST to one server after the other, whether or not they are still there to hear it."""
-        for url in self.servers.urls:
+        for url in self.urls:
             with contextlib.suppress(httpx.HTTPError):  # a server that is ending
                 self._http.post(f"{url}/{endpoint}", json=body, timeout=timeout)
 

@@ -36,12 +36,13 @@ class ServersLost(RunError):
 
 
 class Server:
-    """One server: its address and, where we launched it, its process (leader of its group) and log."""
+    """One server: its address and, where this process launched it, its process (leader of its group) and log."""
 
-    def __init__(self, url: str, process: subprocess.Popen | None = None, log: Path | None = None):
+    def __init__(self, url: str, elsewhere: bool = False):
         self.url = url
-        self.process = process
-        self.log = log
+        self.elsewhere = elsewhere  # the run launched it on another node, whose first rank starts it again
+        self.process: subprocess.Popen | None = None
+        self.log: Path | None = None
         self.children: list[psutil.Process] = []  # known once it is healthy
         self.lost = ""  # why it does not count, until it has the current weights again
         self.released: set[str] = set()  # parts of its GPU memory (server_memory.py)
@@ -70,20 +71,23 @@ class RolloutServers:
         seed: Random seed of the first server; the i-th gets seed + i, or all would sample the same.
         log_directory: A launched server writes `sglang-<i>.log` here.
         wait: False returns without awaiting health; call `await_health` before the first request.
+        key: API key of the servers; "" takes the one that `config.api_key_variable` names, if any.
 
     Raises:
         BadArgument: The model directory is missing or a requested port is taken; nothing was started.
         RunError: A server died or was not healthy within `config.start_timeout`; none is left running.
     """
 
-    def __init__(self, config: RolloutConfig, model: ModelConfig, seed: int, log_directory: Path, wait: bool = True):
+    def __init__(self, config: RolloutConfig, model: ModelConfig, seed: int, log_directory: Path, wait: bool = True,
+                 key: str = ""):  # fmt: skip
         self.config = config
         self.model = model
         self.seed = seed
         self.servers: list[Server] = []
         self.restarts = 0
         self._closed = False
-        api_key(config)  # refuses a variable that is not set before anything is started
+        self._due: list[str] = []  # servers elsewhere that were lost and not yet started again
+        self.key = key or api_key(config)
         self._scratch: Scratch | None = None
         if config.urls:
             self.servers = [Server(url.rstrip("/")) for url in config.urls]
@@ -117,8 +121,8 @@ class RolloutServers:
 
     @property
     def headers(self) -> dict[str, str]:
-        """HTTP headers of every request: the API key, if `config.api_key_variable` names one."""
-        return {"Authorization": f"Bearer {key}"} if (key := api_key(self.config)) else {}
+        """HTTP headers of every request: the API key, if there is one."""
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
     def check_alive(self) -> None:
         """RunError naming the first server that has ended, with exit code and last error line of its log."""
@@ -135,12 +139,15 @@ class RolloutServers:
         if server.lost:
             return
         server.lost = reason
+        server.released = set()
         if server.process is not None:
             _end(server.process)
         if self.restarts >= self.config.max_restarts:
             raise RunError(f"{reason}; the run gives up after {self.restarts} lost servers (rollout.max_restarts)")
         self.restarts += 1
         if server.process is None:
+            if server.elsewhere:
+                self._due.append(server.url)
             print(f"{reason}; waiting for {server.url} to come back", flush=True)
             return
         # Fresh random numbers and a log of its own: the first start's log says why it ended.
@@ -161,6 +168,24 @@ class RolloutServers:
     def rejoin(self) -> None:
         """Count every server in again: all of them have the current weights."""
         for server in self.servers:
+            server.lost = ""
+
+    def attach(self, urls: list[str]) -> None:
+        """Count in healthy servers that the run launched on other nodes."""
+        self.servers += [Server(url, elsewhere=True) for url in urls]
+
+    def take_due(self) -> list[str]:
+        """The attached servers that were lost since the last call: `restart` them where they were launched."""
+        due, self._due = self._due, []
+        return due
+
+    def restart(self, urls: list[str]) -> None:
+        """Start those of `urls` that were launched here anew, and await their health."""
+        own = [server for server in self.servers if server.url in urls and not server.elsewhere]
+        for server in own:
+            self.mark_lost(server, f"the SGLang server at {server.url} was lost")
+        self.await_health(own)
+        for server in own:
             server.lost = ""
 
     def is_healthy(self, server: Server, timeout: float = 30.0) -> bool:
@@ -197,7 +222,7 @@ class RolloutServers:
                     "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k not in torchrun}
         environment |= {PARENT_VARIABLE: str(os.getpid()), "TMPDIR": str(self._scratch.path)}
-        environment |= {KEY_VARIABLE: key} if (key := api_key(config)) else {}
+        environment |= {KEY_VARIABLE: self.key} if self.key else {}
         if device == "cpu":
             # More threads a server than cores make it fifty times slower: one, unless the user says otherwise.
             environment = {"OMP_NUM_THREADS": "1"} | environment | {"SGLANG_PLATFORM": cpu_platform.NAME}
@@ -208,7 +233,7 @@ class RolloutServers:
             server.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output,
                                               stderr=subprocess.STDOUT, env=environment,
                                               start_new_session=True)  # fmt: skip
-        server.log, server.children, server.released = log, [], set()
+        server.log, server.children = log, []
 
     def await_health(self, servers: list[Server] | None = None) -> None:
         """Return when these servers (all) are healthy; RunError if one ends or `config.start_timeout` passes."""

@@ -31,6 +31,8 @@ _numbers = itertools.count()  # a group that was abandoned may still be ending w
 class WeightSync:
     """Pushes weights to the servers and checks that they arrived. Used by one process, with no generation running.
 
+    With `weight_sync: ipc` the servers are those of this node, and every node has a process that does it.
+
     A failed push leaves the servers with a mixture of old and new weights: those we launched are started anew, and the
     next push, of the same weights, awaits them first.
 
@@ -48,7 +50,7 @@ class WeightSync:
         self.config = config
         self.device = torch.device(device)
         self.output_directory = output_directory
-        self.control = Control(servers, config.sync_timeout)
+        self.control = Control(servers, config.sync_timeout, only_here=config.weight_sync == "ipc")
         self._group: BroadcastGroup | None = None
         try:
             self._connect()
@@ -85,7 +87,7 @@ class WeightSync:
 
     def check_version(self, version: int) -> None:
         """RunError naming a server that does not serve weight version `version`."""
-        for url in self.servers.urls:
+        for url in self.control.urls:
             served = self.control.request("GET", url, "model_info")["weight_version"]
             if served != str(version):
                 raise RunError(f"{url} serves weight version {served!r} instead of {version}")
@@ -98,7 +100,7 @@ class WeightSync:
         """
         self.control.start_clock()
         answers = self.control.on_all("weights_checker", {"action": "checksum"})
-        ranks = [(url, rank) for url, answer in zip(self.servers.urls, answers, strict=True)
+        ranks = [(url, rank) for url, answer in zip(self.control.urls, answers, strict=True)
                  for rank in answer["ranks"]]  # fmt: skip
         shard = {(info["tp_rank"], info["tp_size"]) for _, rank in ranks for info in rank["parallelism_info"]}
         expected: dict[tuple[int, int], dict[str, str]] = {key: {} for key in shard}
@@ -135,19 +137,19 @@ class WeightSync:
         if self.config.weight_sync == "distributed" and self._group is None:
             self._group = self._form_group()
         elif self.config.weight_sync == "ipc":
-            for url in self.servers.urls:
+            for url in self.control.urls:
                 if not is_local(url):
                     raise RunError(f'rollout.weight_sync is "ipc", which hands over memory of this host, but {url} is '
                                    'another host; choose "distributed" or "disk"')  # fmt: skip
             self._sizes = self._tensor_parallel_sizes()
 
     def _tensor_parallel_sizes(self) -> list[int]:
-        return [self.control.request("GET", url, "server_info")["tp_size"] for url in self.servers.urls]
+        return [self.control.request("GET", url, "server_info")["tp_size"] for url in self.control.urls]
 
     def _form_group(self) -> BroadcastGroup:
         sizes = self._tensor_parallel_sizes()
         # One address for all servers: where one is elsewhere, not this host's loopback.
-        address = max(map(address_towards, self.servers.urls), key=lambda a: not a.startswith("127."))
+        address = max(map(address_towards, self.control.urls), key=lambda a: not a.startswith("127."))
         name = f"megatron_egrsd_weights_{next(_numbers)}"
         group = BroadcastGroup(name, address, 1 + sum(sizes), self.device, self.config.sync_timeout)
         bodies = [{"master_address": address, "master_port": group.port, "rank_offset": 1 + sum(sizes[:i]),

@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_egrsd.rollout import cpu_platform
@@ -31,6 +32,7 @@ OVERRIDES = {
     "rollout.max_total_tokens": 16384,
     "rollout.verify_sync": "true",
     "evaluation.rollouts_per_problem": 1,
+    "rollout.health_timeout": 30,  # after which the first host gives up the other one's server
     "parallel.timeout": TIMEOUT,
 }
 
@@ -123,6 +125,22 @@ def metrics(output: Path) -> list[dict]:
     return [row for row in rows if "loss/policy" in row]
 
 
+def servers(host: Host) -> list[psutil.Process]:
+    """The leaders of the SGLang servers in a namespace."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        processes = map(psutil.Process, host.processes())
+        return [p for p in processes if "megatron_egrsd.rollout.launch" in p.cmdline()]
+    return servers(host)  # one ended meanwhile
+
+
+def wait_for(condition: Callable[[], bool], hosts: tuple[Host, Host], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert all(host.process.poll() is None for host in hosts), hosts[0].tail() + hosts[1].tail()
+        assert time.monotonic() < deadline, hosts[0].tail() + hosts[1].tail()
+        time.sleep(0.2)
+
+
 def finish(hosts: tuple[Host, Host], output: Path) -> None:
     """Both hosts end well; two steps were made with weights in agreement, and the trained model is written."""
     for host in hosts:
@@ -198,16 +216,44 @@ def test_the_server_is_on_the_other_host(hosts, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("placement", ["apart", "in turns"])
+def test_every_host_serves_and_one_loses_its_server(hosts, placement, tmp_path):
+    """The second host's server is killed; its host starts it again, and it takes part again."""
+    output, steps = tmp_path / "run", 5
+    in_turns = {"rollout.colocated": "true", "rollout.weight_sync": "ipc"} if placement == "in turns" else {}
+    for host in hosts:
+        host.train(output, steps, in_turns, TENSOR="2", NPROC_PER_NODE="2", GPUS_PER_NODE="3")
+    wait_for(lambda: len(metrics(output)) == 1, hosts, 200)
+    [_], [server] = map(servers, hosts)
+    words = server.cmdline()
+    url = f"http://{ADDRESSES[1]}:{words[words.index('--port') + 1]}/model_info"
+    ask = hosts[0].popen([sys.executable, "-c", f"import httpx; print(httpx.get('{url}'))"], tmp_path / "asked.log")
+    assert ask.wait(60) == 0 and "401" in (tmp_path / "asked.log").read_text(), "a stranger is let in"
+    server.kill()
+    for host in hosts:
+        assert host.process.wait(400) == 0, hosts[0].tail() + hosts[1].tail()
+    rows = metrics(output)
+    assert [row["step"] for row in rows] == list(range(1, steps + 1)) and rows[-1]["rollout/restarts"] > 0
+    assert all(row["sync/log_prob_difference"] < 1e-5 for row in rows)
+    assert "starting it again (1 of 10 restarts)" in hosts[1].log.read_text()
+    logs = output / "logs"
+    for log in (logs / "sglang-0.log", logs / "node-1/sglang-0.log", logs / "node-1/sglang-0-restart-1.log"):
+        assert "Prefill batch" in log.read_text(), f"{log} has sampled nothing"
+    deadline = time.monotonic() + 10  # torch's manager of shared memory ends by itself, seconds after its clients
+    while any(host.processes() for host in hosts) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [host.processes() for host in hosts] == [[], []]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_cable_is_cut_and_the_same_command_continues(hosts, tmp_path):
     output = tmp_path / "run"
     save = {"checkpoint.every": 1}
     for host in hosts:
         host.train(output, 10_000, save, TENSOR="2", NPROC_PER_NODE="2", GPUS_PER_NODE="3")
     saved = lambda: list((output / "checkpoints").glob("step_??????"))  # noqa: E731
-    deadline = time.monotonic() + 200
-    while not saved() and time.monotonic() < deadline:
-        assert all(host.process.poll() is None for host in hosts), hosts[0].tail() + hosts[1].tail()
-        time.sleep(0.2)
+    wait_for(lambda: bool(saved()), hosts, 200)
     # The first host may be sampling: its own wait begins when it next needs the other.
     ip("-n", hosts[1].name, "link", "set", hosts[1].cable, "down")
     cut = time.monotonic()

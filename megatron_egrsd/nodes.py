@@ -1,0 +1,89 @@
+"""The first rank of every node, for what each node does for itself: starting SGLang, handing weights over."""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_egrsd.engine.distributed import exhaust, on_first_rank, to_the_end
+from megatron_egrsd.rollout.servers import ServersLost
+from megatron_egrsd.rollout.tensor_handles import flatten
+from megatron_egrsd.rollout.weight_sync import NamedTensors, buckets
+
+T = TypeVar("T")
+
+
+class Nodes:
+    """The nodes of a job in the order of their ranks. Made by every rank, and every rank makes the same calls.
+
+    A node is what torchrun started together; a process that it did not start is a node of its own.
+    """
+
+    def __init__(self):
+        is_leader = [None] * dist.get_world_size()
+        dist.all_gather_object(is_leader, int(os.environ.get("LOCAL_RANK", "0")) == 0)
+        self.leaders = [rank for rank, leads in enumerate(is_leader) if leads]
+        self._group = dist.new_group(self.leaders) if len(self.leaders) > 1 else None
+
+    def __len__(self) -> int:
+        return len(self.leaders)
+
+    @property
+    def index(self) -> int | None:
+        """This rank's node where it is the first one there; None on all other ranks."""
+        rank = dist.get_rank()
+        return self.leaders.index(rank) if rank in self.leaders else None
+
+    def each(self, function: Callable[[], T]) -> list[T]:
+        """Run `function` on the first rank of every node; its results, in the nodes' order, on every rank.
+
+        An exception of one is raised on every rank; of several, one that the run does not survive.
+        """
+        outcome = None
+        if self.index is not None:
+            try:
+                outcome = function(), None
+            except Exception as error:
+                outcome = None, error
+        outcomes = [outcome]
+        if self.index is not None and self._group is not None:
+            outcomes = [None] * len(self) if self.index == 0 else None
+            dist.gather_object(outcome, outcomes, group=self._group, group_dst=0)
+
+        def results() -> list[T]:
+            errors = [error for _, error in outcomes if error is not None]
+            for error in sorted(errors, key=lambda e: isinstance(e, ServersLost)):
+                raise error
+            return [result for result, _ in outcomes]
+
+        return on_first_rank(results)
+
+    def each_while(self, function: Callable[[Iterator], T], stream: Iterator) -> list[T]:
+        """`each` for a `function` that consumes `stream`, an iterator every rank must exhaust."""
+        if self.index is None:
+            exhaust(stream)
+        return self.each(to_the_end(function, stream))
+
+    def share(self, stream: NamedTensors, device: torch.device, bucket_size: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the first rank's `stream` on the first rank of every node; nothing on other ranks.
+
+        Args:
+            stream: (name, tensor) on the first rank; on all others the same names with tensors of the same shapes and
+                types, whose contents do not matter.
+            device: Where the tensors shall be.
+            bucket_size: Bytes that travel together; a larger tensor travels alone.
+        """
+        for bucket in buckets(stream, bucket_size):
+            if self.index is None:
+                continue
+            if self._group is not None:
+                parts = [t.numel() for _, t in bucket]
+                if self.index == 0:
+                    flat = flatten(bucket, device)
+                else:
+                    flat = torch.empty(sum(parts), dtype=bucket[0][1].dtype, device=device)
+                dist.broadcast(flat, src=self.leaders[0], group=self._group)
+                bucket = [(n, part.view(t.shape)) for (n, t), part in zip(bucket, flat.split(parts), strict=True)]
+            yield from bucket
