@@ -41,9 +41,10 @@ CASES = {
     "tiny": Case(16, 8, 240, 10, 32, 4096, 3e-4, "math"),
     "20m": Case(4, 8, 480, 5, 8, 2048, 1e-6, f"{Path(__file__).resolve()}:even_length"),
 }
-SYSTEMS = {  # threads of the trainer, and our settings
+SYSTEMS = {  # threads, and our settings
     "TRL": (2, None),
-    "ours": (2, {}),
+    "TRL, one thread": (1, None),
+    "ours": (1, {}),
     "ours, one step off": (1, {"rollout.staleness": 1, "objective.importance_cap": 2}),
 }
 

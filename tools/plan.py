@@ -77,7 +77,8 @@ class Choice:
     def layout(self) -> str:
         p = self.parallel
         sizes = f"TP {p.tensor}"
-        for split, size in (("PP", p.pipeline), ("VPP", p.virtual_pipeline), ("EP", p.expert)):
+        splits = ("PP", p.pipeline), ("VPP", p.virtual_pipeline), ("CP", p.context), ("EP", p.expert)
+        for split, size in splits:
             sizes += f" {split} {size}" if size > 1 else ""
         return f"{sizes} DP {self.training // p.model_parallel}" + (", recompute" if p.recompute else "")
 
@@ -123,7 +124,7 @@ def _choices(arch: Architecture, machine: Machine, serving: int, training: int, 
     teachers = [batch.teacher_prompt + n for n in batch.responses]
     response_rows = sum(batch.responses)
     for parallel in _layouts(arch, machine, training, len(students), max(teachers)):
-        memory = _memory(arch, parallel, training, max(teachers))
+        memory = _memory(arch, parallel, training)
         if memory.total > TRAINER_SHARE * machine.memory:
             continue
         score = pass_seconds(machine, arch, parallel, training, teachers, response_rows, train=False)
@@ -163,17 +164,19 @@ def _generate(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> 
 def _layouts(arch, machine, ranks, rollouts, longest) -> Iterator[ParallelConfig]:
     for tensor in (1, 2, 4, 8):
         for pipeline in (p for p in (1, 2, 3, 4, 6, 8, 12, 16) if arch.num_layers % p == 0):
-            for expert in (1, 2, 4, 8, 16) if arch.num_experts else (1,):
-                if arch.num_kv_heads % tensor or ranks % (tensor * pipeline) or ranks % (pipeline * expert):
+            experts = (1, 2, 4, 8, 16) if arch.num_experts else (1,)
+            for context, expert in itertools.product((1, 2, 4, 8), experts):
+                replica = tensor * context * pipeline
+                if tensor * context > machine.node or arch.num_kv_heads % tensor:
                     continue
-                replicas = ranks // (tensor * pipeline)
-                if rollouts % replicas:
+                if ranks % replica or ranks % (pipeline * expert) or rollouts % (ranks // replica):
                     continue
                 chunks = [v for v in (1, 2, 4) if v == 1 or (pipeline > 1 and arch.num_layers % (pipeline * v) == 0)]
                 for recompute, virtual in itertools.product((False, True), chunks):
                     yield ParallelConfig(
-                        tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, expert=expert, recompute=recompute,
-                        sequence_parallel=tensor > 1, distributed_optimizer=True, max_tokens_per_microbatch=longest,
+                        tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context, expert=expert,
+                        recompute=recompute, sequence_parallel=tensor > 1, distributed_optimizer=True,
+                        max_tokens_per_microbatch=-(-longest // context),
                     )  # fmt: skip
 
 
@@ -187,11 +190,11 @@ def _shapes(arch, parallel, stage):
     return _cache[key]
 
 
-def _memory(arch: Architecture, parallel: ParallelConfig, ranks: int, tokens: int) -> RankMemory:
+def _memory(arch: Architecture, parallel: ParallelConfig, ranks: int) -> RankMemory:
     """The largest rank: the first stage has most micro-batches in flight, the last one the LM head."""
     config = Config(ModelConfig(path="-"), DataConfig(train="-"), parallel=parallel)
     stages = {0, parallel.pipeline - 1}
-    place = Placement(gpu=True, transformer_engine=True)
+    place, tokens = Placement(gpu=True, transformer_engine=True), parallel.max_tokens_per_microbatch
     return max((rank_memory(config, arch, ranks, s, place, tokens=tokens) for s in stages), key=lambda m: m.total)
 
 

@@ -44,6 +44,10 @@ class Machine:
     bucket_seconds: float = 10e-3
     node: int = 8
 
+    def rate(self, ranks: int) -> float:
+        """bytes/s out of a GPU to others among as many neighbouring ranks."""
+        return self.link if ranks <= self.node else self.network
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -99,22 +103,26 @@ def pass_seconds(
     is three products, and a fourth where its logits were not kept. The pipeline's bubble is (P - 1) / (M V); each of
     the V chunks of a stage has its fixed cost a micro-batch and sends its rows on.
     """
-    replicas = ranks // parallel.model_parallel
+    own = sum(lengths) * parallel.model_parallel / ranks / parallel.context  # tokens of a rank
     factor = (4 if parallel.recompute else 3) if train else 1
     flops = factor * forward_flops(arch, lengths) + (4 if train else 1) * head_flops(arch, rows)
-    micro_batches = max(1, math.ceil(sum(lengths) / replicas / parallel.max_tokens_per_microbatch))
+    micro_batches = max(1, math.ceil(own / parallel.max_tokens_per_microbatch))
     micro_batches = math.ceil(micro_batches / parallel.round_of_micro_batches) * parallel.round_of_micro_batches
     turns = parallel.virtual_pipeline * (2 if train else 1)
     seconds = flops / ranks / machine.flops + micro_batches * machine.pass_seconds * turns
     if parallel.pipeline > 1:
-        seconds += turns * sum(lengths) / replicas * arch.hidden_size * 2 / parallel.tensor / machine.network
+        seconds += turns * own * arch.hidden_size * 2 / parallel.tensor / machine.network
     # Sequence parallelism, a layer: two all-gathers and two reduce-scatters forward, the same and two more gathers (of
     # the inputs, for the weights' gradients) backward. One product of T x H activations each.
     collectives = ((10 + (4 if parallel.recompute else 0)) if train else 4) if parallel.tensor > 1 else 0
-    moved = sum(lengths) / replicas * arch.hidden_size * 2 * arch.num_layers / parallel.pipeline
+    moved = own * arch.hidden_size * 2 * arch.num_layers / parallel.pipeline
     seconds += collectives * moved * (parallel.tensor - 1) / parallel.tensor / machine.link
+    if parallel.context > 1:  # the other ranks' keys and values go round, backward with their gradients
+        width = 2 * arch.num_kv_heads * arch.head_dim * 2 / parallel.tensor
+        rounds = factor * (parallel.context - 1) * arch.num_layers / parallel.pipeline
+        seconds += rounds * own * width / machine.rate(parallel.tensor * parallel.context)
     if parallel.expert > 1:  # dispatch and combine, forward and backward
-        rate = machine.link if parallel.expert <= machine.node else machine.network
+        rate = machine.rate(parallel.expert)
         passes = factor - (1 if train and parallel.recompute else 0)
         local = moved / parallel.tensor
         seconds += 2 * passes * arch.experts_per_token * local * (parallel.expert - 1) / parallel.expert / rate
@@ -127,9 +135,8 @@ def update_seconds(machine: Machine, parallel: ParallelConfig, ranks: int, param
     Distributed optimizer: reduce-scatter of fp32 gradients, all-gather of bf16 weights; else one all-reduce. Adam reads
     gradient, weight and two moments and writes the latter three and the bf16 weight: 30 bytes.
     """
-    replicas = ranks // parallel.model_parallel
-    sharded = parallel.distributed_optimizer
-    rate = machine.link if ranks <= machine.node else machine.network
+    replicas = ranks // (parallel.tensor * parallel.pipeline)  # of a weight: context parallelism splits none
+    sharded, rate = parallel.distributed_optimizer, machine.rate(ranks)
     moved = (4 + 2 if sharded else 2 * 4) * parameters * (replicas - 1) / replicas
     return moved / rate + 30 * parameters / (replicas if sharded else 1) / machine.memory_rate
 

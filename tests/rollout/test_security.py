@@ -33,7 +33,7 @@ def test_the_key_is_needed_and_stays_unseen_and_only_this_host_gets_in(model, mo
         assert not any(KEY in " ".join(process.cmdline()) for process in group)
         listening = [c.laddr for p in group for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
         assert [a.ip for a in listening if a.port == int(url.rpartition(":")[2])] == ["127.0.0.1"]
-        monkeypatch.setenv("EGRSD_TEST_KEY", "another")
+        servers.key = "another"
         with pytest.raises(RunError, match="HTTP 401") as error:
             RolloutClient(servers, config).generate([[5, 6]], 1)
         assert KEY not in str(error.value)

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_egrsd.config import parse_config
+from megatron_egrsd.config import ParallelConfig, parse_config
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.samples import Problem, Prompt, Rollout, save_rollouts
 from tests.published import PARAMETERS, PUBLISHED
@@ -76,6 +76,9 @@ def test_one_step_off_hides_the_shorter_of_sampling_and_training():
     generate, train = torch.tensor([5.0, 1.0]).numpy(), torch.tensor([2.0, 2.0]).numpy()
     assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=0).tolist() == [7.75, 3.75]
     assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=1).tolist() == [5.25, 2.75]
+    # On one processor that both share, nothing is won; between the two, what overlaps takes that much longer.
+    assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=1, slowdown=2).tolist() == [7.75, 3.75]
+    assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=1, slowdown=1.5).tolist() == [6.5, 3.25]
 
 
 def test_tables(tmp_path):
@@ -106,11 +109,24 @@ def test_turns_use_every_gpu_twice_and_pay_for_the_moves():
     batch = step_time.Batch(300, 1500, plan_tool.long_tailed(256, 16384))
     turns, apart = plan_tool.best_in_turns(arch, machine, 8, batch), plan_tool.best(arch, machine, 8, batch)
     assert turns.serving == turns.training == 8 and turns.generate < apart.generate and turns.train < apart.train
-    weights = 2 * arch.num_parameters / turns.parallel.model_parallel
+    weights = 2 * arch.num_parameters / (turns.parallel.tensor * turns.parallel.pipeline)
     adam = 12 * arch.num_parameters / 8  # over all ranks: the distributed optimizer
     assert turns.turns * machine.host == pytest.approx(2 * (weights + adam), rel=0.01)
     assert turns.step == pytest.approx(turns.generate + turns.score + turns.train + turns.sync + turns.turns)
-    assert plan_tool.best_in_turns(arch, machine, 64, batch) is None  # one node
+
+
+def test_context_parallel_ranks_send_their_keys_and_values_round():
+    """On a machine that only its links slow down: bytes of each layer's ring, and where they leave the node."""
+    arch = Architecture.from_config(PUBLISHED["Qwen3-8B"])
+    fast = dict.fromkeys(("flops", "memory_rate", "host"), 1e30)
+    machine = step_time.Machine("links", 0, link=1e9, network=1e8, pass_seconds=0.0, **fast)
+    chunk = 1000 * 2 * arch.num_kv_heads * arch.head_dim * 2  # keys and values of a rank's tokens, bf16
+    for context, ranks, rate in ((1, 1, 1e9), (2, 4, 1e9), (8, 8, 1e9), (16, 16, 1e8)):
+        parallel = ParallelConfig(context=context, max_tokens_per_microbatch=1000)
+        lengths = [1000 * context] * (ranks // context)
+        for train, rounds in ((False, 1), (True, 3)):
+            seconds = step_time.pass_seconds(machine, arch, parallel, ranks, lengths, 0, train=train)
+            assert seconds == pytest.approx(rounds * arch.num_layers * (context - 1) * chunk / rate)
 
 
 def _run(path: Path, prompts: int, longest: int, seed: int) -> None:
