@@ -11,7 +11,6 @@ training    weights, gradients, optimizer          nothing
 from functools import cached_property
 
 from megatron_egrsd.engine.distributed import on_first_rank
-from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.fleet import Fleet
 from megatron_egrsd.rollout.control import Control
 from megatron_egrsd.rollout.server_memory import CACHES, EVERYTHING, WEIGHTS, ServerMemory
@@ -24,15 +23,15 @@ class Colocation:
     It begins with sampling: make it before the fleet starts, so that the servers find the memory free.
     """
 
-    def __init__(self, fleet: Fleet, engine: Engine):
-        self.fleet, self.engine = fleet, engine
+    def __init__(self, fleet: Fleet):
+        self.fleet, self.engine = fleet, fleet.engine
         self.turn = "sampling"
-        engine.offload()
+        self.engine.offload()
 
     @cached_property
     def memory(self) -> ServerMemory:
         """The servers', on the first rank, once they have started."""
-        return ServerMemory(Control(self.fleet.servers, self.fleet.config.sync_timeout))
+        return ServerMemory(Control(self.fleet.servers, self.fleet.config.rollout.sync_timeout))
 
     def sampling(self) -> None:
         """SGLang may sample. From `transfer`, when it has the weights."""

@@ -202,6 +202,8 @@ class RolloutConfig:
             the other has moved to host memory, or freed, meanwhile. With weight_sync ipc or disk (docs/cluster.md).
         host: Address the launched servers listen on; on other nodes than the first one, theirs towards it.
         port: First port of the launched servers; 0 picks free ones.
+        cpu_threads: Threads of a launched server on CPU, whatever OMP_NUM_THREADS gives the training ranks. More than
+            there are idle cores make it many times slower.
         max_concurrent_requests: Requests in flight, over all servers.
         max_total_tokens: Size of a launched server's KV cache in tokens; 0 leaves it to SGLang.
         weight_sync: Over a process group from the first training rank; by handles to memory of a node's first rank,
@@ -235,6 +237,7 @@ class RolloutConfig:
     colocated: bool = False
     host: str = "127.0.0.1"
     port: int = 0
+    cpu_threads: int = 1
     max_concurrent_requests: int = 512
     max_total_tokens: int = 0
     weight_sync: Literal["distributed", "ipc", "disk"] = "distributed"
@@ -259,6 +262,7 @@ class RolloutConfig:
             "max_response_tokens",
             "engines",
             "engine_tensor_parallel",
+            "cpu_threads",
             "max_concurrent_requests",
             "sync_bucket_mib",
             "start_timeout",

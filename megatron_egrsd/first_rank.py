@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -21,13 +21,11 @@ from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.fleet import Fleet
 from megatron_egrsd.hf.checkpoint import save_hf
-from megatron_egrsd.nodes import Nodes
 from megatron_egrsd.preemption import Preemption
 from megatron_egrsd.report import plot_frontier, read_evaluations, summary_table
 from megatron_egrsd.rewards import load_reward
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import ServersLost
-from megatron_egrsd.rollout.weight_sync import WeightSync
 from megatron_egrsd.samples import Prompt, Rollout, load_replay, save_rollouts
 from megatron_egrsd.sampling import Sampler, summarize
 from megatron_egrsd.scores import Record, gather_scores, save_scores, scored_rollouts
@@ -96,30 +94,21 @@ class FirstRank:
         self.stack.callback(self.log.close)
 
     def _start_servers(self) -> None:
-        config, logs = self.config.rollout, self.output / "logs"
-        self.nodes = Nodes()
-        self.fleet = Fleet(config, self.config.model, self.nodes)
-        self.turns = Colocation(self.fleet, self.engine) if config.colocated else Apart(self.fleet)
+        config = self.config.rollout
+        self.fleet = Fleet(self.config, self.engine)
+        self.turns = Colocation(self.fleet) if config.colocated else Apart(self.fleet)
         if self.engine.is_first_rank:
-            on_nodes = f" on each of {len(self.nodes)} nodes" if len(self.nodes) > 1 else ""
-            where = ", ".join(config.urls) or f"{config.engines} SGLang server(s){on_nodes}, log in {logs}"
-            print(f"rollouts: {where}; starting takes up to a minute", flush=True)
+            on_nodes = f" on each of {nodes} nodes" if (nodes := len(self.fleet.nodes)) > 1 else ""
+            where = f"{config.engines} SGLang server(s){on_nodes}, log in {self.output / 'logs'}"
+            print(f"rollouts: {', '.join(config.urls) or where}; starting takes up to a minute", flush=True)
             # Outlives the servers: one that it starts anew would die with it (rollout/launch_guard.py).
             self.thread = self.stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sample-ahead"))
         self.stack.callback(self.fleet.close)
         # A continued run draws on, and does not sample what it has sampled before.
         seed = self.config.seed + (1_000_003 * checkpoint.step_of(self.resumed) if self.resumed else 0)
-        self.fleet.start(seed % 2**31, logs)
+        self.fleet.start(seed % 2**31)
         self.servers = self.fleet.servers
-        if config.weight_sync == "ipc":
-            self.nodes.each(self._connect)
-        else:
-            on_first_rank(self._connect)
         on_first_rank(self._prepare_sampling)
-
-    def _connect(self) -> None:
-        self.sync = WeightSync(self.servers, self.config.rollout, self.engine.device, self.output)
-        self.stack.callback(self.sync.close)
 
     def _prepare_sampling(self) -> None:
         config = self.config
@@ -237,29 +226,13 @@ class FirstRank:
         while True:
             try:
                 self.turns.transfer()
-                self._send(lambda weights: self.sync.push(weights, version))
-                if self.config.rollout.verify_sync:
-                    self._send(lambda weights: self.sync.verify(weights))
+                self.fleet.push(version)
                 self.turns.sampling()
                 return
             except ServersLost as lost:
-                self._start_servers_anew(str(lost))
-
-    def _start_servers_anew(self, reason: str) -> None:
-        """All of them: what one did not take part in leaves the others half done."""
-        on_first_rank(lambda: self.servers.mark_all_lost(reason))
-        self.turns.give_way()
-        self._say(f"the weights did not arrive: {reason}; sending them again")
-
-    def _send(self, receive: Callable[[Iterator], None]) -> None:
-        """The weights to `receive` on the first rank; where they are handed over by handle, on that of every node."""
-        rollout = self.config.rollout
-        if rollout.weight_sync == "ipc":
-            weights = self.engine.export_weights(placeholders=True)
-            weights = self.nodes.share(weights, self.engine.device, rollout.sync_bucket_mib << 20)
-            self.nodes.each_while(receive, weights)
-        else:
-            on_first_rank_while(receive, self.engine.export_weights())
+                self.fleet.mark_lost(str(lost))
+                self.turns.give_way()
+                self._say(f"the weights did not arrive: {lost}; sending them again")
 
     # -- the log ------------------------------------------------------------------------------------------------
 

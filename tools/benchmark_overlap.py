@@ -5,22 +5,28 @@
     python tools/benchmark_overlap.py curves OUTPUT [--seeds 0 1 2] [--steps 30] [-- --section.key value ...]
 
 Both run the demo's configuration, the three modes in turn; runs that are in OUTPUT already are read, not repeated.
-`time` also measures how much two processes slow each other down, which its prediction needs: the cores of a virtual
-machine may be threads of one.
+`time` also measures how much sampling and training in processes of their own slow each other down here, which
+its prediction needs: virtual cores may be threads of one.
 """
 
 import argparse
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
-from benchmark_runs import ROOT, TRAIN, metrics, run
+from benchmark_runs import CONFIG, ROOT, TRAIN, metrics, run
 from step_time import step_seconds
+
+from megatron_egrsd.config import parse_config
+from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.servers import RolloutServers
+from megatron_egrsd.train import prepare
 
 ONE_STEP_OFF = ["--rollout.staleness", "1", "--objective.importance_cap", "2"]
 PARTIAL = [*ONE_STEP_OFF, "--rollout.staleness", "2", "--rollout.partial", "true", "--rollout.extra_prompts", "8"]
@@ -35,35 +41,50 @@ def train(output: Path, arguments: list[str]) -> list[dict]:
     return metrics(output)
 
 
-def slowdown(rounds: int = 5, seconds: float = 2.0) -> float:
-    """How many times as long a process takes beside a second one as alone; each runs passes of the demo's model."""
+def slowdown(rounds: int = 5) -> tuple[float, float]:
+    """How many times as long sampling, and passes of the model in another process, take side by side as alone."""
+    config = parse_config([*CONFIG, "--output", "unused"])
+    prompts, _, tokenizer = prepare(config)
+    ids = [prompt.student_ids for prompt in prompts[: config.rollout.prompts_per_step]]
     context = multiprocessing.get_context("spawn")
-    ends, workers = [], []
-    for _ in range(2):
-        end, other = context.Pipe()
-        workers.append(context.Process(target=_passes, args=(other,), daemon=True))
-        workers[-1].start()
-        ends.append(end)
-    rates: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(rounds):
-        for together in rates:
-            for end in ends[:together]:
-                end.send(seconds)
-            rates[together] += [end.recv() for end in ends[:together]]
-    for end, worker in zip(ends, workers, strict=True):
-        end.close()
-        worker.join(20)
-    return median(rates[1]) / median(rates[2])
+    passes, other = context.Pipe()
+    worker = context.Process(target=_passes, args=(other,), daemon=True)
+    worker.start()
+    sampling: dict[bool, list[float]] = {False: [], True: []}  # seconds a token, alone and beside the passes
+    passing: dict[bool, list[float]] = {False: [], True: []}  # passes a second, alone and beside the sampling
+    with (
+        tempfile.TemporaryDirectory() as logs,
+        RolloutServers(config.rollout, config.model, config.seed, Path(logs)) as servers,
+    ):
+        client = RolloutClient(servers, config.rollout, [tokenizer.eos_token_id])
+        client.generate(ids, config.rollout.rollouts_per_prompt)  # warms up
+        for _ in range(rounds):
+            for beside in (False, True):
+                if beside:
+                    passes.send("start")
+                for _ in range(2):
+                    start = time.perf_counter()
+                    groups = client.generate(ids, config.rollout.rollouts_per_prompt)
+                    seconds = time.perf_counter() - start
+                    sampling[beside].append(seconds / sum(len(r.response_ids) for group in groups for r in group))
+                if not beside:
+                    passes.send("start")
+                    time.sleep(2)
+                passes.send("stop")
+                passing[beside].append(passes.recv())
+    passes.close()
+    worker.join(20)
+    return median(sampling[True]) / median(sampling[False]), median(passing[False]) / median(passing[True])
 
 
 def _passes(requests: Connection) -> None:
-    """For every number of seconds that is asked for, the passes a second, forward and backward, on one thread."""
+    """From "start" to "stop", forward and backward passes on one thread; answers with how many a second."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(ROOT / "examples/tiny/model", dtype=torch.float32)
-    tokens = torch.randint(model.config.vocab_size, (8, 128))
+    tokens = torch.randint(model.config.vocab_size, (32, 128))  # as many as a micro-batch of the demo
 
     def one() -> None:
         model(tokens).logits.logsumexp(-1).mean().backward()
@@ -71,19 +92,23 @@ def _passes(requests: Connection) -> None:
     one()
     while True:
         try:
-            seconds = requests.recv()
+            requests.recv()
         except EOFError:
             return
-        passes, start = 0, time.perf_counter()
-        while time.perf_counter() < start + seconds:
+        count, start = 0, time.perf_counter()
+        while not requests.poll():
             one()
-            passes += 1
-        requests.send(passes / (time.perf_counter() - start))
+            count += 1
+        seconds = time.perf_counter() - start
+        requests.recv()
+        requests.send(count / seconds)
 
 
 def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
     """Medians over the steps of all repeats, without the first one, which warms up, and the last, which is alone."""
-    beside = slowdown()
+    factors = slowdown()
+    print("beside each other, sampling takes {:.2f} times as long and passes {:.2f} times".format(*factors))
+    beside = fmean(factors)
     phases: dict[str, list[dict[str, np.ndarray]]] = {mode: [] for mode in MODES}
     # From on-policy's phases for processors of their own, and for those that this machine has.
     predicted: dict[float, list[np.ndarray]] = {1.0: [], beside: []}

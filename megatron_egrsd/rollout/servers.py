@@ -224,8 +224,7 @@ class RolloutServers:
         environment |= {PARENT_VARIABLE: str(os.getpid()), "TMPDIR": str(self._scratch.path)}
         environment |= {KEY_VARIABLE: self.key} if self.key else {}
         if device == "cpu":
-            # More threads a server than cores make it fifty times slower: one, unless the user says otherwise.
-            environment = {"OMP_NUM_THREADS": "1"} | environment | {"SGLANG_PLATFORM": cpu_platform.NAME}
+            environment |= {"OMP_NUM_THREADS": str(config.cpu_threads), "SGLANG_PLATFORM": cpu_platform.NAME}
         else:  # the servers stand side by side from the user's base_gpu_id on
             first = int(config.server_args.get("base_gpu_id", 0)) + index * config.engine_tensor_parallel
             command += ["--base-gpu-id", str(first)]

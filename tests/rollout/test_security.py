@@ -23,9 +23,11 @@ def test_a_key_variable_that_is_not_set_is_refused(model, tmp_path, monkeypatch)
 @pytest.mark.timeout(START_TIMEOUT + 60)
 def test_the_key_is_needed_and_stays_unseen_and_only_this_host_gets_in(model, model_directory, tmp_path, monkeypatch):
     monkeypatch.setenv("EGRSD_TEST_KEY", KEY)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # the training ranks', not the server's
     config = rollout_config(api_key_variable="EGRSD_TEST_KEY")
     with RolloutServers(config, model, 0, tmp_path) as servers:
         url, group = servers.urls[0], processes_of_group(servers.servers[0].process.pid)
+        assert all(process.environ().get("OMP_NUM_THREADS", "1") == "1" for process in group)
         assert len(RolloutClient(servers, config).generate([[5, 6]], 2)[0]) == 2
         WeightSync(servers, config, "cpu").push(named_tensors(load_hf(model_directory)), 1)
         body = {"input_ids": [5], "sampling_params": {"max_new_tokens": 1}}
