@@ -44,7 +44,7 @@ CASES = {
 SYSTEMS = {  # threads of the trainer, and our settings; our servers have one
     "TRL": (2, None),
     "TRL, one thread": (1, None),
-    "ours": (2, {}),
+    "ours": (1, {}),
     "ours, one step off": (1, {"rollout.staleness": 1, "objective.importance_cap": 2}),
 }
 

@@ -110,8 +110,12 @@ def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
     print("beside each other, sampling takes {:.2f} times as long and passes {:.2f} times".format(*factors))
     beside = fmean(factors)
     phases: dict[str, list[dict[str, np.ndarray]]] = {mode: [] for mode in MODES}
-    # From on-policy's phases for processors of their own, and for those that this machine has.
-    predicted: dict[float, list[np.ndarray]] = {1.0: [], beside: []}
+    forecasts = [  # of a step one step off: from the phases of which mode, and how much they slow each other down
+        ("on-policy's phases, processors of their own", "on-policy", 1.0),
+        (f"on-policy's phases, {beside:.2f} times as long side by side", "on-policy", beside),
+        ("its own phases", "one step off", 1.0),
+    ]
+    predicted: dict[str, list[np.ndarray]] = {name: [] for name, _, _ in forecasts}
     for repeat in range(repeats):
         for mode, arguments in MODES.items():
             path = output / f"{mode.replace(' ', '-')}-{repeat}"
@@ -120,10 +124,11 @@ def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
             seconds = {phase: np.array([row[f"time/{phase}"] for row in rows]) for phase in PHASES}
             seconds["tokens"] = np.array([row["batch/tokens"] for row in rows])
             phases[mode].append({name: values[1:-1] for name, values in seconds.items()})
-            if mode == "on-policy":
-                overlapped = [seconds[p][1:-1] for p in ("score", "train", "sync")]  # with the next batch's sampling
-                for factor, steps_of in predicted.items():
-                    steps_of.append(step_seconds(seconds["generate"][2:], *overlapped, staleness=1, slowdown=factor))
+            overlapped = [seconds[p][1:-1] for p in ("score", "train", "sync")]  # with the sampling of the next batch
+            for name, source, factor in forecasts:
+                if source == mode:
+                    step = step_seconds(seconds["generate"][2:], *overlapped, staleness=1, slowdown=factor)
+                    predicted[name].append(step)
             print(f"{mode} {repeat}: median step {median(phases[mode][-1]['step']):.2f} s; "
                   f"load average {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)  # fmt: skip
     print(f"| median of {repeats} x {steps - 2} steps | {' | '.join(PHASES)} | tokens a batch |")
@@ -134,11 +139,11 @@ def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
         whole[mode] = found["step"]
         cells = [f"{found[phase]:.2f} s" for phase in PHASES]
         print(f"| {mode} | {' | '.join(cells)} | {found['tokens']:,.0f} |")
-    print(f"\nless than on-policy, {whole['on-policy']:.2f} s", end="")
-    for factor, runs in predicted.items():
+    for name, runs in predicted.items():
         seconds = median(np.concatenate(runs))
         saved = 1 - seconds / whole["on-policy"]
-        print(f"; one step off predicted for a slowdown of {factor:.2f}: {saved:.0%}, {seconds:.2f} s", end="")
+        print(f"one step off, predicted from {name}: {seconds:.2f} s, {saved:.0%} less than on-policy")
+    print("less than on-policy", end="")
     for mode in list(MODES)[1:]:
         runs = zip(phases["on-policy"], phases[mode], strict=True)
         each = ", ".join(f"{1 - median(b['step']) / median(a['step']):.0%}" for a, b in runs)
