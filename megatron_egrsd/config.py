@@ -212,7 +212,8 @@ class RolloutConfig:
         verify_sync: Compare every weight in SGLang with the engine's after each synchronisation, bit by bit.
         start_timeout: Seconds until a launched server must be healthy.
         health_timeout: A server that has not been healthy for so many seconds while it generates counts as hung.
-        max_restarts: Servers that may die or hang, and are started again, in one run.
+        max_restarts: How often servers may die or hang, and are started again, in one run; all that a failed weight
+            synchronisation leaves half done count once.
         request_timeout: Seconds a generation request may take.
         request_retries: Further attempts after a request that failed on a healthy server.
         sync_timeout: Seconds one weight synchronisation may take.

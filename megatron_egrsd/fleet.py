@@ -23,7 +23,7 @@ class Fleet:
     """
 
     def __init__(self, config: Config, engine: Engine):
-        self.config, self.engine, self.nodes = config, engine, Nodes()
+        self.config, self.engine, self.nodes = config, engine, Nodes(config.parallel.timeout)
         self.output = Path(config.output)
         self.servers: RolloutServers | None = None
         self.sync: WeightSync | None = None

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -18,14 +19,17 @@ T = TypeVar("T")
 class Nodes:
     """The nodes of a job in the order of their ranks. Made by every rank, and every rank makes the same calls.
 
-    A node is what torchrun started together; a process that it did not start is a node of its own.
+    A node is what torchrun started together; a process that it did not start is a node of its own. `timeout` is the
+    seconds that one node waits for another.
     """
 
-    def __init__(self):
+    def __init__(self, timeout: float):
         is_leader = [None] * dist.get_world_size()
         dist.all_gather_object(is_leader, int(os.environ.get("LOCAL_RANK", "0")) == 0)
         self.leaders = [rank for rank, leads in enumerate(is_leader) if leads]
-        self._group = dist.new_group(self.leaders) if len(self.leaders) > 1 else None
+        self._group = None
+        if len(self.leaders) > 1:
+            self._group = dist.new_group(self.leaders, timeout=timedelta(seconds=timeout))
 
     def __len__(self) -> int:
         return len(self.leaders)

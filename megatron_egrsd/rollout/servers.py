@@ -134,32 +134,37 @@ class RolloutServers:
         """Count `server` out and, where we launched it, start another one in its place; returns at once.
 
         Raises:
-            RunError: `config.max_restarts` servers have been lost before.
+            RunError: `config.max_restarts` times servers have been lost before.
         """
-        if server.lost:
-            return
-        server.lost = reason
-        server.released = set()
-        if server.process is not None:
-            _end(server.process)
-        if self.restarts >= self.config.max_restarts:
-            raise RunError(f"{reason}; the run gives up after {self.restarts} lost servers (rollout.max_restarts)")
-        self.restarts += 1
-        if server.process is None:
-            if server.elsewhere:
-                self._due.append(server.url)
-            print(f"{reason}; waiting for {server.url} to come back", flush=True)
-            return
-        # Fresh random numbers and a log of its own: the first start's log says why it ended.
-        index = self.servers.index(server)
-        log = server.log.with_name(f"sglang-{index}-restart-{self.restarts}.log")
-        print(f"{reason}; starting it again ({self.restarts} of {self.config.max_restarts} restarts)", flush=True)
-        self._launch(index, self.seed + index + len(self.servers) * self.restarts, log)
+        self._mark_lost([server], reason)
 
     def mark_all_lost(self, reason: str) -> None:
         """`mark_lost` for every server: what one of them did not take part in leaves the others half done."""
-        for server in self.servers:
-            self.mark_lost(server, reason)
+        self._mark_lost(self.servers, reason)
+
+    def _mark_lost(self, servers: list[Server], reason: str) -> None:
+        """One loss, however many servers it takes."""
+        servers = [server for server in servers if not server.lost]
+        if not servers:
+            return
+        for server in servers:
+            server.lost, server.released = reason, set()
+        _end(*(server.process for server in servers if server.process is not None))
+        if self.restarts >= self.config.max_restarts:
+            raise RunError(f"{reason}; the run gives up after {self.restarts} lost servers (rollout.max_restarts)")
+        self.restarts += 1
+        for server in servers:
+            if server.process is not None:
+                # Fresh random numbers and a log of its own: the first start's log says why it ended.
+                index = self.servers.index(server)
+                log = server.log.with_name(f"sglang-{index}-restart-{self.restarts}.log")
+                what = f"starting it again ({self.restarts} of {self.config.max_restarts} restarts)"
+                self._launch(index, self.seed + index + len(self.servers) * self.restarts, log)
+            else:
+                what = f"waiting for {server.url} to come back"
+                if server.elsewhere:
+                    self._due.append(server.url)
+            print(f"{reason}; {what}", flush=True)
 
     def recover(self) -> None:
         """Await the health of every lost server; RunError where one does not come back in `config.start_timeout`."""
@@ -182,8 +187,7 @@ class RolloutServers:
     def restart(self, urls: list[str]) -> None:
         """Start those of `urls` that were launched here anew, and await their health."""
         own = [server for server in self.servers if server.url in urls and not server.elsewhere]
-        for server in own:
-            self.mark_lost(server, f"the SGLang server at {server.url} was lost")
+        self._mark_lost(own, f"lost {', '.join(server.url for server in own)}")
         self.await_health(own)
         for server in own:
             server.lost = ""

@@ -22,7 +22,7 @@ def _share(rank, world_size, config, per_node):
 
     os.environ["LOCAL_RANK"] = str(rank % per_node)
     with Engine(config) as engine:
-        nodes = Nodes()
+        nodes = Nodes(timeout=60)
         stream = [(n, tuple(t.shape), str(t.dtype)) for n, t in engine.export_weights(placeholders=True)]
         given = []
         for bucket_size in (1, 10_000, 1 << 30):
@@ -35,8 +35,8 @@ def _share(rank, world_size, config, per_node):
     ("layout", "experts", "ranks", "per_node"),
     [
         ({"tensor": 2, "pipeline": 2}, 0, 4, 2),
-        ({"pipeline": 2, "expert": 2}, 4, 4, 1),
-        ({"tensor": 2}, 0, 4, 2),
+        pytest.param({"pipeline": 2, "expert": 2}, 4, 4, 1, marks=pytest.mark.slow),
+        pytest.param({"tensor": 2}, 0, 4, 2, marks=pytest.mark.slow),
     ],
     ids=["PP across nodes", "every rank a node", "DP across nodes"],
 )
@@ -69,7 +69,7 @@ def _fail(rank, world_size):
 
     os.environ["LOCAL_RANK"] = str(rank % 2)
     dist.init_process_group("gloo")
-    nodes, seen = Nodes(), {}
+    nodes, seen = Nodes(timeout=60), {}
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         for i in range(10):

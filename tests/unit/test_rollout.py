@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_egrsd.config import ModelConfig, RolloutConfig
-from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout.client import NOTHING, Generation, parse_generation
-from megatron_egrsd.rollout.servers import choose_port, last_error, server_command
+from megatron_egrsd.rollout.servers import RolloutServers, choose_port, last_error, server_command
 from megatron_egrsd.rollout.weight_checksums import checksum, expected_checksums
 from megatron_egrsd.rollout.weight_sync import buckets
 
@@ -35,6 +35,21 @@ def test_cpu_arguments():
     words = server_command(RolloutConfig(max_total_tokens=100), MODEL, 0, 1234, "cpu")
     assert words[words.index("--device") + 1] == "cpu"
     assert words[words.index("--max-total-tokens") + 1] == "100"
+
+
+def test_what_a_failed_push_leaves_half_done_is_one_loss(tmp_path):
+    config = RolloutConfig(urls=["http://a:1", "http://b:1"], max_restarts=2)
+    servers = RolloutServers(config, MODEL, 0, tmp_path, wait=False)
+    servers.attach(["http://c:1", "http://d:1"])
+    servers.mark_lost(servers.servers[2], "c hangs")
+    assert servers.restarts == 1 and servers.take_due() == ["http://c:1"]
+    servers.mark_all_lost("the push failed")
+    assert servers.restarts == 2 and servers.live == [] and servers.take_due() == ["http://d:1"]
+    servers.mark_all_lost("nobody is left to lose")
+    assert servers.restarts == 2 and servers.take_due() == []
+    servers.rejoin()
+    with pytest.raises(RunError, match=r"b hangs; the run gives up after 2 lost servers \(rollout.max_restarts\)"):
+        servers.mark_lost(servers.servers[1], "b hangs")
 
 
 def test_a_free_port_is_free():
