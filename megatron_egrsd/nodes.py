@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_egrsd.engine.distributed import exhaust, on_first_rank, to_the_end
 from megatron_egrsd.rollout.servers import ServersLost
-from megatron_egrsd.rollout.tensor_handles import flatten
+from megatron_egrsd.rollout.tensor_handles import flatten, unflatten
 from megatron_egrsd.rollout.weight_sync import NamedTensors, buckets
 
 T = TypeVar("T")
@@ -83,11 +83,10 @@ class Nodes:
             if self.index is None:
                 continue
             if self._group is not None:
-                parts = [t.numel() for _, t in bucket]
                 if self.index == 0:
                     flat = flatten(bucket, device)
                 else:
-                    flat = torch.empty(sum(parts), dtype=bucket[0][1].dtype, device=device)
+                    flat = torch.empty(sum(t.numel() for _, t in bucket), dtype=bucket[0][1].dtype, device=device)
                 dist.broadcast(flat, src=self.leaders[0], group=self._group)
-                bucket = [(n, part.view(t.shape)) for (n, t), part in zip(bucket, flat.split(parts), strict=True)]
+                bucket = unflatten(flat, bucket)
             yield from bucket

@@ -23,6 +23,12 @@ def flatten(bucket: Bucket, device: torch.device) -> torch.Tensor:
     return torch.cat([t.detach().to(device).reshape(-1) for _, t in bucket])
 
 
+def unflatten(flat: torch.Tensor, bucket: Bucket) -> Bucket:
+    """`bucket`'s names and shapes as views of `flat`, which is laid out like `flatten(bucket)`."""
+    parts = flat.split([t.numel() for _, t in bucket])
+    return [(name, part.view(t.shape)) for (name, t), part in zip(bucket, parts, strict=True)]
+
+
 def share(bucket: Bucket, device: torch.device) -> tuple[str, torch.Tensor]:
     """(handles of `bucket` in base64, the one buffer behind them). Keep the buffer until the servers have answered.
 
@@ -34,14 +40,12 @@ def share(bucket: Bucket, device: torch.device) -> tuple[str, torch.Tensor]:
         raise RunError(f"{_SHARED_MEMORY} has {free >> 20} MiB left for a weight bucket of {size >> 20} MiB; lower "
                        "rollout.sync_bucket_mib, or give the container more (docker run --shm-size)")  # fmt: skip
     flat = flatten(bucket, device)
-    parts = flat.split([t.numel() for _, t in bucket])
-    views = [(name, part.view(t.shape)) for (name, t), part in zip(bucket, parts, strict=True)]
     # By file name, not by descriptor: that can only be passed on to a process of our own.
     strategy = torch_mp.get_sharing_strategy()
     torch_mp.set_sharing_strategy("file_system")
     try:
         pickled = io.BytesIO()
-        ForkingPickler(pickled).dump(views)
+        ForkingPickler(pickled).dump(unflatten(flat, bucket))
     finally:
         torch_mp.set_sharing_strategy(strategy)
     return base64.b64encode(pickled.getvalue()).decode(), flat
