@@ -69,6 +69,9 @@ class Fleet:
             ServersLost: A server did not get them; `mark_lost`, `recover` and once more.
             RunError: A server refused, cannot be started again, or holds other weights.
         """
+        abandoned = on_first_rank(lambda: self.servers.abandoned)  # it alone knows
+        if self.servers is not None:
+            self.servers.abandoned = abandoned
         self._send(lambda weights: self.sync.push(weights, version))
         if self.config.rollout.verify_sync:
             self._send(lambda weights: self.sync.verify(weights))

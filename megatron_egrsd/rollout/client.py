@@ -174,13 +174,14 @@ class RolloutClient:
             try:
                 await asyncio.wait({request})
             finally:
-                request.cancel()  # where we are cancelled ourselves
+                self.servers.abandoned |= request.cancel()  # where we are cancelled ourselves
                 self._requests[server].discard(request)
             if request.cancelled():  # its server was lost
                 continue
             try:
                 return request.result()
             except _RequestFailed as error:
+                self.servers.abandoned = True
                 failures += 1
                 if failures > self.config.request_retries:
                     if await asyncio.to_thread(self.servers.is_healthy, server):

@@ -34,6 +34,16 @@ class Control:
         self.deadline = now + self.timeout
         return now
 
+    def await_idle(self) -> None:
+        """End what runs although nobody awaits it any more: SGLang takes no weights then, nor gives up memory.
+
+        Raises what `on_all` raises.
+        """
+        if self.servers.abandoned:
+            self.on_all("abort_request", {"abort_all": True})
+            self.on_all(f"flush_cache?timeout={self.timeout:g}", {})  # returns when nothing runs
+            self.servers.abandoned = False
+
     def on_all(self, endpoint: str, body: dict | list[dict | None],
                meanwhile: Callable[[Callable[[], None]], None] | None = None) -> list[dict[str, Any]]:  # fmt: skip
         """POST to every server at once, and run `meanwhile` until they answer; the first failure is raised.

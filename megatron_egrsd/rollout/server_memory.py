@@ -35,6 +35,7 @@ class ServerMemory:
         self.control.start_clock()
         due = [[part for part in parts if is_due(server, part)] for server in self.servers.servers]
         try:
+            self.control.await_idle()
             self.control.on_all(endpoint, [{"tags": tags} if tags else None for tags in due])
         except ServersLost as lost:
             self.servers.mark_all_lost(str(lost))

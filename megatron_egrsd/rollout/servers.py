@@ -85,6 +85,7 @@ class RolloutServers:
         self.seed = seed
         self.servers: list[Server] = []
         self.restarts = 0
+        self.abandoned = bool(config.urls)  # a request that was given up, or somebody else's, may still run
         self._closed = False
         self._due: list[str] = []  # servers elsewhere that were lost and not yet started again
         self.key = key or api_key(config)

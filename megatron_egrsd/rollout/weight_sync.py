@@ -6,7 +6,7 @@ With `weight_sync: ipc` a request holds handles instead, and the servers, on the
 are; with `disk` they read a temporary checkpoint. Whatever can wait has a deadline.
 """
 
-import itertools
+import secrets
 import shutil
 import tempfile
 import time
@@ -25,7 +25,6 @@ from megatron_egrsd.rollout.tensor_handles import Bucket, flatten, share
 from megatron_egrsd.rollout.weight_checksums import expected_checksums
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
-_numbers = itertools.count()  # a group that was abandoned may still be ending when the next one forms
 
 
 class WeightSync:
@@ -52,6 +51,8 @@ class WeightSync:
         self.output_directory = output_directory
         self.control = Control(servers, config.sync_timeout, only_here=config.weight_sync == "ipc")
         self._group: BroadcastGroup | None = None
+        # A run that was killed while it pushed left its session open in servers that outlive it.
+        self.control.tell("end_weight_update", {}, timeout=5)
         try:
             self._connect()
         except RunError:
@@ -73,6 +74,7 @@ class WeightSync:
         start = self.control.start_clock()
         try:
             self._connect()
+            self.control.await_idle()
             if self.config.weight_sync == "disk":
                 self._push_by_disk(named_tensors)
             else:
@@ -150,7 +152,8 @@ class WeightSync:
         sizes = self._tensor_parallel_sizes()
         # One address for all servers: where one is elsewhere, not this host's loopback.
         address = max(map(address_towards, self.control.urls), key=lambda a: not a.startswith("127."))
-        name = f"megatron_egrsd_weights_{next(_numbers)}"
+        # A group that was abandoned, by a killed run or by ours, may still be there when the next one forms.
+        name = f"megatron_egrsd_weights_{secrets.token_hex(4)}"
         group = BroadcastGroup(name, address, 1 + sum(sizes), self.device, self.config.sync_timeout)
         bodies = [{"master_address": address, "master_port": group.port, "rank_offset": 1 + sum(sizes[:i]),
                    "world_size": group.world_size, "group_name": name, "backend": group.backend}

@@ -1,11 +1,10 @@
 """Sampling from a real server: order, log-probabilities, limits, refusals."""
 
-import httpx
 import pytest
 
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout.client import RolloutClient
-from tests.rollout.conftest import largest_difference, load_hf, rollout_config, wait_until
+from tests.rollout.conftest import largest_difference, load_hf, rollout_config
 
 pytestmark = pytest.mark.timeout(200)
 PROMPTS = [[5 + i] * (1 + 3 * i) for i in range(12)]  # ragged
@@ -61,5 +60,3 @@ def test_request_timeout_is_an_error_and_the_server_lives_on(servers, client):
     with pytest.raises(RunError, match=r"did not answer within rollout.request_timeout = 0.05 s"):
         impatient.generate(PROMPTS, 4, max_new_tokens=400)
     assert client.generate([[5]], 1)
-    # SGLang refuses to flush, and so new weights, while it works on what nobody waits for any more.
-    assert wait_until(lambda: httpx.post(f"{servers.urls[0]}/flush_cache", timeout=20).status_code == 200, 60)

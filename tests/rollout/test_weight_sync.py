@@ -1,5 +1,8 @@
 """Weights into a real server: they arrive bit by bit, and whatever keeps them from it is named in time."""
 
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +12,7 @@ import torch
 
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.rollout import tensor_handles, weight_sync
+from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.control import Control
 from megatron_egrsd.rollout.process_group import BroadcastGroup
 from megatron_egrsd.rollout.weight_sync import WeightSync
@@ -44,6 +48,58 @@ def test_new_weights_serve_the_next_rollouts(sync, client, model_directory):
         answers = client.generate(PROMPTS, 4, temperature=0.9)
         assert {a.weight_version for group in answers for a in group} == {version}
         assert largest_difference(hf, PROMPTS, answers, 0.9) < 1e-5
+
+
+def test_what_a_client_gave_up_does_not_keep_weights_out(servers, model_directory):
+    """SGLang works on for a moment on a request whose client has gone, and refuses weights meanwhile."""
+    tensors = named_tensors(load_hf(model_directory))
+    hasty = rollout_config(request_timeout=0.05, request_retries=0, max_concurrent_requests=1000)
+    impatient = RolloutClient(servers, hasty)
+    sync = WeightSync(servers, rollout_config(), "cpu")
+    for version in (1, 2, 3):
+        with pytest.raises(RunError, match="did not answer within"):
+            impatient.generate(PROMPTS * 4, 32, max_new_tokens=400)
+        sync.push(tensors, version)
+    sync.close()
+
+
+_PUSH_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+from megatron_egrsd.rollout import weight_sync
+from megatron_egrsd.rollout.process_group import BroadcastGroup
+from megatron_egrsd.rollout.servers import RolloutServers
+from tests.rollout.conftest import load_hf, named_tensors, rollout_config
+
+url, model, transport, when = sys.argv[1:]
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def one_by_one(tensors, size):
+    for i, tensor in enumerate(tensors):
+        if i == 10 and when == "between two buckets":
+            die()
+        yield [tensor]
+
+weight_sync.buckets = one_by_one
+if when == "in a broadcast":
+    BroadcastGroup.broadcast = die
+config = rollout_config(urls=[url], weight_sync=transport)
+weight_sync.WeightSync(RolloutServers(config, None, 0, Path()), config, "cpu").push(named_tensors(load_hf(model)), 9)
+"""
+
+
+@pytest.mark.parametrize("transport, when", [("distributed", "in a broadcast"), ("ipc", "between two buckets")])
+def test_a_run_that_was_killed_while_it_pushed_can_be_continued(servers, model_directory, transport, when):
+    """The user's servers live on, with a session open and a group whose first rank is gone."""
+    command = [sys.executable, "-c", _PUSH_AND_DIE, servers.urls[0], str(model_directory), transport, when]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2], timeout=100).returncode == -signal.SIGKILL
+    hf = changed(model_directory, 9)
+    sync = WeightSync(servers, rollout_config(weight_sync=transport), "cpu")
+    sync.push(named_tensors(hf), 9)
+    sync.verify(named_tensors(hf))
+    sync.close()
 
 
 def test_disk_transport(servers, client, model_directory, tmp_path):
