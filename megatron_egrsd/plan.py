@@ -233,7 +233,7 @@ def _add_servers(plan: Plan, config: Config, arch: Architecture, prompts, gpu_me
     if r.urls:
         plan.add("rollouts", f"at {', '.join(r.urls)} (not asked)")
         return
-    from megatron_egrsd.rollout.servers import choose_port
+    from megatron_egrsd.rollout.servers import choose_ports
 
     ports = [r.port + i for i in range(r.engines)] if r.port else []
     where = f"ports {ports[0]} to {ports[-1]}" if ports else "free ports"
@@ -242,9 +242,9 @@ def _add_servers(plan: Plan, config: Config, arch: Architecture, prompts, gpu_me
     if ports and ports[-1] > 65535:
         plan.refusals.append(f"rollout.port = {r.port} leaves no ports for {r.engines} servers")
         ports = []
-    for port in ports:
+    if ports:
         try:
-            choose_port(r.host, port)
+            choose_ports(r.host, r.port, r.engines)
         except BadArgument as error:
             plan.refusals.append(str(error))
     needed = int(r.server_args.get("base_gpu_id", 0)) + r.engines * r.engine_tensor_parallel

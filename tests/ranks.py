@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from multiprocessing.connection import wait
 from typing import Any
 
 import psutil
+
+from megatron_egrsd.rollout.servers import choose_ports
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -19,9 +20,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     are still running at the deadline are killed, by process id.
     """
     context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = choose_ports("127.0.0.1", 0, 1)
     processes, pipes = [], []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)

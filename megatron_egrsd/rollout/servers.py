@@ -9,6 +9,7 @@ a crash), the kernel does: see launch_guard.py.
 
 import atexit
 import os
+import random
 import re
 import signal
 import socket
@@ -27,8 +28,10 @@ from megatron_egrsd.rollout.launch_guard import KEY_VARIABLE, PARENT_VARIABLE
 from megatron_egrsd.rollout.scratch import Scratch
 
 _POLL = 0.5  # seconds between two looks at a starting server
+_NOT_OUTGOING = (20000, 32768)  # ports; Linux gives from 32768 on to connections
 _GRACE = 5.0  # seconds a killed server's processes have to be gone
-_ERROR = re.compile(r"(\[.*\] )?([\w.]*(Error|Exception): .|.*: error: )")  # the end of a traceback, or argparse's
+# The end of a traceback, uvicorn's about its port, or argparse's.
+_ERROR = re.compile(r"(\[.*\] )?([\w.]*(Error|Exception): .|ERROR: +\[Errno|.*: error: )")
 
 
 class ServersLost(RunError):
@@ -96,7 +99,7 @@ class RolloutServers:
             if not (Path(model.path) / "config.json").is_file():
                 raise BadArgument(f"model.path is {model.path!r}, but there is no config.json in it; "
                                   "give the directory of a Hugging Face checkpoint")  # fmt: skip
-            ports = [choose_port(config.host, config.port and config.port + i) for i in range(config.engines)]
+            ports = choose_ports(config.host, config.port, config.engines)
             self._scratch = Scratch()
             atexit.register(self.close)
         try:
@@ -272,16 +275,36 @@ class RolloutServers:
         return children
 
 
-def choose_port(host: str, port: int) -> int:
-    """`port` if it can be bound on `host`, a free one if it is 0; BadArgument naming a port that is taken."""
+def choose_ports(host: str, first: int, count: int) -> list[int]:
+    """`count` ports of `host`, from `first` on, or any free ones if it is 0; BadArgument naming one that is taken.
+
+    Free ones are from below the range that the kernel gives to outgoing connections: a server needs ten seconds to
+    start, in which one of those may take a port that was free.
+    """
+    if first:
+        for port in range(first, first + count):
+            if error := _why_not(host, port):
+                raise BadArgument(f"rollout.port: port {port} on {host} cannot be used ({error}); "
+                                  "free it, choose another, or 0 for any free one")  # fmt: skip
+        return list(range(first, first + count))
+    free: list[int] = []
+    for port in random.SystemRandom().sample(range(*_NOT_OUTGOING), 1000):
+        if len(free) < count and not _why_not(host, port):
+            free.append(port)
+    if len(free) < count:
+        raise BadArgument(f"rollout.host: no free port on {host} ({_why_not(host, 0) or 'a thousand were tried'})")
+    return free
+
+
+def _why_not(host: str, port: int) -> str:
+    """Why a port cannot be bound; "" if it can."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free for SGLang too
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise BadArgument(f"rollout.port: port {port} on {host} cannot be used ({error.strerror}); "
-                              "free it, choose another, or 0 for any free one") from None  # fmt: skip
-        return probe.getsockname()[1]
+            return error.strerror or str(error)
+    return ""
 
 
 def server_command(config: RolloutConfig, model: ModelConfig, seed: int, port: int, device: str) -> list[str]:

@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+import socket
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 from megatron_egrsd.config import ModelConfig, RolloutConfig
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout.client import NOTHING, Generation, parse_generation
-from megatron_egrsd.rollout.servers import RolloutServers, choose_port, last_error, server_command
+from megatron_egrsd.rollout.servers import RolloutServers, choose_ports, last_error, server_command
 from megatron_egrsd.rollout.weight_checksums import checksum, expected_checksums
 from megatron_egrsd.rollout.weight_sync import buckets
 
@@ -52,10 +54,17 @@ def test_what_a_failed_push_leaves_half_done_is_one_loss(tmp_path):
         servers.mark_lost(servers.servers[1], "b hangs")
 
 
-def test_a_free_port_is_free():
-    assert choose_port("127.0.0.1", 0) > 0
+def test_free_ports_are_free_and_no_connection_takes_them():
+    outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = choose_ports("127.0.0.1", 0, 300)
+    assert len(set(ports)) == 300 and max(ports) < outgoing
+    taken = pytest.raises(BadArgument, match=f"port {ports[7]} on 127.0.0.1 cannot be used")
+    with socket.create_server(("127.0.0.1", ports[7])), taken:
+        choose_ports("127.0.0.1", ports[7] - 2, 4)
     with pytest.raises(BadArgument, match=r"port 80 on 203\.0\.113\.1 cannot be used"):
-        choose_port("203.0.113.1", 80)  # an address that no host here has
+        choose_ports("203.0.113.1", 80, 1)  # an address that no host here has
+    with pytest.raises(BadArgument, match=r"rollout\.host: no free port on 203\.0\.113\.1 \(Cannot assign"):
+        choose_ports("203.0.113.1", 0, 1)
 
 
 def test_buckets_keep_order_size_and_type():
@@ -152,6 +161,9 @@ def test_last_error_is_the_cause_not_a_consequence(tmp_path):
     log.write_text("starting\nTraceback (most recent call last):\n  File x\nValueError: no such model\n"
                    "Traceback (most recent call last):\nRuntimeError: a child died\nbye\n")  # fmt: skip
     assert last_error(log) == "ValueError: no such model"
+    taken = "[2026-11-24 01:42:56] ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 38701)"
+    log.write_text(f"[2026-11-24 01:42:55] INFO:     up\n{taken}\nTimeoutError: timed out\n")
+    assert last_error(log) == taken
     log.write_text("usage: x\nlaunch.py: error: argument --dtype: invalid choice: 'x'\n")
     assert last_error(log).endswith("invalid choice: 'x'")
     log.write_text("one\ntwo\n")
