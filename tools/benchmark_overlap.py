@@ -106,16 +106,9 @@ def _passes(requests: Connection) -> None:
 
 def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
     """Medians over the steps of all repeats, without the first one, which warms up, and the last, which is alone."""
-    factors = slowdown()
-    print("beside each other, sampling takes {:.2f} times as long and passes {:.2f} times".format(*factors))
-    beside = fmean(factors)
+    before = slowdown()
     phases: dict[str, list[dict[str, np.ndarray]]] = {mode: [] for mode in MODES}
-    forecasts = [  # of a step one step off: from the phases of which mode, and how much they slow each other down
-        ("on-policy's phases, processors of their own", "on-policy", 1.0),
-        (f"on-policy's phases, {beside:.2f} times as long side by side", "on-policy", beside),
-        ("its own phases", "one step off", 1.0),
-    ]
-    predicted: dict[str, list[np.ndarray]] = {name: [] for name, _, _ in forecasts}
+    overlapped: dict[str, list[list[np.ndarray]]] = {mode: [] for mode in MODES}
     for repeat in range(repeats):
         for mode, arguments in MODES.items():
             path = output / f"{mode.replace(' ', '-')}-{repeat}"
@@ -124,11 +117,8 @@ def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
             seconds = {phase: np.array([row[f"time/{phase}"] for row in rows]) for phase in PHASES}
             seconds["tokens"] = np.array([row["batch/tokens"] for row in rows])
             phases[mode].append({name: values[1:-1] for name, values in seconds.items()})
-            overlapped = [seconds[p][1:-1] for p in ("score", "train", "sync")]  # with the sampling of the next batch
-            for name, source, factor in forecasts:
-                if source == mode:
-                    step = step_seconds(seconds["generate"][2:], *overlapped, staleness=1, slowdown=factor)
-                    predicted[name].append(step)
+            ahead = [seconds["generate"][2:], *(seconds[phase][1:-1] for phase in ("score", "train", "sync"))]
+            overlapped[mode].append(ahead)  # one step off, a step trains while the next one's batch is sampled
             print(f"{mode} {repeat}: median step {median(phases[mode][-1]['step']):.2f} s; "
                   f"load average {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)  # fmt: skip
     print(f"| median of {repeats} x {steps - 2} steps | {' | '.join(PHASES)} | tokens a batch |")
@@ -139,8 +129,15 @@ def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
         whole[mode] = found["step"]
         cells = [f"{found[phase]:.2f} s" for phase in PHASES]
         print(f"| {mode} | {' | '.join(cells)} | {found['tokens']:,.0f} |")
-    for name, runs in predicted.items():
-        seconds = median(np.concatenate(runs))
+    factors = [fmean(pair) for pair in zip(before, slowdown(), strict=True)]
+    beside = "sampling {:.2f} times as long, training {:.2f} times".format(*factors)
+    forecasts = [
+        ("on-policy's phases, processors of their own", "on-policy", (1.0, 1.0)),
+        (f"on-policy's phases, {beside}", "on-policy", factors),
+        ("its own phases", "one step off", (1.0, 1.0)),
+    ]
+    for name, mode, slower in forecasts:
+        seconds = median(np.concatenate([step_seconds(*a, staleness=1, slowdown=slower) for a in overlapped[mode]]))
         saved = 1 - seconds / whole["on-policy"]
         print(f"one step off, predicted from {name}: {seconds:.2f} s, {saved:.0%} less than on-policy")
     print("less than on-policy", end="")

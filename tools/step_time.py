@@ -58,17 +58,24 @@ class Batch:
     responses: Sequence[int]
 
 
-def step_seconds(generate, score, train, sync, *, staleness: int, slowdown: float = 1.0):
+def step_seconds(generate, score, train, sync, *, staleness: int, slowdown: tuple[float, float] = (1.0, 1.0)):
     """Seconds of a step from those of its phases, numbers or arrays [steps]; `generate` of what is sampled meanwhile.
 
     On-policy one phase after the other; with `rollout.staleness` 1 the next batch is sampled while this one is scored
-    and trained. `slowdown` is how many times as long either takes while the other runs as well: 1 on processors of
-    their own, 2 on one that they share.
+    and trained. `slowdown` is how many times as long sampling, and training, take while the other runs as well: 1 on
+    processors of their own, both 2 on one that they share.
     """
     learn = score + train
     if not staleness:
         return generate + learn + sync
-    return np.maximum(generate, learn) + (slowdown - 1) * np.minimum(generate, learn) + sync
+    sampling, training = slowdown
+    # What takes longer side by side goes on alone, at full speed, when the other is done.
+    longer = np.where(
+        sampling * generate >= training * learn,
+        generate + training * learn * (1 - 1 / sampling),
+        learn + sampling * generate * (1 - 1 / training),
+    )
+    return longer + sync
 
 
 def layer_parameters(arch: Architecture) -> tuple[int, int]:

@@ -77,8 +77,10 @@ def test_one_step_off_hides_the_shorter_of_sampling_and_training():
     assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=0).tolist() == [7.75, 3.75]
     assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=1).tolist() == [5.25, 2.75]
     # On one processor that both share, nothing is won; between the two, what overlaps takes that much longer.
-    assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=1, slowdown=2).tolist() == [7.75, 3.75]
-    assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=1, slowdown=1.5).tolist() == [6.5, 3.25]
+    assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=1, slowdown=(2, 2)).tolist() == [7.75, 3.75]
+    assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=1, slowdown=(1.5, 1.5)).tolist() == [6.5, 3.25]
+    # 2.5 s of training during which sampling does 1.25 of its 5 s; 1 s of sampling, which then waits for the training.
+    assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=1, slowdown=(2, 1)).tolist() == [6.5, 2.75]
 
 
 def test_tables(tmp_path):
