@@ -204,7 +204,7 @@ class RolloutConfig:
         port: First port of the launched servers; 0 picks free ones.
         cpu_threads: Threads of a launched server on CPU, whatever OMP_NUM_THREADS gives the training ranks. More than
             there are idle cores make it many times slower.
-        max_concurrent_requests: Requests in flight, over all servers.
+        max_concurrent_requests: Requests in flight for each server; what its memory does not hold waits there.
         max_total_tokens: Size of a launched server's KV cache in tokens; 0 leaves it to SGLang.
         weight_sync: Over a process group from the first training rank; by handles to memory of a node's first rank,
             which the servers of the same node open (CUDA IPC, shared memory on CPU); or through a directory on disk.

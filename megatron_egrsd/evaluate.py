@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,8 +27,9 @@ from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.evaluated_model import digest, hugging_face
 from megatron_egrsd.evaluation_table import evaluation_table
 from megatron_egrsd.rewards import Reward, grade, load_reward
-from megatron_egrsd.rollout.client import Generation, RolloutClient
+from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.deterministic import check_deterministic, deterministic
+from megatron_egrsd.rollout.generation import Generation
 from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
 from megatron_egrsd.sample_file import SampleFile
 from megatron_egrsd.sampling import prompt_builder
@@ -148,18 +150,26 @@ class Evaluation:
             client = RolloutClient(servers, rollout, [self.builder.tokenizer.eos_token_id])
             task = progress.add_task("", total=total, completed=len(done))
 
-            def finish(i: int, j: int, generation: Generation) -> None:
+            gradings: deque[Future] = deque()
+
+            def grade_and_write(i: int, j: int, generation: Generation) -> None:
                 self.file.append(self._row(i, j, generation))
                 progress.advance(task)
 
-            finished = _Finished(done, lambda i, j, g: grader.submit(finish, i, j, g))
+            def finished(i: int, j: int, generation: Generation) -> None:
+                done[i, j] = None  # the file keeps it
+                while gradings and gradings[0].done():
+                    gradings.popleft().result()
+                gradings.append(grader.submit(grade_and_write, i, j, generation))
+
             while True:
                 try:
                     client.generate(
                         [p.student_ids for p in self.prompts],
                         self.k,
                         temperature=evaluation.temperature,
-                        done=finished,
+                        done=done,
+                        finished=finished,
                         sampling=sampling,
                         seeds=self._seed if evaluation.deterministic else None,
                     )
@@ -167,7 +177,8 @@ class Evaluation:
                 except ServersLost:  # they are starting again, with the same weights
                     servers.recover()
                     servers.rejoin()
-            finished.wait()
+            for grading in gradings:
+                grading.result()
 
     def samples(self, problem_set: ProblemSet) -> list[Sample]:
         """The first k samples of every problem of a set, in its order."""
@@ -219,26 +230,6 @@ class Evaluation:
             return len(ids) - ids[::-1].index(self.end_of_thinking)
         thinking = text[: text.rindex("</think>") + len("</think>")]
         return min(len(ids), len(self.builder.tokenizer.encode(thinking, add_special_tokens=False)))
-
-
-class _Finished(dict):
-    """What `RolloutClient.generate` collects: hands every response on, and keeps none of them."""
-
-    def __init__(self, done: dict, submit):
-        super().__init__(done)
-        self.submit = submit
-        self.futures: set[Future] = set()
-
-    def __setitem__(self, key: tuple[int, int], generation: Generation) -> None:
-        super().__setitem__(key, None)
-        self.futures.add(self.submit(*key, generation))
-        for future in [f for f in self.futures if f.done()]:
-            self.futures.discard(future)
-            future.result()
-
-    def wait(self) -> None:
-        for future in self.futures:
-            future.result()
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pebble
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 Reward = Callable[[str, str], float]
 log = logging.getLogger(__name__)
-_WORKERS = min(8, os.cpu_count() or 1)  # processes of a user's reward function
+WORKERS = min(8, os.cpu_count() or 1)  # responses rewarded at once; processes of a user's reward function
 
 
 def math_reward(response: str, answer: str) -> float:
@@ -71,7 +70,7 @@ class _InWorkers:
         with self.lock:
             if self.pool is None:  # spawned: a fork would copy the trainer's threads' locks
                 spawn = multiprocessing.get_context("spawn")
-                self.pool = pebble.ProcessPool(_WORKERS, context=spawn, initializer=_prepare, initargs=[self.name])
+                self.pool = pebble.ProcessPool(WORKERS, context=spawn, initializer=_prepare, initargs=[self.name])
                 atexit.register(self.pool.stop)
         try:
             return self.pool.schedule(_call, [response, answer], timeout=self.timeout).result()
@@ -89,22 +88,17 @@ def _call(response: str, answer: str) -> float:
     return float(_user_reward(response, answer))
 
 
-def score(rollouts: list["Rollout"], reward: Reward) -> list[tuple[float, str]]:
-    """The reward of every rollout, as `grade` gives it; one warning a batch says how many failed."""
-    with ThreadPoolExecutor(_WORKERS) as threads:
-        answers = [(r.text, r.prompt.problem.answer, r.finish_reason, reward) for r in rollouts]
-        grades = list(threads.map(lambda words: grade(*words), answers))
-    failures = [(r.prompt.problem.id, error) for r, (_, error) in zip(rollouts, grades, strict=True) if error]
-    if failures:
-        problem, error = failures[0]
+def warn_of_failures(rollouts: list["Rollout"]) -> None:
+    """One warning for all rewards of a batch that could not be had."""
+    failed = [r for r in rollouts if r.reward_error]
+    if failed:
         log.warning(
             "the reward failed on %d of %d responses, which count as 0; first on problem %s: %s",
-            len(failures),
+            len(failed),
             len(rollouts),
-            problem,
-            error,
+            failed[0].prompt.problem.id,
+            failed[0].reward_error,
         )
-    return grades
 
 
 def grade(response: str, answer: str, finish_reason: str, reward: Reward) -> tuple[float, str]:

@@ -2,15 +2,16 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from transformers import AutoTokenizer
 
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.prompts import PromptBuilder
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.rewards import score
-from megatron_egrsd.rollout.client import Generation, RolloutClient
+from megatron_egrsd.rewards import WORKERS, grade, warn_of_failures
+from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.generation import Generation
 from megatron_egrsd.samples import Prompt, Rollout
 from megatron_egrsd.summary import Sample, accuracy, by_problem, percentile_95
 
@@ -28,33 +29,57 @@ class Sampler:
 
     def __init__(self, client: RolloutClient, tokenizer, reward: Callable[[str, str], float]):
         self.client, self.tokenizer, self.reward = client, tokenizer, reward
+        self.threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="reward")
 
     def sample(self, prompts: list[Prompt], n: int, temperature: float, done: dict | None = None) -> list[Rollout]:
         """n rewarded rollouts of each prompt, those of one prompt together; `group` is the prompt's position.
 
-        `done` as in RolloutClient.generate: what is in it is not sampled again.
+        A response is rewarded as soon as it is finished, while others are still sampled. `done` as in
+        RolloutClient.generate: what is in it is not sampled again.
         """
-        ids = [p.student_ids for p in prompts]
-        return self.rewarded(prompts, self.client.generate(ids, n, temperature=temperature, done=done))
+        rewards: dict[tuple[int, int], Future[Rollout]] = {}
 
-    def rewarded(self, prompts: list[Prompt], generations: list[list[Generation]]) -> list[Rollout]:
-        """The rollouts that the responses to each prompt make, decoded and rewarded."""
-        rollouts = [
-            Rollout(
-                prompt=prompt,
-                group=group,
-                response_ids=g.response_ids,
-                rollout_log_probs=g.log_probs,
-                finish_reason=g.finish_reason,
-                weight_version=g.weight_version,
-                segments=g.segments if len(g.segments) > 1 else [],
-                text=self.tokenizer.decode(g.response_ids, skip_special_tokens=True),
-            )
-            for group, (prompt, answers) in enumerate(zip(prompts, generations, strict=True))
-            for g in answers
-        ]
-        graded = zip(rollouts, score(rollouts, self.reward), strict=True)
-        return [replace(r, reward=value, reward_error=error) for r, (value, error) in graded]
+        def finished(i: int, j: int, generation: Generation) -> None:
+            rewards[i, j] = self._reward(prompts[i], i, generation)
+
+        for (i, j), generation in (done or {}).items():
+            finished(i, j, generation)
+        ids = [p.student_ids for p in prompts]
+        try:
+            self.client.generate(ids, n, temperature=temperature, done=done, finished=finished)
+            return self._await([rewards[i, j] for i in range(len(prompts)) for j in range(n)])
+        finally:
+            for future in rewards.values():
+                future.cancel()
+
+    def rewarded(self, prompt: Prompt, generations: list[Generation]) -> list[Rollout]:
+        """The rollouts that finished responses to one prompt make, as group 0."""
+        return self._await([self._reward(prompt, 0, generation) for generation in generations])
+
+    def _reward(self, prompt: Prompt, group: int, generation: Generation) -> "Future[Rollout]":
+        return self.threads.submit(self._rollout, prompt, group, generation)
+
+    def _rollout(self, prompt: Prompt, group: int, g: Generation) -> Rollout:
+        text = self.tokenizer.decode(g.response_ids, skip_special_tokens=True)
+        reward, error = grade(text, prompt.problem.answer, g.finish_reason, self.reward)
+        return Rollout(
+            prompt=prompt,
+            group=group,
+            response_ids=g.response_ids,
+            rollout_log_probs=g.log_probs,
+            finish_reason=g.finish_reason,
+            weight_version=g.weight_version,
+            text=text,
+            reward=reward,
+            reward_error=error,
+            segments=g.segments if len(g.segments) > 1 else [],
+        )
+
+    @staticmethod
+    def _await(futures: "list[Future[Rollout]]") -> list[Rollout]:
+        rollouts = [future.result() for future in futures]
+        warn_of_failures(rollouts)
+        return rollouts
 
 
 def summarize(rollouts: list[Rollout]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from megatron_egrsd.batches import Batch
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.problems import batch_indices
 from megatron_egrsd.errors import Preempted
-from megatron_egrsd.rollout.client import NOTHING, Generation
+from megatron_egrsd.rollout.generation import NOTHING, Generation
 from megatron_egrsd.rollout.partial import Stretch
 from megatron_egrsd.rollout.servers import ServersLost
 from megatron_egrsd.samples import Prompt, Rollout
@@ -116,7 +116,7 @@ class Stream:
         self.stretch.add(group.prompt.student_ids, group.responses, lambda: self._reward(group))
 
     def _reward(self, group: Group) -> None:
-        group.rollouts = self.sampler.rewarded([group.prompt], [group.responses])
+        group.rollouts = self.sampler.rewarded(group.prompt, group.responses)
         self._notify()
 
     def _notify(self) -> None:

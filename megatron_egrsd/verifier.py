@@ -65,8 +65,9 @@ class _Worker:
             raise RunError("the verifying process does not start; check `python -c 'import math_verify'`")
 
     def _reply(self, seconds: float) -> bytes | None:
-        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
-        return (self.process.stdout.readline().strip() or None) if ready else None
+        output = select.poll()  # select() knows 1,024 files, which a busy client exceeds
+        output.register(self.process.stdout, select.POLLIN)
+        return (self.process.stdout.readline().strip() or None) if output.poll(seconds * 1000) else None
 
     def _end(self) -> None:
         self.process.kill()

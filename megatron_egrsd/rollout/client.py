@@ -7,57 +7,23 @@ is our own, to the server with the fewest requests in flight: with whole batches
 
 import asyncio
 import contextlib
-import itertools
-import math
+import resource
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
 from megatron_egrsd.config import RolloutConfig
 from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.rollout.generation import LARGE, NOTHING, Generation, read_answer, read_apart
 from megatron_egrsd.rollout.servers import RolloutServers, Server, ServersLost
 
 _WATCH = 0.5  # seconds between two looks at the servers' processes while requests are in flight
 _HEALTH = 5.0  # seconds between two questions for their health
+_FILES = 256  # that the process may have open besides its requests
+_ENOUGH = 1 << 20  # files, where there is no limit
 _ABORT = 5.0  # seconds that a server may take to hear that it should stop
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One sampled response, or the beginning of one.
-
-    `log_probs[t]` is the log-probability (nats) of `response_ids[t]` under softmax(logits / temperature). A response
-    that stopped ends with the stop token. `finish_reason` is "stop", "length" or, of a beginning, "abort". `segments`
-    are [weight version, number of tokens] of what each version sampled, in turn; a version is that of the last sync,
-    0 before the first, -1 where the server has a version of its own naming.
-    """
-
-    response_ids: list[int]
-    log_probs: list[float]
-    finish_reason: str
-    segments: list[list[int]]
-
-    @property
-    def weight_version(self) -> int:
-        """That of the first token, which is the oldest."""
-        return self.segments[0][0]
-
-    @property
-    def finished(self) -> bool:
-        return self.finish_reason != "abort"
-
-    def continued(self, more: "Generation") -> "Generation":
-        """This beginning with what was sampled behind it."""
-        stretches = itertools.groupby(self.segments + more.segments, key=lambda segment: segment[0])
-        segments = [[version, sum(tokens for _, tokens in same)] for version, same in stretches]
-        ids, log_probs = self.response_ids + more.response_ids, self.log_probs + more.log_probs
-        return Generation(ids, log_probs, more.finish_reason, segments)
-
-
-NOTHING = Generation([], [], "abort", [])
 
 
 class _RequestFailed(Exception):
@@ -96,14 +62,16 @@ class RolloutClient:
         temperature: float | None = None,
         max_new_tokens: int | None = None,
         done: dict[tuple[int, int], Generation] | None = None,
+        finished: Callable[[int, int, Generation], object] = lambda *_: None,
         sampling: dict[str, Any] | None = None,
         seeds: Callable[[int, int], int] | None = None,
     ) -> list[list[Generation]]:
         """`n` responses to each prompt (token ids), in the order of the prompts. Not for use inside an event loop.
 
         `done` collects the j-th response to the i-th prompt under (i, j): after ServersLost, and the recovery of the
-        servers, a second call with the same `done` samples only what is missing. `sampling` holds further sampling
-        parameters of SGLang's, `seeds(i, j)` the seed of a response, which servers use that run deterministically.
+        servers, a second call with the same `done` samples only what is missing. `finished(i, j, response)` is called
+        as each comes, and should return at once. `sampling` holds further sampling parameters of SGLang's,
+        `seeds(i, j)` the seed of a response, which servers use that run deterministically.
 
         Raises:
             BadArgument: A prompt is empty (it would kill SGLang's scheduler), or a size is not positive.
@@ -121,7 +89,7 @@ class RolloutClient:
                               f"{temperature} not negative")  # fmt: skip
         sampling = dict(sampling or {}) | self.sampling(temperature, max_new_tokens)
         done = {} if done is None else done
-        asyncio.run(self._generate(prompts, n, sampling, done, seeds))
+        asyncio.run(self._generate(prompts, n, sampling, done, finished, seeds))
         return [[done[i, j] for j in range(n)] for i in range(len(prompts))]
 
     def sampling(self, temperature: float, max_new_tokens: int) -> dict[str, Any]:
@@ -129,17 +97,27 @@ class RolloutClient:
         stop = {"stop_token_ids": self.stop_token_ids} if self.stop_token_ids else {}
         return {"temperature": temperature, "max_new_tokens": max_new_tokens, "skip_special_tokens": False} | stop
 
-    async def _generate(self, prompts: list[list[int]], n: int, sampling: dict, done: dict, seeds) -> None:
+    async def _generate(self, prompts: list[list[int]], n: int, sampling: dict, done: dict, finished, seeds) -> None:
         # The samples of one prompt are issued side by side: all but the first find its prefix cached.
         missing = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]
-        slots = asyncio.Semaphore(self.config.max_concurrent_requests)
+        slots = self.slots()
 
         async def sample(session: aiohttp.ClientSession, i: int, j: int) -> None:
             async with slots:
                 seed = {"sampling_seed": seeds(i, j)} if seeds else {}
                 done[i, j] = await self.sample(session, {"input_ids": prompts[i], "sampling_params": sampling | seed})
+                finished(i, j, done[i, j])
 
         await self.serve(lambda session: asyncio.gather(*(sample(session, i, j) for i, j in missing)))
+
+    def slots(self) -> asyncio.Semaphore:
+        """One for every request that may be in flight. A lost server's requests go to the others."""
+        wanted = self.config.max_concurrent_requests * len(self.servers.servers)
+        soft, hard = (_ENOUGH if limit < 0 else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+        number = max(1, min(wanted, hard - _FILES))  # every request is a connection
+        if soft < number + _FILES:  # 1,024 in many a shell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (number + _FILES, hard))
+        return asyncio.Semaphore(number)
 
     async def serve(self, work: Callable[[aiohttp.ClientSession], Awaitable]) -> None:
         """Await `work`, whose requests go through `sample`, with an eye on the servers."""
@@ -239,47 +217,12 @@ class RolloutClient:
                                    f"{response.status}: {(await response.text())[:300]}")  # fmt: skip
                 if response.status != 200:
                     raise _RequestFailed(f"{where} failed with HTTP {response.status}: {(await response.text())[:300]}")
-                answer = await response.json()
-            return parse_generation(answer, self.stopping)
+                answer = await response.read()
+            if len(answer) > LARGE:
+                return await asyncio.to_thread(read_apart, answer, self.stopping)
+            return read_answer(answer, self.stopping)
         except TimeoutError:
             raise _RequestFailed(f"{where} did not answer within rollout.request_timeout = "
                                  f"{self.config.request_timeout:g} s") from None  # fmt: skip
         except (aiohttp.ClientError, ValueError) as error:  # ValueError: no JSON, or not SGLang's
             raise _RequestFailed(f"{where} failed: {error or type(error).__name__}") from error
-
-
-def parse_generation(answer: Any, stopping: bool = False) -> Generation:
-    """SGLang's answer as a Generation; ValueError if it was aborted, contradicts itself or is something else.
-
-    `stopping`: one that was aborted is a beginning, possibly of no tokens. SGLang does not look whether its last token
-    ends the response; that one is left out, whatever it is, and so sampled again. A log-probability that SGLang could
-    not compute (null in JSON) is nan here: the guard of the update skips it.
-    """
-    try:
-        meta = answer["meta_info"]
-        reason, version = meta["finish_reason"], meta["weight_version"]
-        kind = (reason or {}).get("type")
-        message = (reason or {}).get("message", "no reason given")
-        entries = [(entry[0], entry[1]) for entry in meta["output_token_logprobs"]]
-        output_ids = list(answer["output_ids"])
-    except (TypeError, KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"not an answer of SGLang's ({type(error).__name__}: {error})") from None
-    begun = stopping and kind == "abort"
-    if kind not in ("stop", "length") and not begun:
-        raise ValueError(f"SGLang aborted the generation: {message}")
-    sampled_ids = [token for _, token in entries]
-    if sampled_ids != output_ids:
-        raise ValueError(f"log-probabilities of other tokens than it sampled; {len(output_ids)} tokens, "
-                         f"{len(entries)} log-probabilities")  # fmt: skip
-    if not (sampled_ids or begun) or not all(type(token) is int and token >= 0 for token in sampled_ids):
-        raise ValueError("no tokens, or something that is no token id")
-    if not all(value is None or type(value) in (int, float) for value, _ in entries):
-        raise ValueError("a log-probability that is no number")
-    try:
-        log_probs = [math.nan if value is None else float(value) for value, _ in entries]
-    except OverflowError:
-        raise ValueError("a log-probability that no float holds") from None
-    version = int(version) if isinstance(version, str) and version.isdecimal() else -1
-    if begun:
-        sampled_ids, log_probs = sampled_ids[:-1], log_probs[:-1]
-    return Generation(sampled_ids, log_probs, kind, [[version, len(sampled_ids)]] if sampled_ids else [])

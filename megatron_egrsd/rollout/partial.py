@@ -10,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import aiohttp
 
-from megatron_egrsd.rollout.client import Generation, RolloutClient
+from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.generation import Generation
 
 _POLL = 0.02  # seconds between two looks at what was added, and whether to stop
 
@@ -19,7 +20,7 @@ class Stretch:
     """What is sampled between two changes of the weights: in `thread`, until `stop`. For one calling thread.
 
     Args:
-        client: Its servers, and its concurrency, which the earliest responses get first.
+        client: Its servers, and its slots, which the earliest responses get first.
         temperature: Sampling temperature.
         thread: Free until `stop`.
     """
@@ -45,7 +46,7 @@ class Stretch:
         self.future.result()
 
     async def _run(self, session: aiohttp.ClientSession) -> None:
-        self._slots = asyncio.Semaphore(self.client.config.max_concurrent_requests)
+        self._slots = self.client.slots()
         tasks: list[asyncio.Task] = []
         try:
             while tasks or not self._stop:

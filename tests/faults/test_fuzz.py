@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megatron_egrsd.config import Config, DataConfig, parse_config
 from megatron_egrsd.data.problems import BadRows, load_problems
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.rollout.client import Generation, parse_generation
+from megatron_egrsd.rollout.generation import Generation, parse_generation
 from megatron_egrsd.samples import Problem, Prompt, Rollout, load_rollouts, save_rollouts
 
 TOTAL = int(os.environ.get("FUZZ_TOTAL", "2000"))

@@ -17,6 +17,12 @@ def test_log_probs_are_those_of_logits_over_temperature(client, servers, model_d
     assert largest_difference(load_hf(model_directory), PROMPTS, answers, temperature) < 1e-5
 
 
+def test_answers_that_another_process_reads(client, model_directory, monkeypatch):
+    monkeypatch.setattr("megatron_egrsd.rollout.client.LARGE", 0)
+    answers = client.generate(PROMPTS, 3)
+    assert largest_difference(load_hf(model_directory), PROMPTS, answers, 1.0) < 1e-5
+
+
 def test_order_counts_and_finish_reasons(client, model_directory):
     answers = client.generate(PROMPTS, 4)
     assert [len(group) for group in answers] == [4] * len(PROMPTS)

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 from megatron_egrsd.batches import check_versions
 from megatron_egrsd.config import Config, DataConfig, ObjectiveConfig
 from megatron_egrsd.data.problems import batch_indices
-from megatron_egrsd.rollout.client import NOTHING, Generation, RolloutClient
+from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.generation import NOTHING, Generation
 from megatron_egrsd.rollout.partial import Stretch
 from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
 from megatron_egrsd.rollout.weight_sync import WeightSync

@@ -1,9 +1,9 @@
-"""The verifier on hostile strings and from many threads; the worker behind it; and the batch interface around it."""
+"""The verifier on hostile strings and from many threads; the worker behind it; a user's reward."""
 
-import logging
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_egrsd import verifier
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.rewards import load_reward, math_reward, score
-from megatron_egrsd.samples import Problem, Prompt, Rollout
+from megatron_egrsd.rewards import WORKERS, grade, load_reward, math_reward
 
 
 def test_plain_numbers_are_fast_and_never_start_math_verify(monkeypatch):
@@ -161,21 +160,18 @@ def test_load_reward():
             load_reward(name)
 
 
-def rollout(text, answer="4", finish="stop"):
-    return Rollout(Prompt(Problem("p", "2+2?", answer), [1], [1]), 0, [2], [0.0], finish, 0, text)
-
-
-def test_score_zeroes_what_is_cut_or_fails(caplog):
+def test_what_is_cut_or_fails_counts_as_zero():
     def reward(response, answer):
         if response == "bad":
             raise KeyError("x")
         return {"high": 2.0, "nan": float("nan")}.get(response, 0.5)
 
-    batch = [rollout("fine"), rollout("fine", finish="length"), rollout("bad"), rollout("high"), rollout("nan")]
-    with caplog.at_level(logging.WARNING):
-        assert [value for value, _ in score(batch, reward)] == [0.5, 0.0, 0.0, 0.0, 0.0]
-    assert len(caplog.records) == 1 and "3 of 5 responses" in caplog.text and "KeyError" in caplog.text
-    assert score([rollout("\\boxed{4}"), rollout("5")], math_reward) == [(1.0, ""), (0.0, "")]
+    assert grade("fine", "4", "stop", reward) == (0.5, "")
+    assert grade("fine", "4", "length", reward) == (0.0, "")
+    assert grade("bad", "4", "stop", reward) == (0.0, "KeyError: 'x'")
+    assert grade("high", "4", "stop", reward) == (0.0, "it returned 2.0, outside [0, 1]")
+    assert grade("nan", "4", "stop", reward) == (0.0, "it returned nan, outside [0, 1]")
+    assert [grade(text, "4", "stop", math_reward)[0] for text in ("\\boxed{4}", "5")] == [1.0, 0.0]
 
 
 def hostile_reward(response, answer):
@@ -190,8 +186,9 @@ def hostile_reward(response, answer):
 
 def test_a_users_reward_can_neither_hang_nor_end_the_run():
     reward = load_reward("tests.unit.test_rewards:hostile_reward", timeout=3.0)
-    batch = [rollout(text) for text in ("4", "hang", "5", "exit", "fill", "4", "hang", "4")]
-    grades = score(batch, reward)
+    texts = ("4", "hang", "5", "exit", "fill", "4", "hang", "4")
+    with ThreadPoolExecutor(WORKERS) as threads:
+        grades = list(threads.map(lambda text: grade(text, "4", "stop", reward), texts))
     assert [value for value, _ in grades] == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0]
     reasons = [error for _, error in grades]
     assert [bool(reason) for reason in reasons] == [False, True, False, True, True, False, True, False]

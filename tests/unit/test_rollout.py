@@ -3,15 +3,23 @@
 import hashlib
 import math
 import socket
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import orjson
+import psutil
 import pytest
 import torch
 
 from megatron_egrsd.config import ModelConfig, RolloutConfig
 from megatron_egrsd.errors import BadArgument, RunError
-from megatron_egrsd.rollout.client import NOTHING, Generation, parse_generation
+from megatron_egrsd.rollout import client as client_module
+from megatron_egrsd.rollout import generation
+from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.generation import NOTHING, Generation, parse_generation, read_answer, read_apart
 from megatron_egrsd.rollout.servers import RolloutServers, choose_ports, last_error, server_command
 from megatron_egrsd.rollout.weight_checksums import checksum, expected_checksums
 from megatron_egrsd.rollout.weight_sync import buckets
@@ -156,6 +164,43 @@ def test_log_probs_that_json_cannot_spell_are_nan():
     assert math.isnan(parse_generation(spoiled).log_probs[0])
 
 
+def test_another_process_reads_the_same():
+    """From several threads; a ValueError is passed on; where the process is killed, this one reads."""
+    raw = [
+        orjson.dumps(answer(weight_version=str(i), output_token_logprobs=[[None, 5], [-i / 7, 2]])) for i in range(9)
+    ]
+    with ThreadPoolExecutor(4) as threads:
+        assert repr(list(threads.map(read_apart, raw))) == repr(list(map(read_answer, raw)))  # nan is not nan
+    stopped = orjson.dumps(answer(finish_reason={"type": "abort", "message": "out of memory"}))
+    assert read_apart(stopped, stopping=True).response_ids == [5]
+    for bad, message in (
+        (stopped, "aborted the generation: out of memory"),
+        (b"{", "unexpected end"),
+        (b"[]", "SGLang"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_apart(bad)
+    first = generation._reader.process
+    first.kill()
+    first.wait()
+    assert [read_apart(good).weight_version for good in raw] == list(range(9))
+    assert generation._reader.process.pid != first.pid
+
+
+def test_the_process_that_reads_ends_with_its_parent():
+    """However that ends."""
+    code = (
+        "import os, signal; from megatron_egrsd.rollout import generation\n"
+        "try: generation.read_apart(b'')\n"
+        "except ValueError: print(generation._reader.process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    child = int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=100).stdout)
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_last_error_is_the_cause_not_a_consequence(tmp_path):
     log = tmp_path / "log"
     log.write_text("starting\nTraceback (most recent call last):\n  File x\nValueError: no such model\n"
@@ -174,8 +219,25 @@ def test_last_error_is_the_cause_not_a_consequence(tmp_path):
 
 def test_torch_side_needs_no_sglang():
     """The trainer's import of this room must not pull SGLang (and its seconds) in."""
-    import subprocess
-
     code = ("import sys, megatron_egrsd.rollout.client, megatron_egrsd.rollout.weight_sync; "
             "sys.exit('sglang' in sys.modules)")  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
+
+
+def test_requests_in_flight_are_counted_by_server_and_fit_the_limit_of_files(tmp_path, monkeypatch):
+    """A shell's limit of 1,024 files is raised as far as it takes; where it cannot be, fewer requests are sent."""
+    config = RolloutConfig(urls=["http://a:1", "http://b:1", "http://c:1"], max_concurrent_requests=600)
+    client = RolloutClient(RolloutServers(config, MODEL, 0, tmp_path, wait=False), config)
+    limits = {}
+    monkeypatch.setattr(client_module.resource, "setrlimit", lambda kind, values: limits.update({kind: values}))
+    for soft, hard, slots, raised in [
+        (1024, 65536, 1800, (2056, 65536)),
+        (4096, 65536, 1800, None),
+        (1024, 1024, 768, None),
+        (512, 1024, 768, (1024, 1024)),
+        (-1, -1, 1800, None),
+    ]:
+        limits.clear()
+        monkeypatch.setattr(client_module.resource, "getrlimit", lambda kind, s=soft, h=hard: (s, h))
+        assert client.slots()._value == slots
+        assert limits == ({client_module.resource.RLIMIT_NOFILE: raised} if raised else {})

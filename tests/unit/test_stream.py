@@ -12,7 +12,7 @@ from megatron_egrsd.batches import check_versions
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, RolloutConfig
 from megatron_egrsd.data.problems import batch_indices
 from megatron_egrsd.errors import BadArgument, RunError
-from megatron_egrsd.rollout.client import Generation
+from megatron_egrsd.rollout.generation import Generation
 from megatron_egrsd.samples import Problem, Prompt, Rollout, load_rollouts, save_rollouts
 from megatron_egrsd.stream import Group, Stream, choose
 

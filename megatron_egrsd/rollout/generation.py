@@ -1,0 +1,155 @@
+"""What SGLang answers to a request for a response: the response, or a beginning of one."""
+
+import itertools
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from socket import socketpair
+from typing import Any
+
+import orjson
+
+LARGE = 1 << 16  # bytes of an answer that is worth a way to another process and back: 2,000 tokens
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sampled response, or the beginning of one.
+
+    `log_probs[t]` is the log-probability (nats) of `response_ids[t]` under softmax(logits / temperature). A response
+    that stopped ends with the stop token. `finish_reason` is "stop", "length" or, of a beginning, "abort". `segments`
+    are [weight version, number of tokens] of what each version sampled, in turn; a version is that of the last sync,
+    0 before the first, -1 where the server has a version of its own naming.
+    """
+
+    response_ids: list[int]
+    log_probs: list[float]
+    finish_reason: str
+    segments: list[list[int]]
+
+    @property
+    def weight_version(self) -> int:
+        """That of the first token, which is the oldest."""
+        return self.segments[0][0]
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason != "abort"
+
+    def continued(self, more: "Generation") -> "Generation":
+        """This beginning with what was sampled behind it."""
+        stretches = itertools.groupby(self.segments + more.segments, key=lambda segment: segment[0])
+        segments = [[version, sum(tokens for _, tokens in same)] for version, same in stretches]
+        ids, log_probs = self.response_ids + more.response_ids, self.log_probs + more.log_probs
+        return Generation(ids, log_probs, more.finish_reason, segments)
+
+
+NOTHING = Generation([], [], "abort", [])
+
+
+def read_answer(answer: bytes, stopping: bool = False) -> Generation:
+    """`parse_generation` of SGLang's JSON."""
+    return parse_generation(orjson.loads(answer), stopping)
+
+
+def read_apart(answer: bytes, stopping: bool = False) -> Generation:
+    """`read_answer` by a process of its own; waits for it. Any thread may call.
+
+    A million tokens take most of a second of Python (tools/benchmark_host.py): a step that trains meanwhile in this
+    process would wait for Python's lock.
+    """
+    return _reader.read(answer, stopping)
+
+
+def parse_generation(answer: Any, stopping: bool = False) -> Generation:
+    """SGLang's answer as a Generation; ValueError if it was aborted, contradicts itself or is something else.
+
+    `stopping`: one that was aborted is a beginning, possibly of no tokens. SGLang does not look whether its last token
+    ends the response; that one is left out, whatever it is, and so sampled again. A log-probability that SGLang could
+    not compute (null in JSON) is nan here: the guard of the update skips it.
+    """
+    try:
+        meta = answer["meta_info"]
+        reason, version = meta["finish_reason"], meta["weight_version"]
+        kind = (reason or {}).get("type")
+        message = (reason or {}).get("message", "no reason given")
+        values = [entry[0] for entry in meta["output_token_logprobs"]]
+        sampled_ids = [entry[1] for entry in meta["output_token_logprobs"]]
+        output_ids = list(answer["output_ids"])
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"not an answer of SGLang's ({type(error).__name__}: {error})") from None
+    begun = stopping and kind == "abort"
+    if kind not in ("stop", "length") and not begun:
+        raise ValueError(f"SGLang aborted the generation: {message}")
+    if sampled_ids != output_ids:
+        raise ValueError(f"log-probabilities of other tokens than it sampled; {len(output_ids)} tokens, "
+                         f"{len(values)} log-probabilities")  # fmt: skip
+    if not (sampled_ids or begun) or set(map(type, sampled_ids)) - {int} or min(sampled_ids, default=0) < 0:
+        raise ValueError("no tokens, or something that is no token id")
+    if set(map(type, values)) - {float, int, type(None)}:
+        raise ValueError("a log-probability that is no number")
+    try:
+        log_probs = [math.nan if value is None else float(value) for value in values]
+    except OverflowError:
+        raise ValueError("a log-probability that no float holds") from None
+    version = int(version) if isinstance(version, str) and version.isdecimal() else -1
+    if begun:
+        sampled_ids, log_probs = sampled_ids[:-1], log_probs[:-1]
+    return Generation(sampled_ids, log_probs, kind, [[version, len(sampled_ids)]] if sampled_ids else [])
+
+
+class _Reader:
+    """The process, from its first answer on; it ends with this one."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen | None = None
+        self.owner = 0
+
+    def read(self, answer: bytes, stopping: bool) -> Generation:
+        with self.lock:
+            try:
+                if self.process is None or self.owner != os.getpid():
+                    self._start()
+                self.connection.send((answer, stopping))
+                outcome = self.connection.recv()
+            except (OSError, EOFError):  # it was killed, and what it could do this one can
+                self.process = None
+                outcome = None
+        if outcome is None:
+            return read_answer(answer, stopping)
+        if isinstance(outcome, ValueError):
+            raise outcome
+        return outcome
+
+    def _start(self) -> None:
+        ours, theirs = socketpair()
+        with theirs:
+            command = [sys.executable, "-c", f"import {__name__} as module; module.main()", str(theirs.fileno())]
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        self.connection, self.owner = Connection(ours.detach()), os.getpid()
+
+
+_reader = _Reader()
+
+
+def main() -> None:
+    """The process: an answer in, what `read_answer` makes of it, or its ValueError, out."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # are for the trainer, which still awaits what is in flight
+        signal.signal(number, signal.SIG_IGN)
+    connection = Connection(int(sys.argv[1]))
+    while True:
+        try:
+            answer, stopping = connection.recv()
+        except EOFError:
+            return
+        try:
+            outcome = read_answer(answer, stopping)
+        except ValueError as error:
+            outcome = ValueError(str(error))  # orjson's own does not travel
+        connection.send(outcome)

@@ -1,0 +1,99 @@
+"""Sampling and rewards side by side, with responses from a list in place of a server's."""
+
+import logging
+import threading
+
+import pytest
+
+from megatron_egrsd.rollout.generation import Generation
+from megatron_egrsd.rollout.servers import ServersLost
+from megatron_egrsd.samples import Problem, Prompt
+from megatron_egrsd.sampling import Sampler
+
+PROMPTS = [Prompt(Problem(f"p{i}", "?", str(i)), [10 + i], [20 + i]) for i in range(3)]
+
+
+class Tokenizer:
+    def decode(self, ids, skip_special_tokens):
+        return str(ids[0])
+
+
+class Responses:
+    """In place of a RolloutClient: the j-th response to the i-th prompt is the token 10 i + j, the last one first."""
+
+    def __init__(self, meanwhile=lambda key: None):
+        self.meanwhile = meanwhile  # called before each response
+
+    def generate(self, prompts, n, *, temperature, done, finished):
+        done = {} if done is None else done
+        for i, j in reversed([(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]):
+            self.meanwhile((i, j))
+            done[i, j] = Generation([10 * i + j], [-0.5], "stop", [[4, 1]])
+            finished(i, j, done[i, j])
+        return [[done[i, j] for j in range(n)] for i in range(len(prompts))]
+
+
+def test_a_response_is_rewarded_while_others_are_sampled():
+    """The last response does not come before the first one has its reward: else this would wait for ever."""
+    rewarded = threading.Event()
+
+    def reward(text, answer):
+        rewarded.set()
+        return float(text == f"{answer}1")
+
+    def meanwhile(key):
+        assert key != (0, 0) or rewarded.wait(20), "no response was rewarded before all were there"
+
+    rollouts = Sampler(Responses(meanwhile), Tokenizer(), reward).sample(PROMPTS, 2, 1.0)
+    assert [(r.group, r.response_ids) for r in rollouts] == [(i, [10 * i + j]) for i in range(3) for j in range(2)]
+    assert [r.reward for r in rollouts] == [0.0, 0.0, 0.0, 1.0, 0.0, 1.0]  # "01" is not "1"
+    assert all(r.prompt is PROMPTS[r.group] and r.weight_version == 4 for r in rollouts)
+
+
+def test_what_was_sampled_before_the_servers_were_lost_is_rewarded_too():
+    def lost(key):
+        if key == (1, 0):
+            raise ServersLost("gone")
+
+    done = {}
+    with pytest.raises(ServersLost):
+        Sampler(Responses(lost), Tokenizer(), lambda *_: 1.0).sample(PROMPTS, 2, 1.0, done)
+    assert sorted(done) == [(1, 1), (2, 0), (2, 1)]
+
+    def again(key):
+        assert key in [(0, 0), (0, 1), (1, 0)]
+
+    rollouts = Sampler(Responses(again), Tokenizer(), lambda *_: 1.0).sample(PROMPTS, 2, 1.0, done)
+    assert [(r.group, r.reward) for r in rollouts] == [(i, 1.0) for i in range(3) for _ in range(2)]
+
+
+def test_rewards_that_nobody_waits_for_are_not_begun():
+    """The run ends while one reward is computed for each thread and others wait."""
+    free, begun = threading.Event(), []
+
+    def reward(text, answer):
+        begun.append(text)
+        return float(free.wait(20))
+
+    def ends(key):
+        if key == (0, 0):
+            raise ServersLost("gone")
+
+    sampler = Sampler(Responses(ends), Tokenizer(), reward)
+    with pytest.raises(ServersLost):
+        sampler.sample(PROMPTS, 30, 1.0)
+    free.set()
+    sampler.threads.shutdown()
+    assert len(begun) < 30
+
+
+def test_one_warning_says_how_many_rewards_failed(caplog):
+    def reward(text, answer):
+        raise KeyError("x")
+
+    with caplog.at_level(logging.WARNING):
+        rollouts = Sampler(Responses(), Tokenizer(), reward).rewarded(
+            PROMPTS[0], [Generation([1], [-0.5], reason, [[0, 1]]) for reason in ("stop", "length", "stop")]
+        )
+    assert [(r.reward, bool(r.reward_error)) for r in rollouts] == [(0.0, True), (0.0, False), (0.0, True)]
+    assert len(caplog.records) == 1 and "2 of 3 responses" in caplog.text and "problem p0: KeyError" in caplog.text
