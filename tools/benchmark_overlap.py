@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
-from benchmark_runs import CONFIG, ROOT, TRAIN, metrics, run
+from benchmark_runs import CONFIG, TRAIN, metrics, run
 from step_time import step_seconds
 
 from megatron_egrsd.config import parse_config
@@ -41,14 +41,14 @@ def train(output: Path, arguments: list[str]) -> list[dict]:
     return metrics(output)
 
 
-def slowdown(rounds: int = 5) -> tuple[float, float]:
+def slowdown(more: list[str], rounds: int = 5) -> tuple[float, float]:
     """How many times as long sampling, and passes of the model in another process, take side by side as alone."""
-    config = parse_config([*CONFIG, "--output", "unused"])
+    config = parse_config([*CONFIG, "--output", "unused", *more])
     prompts, _, tokenizer = prepare(config)
     ids = [prompt.student_ids for prompt in prompts[: config.rollout.prompts_per_step]]
     context = multiprocessing.get_context("spawn")
     passes, other = context.Pipe()
-    worker = context.Process(target=_passes, args=(other,), daemon=True)
+    worker = context.Process(target=_passes, args=(other, config.model.path), daemon=True)
     worker.start()
     sampling: dict[bool, list[float]] = {False: [], True: []}  # seconds a token, alone and beside the passes
     passing: dict[bool, list[float]] = {False: [], True: []}  # passes a second, alone and beside the sampling
@@ -77,13 +77,13 @@ def slowdown(rounds: int = 5) -> tuple[float, float]:
     return median(sampling[True]) / median(sampling[False]), median(passing[False]) / median(passing[True])
 
 
-def _passes(requests: Connection) -> None:
+def _passes(requests: Connection, checkpoint: str) -> None:
     """From "start" to "stop", forward and backward passes on one thread; answers with how many a second."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "examples/tiny/model", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     tokens = torch.randint(model.config.vocab_size, (32, 128))  # as many as a micro-batch of the demo
 
     def one() -> None:
@@ -106,7 +106,7 @@ def _passes(requests: Connection) -> None:
 
 def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
     """Medians over the steps of all repeats, without the first one, which warms up, and the last, which is alone."""
-    before = slowdown()
+    before = slowdown(more)
     phases: dict[str, list[dict[str, np.ndarray]]] = {mode: [] for mode in MODES}
     overlapped: dict[str, list[list[np.ndarray]]] = {mode: [] for mode in MODES}
     for repeat in range(repeats):
@@ -129,7 +129,7 @@ def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
         whole[mode] = found["step"]
         cells = [f"{found[phase]:.2f} s" for phase in PHASES]
         print(f"| {mode} | {' | '.join(cells)} | {found['tokens']:,.0f} |")
-    factors = [fmean(pair) for pair in zip(before, slowdown(), strict=True)]
+    factors = [fmean(pair) for pair in zip(before, slowdown(more), strict=True)]
     beside = "sampling {:.2f} times as long, training {:.2f} times".format(*factors)
     forecasts = [
         ("on-policy's phases, processors of their own", "on-policy", (1.0, 1.0)),
