@@ -29,5 +29,7 @@ def _run_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # Where dataclasses and pickle look a class's module up.
     sys.modules[spec.name] = module
+    if str(path.parent) not in sys.path:  # what lies beside it can be imported, unless something installed is called so
+        sys.path.append(str(path.parent))
     spec.loader.exec_module(module)
     return module

@@ -1,6 +1,7 @@
 """The verifier on hostile strings and from many threads; the worker behind it; a user's reward."""
 
 import os
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -158,6 +159,16 @@ def test_load_reward():
     for name in ("maths", "no_such_module:f", "math:nothing", "math:pi", ":f", "math:"):
         with pytest.raises(BadArgument, match=r"data\.reward"):
             load_reward(name)
+
+
+def test_a_file_may_import_what_lies_beside_it(tmp_path, monkeypatch):
+    """Where the function is called too: in a worker process."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "compared_for_a_test.py").write_text("def same(a, b):\n    return a == b\n")
+    call = "def reward(response, answer):\n    return float(same(response, answer))\n"
+    (tmp_path / "mine.py").write_text(f"from compared_for_a_test import same\n{call}")
+    reward = load_reward(f"{tmp_path}/mine.py:reward")
+    assert (reward("a", "a"), reward("a", "b")) == (1.0, 0.0)
 
 
 def test_what_is_cut_or_fails_counts_as_zero():
