@@ -41,10 +41,10 @@ CASES = {
     "tiny": Case(16, 8, 240, 10, 32, 4096, 3e-4, "math"),
     "20m": Case(4, 8, 480, 5, 8, 2048, 1e-6, f"{Path(__file__).resolve()}:even_length"),
 }
-SYSTEMS = {  # threads of the trainer, and our settings; our servers have one
+SYSTEMS = {  # threads of the trainer, and our settings; our server has one, beside a trainer that waits or one of one
     "TRL": (2, None),
     "TRL, one thread": (1, None),
-    "ours": (1, {}),
+    "ours": (2, {}),
     "ours, one step off": (1, {"rollout.staleness": 1, "objective.importance_cap": 2}),
 }
 
