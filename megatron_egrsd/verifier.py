@@ -6,6 +6,7 @@ runs, and a busy machine does not turn right answers into wrong ones. The worker
 needs it and ends when its input closes, so it never outlives the trainer.
 """
 
+import atexit
 import json
 import os
 import select
@@ -76,8 +77,14 @@ class _Worker:
         self.process.stdout.close()
         self.process = None
 
+    def close(self) -> None:
+        """At the end of this process: not by a child that inherited it."""
+        if self.process is not None and self.owner == os.getpid():
+            self._end()
+
 
 _worker = _Worker()
+atexit.register(_worker.close)
 
 
 def main() -> None:

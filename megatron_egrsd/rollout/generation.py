@@ -1,5 +1,7 @@
 """What SGLang answers to a request for a response: the response, or a beginning of one."""
 
+import atexit
+import contextlib
 import itertools
 import math
 import os
@@ -134,8 +136,15 @@ class _Reader:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         self.connection, self.owner = Connection(ours.detach()), os.getpid()
 
+    def close(self) -> None:
+        """At the end of this process: not by a child that inherited it."""
+        if self.process is not None and self.owner == os.getpid():
+            self.connection.close()
+            self.process.wait()
+
 
 _reader = _Reader()
+atexit.register(_reader.close)
 
 
 def main() -> None:
@@ -143,13 +152,11 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # are for the trainer, which still awaits what is in flight
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
-    while True:
-        try:
+    with contextlib.suppress(EOFError, OSError):  # the other end is gone
+        while True:
             answer, stopping = connection.recv()
-        except EOFError:
-            return
-        try:
-            outcome = read_answer(answer, stopping)
-        except ValueError as error:
-            outcome = ValueError(str(error))  # orjson's own does not travel
-        connection.send(outcome)
+            try:
+                outcome = read_answer(answer, stopping)
+            except ValueError as error:
+                outcome = ValueError(str(error))  # orjson's own does not travel
+            connection.send(outcome)
