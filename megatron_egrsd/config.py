@@ -195,7 +195,8 @@ class RolloutConfig:
         rollouts_per_prompt: Responses sampled for each prompt: the group of the advantage.
         temperature: Sampling temperature; student and teacher are scored at the same one.
         max_response_tokens: A response is cut here and then counts as unfinished.
-        urls: Servers that already run; empty launches `engines` servers on every node.
+        urls: Servers that already run, or a router (sglang-router) for those behind it; empty launches `engines`
+            servers on every node.
         engines: Servers to launch on each node.
         engine_tensor_parallel: Tensor-parallel size of each launched server.
         colocated: The launched servers run on the GPUs of the training ranks, and the two take turns: what one needs

@@ -1,8 +1,7 @@
 """Many generation requests in flight over the servers, behind a synchronous call.
 
 A request that fails is sent again; a server that ends or hangs is lost, and its requests go to the others. Dispatch
-is our own, to the server with the fewest requests in flight: with whole batches of equal prompts a router
-(sglang-router) has nothing to add, and it does not forward weight updates.
+is our own, to the server with the fewest requests in flight (router.py says why not a router's).
 """
 
 import asyncio

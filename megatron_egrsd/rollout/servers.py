@@ -8,6 +8,7 @@ a crash), the kernel does: see launch_guard.py.
 """
 
 import atexit
+import itertools
 import os
 import random
 import re
@@ -25,6 +26,7 @@ from megatron_egrsd.config import ModelConfig, RolloutConfig
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout import cpu_platform
 from megatron_egrsd.rollout.launch_guard import KEY_VARIABLE, PARENT_VARIABLE
+from megatron_egrsd.rollout.router import servers_behind
 from megatron_egrsd.rollout.scratch import Scratch
 
 _POLL = 0.5  # seconds between two looks at a starting server
@@ -69,7 +71,8 @@ class RolloutServers:
     """The servers of a run, as a context manager.
 
     Args:
-        config: Attaches to `config.urls` if given, else launches `config.engines` servers on this host.
+        config: Attaches to `config.urls` if given, else launches `config.engines` servers on this host. A router's
+            address stands for the servers behind it (router.py).
         model: Checkpoint and type that a launched server loads.
         seed: Random seed of the first server; the i-th gets seed + i, or all would sample the same.
         log_directory: A launched server writes `sglang-<i>.log` here.
@@ -110,6 +113,8 @@ class RolloutServers:
                     self._launch(i, seed + i, log_directory / f"sglang-{i}.log")
             if wait:
                 self.await_health()
+                if config.urls:
+                    self._look_behind_routers()
         except BaseException:
             self.close()
             raise
@@ -262,6 +267,12 @@ class RolloutServers:
                                    f"{self.config.start_timeout:g} s (rollout.start_timeout){hint}")  # fmt: skip
                 if waiting:
                     time.sleep(_POLL)
+
+    def _look_behind_routers(self) -> None:
+        with httpx.Client(timeout=5.0, trust_env=False, headers=self.headers) as http:
+            behind = [servers_behind(http, url, self.config.start_timeout) for url in self.urls]
+        self.servers = [Server(url) for url in dict.fromkeys(itertools.chain.from_iterable(behind))]
+        self.await_health()
 
     def _note(self, server: Server) -> list[psutil.Process]:
         """The processes of a launched server, whose shared memory is remembered from as early on as possible."""
