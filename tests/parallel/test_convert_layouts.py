@@ -1,6 +1,5 @@
 """A converted checkpoint is what megatron-core itself loads and saves, at any layout, uneven ones included."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -94,8 +93,6 @@ def assert_same_tensors(expected: Path, found: Path) -> None:
 
 def _load_and_save(rank, world_size, layout, jobs):
     """Logits [T, V] of each job's converted checkpoint, on the last rank; megatron-core saves each again."""
-    # megatron-core's writer starts a manager process, which multiprocessing refuses to the daemons of run_ranks.
-    multiprocessing.current_process()._config["daemon"] = False
     from megatron.core import dist_checkpointing
 
     from megatron_egrsd.config import ParallelConfig

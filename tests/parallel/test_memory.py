@@ -164,14 +164,10 @@ def test_context_parallelism_divides_what_a_long_response_adds(tmp_path):
 
 
 def _checkpoint_bytes(rank, world_size, config, path, directory):
-    import multiprocessing
-
     from megatron_egrsd.engine import checkpoint
     from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.learn import learn
 
-    # megatron-core's writer starts a manager process, which multiprocessing refuses to the daemons of run_ranks.
-    multiprocessing.current_process()._config["daemon"] = False
     with Engine(config) as engine:
         learn(engine, load_rollouts(path), config)
         saved = checkpoint.save(engine, directory, 1, 2)
