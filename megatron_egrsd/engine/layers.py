@@ -54,6 +54,9 @@ class CausalAttention(torch.nn.Module):
         for parts, mask in calls:
             q = _padded([queries[chunk] for chunk, _, _ in parts])
             k, v = (_padded([x[sequence][:end] for _, sequence, end in parts]) for x in (keys, values))
+            if q.is_cuda and q.dtype == torch.float32:
+                # No kernel for fp32 knows grouped queries; without one the probabilities of all pairs would be kept.
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
             o = F.scaled_dot_product_attention(
                 q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
             )

@@ -13,7 +13,5 @@ def test_one_gpu_trains_and_the_plan_is_right(name, dtype, tmp_path):
     from tools.check_training import check
 
     result = check(name, dtype, tmp_path)
-    assert result.differences[0] < (1e-4 if dtype == "float32" else 0.05), result
+    assert not result.complaint(), result
     assert result.differences[-1] > 0 and result.seconds > 0
-    if name == "0.6B":  # cuBLAS's workspace is larger than the tiny model
-        assert result.peak == pytest.approx(result.predicted, rel=0.1), result
