@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include "ptx.h"
 #include "vector16.h"
 
 namespace egrsd::cuda {

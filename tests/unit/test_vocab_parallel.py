@@ -12,19 +12,30 @@ from hypothesis import strategies as st
 
 from megatron_egrsd.vocab_parallel import linear_log_prob_and_entropy, log_prob_and_entropy, log_ratio, ops, reference
 from megatron_egrsd.vocab_parallel.shard import IGNORE_INDEX, Shard
+from tests import cuda_on_cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-IMPLEMENTATIONS = ["compiled", "plain torch"]
+IMPLEMENTATIONS = ["compiled", "plain torch", "CUDA"]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request, monkeypatch):
-    """Run the test with the compiled kernels and with their stand-in."""
-    if request.param == "plain torch":
-        monkeypatch.setattr(ops, "compiled", lambda device: False)
-    elif not ops.compiled(torch.device("cpu")):
-        pytest.skip("the kernels are not built on this machine")
+    """Run the test with the compiled kernels, with their stand-in, and with the CUDA ones (tests/cuda_on_cpu)."""
+    use(request.param, monkeypatch)
     return request.param
+
+
+def use(implementation: str, monkeypatch: pytest.MonkeyPatch, kernels: cuda_on_cpu.Kernels | None = None) -> None:
+    if implementation == "plain torch":
+        monkeypatch.setattr(ops, "compiled", lambda device: False)
+    elif implementation == "compiled" and not ops.compiled(torch.device("cpu")):
+        pytest.skip("the kernels are not built on this machine")
+    elif implementation == "CUDA":
+        if not cuda_on_cpu.compiler():
+            pytest.skip("needs a C++ compiler")
+        kernels = kernels or cuda_on_cpu.Kernels(cuda_on_cpu.library())
+        for name in ("statistics", "combine", "logits_grad"):
+            monkeypatch.setattr(ops, name, getattr(kernels, name))
 
 
 def fp64(logits, target, vocab_size=None, temperature=1.0, grad_log_prob=None, grad_entropy=None):
@@ -140,6 +151,7 @@ def test_near_certain_tokens_keep_relative_accuracy(implementation, certainty):
     assert entropy.item() > 0
 
 
+@pytest.mark.parametrize("implementation", ["compiled", "CUDA"])
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(0, 5),
@@ -152,8 +164,16 @@ def test_near_certain_tokens_keep_relative_accuracy(implementation, certainty):
     misalignment=st.integers(0, 3),
     seed=st.integers(0, 1000),
 )
-def test_any_shape_stride_temperature(rows, vocab, padding, scale, offset, temperature, dtype, misalignment, seed):
+def test_any_shape_stride_temperature(
+    implementation, rows, vocab, padding, scale, offset, temperature, dtype, misalignment, seed
+):
     """Odd widths, row strides and addresses; the padding is poisoned with NaN, so reading it would show."""
+    with pytest.MonkeyPatch.context() as patch:
+        use(implementation, patch)
+        check_any_shape(rows, vocab, padding, scale, offset, temperature, dtype, misalignment, seed)
+
+
+def check_any_shape(rows, vocab, padding, scale, offset, temperature, dtype, misalignment, seed):
     g = torch.Generator().manual_seed(seed)
     columns = vocab + padding
     memory = torch.full((rows, columns + misalignment + 3), math.nan, dtype=dtype)
@@ -257,7 +277,7 @@ def test_log_ratio(implementation):
 @pytest.mark.parametrize("chunk_size", [None, 1, 100, 4096])
 def test_linear_form_is_the_projection_followed_by_the_kernel(implementation, chunk_size):
     torch.manual_seed(0)
-    vocab, columns, width = 501, 512, 16
+    vocab, columns, width = (21, 24, 16) if chunk_size == 1 else (501, 512, 16)
     hidden = torch.randn(3, 5, width, requires_grad=True)
     weight = torch.randn(columns, width, requires_grad=True)
     target = torch.randint(0, vocab, (3, 5))
@@ -509,3 +529,19 @@ def test_both_implementations_write_the_same_statistics():
     assert torch.allclose(reference.combine(a[None])[0][:, 3], a[:, 3])
     for x, y in zip(reference.combine(a[None])[1:], ops.combine(b[None])[1:], strict=True):
         assert torch.allclose(x, y, atol=2e-6)
+
+
+@pytest.mark.skipif(not cuda_on_cpu.compiler(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("barrier", [0, 1])
+def test_a_barrier_that_the_cuda_kernels_lack_is_found(barrier, tmp_path, monkeypatch):
+    """The CUDA kernels' tests above mean something only if wrong kernels fail them."""
+    first, second, third = cuda_on_cpu.source().split("__syncthreads();")
+    without = (first + second + "__syncthreads();" + third, first + "__syncthreads();" + second + third)[barrier]
+    use("CUDA", monkeypatch, cuda_on_cpu.Kernels(cuda_on_cpu.build(without, tmp_path)))
+    logits, target = torch.randn(4, 5000), torch.tensor([1, 2, 3, 4])
+    leaf = logits.clone().requires_grad_()
+    log_prob, _ = log_prob_and_entropy(leaf, target)
+    log_prob.sum().backward()
+    exact = fp64(logits, target, grad_log_prob=torch.ones(4).double())
+    wrong = [not torch.allclose(log_prob.double(), exact[0]), not torch.allclose(leaf.grad.double(), exact[2])]
+    assert wrong[barrier]
