@@ -16,14 +16,17 @@ from megatron_egrsd.rollout.servers import choose_ports
 _IMPORTED = ["torch", "megatron_egrsd.learn", "megatron_egrsd.engine.checkpoint"]
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, fresh: bool = False
+) -> list[Any]:
     """`function(rank, world_size, *args)` on every rank under torchrun's environment; its results in rank order.
 
     `function` must be importable (module level). A rank that raises fails the test with its traceback; ranks that
-    are still running at the deadline are killed, by process id.
+    are still running at the deadline are killed, by process id. `fresh` ranks have imported nothing.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTED)
+    context = multiprocessing.get_context("spawn" if fresh else "forkserver")
+    if not fresh:
+        context.set_forkserver_preload(_IMPORTED)
     (port,) = choose_ports("127.0.0.1", 0, 1)
     processes, pipes = [], []
     for rank in range(world_size):

@@ -20,7 +20,13 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_egrsd.engine.distributed import lost_contact, on_first_rank
@@ -95,8 +101,12 @@ def _as_run_error(what: str) -> Iterator[None]:
     except (OSError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
         if lost_contact(error):
             raise
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        raise RunError(f"{what}: {reason.strip()}") from error
+        raise RunError(f"{what}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of what it says: torch puts the traceback of a rank before it."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def _write(path: Path, text: str) -> None:
@@ -171,9 +181,10 @@ def load(engine: Engine, path: Path) -> int:
                 raise BadArgument(
                     f"{path} was saved with parallel.distributed_optimizer {str(saved).lower()}; continue with the same"
                 )
-            state = dist_checkpointing.load(_state(engine, 0, loading=True), str(path))
-    except dist_checkpointing.core.CheckpointingException as error:
-        raise BadArgument(f"{path} does not belong to this model: {error}") from None
+            wanted = _without_absent_extra_states(_state(engine, 0, loading=True), path)
+            state = dist_checkpointing.load(wanted, str(path))
+    except (dist_checkpointing.core.CheckpointingException, torch.distributed.checkpoint.CheckpointException) as error:
+        raise BadArgument(f"{path} does not belong to this model: {_reason(error)}") from None
     for i, chunk in enumerate(engine.chunks):
         chunk.load_state_dict(state["model"][str(i)])
     engine.optimizer.load_state_dict(state["optimizer"])
@@ -182,6 +193,19 @@ def load(engine: Engine, path: Path) -> int:
         for (i, name), teacher in zip(_names(engine), engine.teacher_weights, strict=True):
             teacher.copy_(state["teacher"][i][name])
     return state["step"]
+
+
+def _without_absent_extra_states(state: dict, path: Path) -> dict:
+    """`state` without asking for extra states (Transformer Engine's FP8 scales) that the checkpoint does not hold.
+
+    Which layers have one depends on their implementation; without one a layer begins with what it has.
+    """
+    held = load_sharded_metadata(str(path))
+    for chunk in state["model"].values():
+        for name, part in chunk.items():
+            if isinstance(part, ShardedObject) and name.endswith("._extra_state") and part.unique_key not in held:
+                chunk[name] = LocalNonpersistentObject(None)
+    return state
 
 
 @contextlib.contextmanager

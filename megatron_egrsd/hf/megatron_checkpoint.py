@@ -32,9 +32,11 @@ _STORED_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
-# Layers with extra state (Transformer Engine's FP8 scales; nothing otherwise) that a model asks for when it loads.
-_EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj")
+# Layers with extra state (Transformer Engine's FP8 scales; nothing otherwise) that a model asks for when it loads. The
+# norms are asked for by Transformer Engine from 2.0 on, which refuses a checkpoint without them.
+_EXTRA_STATES = tuple(f"self_attention.{name}" for name in ("linear_qkv", "linear_proj", "q_layernorm", "k_layernorm"))
 _DENSE_EXTRA_STATES = ("mlp.linear_fc1", "mlp.linear_fc2")
+_MOE_EXTRA_STATES = ("pre_mlp_layernorm",)
 _EXPERT_EXTRA_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 
 
@@ -85,8 +87,9 @@ def megatron_shape(entry: Entry, arch: Architecture, shapes: dict[str, tuple[int
 
 def extra_states(arch: Architecture) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
     """(key, offsets, global shape) of the empty extra states beside the weights."""
+    yield "decoder.final_layernorm._extra_state", (0,), (1,)
     for layer in range(arch.num_layers):
-        for name in _EXTRA_STATES + (() if arch.num_experts else _DENSE_EXTRA_STATES):
+        for name in _EXTRA_STATES + (_MOE_EXTRA_STATES if arch.num_experts else _DENSE_EXTRA_STATES):
             yield f"decoder.layers.{name}._extra_state", (layer,), (arch.num_layers,)
         for expert in range(arch.num_experts):
             for name in _EXPERT_EXTRA_STATES:

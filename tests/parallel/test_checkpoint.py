@@ -158,6 +158,40 @@ def test_the_other_optimizer_is_refused(saved):
         _run(1, config, root / "rollouts.jsonl", saved.parent, 1, 2)
 
 
+def _load_with_extra_states(rank, world_size, config, path):
+    """What norms that ask for extra state, as Transformer Engine's do, get from a checkpoint without any."""
+    from megatron_egrsd.engine import checkpoint, model
+    from megatron_egrsd.engine.engine import Engine
+
+    class Norm(model.RMSNorm):
+        given = "nothing"
+
+        def get_extra_state(self):
+            return torch.zeros(3, dtype=torch.uint8)
+
+        def set_extra_state(self, state):
+            self.given = state
+
+    model.RMSNorm = Norm
+    with Engine(config) as engine:
+        step = checkpoint.load(engine, path)
+        return step, [m.given for m in engine.chunks[0].modules() if isinstance(m, Norm)]
+
+
+def test_a_checkpoint_without_the_extra_states_of_other_layers(saved):
+    config = _config(saved.parent.parent / "model", steps=4)
+    ((step, given),) = run_ranks(_load_with_extra_states, 1, config, saved)
+    assert step == 1 and given and set(given) == {None}
+
+
+def test_a_checkpoint_of_another_model_is_refused(saved, tmp_path):
+    """More layers, whose weights the checkpoint lacks: torch's own exception for that is no Exception."""
+    root = saved.parent.parent
+    config = _config(make_qwen3(tmp_path / "deeper", vocab_size=VOCAB, num_hidden_layers=6), steps=4)
+    with pytest.raises(AssertionError, match=r"BadArgument: .*step_000001 does not belong to this model: .*$"):
+        _run(1, config, root / "rollouts.jsonl", saved.parent, 1, 2)
+
+
 def test_any_damage_is_noticed(saved, tmp_path):
     """One bit, one cut, one file more or less: the check names the file."""
     from megatron_egrsd.engine import checkpoint
