@@ -47,10 +47,10 @@ def learn(engine: "Engine", rollouts: list[Rollout], config: Config, record: Rec
     everyone = [[i for m in minibatches for i in m[rank]] for rank in range(engine.data_parallel)]
     own = {i: rollouts[i] for i in everyone[engine.data_parallel_rank]}
 
-    teacher = engine.score(teachers, everyone, "teacher") if objective.needs_teacher else None
-    reference = engine.score(students, everyone, "reference") if config.objective.kl_coef else None
     known = len(minibatches) > 1 or objective.needs_student
-    student = engine.score(students, everyone) if known or record else None
+    teacher, student = _scores(engine, teachers if objective.needs_teacher else [],
+                               students if known or record else [], everyone)  # fmt: skip
+    reference = engine.score(students, everyone, "reference") if config.objective.kl_coef else None
     if record:
         record(advantage, student, teacher)
     fields = _prepare(engine, objective, own, advantage, teacher, student if known else None)
@@ -92,6 +92,21 @@ def groups_without_signal(rollouts: list[Rollout], config: ObjectiveConfig) -> l
 def _advantages(rollouts: list[Rollout], objective: Objective) -> list[float]:
     rewards = torch.tensor([r.reward for r in rollouts])
     return objective.advantages(rewards, torch.tensor([r.group for r in rollouts])).tolist()
+
+
+def _scores(
+    engine: "Engine", teachers: list[Sequence], students: list[Sequence], partition: list[list[int]]
+) -> "tuple[dict[int, Scores] | None, dict[int, Scores] | None]":
+    """Scores of teacher and student, None for what is empty: one pass where both have the same weights.
+
+    One pass fills and drains the pipeline once instead of twice.
+    """
+    if not (teachers and students and engine.config.teacher.weights == "live"):
+        return (engine.score(teachers, partition, "teacher") if teachers else None,
+                engine.score(students, partition) if students else None)  # fmt: skip
+    n = len(teachers)
+    both = engine.score(teachers + students, [part + [n + i for i in part] for part in partition])
+    return {i: s for i, s in both.items() if i < n}, {i - n: s for i, s in both.items() if i >= n}
 
 
 @torch.no_grad()

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_egrsd.config import ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron_egrsd.config import ObjectiveConfig, OptimizerConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.samples import save_rollouts
 from tests.models import make_qwen3
 from tests.parallel.test_layouts import VOCAB, _config, _rollouts, assert_same_training, run
+from tests.ranks import run_ranks
 
 
 @pytest.fixture
@@ -61,6 +62,45 @@ def test_one_update_equals_one_update_scored_beforehand(model, tmp_path):
     assert got[0][0]["optimizer/grad_norm"] == pytest.approx(expected[0][0]["optimizer/grad_norm"], rel=1e-5)
     for name, weight in expected[1].items():
         assert (got[1][name] - weight).norm() < 1e-5 * weight.norm(), name
+
+
+def _score_both(rank, world_size, config, path):
+    """(micro-batches of each pass, largest difference to passes of their own) for teacher and student in one pass."""
+    from megatron_egrsd.data.packing import Sequence
+    from megatron_egrsd.engine.engine import Engine
+    from megatron_egrsd.learn import _scores
+    from megatron_egrsd.samples import load_rollouts
+
+    rollouts = load_rollouts(path)
+    teachers = [Sequence(r.prompt.teacher_ids, r.response_ids) for r in rollouts]
+    students = [Sequence(r.prompt.student_ids, r.response_ids) for r in rollouts]
+    with Engine(config) as engine:
+        passes, run = [], engine._run
+        engine._run = lambda batches, *args, **kwargs: passes.append(len(batches)) or run(batches, *args, **kwargs)
+        partition = engine.partition([len(t) for t in teachers])
+        found = _scores(engine, teachers, students, partition)
+        counts = list(passes)
+        expected = engine.score(teachers, partition, "teacher"), engine.score(students, partition)
+        worst = max(
+            float((getattr(a[i], name) - getattr(b[i], name)).abs().max())
+            for a, b in zip(found, expected, strict=True)
+            for i in b
+            for name in ("log_prob", "entropy")
+        )
+        return (
+            counts,
+            [list(a) == list(b) for a, b in zip(map(sorted, found), map(sorted, expected), strict=True)],
+            worst,
+        )
+
+
+@pytest.mark.parametrize(("teacher", "passes"), [("live", 1), ("frozen", 2)])
+def test_a_live_teacher_and_the_student_are_scored_in_one_pass(teacher, passes, model, tmp_path):
+    save_rollouts(_rollouts(), tmp_path / "rollouts.jsonl")
+    parallel = ParallelConfig(pipeline=2, max_tokens_per_microbatch=256)
+    config = _config(model, parallel=parallel, teacher=TeacherConfig(weights=teacher))
+    for counts, same_samples, worst in run_ranks(_score_both, 2, config, tmp_path / "rollouts.jsonl"):
+        assert len(counts) == passes and same_samples and worst < 1e-5
 
 
 def test_a_rank_may_have_nothing_to_train(model, tmp_path):
