@@ -201,7 +201,8 @@ def layer_activations(arch: Architecture, tensor: int, h: int, b: int, place: Pl
         # The core attention copies queries, keys, values and output into padded batches (engine/layers.py).
         # Under context parallelism, of keys and values all ranks': those up to the end of each of the two chunks. The
         # masks, which all layers share, are not counted.
-        copies = 2 * q + kv * (2 * context + 1 if context > 1 else 2)
+        key = q if place.gpu and b == 4 else kv  # torch's fp32 kernels want a key for every query
+        copies = 2 * q + key * (2 * context + 1 if context > 1 else 2)
         attention = fp32_inputs + b * copies + b * q + 4 * (heads + groups)
         attention += 4 * arch.head_dim * b  # the unfused rotary embedding keeps cosines and sines, twice
     attention += 4 * heads
