@@ -330,6 +330,7 @@ def server_command(config: RolloutConfig, model: ModelConfig, seed: int, port: i
         "weight-version": "0",
         "skip-server-warmup": True,  # its English sentence kills the server of a model without such words
         "skip-tokenizer-init": True,  # token ids in, token ids out
+        "enable-fp32-lm-head": model.dtype != "float32",  # as the engine's: rounded logits cost most of the agreement
         "log-level": "info",
         "log-level-http": "warning",  # not a line for every request
     }

@@ -1,9 +1,13 @@
 """Sampling from a real server: order, log-probabilities, limits, refusals."""
 
 import pytest
+import torch
 
+from megatron_egrsd.config import ModelConfig
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.servers import RolloutServers
+from tests.models import make_qwen3
 from tests.rollout.conftest import largest_difference, load_hf, rollout_config
 
 pytestmark = pytest.mark.timeout(200)
@@ -15,6 +19,27 @@ def test_log_probs_are_those_of_logits_over_temperature(client, servers, model_d
     servers.check_alive()
     answers = client.generate(PROMPTS, 3, temperature=temperature)
     assert largest_difference(load_hf(model_directory), PROMPTS, answers, temperature) < 1e-5
+
+
+@pytest.mark.slow
+def test_bf16_logits_are_not_rounded(tmp_path):
+    """Logits of a language model have a common offset of 10 to 30, where bf16 knows steps of 0.06 to 0.12."""
+    make_qwen3(tmp_path / "model", num_hidden_layers=2, tied=False)
+    hf = load_hf(tmp_path / "model")
+    with torch.no_grad():  # the same for all tokens of the vocabulary: no probability changes
+        direction = torch.randn(hf.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        hf.lm_head.weight += 20 * direction / direction.norm()
+    hf.bfloat16().save_pretrained(tmp_path / "model")
+    with RolloutServers(rollout_config(), ModelConfig(str(tmp_path / "model"), "bfloat16"), 0, tmp_path) as servers:
+        answers = RolloutClient(servers, rollout_config()).generate(PROMPTS, 6)
+    errors = []
+    for prompt, group in zip(PROMPTS, answers, strict=True):
+        for a in group:
+            with torch.no_grad():
+                hidden = hf.model(torch.tensor([prompt + a.response_ids])).last_hidden_state[0, len(prompt) - 1 : -1]
+                log_probs = (hidden.float() @ hf.lm_head.weight.float().T).log_softmax(-1)
+            errors.append(torch.tensor(a.log_probs) - log_probs.gather(1, torch.tensor(a.response_ids)[:, None])[:, 0])
+    assert torch.cat(errors).abs().mean() < 0.012  # 0.006; 0.026 with rounded logits
 
 
 def test_answers_that_another_process_reads(client, model_directory, monkeypatch):
@@ -37,8 +62,6 @@ def test_order_counts_and_finish_reasons(client, model_directory):
 
 
 def test_greedy_is_hf_greedy(client, model_directory):
-    import torch
-
     hf = load_hf(model_directory)
     for prompt, [answer] in zip(PROMPTS[:4], client.generate(PROMPTS[:4], 1, temperature=0.0), strict=True):
         ids = hf.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=2, pad_token_id=0)

@@ -41,6 +41,14 @@ def test_server_args_override_and_bare_flags():
     assert "--max-total-tokens" not in words
 
 
+def test_a_bf16_model_has_an_fp32_head():
+    bf16 = ModelConfig("/models/tiny", "bfloat16")
+    assert "--enable-fp32-lm-head" in server_command(RolloutConfig(), bf16, 0, 1234, "cuda")
+    assert "--enable-fp32-lm-head" not in server_command(RolloutConfig(), MODEL, 0, 1234, "cuda")
+    without = RolloutConfig(server_args={"enable_fp32_lm_head": False})
+    assert "--enable-fp32-lm-head" not in server_command(without, bf16, 0, 1234, "cuda")
+
+
 def test_cpu_arguments():
     words = server_command(RolloutConfig(max_total_tokens=100), MODEL, 0, 1234, "cpu")
     assert words[words.index("--device") + 1] == "cpu"
