@@ -18,6 +18,7 @@ from megatron_egrsd.data.packing import schedule
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.memory import Placement, RankMemory, rank_memory
+from megatron_egrsd.rollout.ports import choose_ports
 from megatron_egrsd.samples import Prompt
 
 _SERVER_SHARE = 0.88  # of a GPU's memory that SGLang takes for weights and KV cache: about its default
@@ -233,8 +234,6 @@ def _add_servers(plan: Plan, config: Config, arch: Architecture, prompts, gpu_me
     if r.urls:
         plan.add("rollouts", f"at {', '.join(r.urls)} (not asked)")
         return
-    from megatron_egrsd.rollout.servers import choose_ports
-
     ports = [r.port + i for i in range(r.engines)] if r.port else []
     where = f"ports {ports[0]} to {ports[-1]}" if ports else "free ports"
     turns = ", in turns with the training ranks on their GPUs" if r.colocated else ""

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from megatron_egrsd.rollout.servers import choose_ports
+from megatron_egrsd.rollout.ports import choose_ports
 
 # A rank begins as a copy of a process that has imported these, one thread and no state: alone it would take 5 s of CPU.
 _IMPORTED = ["torch", "megatron_egrsd.learn", "megatron_egrsd.engine.checkpoint"]

@@ -10,10 +10,8 @@ a crash), the kernel does: see launch_guard.py.
 import atexit
 import itertools
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,11 +24,12 @@ from megatron_egrsd.config import ModelConfig, RolloutConfig
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout import cpu_platform
 from megatron_egrsd.rollout.launch_guard import KEY_VARIABLE, PARENT_VARIABLE
+from megatron_egrsd.rollout.ports import choose_ports
 from megatron_egrsd.rollout.router import servers_behind
 from megatron_egrsd.rollout.scratch import Scratch
+from megatron_egrsd.rollout.server_command import server_command
 
 _POLL = 0.5  # seconds between two looks at a starting server
-_NOT_OUTGOING = (20000, 32768)  # ports; Linux gives from 32768 on to connections
 _GRACE = 5.0  # seconds a killed server's processes have to be gone
 # The end of a traceback, uvicorn's about its port, or argparse's.
 _ERROR = re.compile(r"(\[.*\] )?([\w.]*(Error|Exception): .|ERROR: +\[Errno|.*: error: )")
@@ -284,79 +283,6 @@ class RolloutServers:
             return []
         self._scratch.note(children)
         return children
-
-
-def choose_ports(host: str, first: int, count: int) -> list[int]:
-    """`count` ports of `host`, from `first` on, or any free ones if it is 0; BadArgument naming one that is taken.
-
-    Free ones are from below the range that the kernel gives to outgoing connections: a server needs ten seconds to
-    start, in which one of those may take a port that was free.
-    """
-    if first:
-        for port in range(first, first + count):
-            if error := _why_not(host, port):
-                raise BadArgument(f"rollout.port: port {port} on {host} cannot be used ({error}); "
-                                  "free it, choose another, or 0 for any free one")  # fmt: skip
-        return list(range(first, first + count))
-    free: list[int] = []
-    for port in random.SystemRandom().sample(range(*_NOT_OUTGOING), 1000):
-        if len(free) < count and not _why_not(host, port):
-            free.append(port)
-    if len(free) < count:
-        raise BadArgument(f"rollout.host: no free port on {host} ({_why_not(host, 0) or 'a thousand were tried'})")
-    return free
-
-
-def _why_not(host: str, port: int) -> str:
-    """Why a port cannot be bound; "" if it can."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free for SGLang too
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return error.strerror or str(error)
-    return ""
-
-
-def server_command(config: RolloutConfig, model: ModelConfig, seed: int, port: int, device: str) -> list[str]:
-    """SGLang's arguments; `config.server_args` comes last and so overrides."""
-    arguments = {
-        "model-path": model.path,
-        "host": config.host,
-        "port": port,
-        "dtype": model.dtype,
-        "tp-size": config.engine_tensor_parallel,
-        "random-seed": seed,
-        "weight-version": "0",
-        "skip-server-warmup": True,  # its English sentence kills the server of a model without such words
-        "skip-tokenizer-init": True,  # token ids in, token ids out
-        "enable-fp32-lm-head": model.dtype != "float32",  # as the engine's: rounded logits cost most of the agreement
-        "log-level": "info",
-        "log-level-http": "warning",  # not a line for every request
-    }
-    if config.max_total_tokens:
-        arguments["max-total-tokens"] = config.max_total_tokens
-    if device == "cpu":
-        arguments |= {
-            "device": "cpu",
-            "sampling-backend": "pytorch",
-            "disable-cuda-graph": True,
-            "sleep-on-idle": True,  # the scheduler polls: on few cores it would take one from training
-            "max-running-requests": config.max_concurrent_requests,
-        }
-    elif config.colocated:
-        arguments["enable-memory-saver"] = True  # what release_memory_occupation needs
-    arguments |= {name.replace("_", "-"): value for name, value in config.server_args.items()}
-    if device == "cpu":
-        arguments.pop("base-gpu-id", None)  # SGLang would take it for a NUMA node
-    words = []
-    for name, value in arguments.items():
-        if value is False or value is None:
-            continue
-        words.append(f"--{name}")
-        if value is not True:
-            words += [str(v) for v in value] if isinstance(value, list) else [str(value)]
-    return words
 
 
 def api_key(config: RolloutConfig) -> str:

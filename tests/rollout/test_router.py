@@ -9,8 +9,9 @@ import pytest
 
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.ports import choose_ports
 from megatron_egrsd.rollout.router import servers_behind
-from megatron_egrsd.rollout.servers import RolloutServers, choose_ports
+from megatron_egrsd.rollout.servers import RolloutServers
 from megatron_egrsd.rollout.weight_sync import WeightSync
 from tests.rollout.conftest import START_TIMEOUT, load_hf, named_tensors, rollout_config, wait_until
 

@@ -20,7 +20,9 @@ from megatron_egrsd.rollout import client as client_module
 from megatron_egrsd.rollout import generation
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.generation import NOTHING, Generation, parse_generation, read_answer, read_apart
-from megatron_egrsd.rollout.servers import RolloutServers, choose_ports, last_error, server_command
+from megatron_egrsd.rollout.ports import choose_ports
+from megatron_egrsd.rollout.server_command import server_command
+from megatron_egrsd.rollout.servers import RolloutServers, last_error
 from megatron_egrsd.rollout.weight_checksums import checksum, expected_checksums
 from megatron_egrsd.rollout.weight_sync import buckets
 

@@ -1,0 +1,44 @@
+"""The arguments that SGLang is launched with."""
+
+from megatron_egrsd.config import ModelConfig, RolloutConfig
+
+
+def server_command(config: RolloutConfig, model: ModelConfig, seed: int, port: int, device: str) -> list[str]:
+    """SGLang's arguments; `config.server_args` comes last and so overrides."""
+    arguments = {
+        "model-path": model.path,
+        "host": config.host,
+        "port": port,
+        "dtype": model.dtype,
+        "tp-size": config.engine_tensor_parallel,
+        "random-seed": seed,
+        "weight-version": "0",
+        "skip-server-warmup": True,  # its English sentence kills the server of a model without such words
+        "skip-tokenizer-init": True,  # token ids in, token ids out
+        "enable-fp32-lm-head": model.dtype != "float32",  # as the engine's: rounded logits cost most of the agreement
+        "log-level": "info",
+        "log-level-http": "warning",  # not a line for every request
+    }
+    if config.max_total_tokens:
+        arguments["max-total-tokens"] = config.max_total_tokens
+    if device == "cpu":
+        arguments |= {
+            "device": "cpu",
+            "sampling-backend": "pytorch",
+            "disable-cuda-graph": True,
+            "sleep-on-idle": True,  # the scheduler polls: on few cores it would take one from training
+            "max-running-requests": config.max_concurrent_requests,
+        }
+    elif config.colocated:
+        arguments["enable-memory-saver"] = True  # what release_memory_occupation needs
+    arguments |= {name.replace("_", "-"): value for name, value in config.server_args.items()}
+    if device == "cpu":
+        arguments.pop("base-gpu-id", None)  # SGLang would take it for a NUMA node
+    words = []
+    for name, value in arguments.items():
+        if value is False or value is None:
+            continue
+        words.append(f"--{name}")
+        if value is not True:
+            words += [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    return words
