@@ -341,7 +341,8 @@ class ParallelConfig:
         distributed_optimizer: Shard the optimizer state over the data-parallel and context-parallel ranks.
         max_tokens_per_microbatch: Token budget of one packed micro-batch on each context-parallel rank; a longer single
             sample gets its own.
-        transformer_engine: Use Transformer Engine layers: where installed on a GPU, always, or never.
+        transformer_engine: Use Transformer Engine layers: always, never, or in bfloat16 where installed on a GPU. It
+            has no fused attention for fp32: all attention probabilities would be kept.
         recompute: Recompute the activations of every layer in the backward pass.
         overlap_grad_reduce: Reduce gradients over the data-parallel ranks while the last backward pass still runs.
         megatron: Further fields of megatron-core's TransformerConfig that change how, not what it computes: fp8*,
@@ -375,6 +376,10 @@ class ParallelConfig:
             self.virtual_pipeline == 1 or self.pipeline > 1,
             "parallel.virtual_pipeline divides the stages of a pipeline, but parallel.pipeline is 1; set one of them",
         )
+
+    def wants_transformer_engine(self, dtype: str) -> bool:
+        """Whether to use Transformer Engine for a model of this type where it can be had."""
+        return self.transformer_engine == "always" or (self.transformer_engine == "auto" and dtype != "float32")
 
     @property
     def model_parallel(self) -> int:

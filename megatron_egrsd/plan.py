@@ -195,7 +195,7 @@ def placement(config: Config, gpu_memory: int | None) -> Placement:
     here = torch.cuda.is_available()
     installed = not here or importlib.util.find_spec("transformer_engine") is not None
     on_gpu = here or gpu_memory is not None
-    return Placement(on_gpu, on_gpu and installed and config.parallel.transformer_engine != "never")
+    return Placement(on_gpu, on_gpu and installed and config.parallel.wants_transformer_engine(config.model.dtype))
 
 
 def memory_of_stages(config: Config, arch: Architecture, ranks: int, place: Placement, tokens: int) -> list[RankMemory]:

@@ -25,15 +25,15 @@ from megatron_egrsd.hf.architecture import Architecture
 _HOW = "fp8*, recompute_*, tp_comm_*, cpu_offloading*, *_fusion, persist_layer_norm, deallocate_pipeline_outputs"
 
 
-def use_transformer_engine(choice: str) -> bool:
+def use_transformer_engine(parallel: ParallelConfig, dtype: torch.dtype) -> bool:
     """Whether to build Transformer Engine layers; BadArgument where they are demanded but cannot be had."""
     possible = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    if choice == "always" and not possible:
+    if parallel.transformer_engine == "always" and not possible:
         raise BadArgument(
             'parallel.transformer_engine is "always", but there is no CUDA device or transformer-engine is not '
             'installed; install it or choose "auto"'
         )
-    return possible and choice != "never"
+    return possible and parallel.wants_transformer_engine(str(dtype).removeprefix("torch."))
 
 
 def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
@@ -43,7 +43,7 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
     calculate_per_token_loss switches its divisions off. BadArgument where parallel.megatron does not fit.
     """
     on_gpu = torch.cuda.is_available()
-    fused = use_transformer_engine(parallel.transformer_engine)
+    fused = use_transformer_engine(parallel, dtype)
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     settings = dict(
         num_layers=arch.num_layers,
@@ -128,7 +128,7 @@ def _experts(arch: Architecture, parallel: ParallelConfig, fused: bool) -> dict:
 
 def build_model(arch: Architecture, config: TransformerConfig, parallel: ParallelConfig) -> list[GPTModel]:
     """This rank's shard of its stage, with weights still undefined: parallel.virtual_pipeline chunks of layers."""
-    fused = use_transformer_engine(parallel.transformer_engine)
+    fused = use_transformer_engine(parallel, config.params_dtype)
     chunks = range(parallel.interleaved) if parallel.interleaved else [None]
     return [
         GPTModel(

@@ -71,7 +71,7 @@ def _build(rank, world_size, path, parallel):
 
     distributed.initialize(parallel, seed=0)
     checkpoint = HFCheckpoint(path)
-    model.use_transformer_engine = lambda choice: choice == "always"
+    model.use_transformer_engine = lambda parallel, dtype: parallel.transformer_engine == "always"
     answer = {}
     for layers in ("always", "never"):
         chosen = dataclasses.replace(parallel, transformer_engine=layers)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from megatron_egrsd import cli
-from megatron_egrsd.config import parse_config
+from megatron_egrsd.config import Config, DataConfig, ModelConfig, ParallelConfig, parse_config
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.memory import Placement, rank_memory
-from megatron_egrsd.plan import print_plan, resolve
+from megatron_egrsd.plan import placement, print_plan, resolve
 from megatron_egrsd.samples import Problem, Prompt
 from tests.published import PUBLISHED
 
@@ -212,3 +212,14 @@ def test_half_a_run_is_planned_without_the_other_half(model, tmp_path):
     words = [{line.split(" ")[0] for line in plan.lines} for plan in (train, sample)]
     assert "memory" in words[0] and "rollouts" not in words[0]
     assert "memory" not in words[1] and "rollouts" in words[1]
+
+
+@pytest.mark.parametrize(
+    ("choice", "dtype", "wanted"),
+    [("auto", "bfloat16", True), ("auto", "float32", False), ("always", "float32", True), ("never", "bfloat16", False)],
+)
+def test_transformer_engine_is_for_bf16_unless_demanded(choice, dtype, wanted):
+    config = Config(
+        model=ModelConfig("m", dtype), data=DataConfig(train="t"), parallel=ParallelConfig(transformer_engine=choice)
+    )
+    assert placement(config, gpu_memory=80 << 30).transformer_engine is wanted
