@@ -531,17 +531,40 @@ def test_both_implementations_write_the_same_statistics():
         assert torch.allclose(x, y, atol=2e-6)
 
 
+# What -> (text of kernels.cu, what stands there instead).
+MISTAKES = {
+    "no barrier before the warps are merged": ("__syncthreads();\n  if (warp", "if (warp"),
+    "no barrier before the coefficients are read": ("__syncthreads();\n  const Grad", "const Grad"),
+    "a logit of the tail left out": ("j = tail + threadIdx.x; j < valid", "j = tail + 1 + threadIdx.x; j < valid"),
+    "a vector of the last part left out": ("min((part + 1) * share, vectors)", "min((part + 1) * share, vectors - 1)"),
+    "the target in no part": ("if (part == 0 && target >= 0", "if (part == 1 && target >= 0"),
+    "vectors read twice": ("i += kUnroll * kThreads) {\n    uint4 v[kUnroll];\n    float x", "i += kThreads) {\n"
+                           "    uint4 v[kUnroll];\n    float x"),
+    "warps merged four times": ("lane < kWarps ? warps[lane] : empty_statistics()", "warps[lane % kWarps]"),
+    "-inf minus -inf": ("if (reference == -INFINITY) {", "if (false) {"),
+    "padding with a gradient": ("j < valid ? gradient", "j < columns ? gradient"),
+    "an ignored row with a gradient": ("ignored ? 0.f : at_target", "at_target"),
+    "a misaligned store": ("const uint32_t vectors = same_alignment ?", "const uint32_t vectors = true ?"),
+}  # fmt: skip
+
+
 @pytest.mark.skipif(not cuda_on_cpu.compiler(), reason="needs a C++ compiler")
-@pytest.mark.parametrize("barrier", [0, 1])
-def test_a_barrier_that_the_cuda_kernels_lack_is_found(barrier, tmp_path, monkeypatch):
-    """The CUDA kernels' tests above mean something only if wrong kernels fail them."""
-    first, second, third = cuda_on_cpu.source().split("__syncthreads();")
-    without = (first + second + "__syncthreads();" + third, first + "__syncthreads();" + second + third)[barrier]
-    use("CUDA", monkeypatch, cuda_on_cpu.Kernels(cuda_on_cpu.build(without, tmp_path)))
-    logits, target = torch.randn(4, 5000), torch.tensor([1, 2, 3, 4])
-    leaf = logits.clone().requires_grad_()
-    log_prob, _ = log_prob_and_entropy(leaf, target)
-    log_prob.sum().backward()
-    exact = fp64(logits, target, grad_log_prob=torch.ones(4).double())
-    wrong = [not torch.allclose(log_prob.double(), exact[0]), not torch.allclose(leaf.grad.double(), exact[2])]
-    assert wrong[barrier]
+@pytest.mark.parametrize("mistake", ["none", *MISTAKES])
+def test_a_mistake_in_the_cuda_kernels_is_found(mistake, tmp_path, monkeypatch):
+    """Their tests above mean something only if wrong kernels fail them."""
+    right, wrong = MISTAKES.get(mistake, ("", ""))
+    source = cuda_on_cpu.source()
+    assert mistake == "none" or source.count(right) == 1
+    use("CUDA", monkeypatch, cuda_on_cpu.Kernels(cuda_on_cpu.build(source.replace(right, wrong), tmp_path)))
+
+    def check():
+        for dtype in DTYPES:
+            check_any_shape(3, 20001, 40, 3.0, 0.0, 1.0, dtype, 1, 0)
+        masked = hard_rows(63)["masked"]
+        assert_values(*log_prob_and_entropy(masked, masked.argmax(-1)), *fp64(masked, masked.argmax(-1))[:2], "masked")
+
+    if mistake == "none":
+        check()
+    else:
+        with pytest.raises(AssertionError):
+            check()
