@@ -2,11 +2,12 @@
 
 Runs where Transformer Engine's Python part is installed and there is no GPU:
 
-    pip install --no-deps transformer-engine==2.20.2 transformer-engine-cu13==2.20.2 onnxscript onnx onnx-ir ml-dtypes
-    python -m pytest tests/parallel/test_transformer_engine.py
+    pip install --no-deps --target DIR transformer-engine==2.20.2 transformer-engine-cu13==2.20.2 \\
+        onnxscript onnx onnx-ir ml-dtypes
+    PYTHONPATH=DIR python -m pytest tests/parallel/test_transformer_engine.py
 
-Its compiled part, which needs CUDA, is replaced by names without content: the layers can be built, filled and exported,
-but not run.
+In the environment itself it would break all else: megatron-core imports it, and it wants CUDA's libraries. Its compiled
+part, which needs CUDA, is replaced by names without content: the layers can be built, filled and exported, but not run.
 """
 
 import dataclasses
