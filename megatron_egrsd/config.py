@@ -391,6 +391,15 @@ class ParallelConfig:
         """What a sequence's length is padded to a multiple of: each CP rank holds two chunks of it (data/zigzag.py)."""
         return 2 * self.context if self.context > 1 else 1
 
+    @property
+    def token_multiple(self) -> int:
+        """What a micro-batch's tokens are padded to a multiple of, those of all context-parallel ranks together.
+
+        Sequence parallelism splits them over TP; FP8 products want 16 rows on every rank, in the MXFP8 recipe 32.
+        """
+        share = self.tensor if self.sequence_parallel else 1
+        return self.sequence_multiple * share * (32 if self.megatron.get("fp8") else 1)
+
     def tokens_on_a_rank(self, length: int) -> int:
         """What a context-parallel rank holds of a sequence of `length` tokens, padding included."""
         return -(-length // self.sequence_multiple) * self.sequence_multiple // self.context

@@ -160,9 +160,8 @@ class Engine:
         lengths = [[parallel.tokens_on_a_rank(len(sequences[i])) for i in part] for part in partition]
         plan = schedule(lengths, parallel.max_tokens_per_microbatch, parallel.round_of_micro_batches)
         own, each = partition[self.data_parallel_rank], parallel.sequence_multiple
-        multiple = each * (parallel.tensor if parallel.sequence_parallel else 1)
         parts = plan[self.data_parallel_rank]
-        batches = (pack(sequences, [own[i] for i in part], multiple, each=each) for part in parts)
+        batches = (pack(sequences, [own[i] for i in part], parallel.token_multiple, each=each) for part in parts)
         return [batch.split(self.context_group.rank(), parallel.context) for batch in batches]
 
     # -- forward and backward -----------------------------------------------------------------------------------

@@ -103,6 +103,11 @@ def check_megatron(parallel: ParallelConfig) -> None:
             near = difflib.get_close_matches(name, fields, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise BadArgument(f"parallel.megatron.{name} is no field of megatron-core's TransformerConfig{hint}")
+        if name == "fp8_param":
+            raise BadArgument(
+                "parallel.megatron.fp8_param would store the weights in FP8, which can be neither filled nor sent to "
+                "SGLang; parallel.megatron.fp8 alone computes in it"
+            )
         if not any(fnmatch.fnmatch(name, pattern) for pattern in _HOW.split(", ")):
             raise BadArgument(
                 f"parallel.megatron.{name} is not among the fields that only change how the model is computed: {_HOW}"

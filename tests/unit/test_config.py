@@ -2,7 +2,15 @@
 
 import pytest
 
-from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, parse_config, valid_keys
+from megatron_egrsd.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ParallelConfig,
+    parse_config,
+    valid_keys,
+)
 from megatron_egrsd.errors import BadArgument
 
 BASE = ["--model.path", "m", "--data.train", "t.jsonl"]
@@ -153,3 +161,19 @@ def test_every_key_is_on_the_command_line():
     keys = valid_keys()
     assert {"steps", "objective.lookahead", "rollout.server_args", "data.reward"} <= set(keys)
     assert Config(ModelConfig("m"), DataConfig(train="t.jsonl")) == parse_config(BASE)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "multiple"),
+    [
+        ({}, 1),
+        ({"tensor": 4}, 1),
+        ({"tensor": 4, "sequence_parallel": True}, 4),
+        ({"context": 2, "tensor": 4, "sequence_parallel": True}, 16),
+        ({"context": 2, "tensor": 4, "sequence_parallel": True, "megatron": {"fp8": "hybrid"}}, 512),
+        ({"megatron": {"fp8": "hybrid"}}, 32),
+    ],
+)
+def test_every_rank_gets_the_rows_that_its_products_want(parallel, multiple):
+    """32 for FP8, on each of the context- and sequence-parallel ranks."""
+    assert ParallelConfig(**parallel).token_multiple == multiple
