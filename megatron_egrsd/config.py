@@ -346,7 +346,7 @@ class ParallelConfig:
         recompute: Recompute the activations of every layer in the backward pass.
         overlap_grad_reduce: Reduce gradients over the data-parallel ranks while the last backward pass still runs.
         megatron: Further fields of megatron-core's TransformerConfig that change how, not what it computes: fp8*,
-            recompute_*, tp_comm_*, cpu_offloading*, *_fusion. The plan does not count them.
+            recompute_*, cpu_offloading*, *_fusion. The plan does not count them.
         timeout: Seconds a collective may take.
     """
 

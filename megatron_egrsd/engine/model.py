@@ -22,7 +22,12 @@ from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 
 # Fields of TransformerConfig that change how a result is computed, not which: what parallel.megatron may hold.
-_HOW = "fp8*, recompute_*, tp_comm_*, cpu_offloading*, *_fusion, persist_layer_norm, deallocate_pipeline_outputs"
+_HOW = "fp8*, recompute_*, cpu_offloading*, *_fusion, persist_layer_norm, deallocate_pipeline_outputs"
+# Those that cannot work here, and why not.
+_NOT = {
+    "fp8_param": "stores the weights in FP8, which can be neither filled nor sent to SGLang; fp8 alone computes in it",
+    "tp_comm_*": "sends through buffers of one length, but packed micro-batches have many",
+}
 
 
 def use_transformer_engine(parallel: ParallelConfig, dtype: torch.dtype) -> bool:
@@ -103,11 +108,9 @@ def check_megatron(parallel: ParallelConfig) -> None:
             near = difflib.get_close_matches(name, fields, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise BadArgument(f"parallel.megatron.{name} is no field of megatron-core's TransformerConfig{hint}")
-        if name == "fp8_param":
-            raise BadArgument(
-                "parallel.megatron.fp8_param would store the weights in FP8, which can be neither filled nor sent to "
-                "SGLang; parallel.megatron.fp8 alone computes in it"
-            )
+        for pattern, reason in _NOT.items():
+            if fnmatch.fnmatch(name, pattern):
+                raise BadArgument(f"parallel.megatron.{name} {reason}")
         if not any(fnmatch.fnmatch(name, pattern) for pattern in _HOW.split(", ")):
             raise BadArgument(
                 f"parallel.megatron.{name} is not among the fields that only change how the model is computed: {_HOW}"

@@ -194,7 +194,8 @@ def test_a_world_that_does_not_divide(model):
     [
         ("fp_8", r"parallel.megatron.fp_8 is no field of megatron-core's TransformerConfig; did you mean fp8\?"),
         ("num_layers", "parallel.megatron.num_layers is not among the fields that only change how"),
-        ("fp8_param", "parallel.megatron.fp8_param would store the weights in FP8"),
+        ("fp8_param", "parallel.megatron.fp8_param stores the weights in FP8"),
+        ("tp_comm_overlap", "parallel.megatron.tp_comm_overlap sends through buffers of one length"),
     ],
 )
 def test_fields_of_megatron_core(field, reason, model):
