@@ -22,6 +22,7 @@ from megatron_egrsd.learn import learn
 from megatron_egrsd.plan import world_size
 from megatron_egrsd.preemption import Preemption
 from megatron_egrsd.rewards import load_reward
+from megatron_egrsd.rollout.process_group import use_sglangs_nccl_settings
 from megatron_egrsd.samples import Prompt
 from megatron_egrsd.sampling import prompt_builder
 from megatron_egrsd.weighting import check_objective
@@ -36,6 +37,8 @@ def main(config: Config) -> None:
     if config.debug == "rollout-only":
         rollout_only(config, prompts, tokenizer)
         return
+    if config.rollout.weight_sync == "distributed":
+        use_sglangs_nccl_settings()
     with (
         Engine(config, facts(config, prompts)) as engine,
         Preemption() as preemption,

@@ -4,6 +4,7 @@ SGLang joins with `init_custom_process_group`; this is the other end of it. torc
 training has one, is neither used nor changed.
 """
 
+import os
 import socket
 import threading
 import time
@@ -16,6 +17,19 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megatron_egrsd.errors import RunError
+
+# What SGLang 0.5 sets in its processes, where nothing else is set.
+_SGLANGS_NCCL = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+
+
+def use_sglangs_nccl_settings() -> None:
+    """Let NCCL work in this process, and in those it starts, as in SGLang's; what the user has set stays.
+
+    NCCL cannot connect ranks that differ in the first setting: the group would fail with "invalid argument". All
+    training ranks have to call this before their first communicator: the rank in the group shares those with them.
+    """
+    for name, value in _SGLANGS_NCCL.items():
+        os.environ.setdefault(name, value)
 
 
 def address_towards(url: str) -> str:

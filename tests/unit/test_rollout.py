@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from megatron_egrsd.rollout import generation
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.generation import NOTHING, Generation, parse_generation, read_answer, read_apart
 from megatron_egrsd.rollout.ports import choose_ports
+from megatron_egrsd.rollout.process_group import use_sglangs_nccl_settings
 from megatron_egrsd.rollout.server_command import server_command
 from megatron_egrsd.rollout.servers import RolloutServers, last_error
 from megatron_egrsd.rollout.weight_checksums import checksum, expected_checksums
@@ -41,6 +43,14 @@ def test_server_args_override_and_bare_flags():
     assert words[words.index("--cuda-graph-bs") + 1 :][:2] == ["1", "2"]
     assert "--device" not in words
     assert "--max-total-tokens" not in words
+
+
+def test_nccl_works_as_in_sglang_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "")  # so that it is restored
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE")
+    use_sglangs_nccl_settings()
+    assert (os.environ["NCCL_CUMEM_ENABLE"], os.environ["NCCL_NVLS_ENABLE"]) == ("0", "1")
 
 
 def test_a_bf16_model_has_an_fp32_head():
