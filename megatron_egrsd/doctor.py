@@ -66,18 +66,11 @@ def _nvcc() -> str | None:
 
 def _kernels() -> str | None:
     """Ours: csrc/, built by setup.py. A library that does not load counts as missing."""
-    if importlib.util.find_spec("torch") is None:
-        return None
-    import torch
-
     try:
         from megatron_egrsd.vocab_parallel import ops
-
-        if not ops._LIBRARIES:
-            return None
-        return "CPU and CUDA" if hasattr(torch.ops.megatron_egrsd, "cuda_architectures") else "CPU"
-    except (ImportError, OSError):
+    except (ImportError, OSError):  # torch may be what is missing
         return None
+    return ("CPU and CUDA" if ops._HAS_CUDA_KERNELS else "CPU") if ops._LIBRARIES else None
 
 
 PIECES = [

@@ -1,5 +1,6 @@
 """Commands, exit statuses and the one line on stderr."""
 
+import os
 import subprocess
 import sys
 import types
@@ -120,3 +121,26 @@ def test_doctor_names_every_piece_and_its_cost(capsys, monkeypatch):
     assert doctor.run_doctor() == 1
     out = capsys.readouterr().out
     assert "no b things" in out and "bad library" in out and "install c" in out
+
+
+@pytest.mark.parametrize(
+    ("libraries", "cuda", "found"), [([], False, None), (["x"], False, "CPU"), (["x"], True, "CPU and CUDA")]
+)
+def test_doctor_tells_which_kernels_were_built(libraries, cuda, found, monkeypatch):
+    from megatron_egrsd import doctor
+    from megatron_egrsd.vocab_parallel import ops
+
+    monkeypatch.setattr(ops, "_LIBRARIES", libraries)
+    monkeypatch.setattr(ops, "_HAS_CUDA_KERNELS", cuda)
+    assert next(piece for piece in doctor.PIECES if piece.name == "our kernels").version() == found
+
+
+def test_transformer_engine_that_cannot_be_loaded_is_named(tmp_path):
+    """megatron-core imports it wherever it is installed."""
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise RuntimeError('cudnn shared object not found.')")
+    command = [sys.executable, "-m", "megatron_egrsd.cli", "train", "--model.path", "m", "--data.train", "t"]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "transformer-engine is installed but cannot be loaded (cudnn shared object not found.)" in done.stderr
