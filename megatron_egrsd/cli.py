@@ -99,7 +99,7 @@ def _run(command: str, arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> None:
-    from megatron_egrsd.config import parse_config
+    from megatron_egrsd.config_reader import parse_config
 
     if "-h" in arguments or "--help" in arguments:
         keys = io.StringIO()

@@ -1,10 +1,8 @@
-"""The whole configuration: one tree of frozen dataclasses, read from YAML and dotted command-line overrides.
+"""The whole configuration: one tree of frozen dataclasses (config_reader.py fills it from YAML and the command line).
 
 Everything that can be checked without a GPU, a model or a dataset is checked here, when a dataclass is made.
 """
 
-import dataclasses
-import difflib
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -616,71 +614,3 @@ class Config:
             f"do not divide over {data_parallel} data-parallel ranks",
         )
         return data_parallel
-
-
-def valid_keys(cls: type = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the configuration, sections included."""
-    keys = []
-    for f in dataclasses.fields(cls):
-        keys.append(prefix + f.name)
-        if dataclasses.is_dataclass(f.type):
-            keys += valid_keys(f.type, prefix + f.name + ".")
-    return keys
-
-
-def nearest_key(key: str) -> str:
-    """ "; did you mean X?" for the valid key most like `key`, else an empty string."""
-    keys = valid_keys()
-    by_leaf = {k.rpartition(".")[2]: k for k in reversed(keys)}
-    leaf = key.rpartition(".")[2]
-    match = (
-        ([by_leaf[leaf]] if leaf in by_leaf else [])  # the right name in the wrong section
-        or difflib.get_close_matches(key, keys, 1, 0.75)
-        or [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), 1, 0.6)]
-        or difflib.get_close_matches(key, keys, 1, 0.4)
-    )
-    return f"; did you mean {match[0]}?" if match else ""
-
-
-def parse_config(arguments: list[str]) -> Config:
-    """The configuration from command-line words: `--config FILE` and dotted overrides, later ones winning.
-
-    Raises BadArgument naming the key, with the nearest valid one where it is unknown.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False, prog="megatron-egrsd train")
-    parser.add_argument("--config", action="config", help="YAML file with the keys below.")
-    parser.add_class_arguments(Config, None)
-    try:
-        namespace = parser.instantiate(parser.parse_args(arguments))
-    except BadArgument:
-        raise
-    except (ArgumentError, ValueError, TypeError) as error:
-        raise BadArgument(_one_sentence(str(error))) from None
-    return Config(**{f.name: namespace[f.name] for f in dataclasses.fields(Config)})
-
-
-def _one_sentence(message: str) -> str:
-    """jsonargparse's message in the words of this project, with the nearest valid key; endless words are cut."""
-    message = re.sub(r"(\S{200})\S+", r"\1...", message)
-    if match := re.search(r"unrecognized arguments: --([\w.\-]+)", message):
-        return f"no configuration key is called {match[1]}{nearest_key(match[1])}"
-    if match := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
-        key = f"{match[1]}.{match[2]}"
-        return f"no configuration key is called {key}{nearest_key(key)}"
-    if match := re.search(r"[Oo]ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'", message):
-        key = match[1] or match[2]
-        return f"no configuration key is called {key}{nearest_key(key)}"
-    if match := re.search(r'Parser key "([\w.]+)":\s+Expected a (.+?)\. Got value: (.*)', message, re.S):
-        expected = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "")
-        return f"{match[1]} is {match[3].strip()!r}, but it must be of type {expected}"
-    if match := re.search(r'Parser key "config": (.*)', message, re.S):
-        message = f"--config: {match[1]}"
-    elif match := re.search(r"unrecognized arguments: (.*)", message):
-        message = f"{match[1]!r} is no option; configuration keys are written --section.key VALUE"
-    elif "must be a mapping" in message:
-        message = "a section of the configuration holds a single value; write its keys indented below it"
-    elif message.startswith("Unexpected config"):
-        message = "the configuration file is empty; it holds sections such as `model:` with their keys below"
-    return " ".join(message.split())

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_egrsd.answers import final_answer, states_answer
-from megatron_egrsd.config import Config, parse_config
+from megatron_egrsd.config import Config
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.benchmarks import ProblemSet, load_sets
 from megatron_egrsd.data.prompts import PromptBuilder
 from megatron_egrsd.equality import normalize

@@ -96,7 +96,7 @@ def words(values: dict) -> list[str]:
 
 def order(case: Case, checkpoint: Path) -> list[dict]:
     """Prompts in the order in which our run takes them, as text and as tokens."""
-    from megatron_egrsd.config import parse_config
+    from megatron_egrsd.config_reader import parse_config
     from megatron_egrsd.data.problems import batch_indices
     from megatron_egrsd.data.prompts import load_prompts
     from megatron_egrsd.sampling import prompt_builder

@@ -23,7 +23,7 @@ import numpy as np
 from benchmark_runs import CONFIG, TRAIN, metrics, run
 from step_time import step_seconds
 
-from megatron_egrsd.config import parse_config
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import RolloutServers
 from megatron_egrsd.train import prepare

@@ -13,7 +13,8 @@ from statistics import median
 import numpy as np
 from step_time import forward_flops, generate_seconds, head_flops
 
-from megatron_egrsd.config import Config, parse_config
+from megatron_egrsd.config import Config
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.packing import schedule
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_egrsd.config import parse_config
+from megatron_egrsd.config_reader import parse_config
 from tests.end_to_end.test_train import descendants_with, metrics, run
 from tests.faults.runs import MODEL, ROOT, kill, survive
 from tests.ranks import run_ranks

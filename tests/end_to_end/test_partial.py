@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_egrsd.config import parse_config
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.packing import Sequence
 from megatron_egrsd.data.problems import batch_indices, load_problems
 from megatron_egrsd.samples import Rollout, load_rollouts

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_egrsd.config import parse_config
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.rollout.servers import RolloutServers
 from tests.models import make_qwen3
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from megatron_egrsd.config import Config, DataConfig, parse_config
+from megatron_egrsd.config import Config, DataConfig
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.problems import BadRows, load_problems
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.rollout.generation import Generation, parse_generation

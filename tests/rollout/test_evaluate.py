@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_egrsd.config import ModelConfig, parse_config
+from megatron_egrsd.config import ModelConfig
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.evaluate import evaluate
 from megatron_egrsd.hf.convert import ToMegatron

@@ -8,7 +8,7 @@ import types
 import pytest
 
 from megatron_egrsd import cli
-from megatron_egrsd.config import valid_keys
+from megatron_egrsd.config_reader import valid_keys
 from megatron_egrsd.errors import BadArgument, RunError
 
 TRAIN = ["train", "--model.path", "m", "--data.train", "t.jsonl"]

@@ -2,15 +2,8 @@
 
 import pytest
 
-from megatron_egrsd.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    ParallelConfig,
-    parse_config,
-    valid_keys,
-)
+from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_egrsd.config_reader import parse_config, valid_keys
 from megatron_egrsd.errors import BadArgument
 
 BASE = ["--model.path", "m", "--data.train", "t.jsonl"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_egrsd.config import parse_config
+from megatron_egrsd.config_reader import parse_config
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"

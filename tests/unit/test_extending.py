@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_egrsd.agreement import facts
-from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, parse_config
+from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objective import advantages, token_weights
 from megatron_egrsd.report.objectives import settings, title

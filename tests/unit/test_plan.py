@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_egrsd import cli
-from megatron_egrsd.config import Config, DataConfig, ModelConfig, ParallelConfig, parse_config
+from megatron_egrsd.config import Config, DataConfig, ModelConfig, ParallelConfig
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.memory import Placement, rank_memory

@@ -13,7 +13,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_egrsd.config import ParallelConfig, parse_config
+from megatron_egrsd.config import ParallelConfig
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.samples import Problem, Prompt, Rollout, save_rollouts
 from tests.published import PARAMETERS, PUBLISHED

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from megatron_egrsd.config import ObjectiveConfig, parse_config
+from megatron_egrsd.config import ObjectiveConfig
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.weighting import Tokens, check_objective, load_objective
 

@@ -10,7 +10,8 @@ import threading
 import time
 from pathlib import Path
 
-from megatron_egrsd.config import Config, parse_config
+from megatron_egrsd.config import Config
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.report import read_evaluations
 from megatron_egrsd.rollout.servers import RolloutServers
