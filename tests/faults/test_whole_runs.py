@@ -56,7 +56,7 @@ def assert_whole(output, total: int) -> None:
 def test_runs_survive_whatever_happens(chance, tmp_path):
     """Each trial strikes once at a random moment; what ends the run must leave it resumable, and is resumed."""
     output, trials = tmp_path / "run", int(os.environ.get("FAULT_TRIALS", "8"))
-    total = 2 * trials
+    total = 6 * trials  # more than are made between the strikes
     for number in range(trials):
         kind = KINDS[number % len(KINDS)]
         with Run(output, steps=total, **SETTINGS) as run:
