@@ -58,11 +58,8 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_happened(replay, un
 def test_killed_at_five_random_moments_equals_the_run_that_never_was(replay, chance, tmp_path):
     """SIGKILL, at any moment: while it starts, in a step, while it writes a checkpoint."""
     # Far more steps than five lives of a second and a half reach; all of them train on the same batch.
-    output, whole, settings = (
-        tmp_path / "run",
-        tmp_path / "whole",
-        replayed(replay / "step_000001.jsonl") | {"steps": 80},
-    )
+    output, whole = tmp_path / "run", tmp_path / "whole"
+    settings = replayed(replay / "step_000001.jsonl") | {"steps": 80}
     with Run(whole, **settings) as run:
         assert run.finish() == 0, run.text()
     for number in range(5):

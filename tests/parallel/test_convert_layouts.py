@@ -8,6 +8,7 @@ import torch
 from megatron_egrsd.hf.checkpoint import HFCheckpoint
 from megatron_egrsd.hf.convert import ToHF, ToMegatron
 from tests.models import make_qwen3
+from tests.parallel.test_transformer_engine import NORM_BEFORE_EXPERTS, NORMS
 from tests.ranks import run_ranks
 
 VOCAB, LAYERS = 61, 3  # neither divides evenly
@@ -116,9 +117,8 @@ def _load_and_save(rank, world_size, layout, jobs):
             {"model": model.sharded_state_dict()}, str(checkpoint.directory), strict="return_all", verify_integrity=True
         )
         # Nothing but exactly what this model asks for, and what it would with Transformer Engine's norms.
-        norms = ["final_layernorm", "layers.self_attention.q_layernorm", "layers.self_attention.k_layernorm"]
-        norms += ["layers.pre_mlp_layernorm"] if checkpoint.architecture.num_experts else []
-        assert missing == {f"decoder.{name}._extra_state" for name in norms} and not unexpected, (missing, unexpected)
+        norms = NORMS | ({NORM_BEFORE_EXPERTS} if checkpoint.architecture.num_experts else set())
+        assert missing == norms and not unexpected, (missing, unexpected)
         model.load_state_dict(state["model"])
         assert state["args"].num_layers == LAYERS
         answers.append(_logits(model, parallel))

@@ -30,7 +30,11 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU"),
 ]
 # What only Transformer Engine's norms ask for; engine/checkpoint.py does without, tools/convert_hf.py writes it.
-NORMS = {"final_layernorm", "layers.self_attention.q_layernorm", "layers.self_attention.k_layernorm"}
+NORMS = {
+    f"decoder.{name}._extra_state"
+    for name in ("final_layernorm", "layers.self_attention.q_layernorm", "layers.self_attention.k_layernorm")
+}
+NORM_BEFORE_EXPERTS = "decoder.layers.pre_mlp_layernorm._extra_state"
 LAYOUTS = {
     "TP1": (DENSE, {}),
     "TP2": (DENSE, {"tensor": 2}),
@@ -56,9 +60,8 @@ def test_layers_are_filled_exported_and_stored_alike(layout, tmp_path):
             for key, places in stored.items():
                 keys[layers].setdefault(key, []).append((rank, sorted(places)))
     assert parameters["always"] == parameters["never"]
-    norms = NORMS | ({"layers.pre_mlp_layernorm"} if base is MOE else set())
     more = {key for key in keys["always"] if key not in keys["never"]}
-    assert more == {f"decoder.{norm}._extra_state" for norm in norms}
+    assert more == NORMS | ({NORM_BEFORE_EXPERTS} if base is MOE else set())
     assert {key: places for key, places in keys["always"].items() if key not in more} == keys["never"]
 
 
