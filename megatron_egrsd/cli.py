@@ -7,12 +7,12 @@ stderr. Heavy imports happen inside the subcommand, so that help and mistakes ar
 import argparse
 import contextlib
 import io
-import os
 import re
 import sys
 import time
 
 from megatron_egrsd.errors import BadArgument, Preempted, RunError
+from megatron_egrsd.system import torchrun
 
 _PATIENCE = 20.0  # seconds
 
@@ -76,7 +76,7 @@ def _run(command: str, arguments: list[str]) -> int:
     elif command == "train":
         _train(arguments)
     elif command == "evaluate":
-        from megatron_egrsd import evaluate
+        from megatron_egrsd.evaluation import evaluate
 
         evaluate.main(arguments)
     elif command == "report":
@@ -110,7 +110,7 @@ def _train(arguments: list[str]) -> None:
     dry_run, words = _dry_run(["--checkpoint.resume" if a == "--resume" else a for a in arguments])
     config = parse_config(words)
     if dry_run is not None:
-        from megatron_egrsd.plan import print_plan
+        from megatron_egrsd.planning.plan import print_plan
 
         print_plan(config, **dry_run)
     else:
@@ -150,7 +150,7 @@ def _dry_run(arguments: list[str]) -> tuple[dict | None, list[str]]:
 def _fail(reason: object, status: int) -> int:
     # Under torchrun every rank meets the same error; one line a node is enough. The moment one rank exits, torchrun
     # ends the others: the node's first rank, which has servers to close before it speaks, is waited for.
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if torchrun.local_rank() != 0:
         time.sleep(_PATIENCE)
     print(f"megatron-egrsd: {'error: ' if status else ''}{' '.join(str(reason).split())}", file=sys.stderr)
     return status

@@ -88,6 +88,8 @@ class ObjectiveConfig:
     """GRPO, RLSD, EGRSD and CL-EGRSD: one family (docs/method.md). Symbols of the papers in brackets.
 
     Args:
+        preset: A member of the family by its name (objectives/presets.py): sets the keys that make it one; any key given
+            beside it overrides it.
         mix: Share of the likelihood ratio in the magnitude, in [0, 1] (lam; RLSD).
         ratio_clip: The ratio is clipped to [1 - ratio_clip, 1 + ratio_clip] (eps_w; RLSD).
         attenuation: How far the teacher's entropy may close the gate, in [0, 1) (alpha; EGRSD).
@@ -109,6 +111,7 @@ class ObjectiveConfig:
         options: Its options by name.
     """
 
+    preset: str = ""
     mix: float = 0.5
     ratio_clip: float = 0.2
     attenuation: float = 0.9
@@ -147,25 +150,6 @@ class ObjectiveConfig:
             'objective.loss_normalization is "fixed", so objective.fixed_length must be positive',
         )
         _require(not self.options or bool(self.function), "objective.options are those of objective.function; set it")
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the weights depend on the teacher; GRPO's do not. Imports `function`, or raises BadArgument."""
-        from megatron_egrsd.weighting import load_objective
-
-        return load_objective(self).needs_teacher
-
-    @classmethod
-    def preset(cls, name: Literal["grpo", "rlsd", "egrsd", "cl_egrsd"], **overrides: Any) -> "ObjectiveConfig":
-        """A member of the family by its name; `overrides` change single fields."""
-        presets = {
-            "grpo": {"mix": 0.0, "attenuation": 0.0, "lookahead": 0},
-            "rlsd": {"attenuation": 0.0, "lookahead": 0},
-            "egrsd": {"lookahead": 0},
-            "cl_egrsd": {},
-        }
-        _require(name in presets, f"no objective is called {name!r}; there are {', '.join(presets)}")
-        return cls(**{**presets[name], **overrides})
 
 
 @dataclass(frozen=True)

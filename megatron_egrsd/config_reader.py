@@ -3,9 +3,11 @@
 import dataclasses
 import difflib
 import re
+from typing import Any
 
-from megatron_egrsd.config import Config
+from megatron_egrsd.config import Config, ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.objectives import presets
 
 
 def valid_keys(cls: type = Config, prefix: str = "") -> list[str]:
@@ -43,12 +45,30 @@ def parse_config(arguments: list[str]) -> Config:
     parser.add_argument("--config", action="config", help="YAML file with the keys below.")
     parser.add_class_arguments(Config, None)
     try:
-        namespace = parser.instantiate(parser.parse_args(arguments))
+        namespace = parser.parse_args(arguments)
+        if preset := namespace["objective.preset"]:
+            parser.set_defaults(preset_keys(preset))
+            namespace = parser.parse_args(arguments)
+        namespace = parser.instantiate(namespace)
     except BadArgument:
         raise
     except (ArgumentError, ValueError, TypeError) as error:
         raise BadArgument(_one_sentence(str(error))) from None
     return Config(**{f.name: namespace[f.name] for f in dataclasses.fields(Config)})
+
+
+def preset_keys(name: str) -> dict[str, object]:
+    """Return the configuration keys that the preset `name` sets, with their values; BadArgument if there is none."""
+    table = presets()
+    if name not in table:
+        raise BadArgument(f"objective.preset is {name!r}; the presets are {', '.join(table)}")
+    return {"objective.preset": name} | table[name]
+
+
+def preset_objective(name: str, **overrides: Any) -> ObjectiveConfig:
+    """Return the objective section of a preset; `overrides` change single fields."""
+    keys = {key.partition(".")[2]: value for key, value in preset_keys(name).items() if key.startswith("objective.")}
+    return ObjectiveConfig(**keys | overrides)
 
 
 def _one_sentence(message: str) -> str:

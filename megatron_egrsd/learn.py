@@ -9,11 +9,13 @@ import torch
 
 from megatron_egrsd.config import Config, ObjectiveConfig
 from megatron_egrsd.data.packing import MicroBatch, Sequence
+from megatron_egrsd.data.samples import Rollout
 from megatron_egrsd.errors import BadUpdate
-from megatron_egrsd.objective import loss_normalizer, policy_loss
-from megatron_egrsd.samples import Rollout
-from megatron_egrsd.scores import Record
-from megatron_egrsd.weighting import Objective, Tokens, load_objective
+from megatron_egrsd.objectives.interface import Objective, Tokens
+from megatron_egrsd.objectives.load import load_objective
+from megatron_egrsd.objectives.loss import loss_normalizer, policy_loss
+from megatron_egrsd.objectives.signal import rollout_advantages
+from megatron_egrsd.report.scored_dump import Record
 
 if TYPE_CHECKING:
     from megatron_egrsd.engine.engine import Engine, Scores
@@ -32,7 +34,7 @@ def learn(engine: "Engine", rollouts: list[Rollout], config: Config, record: Rec
     there is one update.
     """
     objective, started = load_objective(config.objective), time.perf_counter()
-    advantage = _advantages(rollouts, objective)
+    advantage = rollout_advantages(rollouts, objective)
     students = [Sequence(r.prompt.student_ids, r.response_ids) for r in rollouts]
     teachers = [Sequence(r.prompt.teacher_ids, r.response_ids) for r in rollouts]
 
@@ -82,18 +84,6 @@ def learn(engine: "Engine", rollouts: list[Rollout], config: Config, record: Rec
     }
 
 
-def groups_without_signal(rollouts: list[Rollout], config: ObjectiveConfig) -> list[int]:
-    """The groups whose rollouts all have advantage 0 (all right or all wrong, under the group advantage)."""
-    advantage = _advantages(rollouts, load_objective(config))
-    signal = {r.group for r, a in zip(rollouts, advantage, strict=True) if a}
-    return sorted({r.group for r in rollouts} - signal)
-
-
-def _advantages(rollouts: list[Rollout], objective: Objective) -> list[float]:
-    rewards = torch.tensor([r.reward for r in rollouts])
-    return objective.advantages(rewards, torch.tensor([r.group for r in rollouts])).tolist()
-
-
 def _scores(
     engine: "Engine", teachers: list[Sequence], students: list[Sequence], partition: list[list[int]]
 ) -> "tuple[dict[int, Scores] | None, dict[int, Scores] | None]":
@@ -139,7 +129,7 @@ def _loss(
     log_prob: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch, objective: Objective
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The policy loss of one micro-batch, all tensors [R], and sums over its tokens; those with a "/" become means."""
-    f, mask = batch.fields, torch.ones_like(batch.targets, dtype=torch.bool)
+    f = batch.fields
     with torch.no_grad():
         # Without scores of its own, the student before the update is the one that is being trained.
         scores = {"student_log_prob": log_prob.detach(), "student_entropy": entropy.detach()}
@@ -150,7 +140,7 @@ def _loss(
         sums = {name: values.sum() for name, values in objective.metrics(tokens).items()}
     old, rollout, reference = tokens.student_log_prob, f["rollout_log_prob"], f.get("reference_log_prob")
     others = {"rollout_log_prob": rollout, "reference_log_prob": reference}
-    result = policy_loss(log_prob, old, weight, mask, f["normalizer"], objective.config, **others)
+    result = policy_loss(log_prob, old, weight, f["normalizer"], objective.config, **others)
     if tokens.teacher_log_prob is not None:
         sums["teacher/entropy"] = tokens.teacher_entropy.sum()
         sums["weight/log_ratio"] = (tokens.teacher_log_prob - old).sum()
@@ -187,7 +177,7 @@ def rollout_metrics(rollouts: list[Rollout], config: ObjectiveConfig) -> dict[st
         "response/length": sum(lengths) / n,
         "response/truncated": sum(r.finish_reason == "length" for r in rollouts) / n,
         "batch/tokens": float(sum(lengths)),
-        "batch/degenerate_share": sum(a == 0 for a in _advantages(rollouts, load_objective(config))) / n,
+        "batch/degenerate_share": sum(a == 0 for a in rollout_advantages(rollouts, load_objective(config))) / n,
     }
 
 

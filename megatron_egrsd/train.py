@@ -6,26 +6,17 @@ weights go into SGLang, checked by version (first_rank.py). One step off, the ne
 """
 
 import time
-from pathlib import Path
 
-from transformers import AutoTokenizer
-
-from megatron_egrsd.agreement import facts
 from megatron_egrsd.config import Config
-from megatron_egrsd.data.prompts import load_prompts
-from megatron_egrsd.debug import rollout_only
 from megatron_egrsd.engine.engine import Engine
-from megatron_egrsd.errors import BadArgument, RunError
-from megatron_egrsd.first_rank import first_rank
-from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.errors import RunError
 from megatron_egrsd.learn import learn
-from megatron_egrsd.plan import world_size
-from megatron_egrsd.preemption import Preemption
-from megatron_egrsd.rewards import load_reward
+from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.rollout.process_group import use_sglangs_nccl_settings
-from megatron_egrsd.samples import Prompt
-from megatron_egrsd.sampling import prompt_builder
-from megatron_egrsd.weighting import check_objective
+from megatron_egrsd.run.agreement import facts
+from megatron_egrsd.run.preemption import Preemption
+from megatron_egrsd.run.rollout_only import rollout_only
+from megatron_egrsd.run.session import first_rank
 
 
 def main(config: Config) -> None:
@@ -77,27 +68,3 @@ def main(config: Config) -> None:
 
 def _is_due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
-
-
-def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], list[Prompt], AutoTokenizer]:
-    """Training prompts, held-out prompts, tokenizer: everything that can be refused before a process starts.
-
-    `ranks` is for a plan of as many training ranks; without it, as torchrun says.
-    """
-    arch = Architecture.from_pretrained(config.model.path)
-    arch.check_parallel(config.parallel)
-    config.check_world(ranks or world_size())
-    check_objective(config.objective)
-    output = Path(config.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not config.checkpoint.resume:
-        raise BadArgument(
-            f"output = {output} exists and is not an empty directory; choose another one, remove it, or continue its "
-            "run with --resume auto"
-        )
-    if config.replay and not Path(config.replay).exists():
-        raise BadArgument(f"replay is {config.replay}, which does not exist; give a file or directory of rollouts")
-    load_reward(config.data.reward)
-    builder = prompt_builder(config)
-    train = load_prompts(config.data.train, builder, privileged=config.objective.needs_teacher)
-    heldout = load_prompts(config.data.evaluation, builder, privileged=False) if config.data.evaluation else []
-    return train, heldout, builder.tokenizer

@@ -98,8 +98,8 @@ def order(case: Case, checkpoint: Path) -> list[dict]:
     """Prompts in the order in which our run takes them, as text and as tokens."""
     from megatron_egrsd.config_reader import parse_config
     from megatron_egrsd.data.problems import batch_indices
+    from megatron_egrsd.data.prompt_builder import prompt_builder
     from megatron_egrsd.data.prompts import load_prompts
-    from megatron_egrsd.sampling import prompt_builder
 
     config = parse_config([*CONFIG, *words(settings(case, checkpoint, Path("unused")))])
     builder = prompt_builder(config)

@@ -18,9 +18,9 @@ from statistics import median
 
 import orjson
 
-from megatron_egrsd.rewards import math_reward
+from megatron_egrsd.data.samples import Problem, Prompt, Rollout
+from megatron_egrsd.rewards.reward import math_reward
 from megatron_egrsd.rollout.generation import read_answer, read_apart
-from megatron_egrsd.samples import Problem, Prompt, Rollout
 
 _DATA = Path(__file__).parents[1] / "tests/data"
 

@@ -24,9 +24,9 @@ from benchmark_runs import CONFIG, TRAIN, metrics, run
 from step_time import step_seconds
 
 from megatron_egrsd.config_reader import parse_config
+from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import RolloutServers
-from megatron_egrsd.train import prepare
 
 ONE_STEP_OFF = ["--rollout.staleness", "1", "--objective.importance_cap", "2"]
 PARTIAL = [*ONE_STEP_OFF, "--rollout.staleness", "2", "--rollout.partial", "true", "--rollout.extra_prompts", "8"]

@@ -16,10 +16,10 @@ from step_time import forward_flops, generate_seconds, head_flops
 from megatron_egrsd.config import Config
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.packing import schedule
+from megatron_egrsd.data.samples import Rollout, load_rollouts
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.objective import advantages
-from megatron_egrsd.samples import Rollout, load_rollouts
+from megatron_egrsd.objectives.signal import advantages
 
 PHASES = ("generate", "score", "train", "sync")
 

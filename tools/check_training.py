@@ -24,12 +24,12 @@ import torch
 
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig, RolloutConfig
 from megatron_egrsd.data.packing import schedule
+from megatron_egrsd.data.samples import Problem, Prompt, Rollout
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.learn import learn
-from megatron_egrsd.memory import rank_memory
-from megatron_egrsd.plan import placement, readable
-from megatron_egrsd.samples import Problem, Prompt, Rollout
+from megatron_egrsd.planning.memory import rank_memory
+from megatron_egrsd.planning.plan import placement, readable
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny" / "model"
 # name -> (sizes, longest response, tokens of a micro-batch)

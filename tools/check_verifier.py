@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_egrsd.data.problems import read_rows
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.rewards import math_reward
+from megatron_egrsd.rewards.reward import math_reward
 
 FIELDS = (("response", "solution"), ("answer", "ground_truth"), ("correct", "is_correct"))
 

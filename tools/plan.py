@@ -36,7 +36,7 @@ from step_time import (
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.memory import Placement, RankMemory, rank_memory, shard_shapes
+from megatron_egrsd.planning.memory import Placement, RankMemory, rank_memory, shard_shapes
 
 MODELS = json.loads((Path(__file__).parent / "published_models.json").read_text())
 

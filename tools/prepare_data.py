@@ -20,10 +20,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_egrsd.answers import gold_answer
 from megatron_egrsd.data.problems import read_rows
+from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.samples import Problem
+from megatron_egrsd.rewards.answers import gold_answer
 
 NGRAM = 13  # words, as in GPT-3's contamination study: shorter runs are often boilerplate
 _SHOWN = 5  # contaminated rows that the report names

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from megatron_egrsd.rewards import grade, load_reward
+from megatron_egrsd.rewards.reward import grade, load_reward
 
 
 class Recorder(TrainerCallback):

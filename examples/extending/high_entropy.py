@@ -6,8 +6,8 @@ megatron-egrsd train --config examples/configs/tiny_cpu.yaml \
 
 from dataclasses import dataclass
 
-from megatron_egrsd.objective import entropy_quantile
-from megatron_egrsd.weighting import Objective
+from megatron_egrsd.objectives import Objective
+from megatron_egrsd.objectives.egrsd import entropy_quantile
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_egrsd.weighting import Objective
+from megatron_egrsd.objectives import Objective
 
 
 @dataclass(frozen=True)

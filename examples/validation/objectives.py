@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_egrsd.objective import normalized_entropy
-from megatron_egrsd.weighting import Family
+from megatron_egrsd.objectives.egrsd import EGRSD
 
 
 @dataclass(frozen=True)
-class ShuffledGate(Family):
+class ShuffledGate(EGRSD):
     """The control: the same gate values, dealt out to the batch's tokens at random.
 
     What is left of an effect under it comes from smaller weights, not from where the teacher is uncertain.
@@ -27,12 +26,11 @@ class ShuffledGate(Family):
 
 
 @dataclass(frozen=True)
-class LookaheadMean(Family):
+class LookaheadMean(EGRSD):
     """The mean of the entropy over the lookahead, where CL-EGRSD takes the minimum."""
 
     def prepare(self, tokens, *, vocab_size, group=None):
-        args = tokens.teacher_entropy, tokens.cu_seqlens, tokens.mask, self.config
-        h = normalized_entropy(*args, vocab_size=vocab_size, group=group)
+        h = super().prepare(tokens, vocab_size=vocab_size, group=group)["normalized_entropy"]
         steps = torch.arange(h.numel(), device=h.device)
         end = tokens.cu_seqlens[1:].repeat_interleave(tokens.cu_seqlens.diff())
         stop = torch.minimum(steps + self.config.lookahead + 1, end.to(steps))

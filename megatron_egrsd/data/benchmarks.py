@@ -5,8 +5,8 @@ from pathlib import Path
 
 from megatron_egrsd.config import DataConfig, EvaluationConfig
 from megatron_egrsd.data.problems import load_problems, read_rows
+from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.samples import Problem
 
 # Name -> Hugging Face dataset, as "name[:configuration]:split".
 BENCHMARKS = {

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_egrsd.config import DataConfig
+from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.samples import Problem
 
 _ID_KEYS = ("id", "idx", "unique_id")
 _NAMED = 5  # bad rows of a kind that are named

@@ -1,122 +1,10 @@
-"""What the student and the privileged teacher read: one question, one assistant header, two contexts.
+"""Load the prompts of a file of problems."""
 
-Student and teacher score the same response ids, appended to either prompt. That is only the same text to both
-when both prompts end in the same tokens (assistant header, thinking tags); this is checked on every prompt.
-"""
-
-import os
-import re
-from typing import Any
-
-from megatron_egrsd.config import DataConfig
 from megatron_egrsd.data.problems import BadRow, BadRows, load_problems
+from megatron_egrsd.data.prompt_builder import PromptBuilder
+from megatron_egrsd.data.samples import Prompt
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.samples import Problem, Prompt
-
-
-class PromptBuilder:
-    """Problems to token ids through the tokenizer's chat template.
-
-    Args:
-        tokenizer: A Hugging Face tokenizer with a chat template.
-        config: Teacher template, system prompt, thinking mode, longest prompt.
-        max_response_tokens: Tokens a response may add.
-        context_length: Longest sequence the model takes, in tokens.
-    """
-
-    def __init__(self, tokenizer: Any, config: DataConfig, max_response_tokens: int, context_length: int):
-        if not getattr(tokenizer, "chat_template", None):
-            raise BadArgument(
-                "the tokenizer of model.path has no chat template; "
-                "add chat_template.jinja or the field chat_template of tokenizer_config.json"
-            )
-        if max_response_tokens >= context_length:
-            raise BadArgument(
-                f"rollout.max_response_tokens = {max_response_tokens} leaves no room for a prompt in "
-                f"the model's context of {context_length} tokens"
-            )
-        self.tokenizer = tokenizer
-        self.config = config
-        self.max_response_tokens = max_response_tokens
-        self.context_length = context_length
-        self.generation_ids = self._generation_ids()
-        for probe in (Problem("probe", "1 + 1?", "2", "1 + 1 = 2"), Problem("probe", "Hm", "x", "so {x}")):
-            self._check_suffix(self._student(probe), self._teacher(probe))
-
-    def build(self, problem: Problem, *, privileged: bool = True) -> Prompt:
-        """The prompts of `problem`; without `privileged`, no teacher will read it and `teacher_ids` is empty.
-
-        Raises BadRow for a prompt that is empty or too long, BadArgument for one that ends otherwise than the template
-        promises.
-        """
-        if not problem.problem.strip():
-            raise BadRow("empty", f"problem {problem.id}", f"problem {problem.id} is empty")
-        student = self._student(problem)
-        teacher = self._teacher(problem) if privileged else []
-        self._check_length(problem.id, "student", student)
-        self._check_length(problem.id, "teacher", teacher)
-        self._check_suffix(student, teacher or student)
-        return Prompt(problem, student, teacher)
-
-    def _student(self, problem: Problem) -> list[int]:
-        return self._encode(self._render(problem.problem))
-
-    def _teacher(self, problem: Problem) -> list[int]:
-        return self._encode(self._render(teacher_turn(self.config.teacher_template, problem)))
-
-    def _render(self, user_turn: str, generation_prompt: bool = True) -> str:
-        messages = [{"role": "user", "content": user_turn}]
-        if self.config.system_prompt:
-            messages.insert(0, {"role": "system", "content": self.config.system_prompt})
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                enable_thinking=self.config.enable_thinking,
-            )
-        except Exception as error:  # a template is a program: it raises whatever it likes
-            raise BadArgument(f"the tokenizer's chat template fails on a user turn: {error}") from None
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)  # the template has written them
-
-    def _generation_ids(self) -> list[int]:
-        """What add_generation_prompt adds: assistant header and, with thinking off, an empty thinking block."""
-        closed, opened = self._render("1 + 1?", False), self._render("1 + 1?", True)
-        if len(opened) <= len(closed) or not opened.startswith(closed):
-            raise BadArgument(
-                "the tokenizer's chat template adds no generation prompt after the user's turn; "
-                "without one, student and teacher cannot be aligned"
-            )
-        return self._encode(opened[len(closed) :])
-
-    def _check_suffix(self, student: list[int], teacher: list[int]) -> None:
-        n = len(self.generation_ids)
-        if not student[-n:] == teacher[-n:] == self.generation_ids:
-            decode = self.tokenizer.decode
-            raise BadArgument(
-                "student and teacher prompt do not end in the same generation prompt: "
-                f"{decode(student[-n:])!r} and {decode(teacher[-n:])!r}, where the chat template adds "
-                f"{decode(self.generation_ids)!r}"
-            )
-
-    def _check_length(self, problem_id: str, reader: str, ids: list[int]) -> None:
-        if len(ids) > self.config.max_prompt_tokens:
-            raise BadRow(
-                "over-long",
-                f"problem {problem_id}",
-                f"the {reader} prompt of problem {problem_id} has {len(ids)} tokens, more than data.max_prompt_tokens "
-                f"= {self.config.max_prompt_tokens}; raise that, remove the problem, or set data.bad_rows skip",
-            )
-        if len(ids) + self.max_response_tokens > self.context_length:
-            raise BadRow(
-                "over-long",
-                f"problem {problem_id}",
-                f"the {reader} prompt of problem {problem_id} has {len(ids)} tokens, which with "
-                f"rollout.max_response_tokens = {self.max_response_tokens} exceed the model's context of "
-                f"{self.context_length}; shorten the responses, remove the problem, or set data.bad_rows skip",
-            )
+from megatron_egrsd.system import torchrun
 
 
 def load_prompts(source: str, builder: PromptBuilder, *, privileged: bool) -> list[Prompt]:
@@ -132,15 +20,6 @@ def load_prompts(source: str, builder: PromptBuilder, *, privileged: bool) -> li
             bad.add(error)
     if not prompts:
         raise BadArgument(f"{source} holds no problem that can be used, but {bad}")
-    if bad.places and os.environ.get("RANK", "0") == "0":
+    if bad.places and torchrun.rank() == 0:
         print(f"{source}: {len(prompts)} problems; left out are {bad}", flush=True)
     return prompts
-
-
-def teacher_turn(template: str, problem: Problem) -> str:
-    """The teacher's user turn: {problem}, {solution} and {answer} replaced in one pass.
-
-    Not str.format: LaTeX is full of braces, and a problem that itself says "{solution}" stays as it is.
-    """
-    values = {"problem": problem.problem, "solution": problem.solution, "answer": problem.answer}
-    return re.sub(r"{(problem|solution|answer)}", lambda match: values[match[1]], template)

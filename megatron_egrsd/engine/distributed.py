@@ -1,6 +1,5 @@
 """Process groups: torchrun's environment (or one process alone) into megatron-core's parallel state."""
 
-import os
 import socket
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -10,14 +9,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_egrsd.agreement import HINTS
 from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.system import torchrun
 
 T = TypeVar("T")
+# What all ranks must have in common, by name: its hash, and what to do if a rank has another one.
+Facts = dict[str, tuple[str, str]]
 
 
-def initialize(config: ParallelConfig, seed: int, facts: dict[str, str] | None = None) -> torch.device:
+def initialize(config: ParallelConfig, seed: int, facts: Facts | None = None) -> torch.device:
     """Start torch.distributed and megatron-core's groups; returns this rank's device.
 
     NCCL where CUDA is available, else gloo. A process that torchrun did not start is a world of one. BadArgument, on
@@ -25,15 +26,15 @@ def initialize(config: ParallelConfig, seed: int, facts: dict[str, str] | None =
     """
     timeout = timedelta(seconds=config.timeout)
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", torchrun.local_rank())
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    if "RANK" in os.environ:
+    if torchrun.is_launched():
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         # torchrun keeps its store over a restart: without a name for each, gloo would connect to the ranks that died.
-        store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = dist.PrefixStore(f"restart_{torchrun.restart_count()}", store)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
@@ -51,14 +52,14 @@ def initialize(config: ParallelConfig, seed: int, facts: dict[str, str] | None =
     return device
 
 
-def _check_agreement(facts: dict[str, str]) -> None:
+def _check_agreement(facts: Facts) -> None:
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (socket.gethostname(), facts))
     first_host, expected = gathered[0]
     for rank, (host, found) in enumerate(gathered):
-        for name, value in expected.items():
-            if found.get(name) != value:
-                raise BadArgument(f"rank {rank} on {host} has other {name} than rank 0 on {first_host}: {HINTS[name]}")
+        for name, (value, hint) in expected.items():
+            if found.get(name) != (value, hint):
+                raise BadArgument(f"rank {rank} on {host} has other {name} than rank 0 on {first_host}: {hint}")
 
 
 def shutdown() -> None:
@@ -77,7 +78,7 @@ def lost_contact(error: BaseException | None) -> RunError | None:
     if not isinstance(error, dist.DistError) and not (type(error) is RuntimeError and "gloo" in str(error)):
         return None
     reason = str(error).strip().splitlines()[0].rpartition("] ")[2]
-    rank = os.environ.get("RANK", "0")
+    rank = torchrun.rank()
     return RunError(
         f"rank {rank} on {socket.gethostname()} lost contact to another rank; if a node or rank failed first, its own "
         f"message says why, else check the network, or raise parallel.timeout ({reason}); --resume auto continues "

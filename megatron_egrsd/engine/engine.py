@@ -33,6 +33,7 @@ from megatron_egrsd.engine.optimizer import build_optimizer, parts
 from megatron_egrsd.engine.weights import export_hf, load_hf
 from megatron_egrsd.errors import BadUpdate
 from megatron_egrsd.hf.checkpoint import HFCheckpoint
+from megatron_egrsd.objectives.load import needs_teacher
 from megatron_egrsd.vocab_parallel import linear_log_prob_and_entropy
 
 # (log_prob [R], entropy [R], micro-batch) -> (loss to differentiate, detached sums to report)
@@ -50,7 +51,7 @@ class Scores:
 class Engine:
     """Owns the process groups, the model, its optimizer and the teacher's weights. Close it, or use it with `with`."""
 
-    def __init__(self, config: Config, facts: dict[str, str] | None = None):
+    def __init__(self, config: Config, facts: distributed.Facts | None = None):
         """`facts`, which all ranks must have in common (agreement.py), are compared before anything is built."""
         self.config = config
         checkpoint = HFCheckpoint(config.model.path)
@@ -88,7 +89,7 @@ class Engine:
         transformer.grad_scale_func = self.optimizer.scale_loss
 
         self.teacher_weights = None
-        if config.teacher.weights != "live" and config.objective.needs_teacher:
+        if config.teacher.weights != "live" and needs_teacher(config.objective):
             # The moving average is kept in fp32: in bf16 a step of (1 - decay) would round away.
             kept = torch.float32 if config.teacher.weights == "ema" else dtype
             self.teacher_weights = [p.detach().to(kept, copy=True) for p in self.parameters()]

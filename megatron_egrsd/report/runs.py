@@ -9,7 +9,7 @@ import yaml
 
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.report.objectives import settings, title
+from megatron_egrsd.report.family import settings, title
 
 
 @dataclass(frozen=True)

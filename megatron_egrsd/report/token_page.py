@@ -18,10 +18,11 @@ from markupsafe import Markup
 
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.objective import advantages, magnitude
+from megatron_egrsd.objectives.egrsd import magnitude
+from megatron_egrsd.objectives.signal import advantages
+from megatron_egrsd.report.family import NAMES, family, member, settings, title
 from megatron_egrsd.report.html import TEMPLATES, template, write_page
-from megatron_egrsd.report.objectives import NAMES, family, member, settings, title
-from megatron_egrsd.scores import ScoredRollout, batch_entropies, batch_tokens, batch_weights, load_scores
+from megatron_egrsd.report.scored_dump import ScoredRollout, batch_tokens, batch_weights, load_scores
 
 MAX_TOKENS = 150_000  # of one page: a browser stays quick with them
 
@@ -76,11 +77,11 @@ def _weights(scored: list[ScoredRollout], objective: ObjectiveConfig) -> list[di
     names = [f"{who}_{what}" for who in ("student", "teacher") for what in ("log_prob", "entropy")]
     scores = {n: np.concatenate([getattr(r, n) for r in scored]) for n in names if getattr(scored[0], n) is not None}
     tokens, vocab_size = batch_tokens([r.advantage for r in scored], lengths, scores), scored[0].vocab_size
-    w, g = batch_weights(tokens, objective, vocab_size)
-    columns = {"m": torch.ones_like(w), "g": g, "w": w}
+    weights = batch_weights(tokens, objective, vocab_size)
+    columns = {"m": torch.ones_like(weights["weight"]), "g": weights["gate"], "w": weights["weight"]}
     if tokens.teacher_log_prob is not None:
         columns["m"] = magnitude(tokens.advantage, tokens.teacher_log_prob, tokens.student_log_prob, objective)
-        columns["h"], columns["a"], _ = batch_entropies(tokens, objective, vocab_size)
+        columns["h"], columns["a"] = weights["normalized_entropy"], weights["lookahead_entropy"]
     split = {name: column.split(lengths) for name, column in columns.items()}
     return [{name: parts[i].numpy() for name, parts in split.items()} for i in range(len(scored))]
 

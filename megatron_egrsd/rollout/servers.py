@@ -28,6 +28,7 @@ from megatron_egrsd.rollout.ports import choose_ports
 from megatron_egrsd.rollout.router import servers_behind
 from megatron_egrsd.rollout.scratch import Scratch
 from megatron_egrsd.rollout.server_command import server_command
+from megatron_egrsd.system import torchrun
 
 _POLL = 0.5  # seconds between two looks at a starting server
 _GRACE = 5.0  # seconds a killed server's processes have to be gone
@@ -230,9 +231,7 @@ class RolloutServers:
         command = [sys.executable, "-m", "megatron_egrsd.rollout.launch",
                    *server_command(config, self.model, seed, int(server.url.rpartition(":")[2]), device)]  # fmt: skip
         # torchrun's variables describe the training job: SGLang would take its rank and rendezvous from them.
-        torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
-                    "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
-        environment = {k: v for k, v in os.environ.items() if k not in torchrun}
+        environment = torchrun.environment_without()
         environment |= {PARENT_VARIABLE: str(os.getpid()), "TMPDIR": str(self._scratch.path)}
         environment |= {KEY_VARIABLE: self.key} if self.key else {}
         if device == "cpu":

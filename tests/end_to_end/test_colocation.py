@@ -44,10 +44,10 @@ def test_faults_end_or_continue(tmp_path):
 def _kill_in_every_turn(rank, world_size, config) -> list[tuple[str, float]]:
     """(turn in which the server was killed, difference of the log-probs sampled after it)."""
     from megatron_egrsd.engine.engine import Engine
-    from megatron_egrsd.first_rank import FirstRank
     from megatron_egrsd.learn import learn
-    from megatron_egrsd.preemption import Preemption
-    from megatron_egrsd.train import prepare
+    from megatron_egrsd.planning.preflight import prepare
+    from megatron_egrsd.run.preemption import Preemption
+    from megatron_egrsd.run.session import FirstRank
 
     prompts, _, tokenizer = prepare(config)
     seen = []

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from megatron_egrsd.samples import load_rollouts
-from megatron_egrsd.scores import load_scores
+from megatron_egrsd.data.samples import load_rollouts
+from megatron_egrsd.report.scored_dump import load_scores
 from tests.end_to_end.test_train import descendants_with, metrics, run
 from tests.faults.runs import PER_PROMPT, PROMPTS, replayed, rows, steps, survive
 

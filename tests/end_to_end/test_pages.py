@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from megatron_egrsd.config import ObjectiveConfig
+from megatron_egrsd.config_reader import preset_objective
+from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.report import command
-from megatron_egrsd.samples import Problem
-from megatron_egrsd.scores import save_scores
+from megatron_egrsd.report.scored_dump import save_scores
 from tests.unit.test_report import make_run
 from tests.unit.test_scores import batch
 
@@ -212,7 +213,7 @@ def test_the_page_runs_no_script_but_its_own(made, browser):
 
 
 def test_a_run_without_a_teacher(tmp_path, open_page):
-    save_scores(batch(ObjectiveConfig.preset("grpo"), teacher=False), tmp_path / "s.jsonl")
+    save_scores(batch(preset_objective("grpo"), teacher=False), tmp_path / "s.jsonl")
     command.main(["--tokens", str(tmp_path / "s.jsonl"), "--output", str(tmp_path / "page.html")])
     page = open_page(tmp_path / "page.html")
     assert page.locator("input[name=objective]:enabled").count() == 1

@@ -10,7 +10,7 @@ import pytest
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.packing import Sequence
 from megatron_egrsd.data.problems import batch_indices, load_problems
-from megatron_egrsd.samples import Rollout, load_rollouts
+from megatron_egrsd.data.samples import Rollout, load_rollouts
 from tests.end_to_end.test_overlap import CAP, assert_importance
 from tests.end_to_end.test_train import descendants_with, metrics, run
 from tests.faults.runs import PER_PROMPT, PROMPTS, rows, survive

@@ -91,8 +91,8 @@ def test_three_steps_of_the_whole_loop(tmp_path):
     )
     assert trained.keys() == start.keys()
     assert all(trained[k].shape == start[k].shape and not trained[k].equal(start[k]) for k in start)
-    from megatron_egrsd.samples import load_rollouts
-    from megatron_egrsd.scores import load_scores
+    from megatron_egrsd.data.samples import load_rollouts
+    from megatron_egrsd.report.scored_dump import load_scores
 
     rollouts = load_rollouts(output / "rollouts" / "step_000003.jsonl")
     assert len(rollouts) == 16 and {r.weight_version for r in rollouts} == {2}

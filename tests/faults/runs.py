@@ -127,8 +127,8 @@ def write_replay(directory: Path, count: int, seed: int = 0) -> Path:
 
     from megatron_egrsd.config import DataConfig
     from megatron_egrsd.data.problems import load_problems
-    from megatron_egrsd.data.prompts import PromptBuilder
-    from megatron_egrsd.samples import Rollout, save_rollouts
+    from megatron_egrsd.data.prompt_builder import PromptBuilder
+    from megatron_egrsd.data.samples import Rollout, save_rollouts
 
     chance = random.Random(seed)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)

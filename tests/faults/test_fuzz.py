@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from megatron_egrsd.config import Config, DataConfig
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.problems import BadRows, load_problems
+from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts, save_rollouts
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.rollout.generation import Generation, parse_generation
-from megatron_egrsd.samples import Problem, Prompt, Rollout, load_rollouts, save_rollouts
 
 TOTAL = int(os.environ.get("FUZZ_TOTAL", "2000"))
 pytestmark = pytest.mark.timeout(120 + TOTAL // 20)

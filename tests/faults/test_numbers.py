@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_egrsd.config import ParallelConfig
-from megatron_egrsd.samples import load_rollouts, save_rollouts
+from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from tests.models import make_qwen3
 from tests.parallel.test_layouts import VOCAB, _config, _rollouts
 from tests.ranks import run_ranks

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megatron_egrsd.samples import load_rollouts
+from megatron_egrsd.data.samples import load_rollouts
 from tests.faults.runs import PER_PROMPT, PROMPTS, Run, kill, rows, steps
 
 KINDS = (

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from megatron_egrsd.agreement import HINTS, facts
+from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.samples import Problem, Prompt
+from megatron_egrsd.run.agreement import HINTS, facts
 from tests.models import make_qwen3
 from tests.parallel.test_layouts import VOCAB, _config
 from tests.ranks import run_ranks
@@ -23,7 +23,7 @@ def _start(rank, world_size, config, name):
     elif rank == 1 and name == "data":
         own = facts(config, [dataclasses.replace(PROMPTS[0], student_ids=[1, 4])])
     elif rank == 1 and name:
-        own[name] = "other"
+        own[name] = ("other", HINTS[name])
     try:
         with Engine(config, own):
             return ""

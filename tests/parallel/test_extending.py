@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from megatron_egrsd.config import ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron_egrsd.data.samples import Problem, Prompt, Rollout, save_rollouts
+from megatron_egrsd.report.scored_dump import load_scores
 from megatron_egrsd.report.token_page import page_data
-from megatron_egrsd.samples import Problem, Prompt, Rollout, save_rollouts
-from megatron_egrsd.scores import load_scores
 from tests.models import make_qwen3
 from tests.parallel.test_layouts import VOCAB, _config, _rollouts, assert_same_training, run
 from tests.parallel.test_scores import step
@@ -49,7 +49,7 @@ def test_layout_does_not_change_training(name, files):
 # A token weighs as much as the other tokens of its rollout are uncertain.
 WHOLE = """
 import torch
-from megatron_egrsd.weighting import Objective
+from megatron_egrsd.objectives import Objective
 
 class Whole(Objective):
     needs_teacher = False

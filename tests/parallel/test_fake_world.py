@@ -1,7 +1,8 @@
 """Layouts of up to 512 ranks in one process: torch's fake process group and meta tensors, the real model sizes.
 
 Every distinct rank's shard is built by the engine's own code. Together they are the Hugging Face model, and each is
-what megatron_egrsd/memory.py counts. No data moves here; that the layout does not change training is test_layouts.py.
+what megatron_egrsd/planning/memory.py counts. No data moves here; that the layout does not change training is
+test_layouts.py.
 """
 
 import re
@@ -14,7 +15,7 @@ from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.mapping import entries, hf_shapes
-from megatron_egrsd.memory import _buffer_numel, shard_shapes
+from megatron_egrsd.planning.memory import _buffer_numel, shard_shapes
 from tests.published import PARAMETERS, PUBLISHED
 
 # model, ranks, TP, PP, VPP, CP, EP: an upper stage of each is uneven in what it holds besides layers.

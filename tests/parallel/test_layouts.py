@@ -15,7 +15,7 @@ from megatron_egrsd.config import (
     RolloutConfig,
     TeacherConfig,
 )
-from megatron_egrsd.samples import Problem, Prompt, Rollout, load_rollouts, save_rollouts
+from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts, save_rollouts
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
 

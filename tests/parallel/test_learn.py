@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_egrsd.config import ObjectiveConfig, OptimizerConfig, ParallelConfig, TeacherConfig
-from megatron_egrsd.samples import save_rollouts
+from megatron_egrsd.config_reader import preset_objective
+from megatron_egrsd.data.samples import save_rollouts
 from tests.models import make_qwen3
 from tests.parallel.test_layouts import VOCAB, _config, _rollouts, assert_same_training, run
 from tests.ranks import run_ranks
@@ -36,7 +37,7 @@ def test_batch_without_signal_changes_nothing(reward, model, tmp_path):
 def test_grpo_runs_no_teacher_and_follows_the_schedule(model, tmp_path):
     save_rollouts(_rollouts(), tmp_path / "rollouts.jsonl")
     optimizer = OptimizerConfig(lr=1e-3, min_lr=1e-4, schedule="linear", warmup_steps=1)
-    config = _config(model, objective=ObjectiveConfig.preset("grpo"), optimizer=optimizer)
+    config = _config(model, objective=preset_objective("grpo"), optimizer=optimizer)
     metrics, weights = run(1, config, tmp_path / "rollouts.jsonl")
     assert all("teacher/entropy" not in m and m["optimizer/grad_norm"] > 0 for m in metrics)
     # Warm-up starts above zero: half, the peak, then half way down to min_lr.
@@ -67,9 +68,9 @@ def test_one_update_equals_one_update_scored_beforehand(model, tmp_path):
 def _score_both(rank, world_size, config, path):
     """(micro-batches of each pass, largest difference to passes of their own) for teacher and student in one pass."""
     from megatron_egrsd.data.packing import Sequence
+    from megatron_egrsd.data.samples import load_rollouts
     from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.learn import _scores
-    from megatron_egrsd.samples import load_rollouts
 
     rollouts = load_rollouts(path)
     teachers = [Sequence(r.prompt.teacher_ids, r.response_ids) for r in rollouts]

@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_egrsd.config import ModelConfig, ObjectiveConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.memory import Placement, rank_memory
-from megatron_egrsd.plan import checkpoint_bytes
-from megatron_egrsd.samples import load_rollouts, save_rollouts
+from megatron_egrsd.planning.memory import Placement, rank_memory
+from megatron_egrsd.planning.plan import checkpoint_bytes
 from tests.models import make_qwen3
 from tests.parallel.test_layouts import _config, _rollouts
 from tests.ranks import run_ranks

@@ -18,7 +18,7 @@ from tests.ranks import run_ranks
 def _share(rank, world_size, config, per_node):
     """(node led, names, shapes and types of the stream, what this rank was given for each size of a bucket)."""
     from megatron_egrsd.engine.engine import Engine
-    from megatron_egrsd.nodes import Nodes
+    from megatron_egrsd.fleet.nodes import Nodes
 
     os.environ["LOCAL_RANK"] = str(rank % per_node)
     with Engine(config) as engine:
@@ -65,7 +65,7 @@ FAILURES = {
 
 def _fail(rank, world_size):
     """What a rank sees where each of FAILURES ends the first use of a stream halfway, and of a next call."""
-    from megatron_egrsd.nodes import Nodes
+    from megatron_egrsd.fleet.nodes import Nodes
 
     os.environ["LOCAL_RANK"] = str(rank % 2)
     dist.init_process_group("gloo")

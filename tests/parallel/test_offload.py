@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_egrsd.config import ModelConfig, ObjectiveConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.engine.offload import Shelf, without
-from megatron_egrsd.samples import load_rollouts, save_rollouts
 from tests.models import make_qwen3
 from tests.parallel.test_layouts import _config, _rollouts
 from tests.ranks import run_ranks

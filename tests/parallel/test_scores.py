@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from megatron_egrsd.config import ObjectiveConfig, OptimizerConfig, ParallelConfig
-from megatron_egrsd.samples import load_rollouts, save_rollouts
-from megatron_egrsd.scores import gather_scores, load_scores, save_scores, scored_rollouts
+from megatron_egrsd.config import OptimizerConfig, ParallelConfig
+from megatron_egrsd.config_reader import preset_objective
+from megatron_egrsd.data.samples import load_rollouts, save_rollouts
+from megatron_egrsd.report.scored_dump import gather_scores, load_scores, save_scores, scored_rollouts
 from tests.models import make_qwen3
 from tests.parallel.test_layouts import VOCAB, _config, _rollouts
 from tests.ranks import run_ranks
@@ -105,5 +106,5 @@ def test_the_record_is_what_is_trained(updates, files):
 
 
 def test_grpo_records_without_a_teacher(files):
-    scored = dump(files, "grpo", objective=ObjectiveConfig.preset("grpo"))
+    scored = dump(files, "grpo", objective=preset_objective("grpo"))
     assert all(r.teacher_log_prob is None and (r.weight == np.float32(r.advantage)).all() for r in scored)

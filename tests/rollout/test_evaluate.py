@@ -14,7 +14,7 @@ import pytest
 from megatron_egrsd.config import ModelConfig
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.evaluate import evaluate
+from megatron_egrsd.evaluation.evaluate import evaluate
 from megatron_egrsd.hf.convert import ToMegatron
 from megatron_egrsd.rollout.servers import RolloutServers
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from megatron_egrsd.batches import check_versions
 from megatron_egrsd.config import Config, DataConfig, ObjectiveConfig
 from megatron_egrsd.data.problems import batch_indices
+from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.generation import NOTHING, Generation
 from megatron_egrsd.rollout.partial import Stretch
 from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
 from megatron_egrsd.rollout.weight_sync import WeightSync
-from megatron_egrsd.samples import Problem, Prompt
-from megatron_egrsd.sampling import Sampler
-from megatron_egrsd.stream import Stream
+from megatron_egrsd.sampling.batches import check_versions
+from megatron_egrsd.sampling.partial_batches import Stream
+from megatron_egrsd.sampling.sampler import Sampler
 from tests.rollout.conftest import hf_log_probs, load_hf, named_tensors, rollout_config, wait_until
 
 pytestmark = pytest.mark.timeout(200)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_egrsd.answers import final_answer, gold_answer, states_answer
-from megatron_egrsd.equality import normalize, number
-from megatron_egrsd.rewards import math_reward
+from megatron_egrsd.rewards.answers import final_answer, gold_answer, states_answer
+from megatron_egrsd.rewards.equality import normalize, number
+from megatron_egrsd.rewards.reward import math_reward
 
 DATA = Path(__file__).parents[1] / "data"
 

@@ -23,7 +23,7 @@ def train(monkeypatch):
     module.calls = calls
     monkeypatch.setitem(sys.modules, "megatron_egrsd.train", module)
     monkeypatch.setattr("megatron_egrsd.train", module, raising=False)
-    monkeypatch.setattr("megatron_egrsd.plan.print_plan", lambda config, **_: calls.append(("plan", config)))
+    monkeypatch.setattr("megatron_egrsd.planning.plan.print_plan", lambda config, **_: calls.append(("plan", config)))
     return module
 
 

@@ -3,8 +3,9 @@
 import pytest
 
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig
-from megatron_egrsd.config_reader import parse_config, valid_keys
+from megatron_egrsd.config_reader import parse_config, preset_objective, valid_keys
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.objectives.load import needs_teacher
 
 BASE = ["--model.path", "m", "--data.train", "t.jsonl"]
 PARTIAL = ["--rollout.partial", "true"]
@@ -107,7 +108,7 @@ def test_mistakes_in_the_file(tmp_path, text, words):
 
 
 def test_presets_are_the_family():
-    presets = {name: ObjectiveConfig.preset(name) for name in ("grpo", "rlsd", "egrsd", "cl_egrsd")}
+    presets = {name: preset_objective(name) for name in ("grpo", "rlsd", "egrsd", "cl_egrsd")}
     table = {name: (c.attenuation > 0, c.lookahead > 0, c.mix) for name, c in presets.items()}
     assert table == {
         "grpo": (False, False, 0),
@@ -115,11 +116,11 @@ def test_presets_are_the_family():
         "egrsd": (True, False, 0.5),
         "cl_egrsd": (True, True, 0.5),
     }
-    assert not presets["grpo"].needs_teacher and presets["rlsd"].needs_teacher
-    assert presets["cl_egrsd"] == ObjectiveConfig()
-    assert ObjectiveConfig.preset("egrsd", mix=0.25).mix == 0.25
+    assert not needs_teacher(presets["grpo"]) and needs_teacher(presets["rlsd"])
+    assert presets["cl_egrsd"] == ObjectiveConfig(preset="cl_egrsd")
+    assert preset_objective("egrsd", mix=0.25).mix == 0.25
     with pytest.raises(BadArgument, match="cl_egrsd"):
-        ObjectiveConfig.preset("ppo")
+        preset_objective("ppo")
 
 
 @pytest.mark.parametrize(

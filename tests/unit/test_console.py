@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_egrsd.console import METRICS, RunLog, metrics_page
+from megatron_egrsd.run.log import METRICS, RunLog, metrics_page
 
 STEP = {m.key: 0.5 for m in METRICS if not m.key.startswith("evaluation/")}
 
@@ -35,7 +35,7 @@ def test_a_narrow_terminal_leaves_columns_out(tmp_path, monkeypatch):
     out = io.StringIO()
     make = Console
     monkeypatch.setattr(
-        "megatron_egrsd.console.Console",
+        "megatron_egrsd.run.log.Console",
         lambda **kw: make(force_terminal=True, width=80, color_system=None, **kw),
     )
     log = RunLog(tmp_path, total_steps=10, tensorboard=False, file=out)
@@ -70,5 +70,5 @@ def test_tensorboard_holds_the_same(tmp_path):
 
 def test_the_page_is_up_to_date():
     page = Path(__file__).parents[2] / "docs" / "metrics.md"
-    assert page.read_text() == metrics_page(), "run: python -m megatron_egrsd.console > docs/metrics.md"
+    assert page.read_text() == metrics_page(), "run: python -m megatron_egrsd.run.log > docs/metrics.md"
     assert len({m.key for m in METRICS}) == len(METRICS)

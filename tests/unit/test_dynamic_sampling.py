@@ -2,10 +2,10 @@
 
 import pytest
 
-from megatron_egrsd.batches import BatchSampling
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, RolloutConfig
+from megatron_egrsd.data.samples import Problem, Prompt, Rollout
 from megatron_egrsd.rollout.servers import ServersLost
-from megatron_egrsd.samples import Problem, Prompt, Rollout
+from megatron_egrsd.sampling.batches import BatchSampling
 
 PROMPTS = [Prompt(Problem(str(i), "p", "a"), [5], [5]) for i in range(40)]
 

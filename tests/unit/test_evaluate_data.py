@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_egrsd.answers import gold_answer
 from megatron_egrsd.cli import main
 from megatron_egrsd.config import DataConfig, EvaluationConfig
 from megatron_egrsd.data import problems
 from megatron_egrsd.data.benchmarks import BENCHMARKS, load_sets
 from megatron_egrsd.errors import BadArgument, RunError
-from megatron_egrsd.sample_file import SampleFile
+from megatron_egrsd.evaluation.sample_file import SampleFile
+from megatron_egrsd.rewards.answers import gold_answer
 
 DATA = Path(__file__).parents[1] / "data"
 TINY = Path(__file__).parents[2] / "examples/tiny"

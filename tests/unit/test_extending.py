@@ -10,15 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_egrsd.agreement import facts
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.objective import advantages, token_weights
-from megatron_egrsd.report.objectives import settings, title
+from megatron_egrsd.objectives.egrsd import magnitude
+from megatron_egrsd.objectives.interface import Tokens, weigh
+from megatron_egrsd.objectives.load import check_objective, load_objective, needs_teacher
+from megatron_egrsd.objectives.signal import advantages
+from megatron_egrsd.report.family import settings, title
+from megatron_egrsd.report.scored_dump import load_scores, save_scores
 from megatron_egrsd.report.token_page import page_data, render
-from megatron_egrsd.scores import load_scores, save_scores
-from megatron_egrsd.weighting import Family, Tokens, check_objective, load_objective
+from megatron_egrsd.run.agreement import facts
 from tests.unit.test_objective import configs
 from tests.unit.test_scores import batch
 
@@ -38,17 +40,14 @@ def packed(lengths=(3, 4), seed=0) -> Tokens:
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 2**31), configs)
-def test_the_family_is_token_weights_bit_for_bit(lengths, seed, config):
-    """The training loop's path through the interface against the public function, and its gate against the dump's."""
-    tokens, family = packed(lengths, seed), load_objective(config)
-    assert type(family) is Family and config.needs_teacher == (config.mix > 0 or config.attenuation > 0)
-    tokens = dataclasses.replace(tokens, fields=family.prepare(tokens, vocab_size=100))
-    scores = tokens.teacher_log_prob, tokens.student_log_prob, tokens.teacher_entropy
-    expected = token_weights(tokens.advantage, *scores, tokens.cu_seqlens, tokens.mask, config, vocab_size=100)
-    assert torch.equal(family.weight(tokens), expected.weight)
-    if family.needs_teacher:
-        assert torch.equal(tokens.fields["gate"], expected.gate)
-        assert torch.equal(family.metrics(tokens)["gate/mean"], expected.gate)
+def test_the_weight_is_direction_times_magnitude_times_gate(lengths, seed, config):
+    tokens, objective = packed(lengths, seed), load_objective(config)
+    assert needs_teacher(config) == (config.mix > 0 or config.attenuation > 0)
+    weight, fields = weigh(objective, tokens, vocab_size=100)
+    m = magnitude(tokens.advantage, tokens.teacher_log_prob, tokens.student_log_prob, config)
+    assert torch.equal(weight, tokens.advantage * m * fields["gate"] if needs_teacher(config) else tokens.advantage)
+    if needs_teacher(config):
+        assert torch.equal(objective.metrics(dataclasses.replace(tokens, fields=fields))["gate/mean"], fields["gate"])
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
@@ -73,7 +72,7 @@ def test_opsd_is_the_clipped_log_ratio_and_trains_every_rollout():
 def test_high_entropy_weighs_the_chosen_share_and_needs_no_teacher():
     config = ObjectiveConfig(function=HIGH_ENTROPY, options={"share": 0.25})
     objective, tokens = load_objective(config), packed((40, 60))
-    assert not config.needs_teacher
+    assert not needs_teacher(config)
     w = objective.weight(dataclasses.replace(tokens, fields=objective.prepare(tokens, vocab_size=9)))
     kept = w != 0
     assert kept.sum() == 25 and tokens.student_entropy[kept].min() > tokens.student_entropy[~kept].max()
@@ -99,7 +98,7 @@ HEAD = """\
 from __future__ import annotations
 from dataclasses import dataclass
 import torch
-from megatron_egrsd.weighting import Objective
+from megatron_egrsd.objectives import Objective
 
 @dataclass(frozen=True)
 class Mine(Objective):

@@ -10,44 +10,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_egrsd.config import ObjectiveConfig
-from megatron_egrsd.objective import (
-    advantages,
-    confidence_gate,
-    entropy_quantile,
-    lookahead_min,
-    loss_normalizer,
-    normalized_entropy,
-    policy_loss,
-    token_weights,
-)
+from megatron_egrsd.config_reader import preset_objective
+from megatron_egrsd.objectives.egrsd import confidence, entropy_quantile, lookahead_min
+from megatron_egrsd.objectives.interface import Tokens, weigh
+from megatron_egrsd.objectives.load import load_objective
+from megatron_egrsd.objectives.loss import loss_normalizer, policy_loss
+from megatron_egrsd.objectives.signal import advantages
 from tests.ranks import run_ranks
 
-GRPO, RLSD, EGRSD, CL_EGRSD = (ObjectiveConfig.preset(n) for n in ("grpo", "rlsd", "egrsd", "cl_egrsd"))
+GRPO, RLSD, EGRSD = (preset_objective(name) for name in ("grpo", "rlsd", "egrsd"))
 
 
 @st.composite
-def batches(draw):
-    """A packed batch: prompts and responses of ragged length, some empty; values with the extremes mixed in."""
-    spans = draw(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), min_size=1, max_size=6))
-    total = sum(p + r for p, r in spans)
-    if not total:
-        spans, total = [(1, 3)], 4
+def batches(draw) -> Tokens:
+    """Draw responses of ragged length, some empty; values with the extremes mixed in."""
+    lengths = draw(st.lists(st.integers(0, 9), min_size=1, max_size=6))
+    lengths = lengths if sum(lengths) else [3]
+    total = sum(lengths)
     values = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     scale = draw(st.sampled_from([0.0, 1e-3, 1.0, 30.0]))
-    advantage = draw(st.lists(st.sampled_from([-2.0, -1e-3, 0.0, 0.7, 1.0]), min_size=len(spans), max_size=len(spans)))
-    cu_seqlens = torch.tensor([0] + [p + r for p, r in spans]).cumsum(0, dtype=torch.int32)
-    return {
-        "advantage": torch.cat([torch.full((p + r,), a) for (p, r), a in zip(spans, advantage, strict=True)]),
-        "teacher_log_prob": -torch.rand(total, generator=values) * scale,
-        "student_log_prob": -torch.rand(total, generator=values) * scale,
-        "teacher_entropy": torch.rand(total, generator=values) * min(scale, 5.0),
-        "cu_seqlens": cu_seqlens,
-        "mask": torch.cat([torch.arange(p + r) >= p for p, r in spans]),
-    }
+    signal = st.sampled_from([-2.0, -1e-3, 0.0, 0.7, 1.0])
+    advantage = torch.tensor(draw(st.lists(signal, min_size=len(lengths), max_size=len(lengths))))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    return Tokens(
+        cu_seqlens,
+        advantage.repeat_interleave(cu_seqlens.diff()),
+        teacher_log_prob=-torch.rand(total, generator=values) * scale,
+        student_log_prob=-torch.rand(total, generator=values) * scale,
+        teacher_entropy=torch.rand(total, generator=values) * min(scale, 5.0),
+    )
 
 
-def weights(batch, config):
-    return token_weights(**batch, config=config, vocab_size=100)
+def weights(tokens: Tokens, config: ObjectiveConfig) -> torch.Tensor:
+    return weigh(load_objective(config), tokens, vocab_size=100)[0]
 
 
 configs = st.builds(
@@ -63,80 +58,69 @@ configs = st.builds(
 
 
 @given(batches(), configs)
-def test_attenuation_zero_is_rlsd_bit_for_bit(batch, config):
+def test_attenuation_zero_is_rlsd_bit_for_bit(tokens, config):
     open_gate = dataclasses.replace(config, attenuation=0.0)
     rlsd = dataclasses.replace(RLSD, mix=config.mix, ratio_clip=config.ratio_clip)
-    assert torch.equal(weights(batch, open_gate).weight, weights(batch, rlsd).weight)
+    assert torch.equal(weights(tokens, open_gate), weights(tokens, rlsd))
 
 
 @given(batches(), configs)
-def test_mix_and_attenuation_zero_is_grpo_bit_for_bit(batch, config):
-    w = weights(batch, dataclasses.replace(config, attenuation=0.0, mix=0.0)).weight
-    assert torch.equal(w, torch.where(batch["mask"], batch["advantage"], 0.0))
-    assert torch.equal(w, weights(batch, GRPO).weight)
+def test_mix_and_attenuation_zero_is_grpo_bit_for_bit(tokens, config):
+    w = weights(tokens, dataclasses.replace(config, attenuation=0.0, mix=0.0))
+    assert torch.equal(w, tokens.advantage) and torch.equal(w, weights(tokens, GRPO))
 
 
 @given(batches(), configs)
-def test_lookahead_zero_is_egrsd_and_weights_grow_with_it(batch, config):
-    at = [weights(batch, dataclasses.replace(config, lookahead=k)).weight.abs() for k in range(8)]
-    h = normalized_entropy(batch["teacher_entropy"], batch["cu_seqlens"], batch["mask"], config, vocab_size=100)
-    gate, _ = confidence_gate(
-        batch["teacher_entropy"], batch["cu_seqlens"], batch["mask"], dataclasses.replace(config, lookahead=0),
-        vocab_size=100,
-    )  # fmt: skip
-    assert torch.equal(gate, 1 - config.attenuation * h)
+def test_lookahead_zero_is_egrsd_and_weights_grow_with_it(tokens, config):
+    at = [weights(tokens, dataclasses.replace(config, lookahead=k)).abs() for k in range(8)]
+    none = dataclasses.replace(config, lookahead=0)
+    found = confidence(tokens.teacher_entropy, tokens.cu_seqlens, none, vocab_size=100)
+    assert torch.equal(found.gate, 1 - config.attenuation * found.normalized_entropy)
     assert all((later >= earlier).all() for earlier, later in itertools.pairwise(at))
 
 
 @given(batches(), configs)
-def test_sign_bounds_and_mask(batch, config):
-    result, mask, a = weights(batch, config), batch["mask"], batch["advantage"]
-    w = result.weight
-    assert not w.requires_grad
-    assert (w[~mask] == 0).all() and (result.normalized_entropy[~mask] == 0).all()
-    assert torch.isfinite(w).all()
+def test_sign_and_bounds(tokens, config):
+    w, a = weights(tokens, config), tokens.advantage
+    assert not w.requires_grad and torch.isfinite(w).all()
     low = a.abs() * (1 - config.attenuation) * (1 - config.mix * config.ratio_clip)
     high = a.abs() * (1 + config.mix * config.ratio_clip)
     tolerance = 1e-6 * a.abs()
-    assert (w.abs() >= low - tolerance)[mask].all() and (w.abs() <= high + tolerance)[mask].all()
+    assert (w.abs() >= low - tolerance).all() and (w.abs() <= high + tolerance).all()
     if config.mix * config.ratio_clip < 1:
-        assert torch.equal(torch.sign(w[mask]), torch.sign(a[mask]))
+        assert torch.equal(torch.sign(w), torch.sign(a))
 
 
 @given(batches(), configs, st.randoms())
-def test_packing_order_does_not_matter(batch, config, random):
-    cu = batch["cu_seqlens"].tolist()
+def test_packing_order_does_not_matter(tokens, config, random):
+    cu = tokens.cu_seqlens.tolist()
     order = list(range(len(cu) - 1))
     random.shuffle(order)
     index = torch.cat([torch.arange(cu[i], cu[i + 1]) for i in order])
+    moved = {k: v[index] for k, v in vars(tokens).items() if isinstance(v, torch.Tensor) and k != "cu_seqlens"}
     lengths = [cu[i + 1] - cu[i] for i in order]
-    permuted = {k: v[index] for k, v in batch.items() if k != "cu_seqlens"}
-    permuted["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    assert torch.equal(weights(permuted, config).weight, weights(batch, config).weight[index])
+    permuted = Tokens(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), **moved)
+    assert torch.equal(weights(permuted, config), weights(tokens, config)[index])
 
 
 def test_log_ratio_raises_right_and_lowers_wrong_where_the_teacher_agrees():
-    batch = {
-        "advantage": torch.tensor([1.0, 1.0, -1.0, -1.0]),
-        "teacher_log_prob": torch.tensor([-0.9, -1.1, -0.9, -1.1]),
-        "student_log_prob": torch.full((4,), -1.0),
-        "teacher_entropy": torch.zeros(4),
-        "cu_seqlens": torch.tensor([0, 2, 4], dtype=torch.int32),
-        "mask": torch.ones(4, dtype=torch.bool),
-    }
+    tokens = Tokens(
+        torch.tensor([0, 2, 4], dtype=torch.int32),
+        torch.tensor([1.0, 1.0, -1.0, -1.0]),
+        teacher_log_prob=torch.tensor([-0.9, -1.1, -0.9, -1.1]),
+        student_log_prob=torch.full((4,), -1.0),
+        teacher_entropy=torch.zeros(4),
+    )
     up, down = (0.5 + 0.5 * math.exp(d) for d in (0.1, -0.1))
-    assert weights(batch, RLSD).weight.tolist() == pytest.approx([up, down, -down, -up], rel=1e-6)
+    assert weights(tokens, RLSD).tolist() == pytest.approx([up, down, -down, -up], rel=1e-6)
 
 
 def test_lookahead_keeps_a_transient_spike_and_attenuates_a_sustained_one():
     h = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0])
-    cu = torch.tensor([0, 9], dtype=torch.int32)
-    mask = torch.ones(9, dtype=torch.bool)
-    assert lookahead_min(h, cu, mask, 2).tolist() == [0, 0, 0, 1, 1, 0, 0, 0, 1]
-    # The next sequence's certainty is not this one's, nor is a prompt's.
+    assert lookahead_min(h, torch.tensor([0, 9], dtype=torch.int32), 2).tolist() == [0, 0, 0, 1, 1, 0, 0, 0, 1]
+    # The next sequence's certainty is not this one's.
     two = torch.tensor([0, 5, 9], dtype=torch.int32)
-    assert lookahead_min(h, two, mask, 9)[:5].tolist() == [0, 0, 0, 1, 1]
-    assert lookahead_min(h, cu, mask & (torch.arange(9) != 7), 9)[3:].tolist() == [1, 1, 1, 1, 0, 1]
+    assert lookahead_min(h, two, 9)[:5].tolist() == [0, 0, 0, 1, 1]
 
 
 @given(st.lists(st.floats(0, 12, width=32), min_size=1, max_size=50), st.floats(0, 1))
@@ -147,10 +131,9 @@ def test_quantile_is_exact(values, q):
 
 def test_quantile_of_no_tokens_and_its_floor():
     config = dataclasses.replace(EGRSD, entropy_quantile_floor=0.5)
-    cu, mask = torch.tensor([0, 3], dtype=torch.int32), torch.ones(3, dtype=torch.bool)
-    h = normalized_entropy(torch.tensor([0.1, 0.05, 0.0]), cu, mask, config)
-    assert h.tolist() == pytest.approx([0.2, 0.1, 0.0])
-    assert normalized_entropy(torch.ones(3), cu, ~mask, config).tolist() == [0, 0, 0]
+    found = confidence(torch.tensor([0.1, 0.05, 0.0]), torch.tensor([0, 3], dtype=torch.int32), config)
+    assert found.normalized_entropy.tolist() == pytest.approx([0.2, 0.1, 0.0])
+    assert entropy_quantile(torch.zeros(0), 0.95) == 0
 
 
 def _global_quantile(rank, world_size):
@@ -182,50 +165,44 @@ def test_group_advantages():
 
 
 @given(batches(), st.sampled_from(["token_mean", "seq_mean", "fixed"]))
-def test_loss_and_gradient_against_fp64_and_exact_zero_outside_the_mask(batch, normalization):
+def test_loss_and_gradient_against_fp64(tokens, normalization):
     config = ObjectiveConfig(loss_normalization=normalization, fixed_length=7, importance_cap=1.5)
-    mask, old = batch["mask"], batch["student_log_prob"]
-    w = weights(batch, config).weight
-    spread = torch.linspace(-0.4, 0.4, old.numel())
-    log_prob = (old + spread).masked_fill(~mask, float("nan")).requires_grad_()
-    lengths = torch.tensor([int(m.sum()) for m in mask.split(batch["cu_seqlens"].diff().tolist())])
-    per_token = loss_normalizer(lengths, config, num_tokens=max(int(mask.sum()), 1), num_sequences=lengths.numel())
-    normalizer = torch.ones_like(old).masked_scatter(mask, per_token)
+    old, w = tokens.student_log_prob, weights(tokens, config)
+    log_prob = (old + torch.linspace(-0.4, 0.4, old.numel())).requires_grad_()
+    lengths = tokens.cu_seqlens.diff()
+    normalizer = loss_normalizer(lengths, config, num_tokens=old.numel(), num_sequences=lengths.numel())
     drift = torch.linspace(1.0, -0.5, old.numel())  # log pi_old / pi_rollout: some are cut at the cap, some are not
-    result = policy_loss(log_prob, old, w, mask, normalizer, config, rollout_log_prob=old - drift)
+    result = policy_loss(log_prob, old, w, normalizer, config, rollout_log_prob=old - drift)
     result.loss.backward()
 
-    expected, importance = 0.0, 0.0
-    for t in mask.nonzero().flatten().tolist():
-        ratio = math.exp(float(log_prob[t].detach().double() - old[t].double()))
-        wt = float(w[t])
-        term = min(ratio * wt, min(max(ratio, 1 - config.clip_low), 1 + config.clip_high) * wt)
+    expected, importance, gradient = 0.0, 0.0, []
+    for t in range(old.numel()):
+        ratio, wt = math.exp(float(log_prob[t].detach().double() - old[t].double())), float(w[t])
+        clipped = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
         c = min(math.exp(float(old[t].double() - (old - drift)[t].double())), 1.5)
         importance += c
-        expected -= c * term / float(normalizer[t])
+        expected -= c * min(ratio * wt, clipped * wt) / float(normalizer[t])
+        gradient.append(0.0 if clipped * wt < ratio * wt else -c * ratio * wt / float(normalizer[t]))
     assert result.loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert result.importance.item() == pytest.approx(importance, rel=1e-5)
-    assert (log_prob.grad[~mask] == 0).all()
-    assert not log_prob.grad.isnan().any()
-    assert result.tokens == mask.sum()
+    assert log_prob.grad.tolist() == pytest.approx(gradient, rel=1e-4, abs=1e-6)
+    assert result.tokens == old.numel()
 
 
 @given(batches(), st.floats(0.01, 10))
-def test_kl_and_its_gradient_against_fp64(batch, kl_coef):
-    """beta (e^d - d - 1) / N: its derivative by log pi_theta is beta (1 - e^d) / N, and nothing outside the mask."""
-    mask, old = batch["mask"], batch["student_log_prob"]
+def test_kl_and_its_gradient_against_fp64(tokens, kl_coef):
+    """beta (e^d - d - 1) / N: its derivative by log pi_theta is beta (1 - e^d) / N."""
+    old = tokens.student_log_prob
     config, zero = ObjectiveConfig(kl_coef=kl_coef), torch.zeros_like(old)
-    beyond = torch.linspace(-2, 2, old.numel())  # log pi_ref - log pi_theta
-    reference = (old + beyond).masked_fill(~mask, float("nan"))
-    log_prob = old.clone().masked_fill(~mask, float("nan")).requires_grad_()
-    result = policy_loss(log_prob, old, zero, mask, 8.0, config, reference_log_prob=reference)
+    reference = old + torch.linspace(-2, 2, old.numel())  # log pi_ref - log pi_theta
+    log_prob = old.clone().requires_grad_()
+    result = policy_loss(log_prob, old, zero, 8.0, config, reference_log_prob=reference)
     result.loss.backward()
-    d = (reference.double() - old.double())[mask]
+    d = reference.double() - old.double()
     kl = d.exp() - d - 1
     assert result.loss.item() == pytest.approx(kl_coef * float(kl.sum()) / 8, rel=1e-4, abs=1e-6)
     assert result.kl.item() == pytest.approx(float(kl.sum()), rel=1e-4, abs=1e-6) and (kl >= 0).all()
-    torch.testing.assert_close(log_prob.grad[mask].double(), kl_coef * (1 - d.exp()) / 8, rtol=1e-4, atol=1e-5)
-    assert (log_prob.grad[~mask] == 0).all()
+    torch.testing.assert_close(log_prob.grad.double(), kl_coef * (1 - d.exp()) / 8, rtol=1e-4, atol=1e-5)
 
 
 def test_normalizers_sum_to_what_they_mean():
@@ -239,10 +216,8 @@ def test_normalizers_sum_to_what_they_mean():
 def test_missing_inputs_are_named():
     one = torch.ones(1)
     with pytest.raises(ValueError, match="rollout_log_prob"):
-        policy_loss(one, one, one, one.bool(), 1.0, ObjectiveConfig(importance_cap=2.0))
+        policy_loss(one, one, one, 1.0, ObjectiveConfig(importance_cap=2.0))
     with pytest.raises(ValueError, match="reference_log_prob"):
-        policy_loss(one, one, one, one.bool(), 1.0, ObjectiveConfig(kl_coef=0.1))
+        policy_loss(one, one, one, 1.0, ObjectiveConfig(kl_coef=0.1))
     with pytest.raises(ValueError, match="vocab_size"):
-        normalized_entropy(
-            one, torch.tensor([0, 1]), one.bool(), ObjectiveConfig(entropy_normalization="log_vocab")
-        )  # fmt: skip
+        confidence(one, torch.tensor([0, 1]), ObjectiveConfig(entropy_normalization="log_vocab"))

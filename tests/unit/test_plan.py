@@ -15,11 +15,11 @@ import pytest
 from megatron_egrsd import cli
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_egrsd.config_reader import parse_config
+from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.memory import Placement, rank_memory
-from megatron_egrsd.plan import placement, print_plan, resolve
-from megatron_egrsd.samples import Problem, Prompt
+from megatron_egrsd.planning.memory import Placement, rank_memory
+from megatron_egrsd.planning.plan import placement, print_plan, resolve
 from tests.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]

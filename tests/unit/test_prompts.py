@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_egrsd.config import DataConfig
 from megatron_egrsd.data.problems import load_problems
-from megatron_egrsd.data.prompts import PromptBuilder, teacher_turn
+from megatron_egrsd.data.prompt_builder import PromptBuilder, teacher_turn
+from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.samples import Problem
 
 DATA = Path(__file__).parents[1] / "data"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 from megatron_egrsd import report
-from megatron_egrsd.console import RunLog
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.report import command
 from megatron_egrsd.report.figures import phases
 from megatron_egrsd.report.runs import accuracy_interval, read_run, read_runs
+from megatron_egrsd.run.log import RunLog
 
 BEFORE = {
     "accuracy": 0.5,

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_egrsd import verifier
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.rewards import WORKERS, grade, load_reward, math_reward
+from megatron_egrsd.rewards import verifier
+from megatron_egrsd.rewards.reward import WORKERS, grade, load_reward, math_reward
 
 
 def test_plain_numbers_are_fast_and_never_start_math_verify(monkeypatch):

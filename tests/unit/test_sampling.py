@@ -5,10 +5,10 @@ import threading
 
 import pytest
 
+from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.rollout.generation import Generation
 from megatron_egrsd.rollout.servers import ServersLost
-from megatron_egrsd.samples import Problem, Prompt
-from megatron_egrsd.sampling import Sampler
+from megatron_egrsd.sampling.sampler import Sampler
 
 PROMPTS = [Prompt(Problem(f"p{i}", "?", str(i)), [10 + i], [20 + i]) for i in range(3)]
 

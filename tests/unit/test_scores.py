@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_egrsd.config import ObjectiveConfig
+from megatron_egrsd.config_reader import preset_objective
+from megatron_egrsd.data.samples import Problem, Prompt, Rollout
 from megatron_egrsd.errors import BadArgument, RunError
-from megatron_egrsd.samples import Problem, Prompt, Rollout
-from megatron_egrsd.scores import load_scores, save_scores, scored_rollouts, token_pieces
+from megatron_egrsd.report.scored_dump import load_scores, save_scores, scored_rollouts, token_pieces
 
 
 def byte_level() -> PreTrainedTokenizerFast:
@@ -90,7 +91,7 @@ def test_the_columns_are_the_method(normalization):
 
 
 def test_without_a_teacher(tmp_path):
-    scored = batch(ObjectiveConfig.preset("grpo"), teacher=False)
+    scored = batch(preset_objective("grpo"), teacher=False)
     save_scores(scored, tmp_path / "s.jsonl")
     for r in load_scores(tmp_path / "s.jsonl"):
         assert r.teacher_log_prob is None and r.entropy_scale is None

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.config_reader import parse_config
+from megatron_egrsd.data.samples import Problem, Prompt, Rollout, save_rollouts
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.samples import Problem, Prompt, Rollout, save_rollouts
 from tests.published import PARAMETERS, PUBLISHED
 
 ROOT = Path(__file__).parents[2]

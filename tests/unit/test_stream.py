@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_egrsd.batches import check_versions
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, RolloutConfig
 from megatron_egrsd.data.problems import batch_indices
+from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts, save_rollouts
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout.generation import Generation
-from megatron_egrsd.samples import Problem, Prompt, Rollout, load_rollouts, save_rollouts
-from megatron_egrsd.stream import Group, Stream, choose
+from megatron_egrsd.sampling.batches import check_versions
+from megatron_egrsd.sampling.partial_batches import Group, Stream, choose
 
 PROMPTS = [Prompt(Problem(str(i), "p", "a"), [5], [5]) for i in range(7)]
 ROLLOUT = Rollout(PROMPTS[0], 0, [7, 8, 9], [0.0] * 3, "stop", 4, segments=[[4, 2], [6, 1]])

@@ -5,8 +5,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from megatron_egrsd.evaluation_table import evaluation_table
-from megatron_egrsd.summary import Sample, majority, pass_at_k, summarize
+from megatron_egrsd.evaluation.summary import Sample, majority, pass_at_k, summarize
+from megatron_egrsd.evaluation.table import evaluation_table
 
 
 def sample(problem, right, length=10, vote="", **more):

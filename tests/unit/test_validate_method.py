@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from megatron_egrsd.config import ObjectiveConfig
-from megatron_egrsd.config_reader import parse_config
+from megatron_egrsd.config_reader import parse_config, preset_objective
 from megatron_egrsd.errors import RunError
-from megatron_egrsd.weighting import Tokens, check_objective, load_objective
+from megatron_egrsd.objectives.interface import Tokens
+from megatron_egrsd.objectives.load import check_objective, load_objective
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -69,7 +70,7 @@ def test_every_setting_of_the_plan_is_a_configuration(monkeypatch):
     for name, setting in plan.TITLES.items():
         assert setting and any(s.name.endswith(f"/{name}") for s in found)
     for name in ("grpo", "rlsd", "egrsd", "cl_egrsd"):
-        assert configs[f"tiny/{name}"].objective == ObjectiveConfig.preset(name)
+        assert configs[f"tiny/{name}"].objective == preset_objective(name, preset="")
     for hypothesis in plan.HYPOTHESES:
         assert {hypothesis.treatment, hypothesis.control, *(hypothesis.minus or ())} <= configs.keys()
 

@@ -7,7 +7,6 @@ which come from the runs that kept their scores.
 import dataclasses
 import json
 import random
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_egrsd.config import ObjectiveConfig
-from megatron_egrsd.objective import advantages, confidence_gate, token_weights
-from megatron_egrsd.scores import load_scores
+from megatron_egrsd.config_reader import preset_objective
+from megatron_egrsd.objectives.egrsd import confidence
+from megatron_egrsd.objectives.interface import Tokens
+from megatron_egrsd.objectives.signal import advantages
+from megatron_egrsd.report.scored_dump import batch_weights, load_scores
 from tools import make_tiny_model as tiny
 from tools.validate_method.run import DUMPED
 
@@ -72,17 +74,18 @@ def measure(model_path: Path, wrong: bool) -> dict:
     prompts = [tiny.prompt_ids(p, r) for p, r in zip(batch.problems, references, strict=True)]
     teacher, entropy = tiny.score(model, prompts, batch.responses)
     groups = torch.arange(len(batch.problems)) // GROUP
-    signal = advantages(batch.rewards, groups, ObjectiveConfig.preset("grpo"))
+    signal = advantages(batch.rewards, groups, preset_objective("grpo"))
     signal = signal.repeat_interleave(batch.cu_seqlens.diff())
-    weigh = partial(token_weights, signal, teacher, student, entropy, batch.cu_seqlens, torch.ones_like(signal).bool())
-    weights = {name: weigh(ObjectiveConfig.preset(name)) for name in ("grpo", "rlsd", "egrsd", "cl_egrsd")}
-    h = weights["egrsd"].normalized_entropy
+    scores = dict(teacher_log_prob=teacher, teacher_entropy=entropy, student_log_prob=student)
+    tokens, names = Tokens(batch.cu_seqlens, signal, **scores), ("grpo", "rlsd", "egrsd", "cl_egrsd")
+    weights = {name: batch_weights(tokens, preset_objective(name), len(tiny.VOCABULARY)) for name in names}
+    h = weights["egrsd"]["normalized_entropy"]
     types = [t for r in batch.responses for t in token_types([tiny.VOCABULARY[i] for i in r])]
-    columns = {name: w.weight for name, w in weights.items()}
+    columns = {name: w["weight"] for name, w in weights.items()}
     columns |= {"uncertain": signal * (h > UNCERTAIN), "certain": signal * (h <= UNCERTAIN)}
     return {
-        "types": _by_type(types, h, weights["egrsd"].gate, weights["cl_egrsd"].gate),
-        "resolution": _by_resolution(h, weights["egrsd"].gate, weights["cl_egrsd"].gate),
+        "types": _by_type(types, h, weights["egrsd"]["gate"], weights["cl_egrsd"]["gate"]),
+        "resolution": _by_resolution(h, weights["egrsd"]["gate"], weights["cl_egrsd"]["gate"]),
         "gradients": _gradients(model, batch, columns),
     }
 
@@ -157,9 +160,8 @@ def entropies_over_training(run: Path, steps: tuple[int, ...]) -> list[dict[str,
         h = torch.cat([torch.from_numpy(r.normalized_entropy) for r in rollouts])
         bounds = torch.tensor([0, *(len(r.response_ids) for r in rollouts)]).cumsum(0, dtype=torch.int32)
         entropy = torch.cat([torch.from_numpy(r.teacher_entropy) for r in rollouts])
-        mask = torch.ones_like(h).bool()
         gates = {
-            name: confidence_gate(entropy, bounds, mask, ObjectiveConfig.preset(name))[0].mean().item()
+            name: confidence(entropy, bounds, preset_objective(name)).gate.mean().item()
             for name in ("egrsd", "cl_egrsd")
         }
         quantile = float(np.quantile(entropy.numpy(), ObjectiveConfig().entropy_quantile))

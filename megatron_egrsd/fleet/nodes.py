@@ -1,6 +1,5 @@
 """The first rank of every node, for what each node does for itself: starting SGLang, handing weights over."""
 
-import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -12,6 +11,7 @@ from megatron_egrsd.engine.distributed import exhaust, on_first_rank, to_the_end
 from megatron_egrsd.rollout.servers import ServersLost
 from megatron_egrsd.rollout.tensor_handles import flatten, unflatten
 from megatron_egrsd.rollout.weight_sync import NamedTensors, buckets
+from megatron_egrsd.system import torchrun
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ class Nodes:
 
     def __init__(self, timeout: float):
         is_leader = [None] * dist.get_world_size()
-        dist.all_gather_object(is_leader, int(os.environ.get("LOCAL_RANK", "0")) == 0)
+        dist.all_gather_object(is_leader, torchrun.local_rank() == 0)
         self.leaders = [rank for rank, leads in enumerate(is_leader) if leads]
         self._group = None
         if len(self.leaders) > 1:

@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from megatron_egrsd.batches import Batch
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.problems import batch_indices
+from megatron_egrsd.data.samples import Prompt, Rollout
 from megatron_egrsd.errors import Preempted
 from megatron_egrsd.rollout.generation import NOTHING, Generation
 from megatron_egrsd.rollout.partial import Stretch
 from megatron_egrsd.rollout.servers import ServersLost
-from megatron_egrsd.samples import Prompt, Rollout
-from megatron_egrsd.sampling import Sampler
+from megatron_egrsd.sampling.batches import Batch
+from megatron_egrsd.sampling.sampler import Sampler
 
 
 @dataclass(eq=False)

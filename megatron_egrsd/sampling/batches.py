@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.problems import batch_indices
+from megatron_egrsd.data.samples import Prompt, Rollout
 from megatron_egrsd.errors import Preempted, RunError
-from megatron_egrsd.learn import groups_without_signal
+from megatron_egrsd.objectives.interface import Objective
+from megatron_egrsd.objectives.load import load_objective
+from megatron_egrsd.objectives.signal import rollout_advantages
 from megatron_egrsd.rollout.servers import ServersLost
-from megatron_egrsd.samples import Prompt, Rollout
-from megatron_egrsd.sampling import Sampler
+from megatron_egrsd.sampling.sampler import Sampler
 
 # (prompts, what was sampled of them before, as in RolloutClient.generate) -> their rewarded rollouts
 Sample = Callable[[list[Prompt], dict], list[Rollout]]
@@ -74,7 +76,7 @@ class BatchSampling:
             return list(range(self.config.rollout.prompts_per_step))
         if self.rounds > self.config.rollout.dynamic_sampling:
             return []
-        return groups_without_signal(self.rollouts, self.config.objective)
+        return groups_without_signal(self.rollouts, load_objective(self.config.objective))
 
     def _prompts(self, groups: list[int]) -> list[Prompt]:
         size, seed, step = self.config.rollout.prompts_per_step, self.config.seed, self.step
@@ -112,6 +114,13 @@ class Batches:
         return BatchSampling(
             lambda some, done: self.sampler.sample(some, n, temperature, done), prompts, self.config, step
         )
+
+
+def groups_without_signal(rollouts: list[Rollout], objective: Objective) -> list[int]:
+    """Return the groups whose rollouts all have advantage 0 (all right or all wrong, under the group advantage)."""
+    advantage = rollout_advantages(rollouts, objective)
+    signal = {r.group for r, a in zip(rollouts, advantage, strict=True) if a}
+    return sorted({r.group for r in rollouts} - signal)
 
 
 def check_versions(rollouts: list[Rollout], step: int, staleness: int) -> None:

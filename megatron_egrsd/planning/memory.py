@@ -18,6 +18,7 @@ import torch
 from megatron_egrsd.config import Config, ParallelConfig
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.mapping import entries, hf_shapes
+from megatron_egrsd.objectives.load import needs_teacher
 from megatron_egrsd.vocab_parallel.linear import _CHUNK_ELEMENTS, _KEEP_BYTES
 
 # CUDA context, cuBLAS workspaces, NCCL channels and the allocator's fragmentation. Assumed; no GPU has been measured.
@@ -153,7 +154,7 @@ def _resident(config: Config, chunks: list[dict[str, torch.Size]], stage_ranks: 
         gradients += buffer * 4
         optimizer += (buffer // ranks if sharded else buffer) * (8 + (4 if b < 4 else 0))
     result = {"weights": weights, "gradients (fp32)": gradients, "optimizer": optimizer}
-    if config.teacher.weights != "live" and config.objective.needs_teacher:
+    if config.teacher.weights != "live" and needs_teacher(config.objective):
         ema = config.teacher.weights == "ema"
         result[f"teacher ({config.teacher.weights})"] = _numel(chunks) * (4 if ema else b)
     if config.objective.kl_coef and "teacher (frozen)" not in result:

@@ -11,25 +11,27 @@ from typing import TypeVar
 
 import yaml
 
-from megatron_egrsd.batches import Batch, Batches, check_versions
-from megatron_egrsd.colocation import Apart, Colocation
 from megatron_egrsd.config import Config
-from megatron_egrsd.console import RunLog
+from megatron_egrsd.data.samples import Prompt, Rollout, load_replay, save_rollouts
 from megatron_egrsd.engine import checkpoint
 from megatron_egrsd.engine.distributed import on_first_rank, on_first_rank_while
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.errors import BadArgument, RunError
-from megatron_egrsd.fleet import Fleet
+from megatron_egrsd.evaluation.summary import summarize_rollouts
+from megatron_egrsd.fleet.colocation import Apart, Colocation
+from megatron_egrsd.fleet.fleet import Fleet
 from megatron_egrsd.hf.checkpoint import save_hf
-from megatron_egrsd.preemption import Preemption
+from megatron_egrsd.objectives.load import needs_teacher
 from megatron_egrsd.report import plot_frontier, read_evaluations, summary_table
-from megatron_egrsd.rewards import load_reward
+from megatron_egrsd.report.scored_dump import Record, gather_scores, save_scores, scored_rollouts
+from megatron_egrsd.rewards.reward import load_reward
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import ServersLost
-from megatron_egrsd.samples import Prompt, Rollout, load_replay, save_rollouts
-from megatron_egrsd.sampling import Sampler, summarize
-from megatron_egrsd.scores import Record, gather_scores, save_scores, scored_rollouts
-from megatron_egrsd.stream import Stream
+from megatron_egrsd.run.log import RunLog
+from megatron_egrsd.run.preemption import Preemption
+from megatron_egrsd.sampling.batches import Batch, Batches, check_versions
+from megatron_egrsd.sampling.partial_batches import Stream
+from megatron_egrsd.sampling.sampler import Sampler
 
 T = TypeVar("T")
 # Why an update was skipped: learn's metric, and what to tell the user.
@@ -271,7 +273,7 @@ class FirstRank:
         settings = self.config.evaluation
         rollouts = self._sample(prompts, settings.rollouts_per_problem, settings.temperature, step)
         if self.engine.is_first_rank:
-            result = summarize(rollouts)
+            result = summarize_rollouts(rollouts)
             self.evaluations.append(result | {"step": step})
             self.log.evaluation(step, result)
 
@@ -322,7 +324,11 @@ class Replay(FirstRank):
     def batch(self, prompts: list[Prompt], step: int) -> Batch:
         path = Path(self.config.replay)
         path = path / f"step_{step + 1:06d}.jsonl" if path.is_dir() else path
-        rollouts = on_first_rank(lambda: load_replay(path, self.config, self.engine.arch.vocab_size))
+        rollouts = on_first_rank(
+            lambda: load_replay(
+                path, self.config, self.engine.arch.vocab_size, privileged=needs_teacher(self.config.objective)
+            )
+        )
         return Batch(rollouts, len(rollouts))
 
     def sample_ahead(self, prompts: list[Prompt], step: int) -> None:

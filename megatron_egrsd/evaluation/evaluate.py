@@ -18,23 +18,22 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_egrsd.answers import final_answer, states_answer
 from megatron_egrsd.config import Config
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.benchmarks import ProblemSet, load_sets
-from megatron_egrsd.data.prompts import PromptBuilder
-from megatron_egrsd.equality import normalize
+from megatron_egrsd.data.prompt_builder import PromptBuilder, prompt_builder
 from megatron_egrsd.errors import BadArgument, RunError
-from megatron_egrsd.evaluated_model import digest, hugging_face
-from megatron_egrsd.evaluation_table import evaluation_table
-from megatron_egrsd.rewards import Reward, grade, load_reward
+from megatron_egrsd.evaluation.evaluated_model import digest, hugging_face
+from megatron_egrsd.evaluation.sample_file import SampleFile
+from megatron_egrsd.evaluation.summary import Estimate, Sample, summarize
+from megatron_egrsd.evaluation.table import evaluation_table
+from megatron_egrsd.rewards.answers import final_answer, states_answer
+from megatron_egrsd.rewards.equality import normalize
+from megatron_egrsd.rewards.reward import Reward, grade, load_reward
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.deterministic import check_deterministic, deterministic
 from megatron_egrsd.rollout.generation import Generation
 from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
-from megatron_egrsd.sample_file import SampleFile
-from megatron_egrsd.sampling import prompt_builder
-from megatron_egrsd.summary import Estimate, Sample, summarize
 
 Results = dict[str, dict[str, Estimate]]  # of each set
 

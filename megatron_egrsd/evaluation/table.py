@@ -5,7 +5,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from megatron_egrsd.summary import Estimate
+from megatron_egrsd.evaluation.summary import Estimate
 
 _ACROSS = 4  # sets side by side; further ones get a table below
 _NAMES = {

@@ -8,7 +8,7 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from megatron_egrsd.verifier import GaveUp, algebra_equal
+from megatron_egrsd.rewards.verifier import GaveUp, algebra_equal
 
 _SPAN = 400  # characters beyond which an answer is compared as it stands
 _DIGITS = 300  # digits and decimal exponents beyond which a number stays text

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import megatron_egrsd
 from megatron_egrsd.config import Config
-from megatron_egrsd.samples import Prompt
-from megatron_egrsd.weighting import load_objective
+from megatron_egrsd.data.samples import Prompt
+from megatron_egrsd.engine.distributed import Facts
+from megatron_egrsd.objectives.load import load_objective
 
 HINTS = {
     "code": "install the same version of megatron_egrsd, and of the file of objective.function, on every node",
@@ -16,14 +17,15 @@ HINTS = {
 }
 
 
-def facts(config: Config, prompts: list[Prompt]) -> dict[str, str]:
-    """A hash of each, by the names in HINTS."""
+def facts(config: Config, prompts: list[Prompt]) -> Facts:
+    """Return the hash of each, with its hint, by the names in HINTS."""
     code = hashlib.sha256()
     objective = inspect.getfile(type(load_objective(config.objective)))
     for path in (*sorted(Path(megatron_egrsd.__file__).parent.rglob("*.py")), Path(objective)):
         code.update(path.read_bytes())
-    return {
+    hashes = {
         "code": code.hexdigest(),
         "configuration": hashlib.sha256(repr(config).encode()).hexdigest(),
         "data": hashlib.sha256(repr(prompts).encode()).hexdigest(),
     }
+    return {name: (value, HINTS[name]) for name, value in hashes.items()}

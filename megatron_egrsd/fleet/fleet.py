@@ -1,6 +1,5 @@
 """The SGLang servers of a run: every node's first rank launches its own, and the job's first rank speaks to all."""
 
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,10 +8,11 @@ from pathlib import Path
 from megatron_egrsd.config import Config
 from megatron_egrsd.engine.distributed import on_first_rank, on_first_rank_while
 from megatron_egrsd.engine.engine import Engine
-from megatron_egrsd.nodes import Nodes
+from megatron_egrsd.fleet.nodes import Nodes
 from megatron_egrsd.rollout.process_group import address_towards
 from megatron_egrsd.rollout.servers import RolloutServers
 from megatron_egrsd.rollout.weight_sync import NamedTensors, WeightSync
+from megatron_egrsd.system import torchrun
 
 
 class Fleet:
@@ -44,7 +44,7 @@ class Fleet:
         def launch() -> list[str]:
             node, own, directory = self.nodes.index, config, logs
             if node > 0:
-                host = address_towards(f"http://{os.environ['MASTER_ADDR']}")
+                host = address_towards(f"http://{torchrun.master()[0]}")
                 own, directory = replace(config, host=host), logs / f"node-{node}"
             # Or all nodes would sample the same.
             self.servers = RolloutServers(own, self.config.model, (seed + 10_007 * node) % 2**31, directory, key=key)

@@ -11,7 +11,7 @@ training    weights, gradients, optimizer          nothing
 from functools import cached_property
 
 from megatron_egrsd.engine.distributed import on_first_rank
-from megatron_egrsd.fleet import Fleet
+from megatron_egrsd.fleet.fleet import Fleet
 from megatron_egrsd.rollout.control import Control
 from megatron_egrsd.rollout.server_memory import CACHES, EVERYTHING, WEIGHTS, ServerMemory
 from megatron_egrsd.rollout.servers import ServersLost

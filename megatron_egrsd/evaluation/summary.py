@@ -1,11 +1,14 @@
 """What graded samples add up to: accuracy, pass@k, majority@k and lengths, with bootstrap intervals over problems."""
 
+import statistics
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from math import comb
 
 import numpy as np
+
+from megatron_egrsd.data.samples import Rollout
 
 RESAMPLES = 10_000
 LEVEL = 0.95  # of the intervals
@@ -133,3 +136,22 @@ def _ratio(numerators: np.ndarray, denominators: np.ndarray, resamples: np.ndarr
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.nanpercentile(values, [tail, 100 - tail])  # nan: a resample without, say, a wrong answer
     return Estimate(value, float(low), float(high))
+
+
+def summarize_rollouts(rollouts: list[Rollout]) -> dict[str, float]:
+    """avg@k with its 95 % interval, pass@k, response length in tokens, share cut off by the length limit."""
+    samples = [Sample(r.group, r.reward > 0.5, len(r.response_ids), r.finish_reason == "length") for r in rollouts]
+    groups = by_problem(samples)
+    lengths = [s.length for s in samples]
+    estimate = accuracy(samples)
+    interval = {} if estimate.low is None else {"accuracy/low": estimate.low, "accuracy/high": estimate.high}
+    return interval | {
+        "accuracy": estimate.value,
+        "pass": statistics.fmean(any(s.right for s in group) for group in groups),
+        "length/mean": statistics.fmean(lengths),
+        "length/median": statistics.median(lengths),
+        "length/p95": percentile_95(lengths),
+        "truncated": statistics.fmean(s.truncated for s in samples),
+        "k": len(samples) / len(groups),
+        "problems": len(groups),
+    }

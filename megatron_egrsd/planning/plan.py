@@ -15,18 +15,16 @@ import yaml
 
 from megatron_egrsd.config import Config, ParallelConfig
 from megatron_egrsd.data.packing import schedule
+from megatron_egrsd.data.samples import Prompt
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.memory import Placement, RankMemory, rank_memory
+from megatron_egrsd.objectives.load import needs_teacher
+from megatron_egrsd.planning.memory import Placement, RankMemory, rank_memory
+from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.rollout.ports import choose_ports
-from megatron_egrsd.samples import Prompt
+from megatron_egrsd.system import torchrun
 
 _SERVER_SHARE = 0.88  # of a GPU's memory that SGLang takes for weights and KV cache: about its default
-
-
-def world_size() -> int:
-    """Training ranks: what torchrun says, else one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def readable(size: float) -> str:
@@ -47,11 +45,9 @@ def print_plan(config: Config, ranks: int | None = None, gpu_memory: int | None 
     Raises:
         BadArgument: Something cannot work; where the plan shows it, the plan is printed before.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if torchrun.rank() != 0:
         return
-    from megatron_egrsd.train import prepare
-
-    ranks = ranks or world_size()
+    ranks = ranks or torchrun.world_size()
     prompts, heldout, _ = prepare(config, ranks)
     plan = resolve(config, prompts, heldout, ranks, gpu_memory)
     print(yaml.safe_dump(asdict(config), sort_keys=False) + "\n" + "\n".join(plan.lines))
@@ -272,7 +268,7 @@ def checkpoint_bytes(config: Config, arch: Architecture) -> int:
     """Size of a training checkpoint: weights, Adam's moments, fp32 weights where the optimizer has its own, teacher."""
     b = getattr(torch, config.model.dtype).itemsize
     main = 4 if b < 4 or config.parallel.distributed_optimizer else 0
-    teacher = 4 if config.teacher.weights == "ema" and config.objective.needs_teacher else 0
+    teacher = 4 if config.teacher.weights == "ema" and needs_teacher(config.objective) else 0
     return arch.num_parameters * (b + 8 + main + teacher)
 
 

@@ -55,9 +55,9 @@ class _Worker:
             return reply == b"1"
 
     def _start(self) -> None:
-        root = str(Path(__file__).parents[1])
+        root = str(Path(__file__).parents[2])
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(":")}
-        command = [sys.executable, "-m", "megatron_egrsd.verifier"]
+        command = [sys.executable, "-m", "megatron_egrsd.rewards.verifier"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, env=env, **pipes)
         self.owner = os.getpid()

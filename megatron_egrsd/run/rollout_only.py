@@ -4,15 +4,15 @@ import time
 from pathlib import Path
 
 from megatron_egrsd.config import Config
-from megatron_egrsd.console import RunLog
 from megatron_egrsd.data.problems import batch_indices
+from megatron_egrsd.data.samples import Prompt, save_rollouts
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.learn import rollout_metrics
-from megatron_egrsd.rewards import load_reward
+from megatron_egrsd.rewards.reward import load_reward
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import RolloutServers
-from megatron_egrsd.samples import Prompt, save_rollouts
-from megatron_egrsd.sampling import Sampler
+from megatron_egrsd.run.log import RunLog
+from megatron_egrsd.sampling.sampler import Sampler
 
 
 def rollout_only(config: Config, prompts: list[Prompt], tokenizer) -> None:

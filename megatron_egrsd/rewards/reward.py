@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import pebble
 
-from megatron_egrsd import import_path
-from megatron_egrsd.answers import final_answer, gold_answer
-from megatron_egrsd.equality import equal
 from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.rewards.answers import final_answer, gold_answer
+from megatron_egrsd.rewards.equality import equal
+from megatron_egrsd.system import import_path
 
 if TYPE_CHECKING:
-    from megatron_egrsd.samples import Rollout
+    from megatron_egrsd.data.samples import Rollout
 
 Reward = Callable[[str, str], float]
 log = logging.getLogger(__name__)

@@ -1,27 +1,12 @@
 """Prompts in, rewarded rollouts out: what training and evaluation share. Runs on the first rank only."""
 
-import statistics
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from transformers import AutoTokenizer
-
-from megatron_egrsd.config import Config
-from megatron_egrsd.data.prompts import PromptBuilder
-from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.rewards import WORKERS, grade, warn_of_failures
+from megatron_egrsd.data.samples import Prompt, Rollout
+from megatron_egrsd.rewards.reward import WORKERS, grade, warn_of_failures
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.generation import Generation
-from megatron_egrsd.samples import Prompt, Rollout
-from megatron_egrsd.summary import Sample, accuracy, by_problem, percentile_95
-
-
-def prompt_builder(config: Config, model: str = "") -> PromptBuilder:
-    """What makes prompts for `model` (default: model.path), with its tokenizer. BadArgument where they do not fit."""
-    path = model or config.model.path
-    context_length = Architecture.from_pretrained(path).max_position_embeddings
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    return PromptBuilder(tokenizer, config.data, config.rollout.max_response_tokens, context_length)
 
 
 class Sampler:
@@ -80,22 +65,3 @@ class Sampler:
         rollouts = [future.result() for future in futures]
         warn_of_failures(rollouts)
         return rollouts
-
-
-def summarize(rollouts: list[Rollout]) -> dict[str, float]:
-    """avg@k with its 95 % interval, pass@k, response length in tokens, share cut off by the length limit."""
-    samples = [Sample(r.group, r.reward > 0.5, len(r.response_ids), r.finish_reason == "length") for r in rollouts]
-    groups = by_problem(samples)
-    lengths = [s.length for s in samples]
-    estimate = accuracy(samples)
-    interval = {} if estimate.low is None else {"accuracy/low": estimate.low, "accuracy/high": estimate.high}
-    return interval | {
-        "accuracy": estimate.value,
-        "pass": statistics.fmean(any(s.right for s in group) for group in groups),
-        "length/mean": statistics.fmean(lengths),
-        "length/median": statistics.median(lengths),
-        "length/p95": percentile_95(lengths),
-        "truncated": statistics.fmean(s.truncated for s in samples),
-        "k": len(samples) / len(groups),
-        "problems": len(groups),
-    }

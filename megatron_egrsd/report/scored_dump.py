@@ -5,7 +5,7 @@ docs/report.md describes the format. Reading needs neither megatron-core nor SGL
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,11 @@ import torch.distributed as dist
 from tokenizers.decoders import DecodeStream
 
 from megatron_egrsd.config import ObjectiveConfig
+from megatron_egrsd.data.samples import Problem, Rollout
 from megatron_egrsd.errors import BadArgument, RunError
-from megatron_egrsd.objective import entropy_scale, lookahead_min, normalized_entropy
-from megatron_egrsd.samples import Problem, Rollout
-from megatron_egrsd.weighting import Tokens, load_objective
+from megatron_egrsd.objectives.egrsd import confidence
+from megatron_egrsd.objectives.interface import Tokens, weigh
+from megatron_egrsd.objectives.load import load_objective
 
 if TYPE_CHECKING:
     from megatron_egrsd.engine.engine import Engine, Scores
@@ -100,17 +101,14 @@ def scored_rollouts(
 ) -> list[ScoredRollout]:
     """The whole batch, weighted as `learn` weighs it; scores [2, T] by rollout index as gathered."""
     lengths = [len(r.response_ids) for r in rollouts]
-    columns, scales = {}, [None] * len(rollouts)
+    columns = {}
     for name, scores in (("student", student), ("teacher", teacher)):
         if scores is not None:
             both = np.concatenate([scores[i] for i in range(len(rollouts))], 1)
             columns |= {f"{name}_log_prob": both[0], f"{name}_entropy": both[1]}
-    tokens = batch_tokens(advantage, lengths, columns)
-    weight, gate = batch_weights(tokens, objective, vocab_size)
-    columns |= {"weight": weight.numpy(), "gate": gate.numpy()}
-    if teacher is not None:
-        h, ahead, scales = batch_entropies(tokens, objective, vocab_size)
-        columns |= {"normalized_entropy": h.numpy(), "lookahead_entropy": ahead.numpy()}
+    weights = batch_weights(batch_tokens(advantage, lengths, columns), objective, vocab_size)
+    scales = weights.pop("entropy_scale", None)
+    columns |= {name: values.numpy() for name, values in weights.items()}
     columns["rollout_log_prob"] = np.concatenate([np.asarray(r.rollout_log_probs, np.float32) for r in rollouts])
     ends = np.cumsum(lengths)
     return [
@@ -125,7 +123,7 @@ def scored_rollouts(
             advantage=advantage[i],
             finish_reason=r.finish_reason,
             weight_version=r.weight_version,
-            entropy_scale=scales[i],
+            entropy_scale=None if scales is None else scales[ends[i] - lengths[i]].item(),
             response_ids=list(r.response_ids),
             pieces=token_pieces(tokenizer, r.response_ids),
             **{name: column[ends[i] - lengths[i] : ends[i]] for name, column in columns.items()},
@@ -141,21 +139,18 @@ def batch_tokens(advantage: list[float], lengths: list[int], scores: dict[str, n
     return Tokens(cu_seqlens, signal, **{name: torch.from_numpy(values) for name, values in scores.items()})
 
 
-def batch_weights(tokens: Tokens, objective: ObjectiveConfig, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and gate, [T] each, of a whole batch; the gate is 1 where the objective prepares none."""
-    own = load_objective(objective)
-    tokens = replace(tokens, fields=own.prepare(tokens, vocab_size=vocab_size))
-    return own.weight(tokens).float(), tokens.fields.get("gate", torch.ones_like(tokens.advantage))
+def batch_weights(tokens: Tokens, objective: ObjectiveConfig, vocab_size: int) -> dict[str, torch.Tensor]:
+    """Weight and gate (1 if the objective has none) of a whole batch, and the entropies behind a gate; [T] each.
 
-
-def batch_entropies(
-    tokens: Tokens, objective: ObjectiveConfig, vocab_size: int
-) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
-    """The normalised entropy h [T], its minimum over the lookahead [T] and each rollout's entropy scale in nats."""
-    args = tokens.teacher_entropy, tokens.cu_seqlens, tokens.mask, objective
-    h, scale = (f(*args, vocab_size=vocab_size) for f in (normalized_entropy, entropy_scale))
-    scale = scale.expand(h.numel())[tokens.cu_seqlens[:-1].long()]
-    return h, lookahead_min(h, tokens.cu_seqlens, tokens.mask, objective.lookahead), scale.tolist()
+    If there is a teacher but a user's own objective prepares no entropies, they are those of the built-in gate.
+    """
+    weight, fields = weigh(load_objective(objective), tokens, vocab_size=vocab_size)
+    if tokens.teacher_entropy is not None and "entropy_scale" not in fields:
+        built_in = confidence(tokens.teacher_entropy, tokens.cu_seqlens, objective, vocab_size=vocab_size)
+        fields = fields | {name: values for name, values in vars(built_in).items() if name != "gate"}
+    known = ("normalized_entropy", "lookahead_entropy", "entropy_scale")
+    gate = fields.get("gate", torch.ones_like(tokens.advantage))
+    return {"weight": weight, "gate": gate} | {name: fields[name] for name in known if name in fields}
 
 
 def token_pieces(tokenizer, ids: list[int]) -> list[str]:

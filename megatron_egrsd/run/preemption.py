@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megatron_egrsd.errors import Preempted
+from megatron_egrsd.system import torchrun
 
 _PATIENCE = timedelta(seconds=30)  # for the store to answer
 
@@ -21,10 +22,10 @@ class Preemption:
 
     def __init__(self):
         self.requested = False
-        self._key = f"megatron_egrsd/preempted/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._key = f"megatron_egrsd/preempted/{torchrun.restart_count()}"
         self._store = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if torchrun.world_size() > 1:
+            address, port = torchrun.master()
             # A connection of its own: torch's store is busy whenever a rank waits for another one there.
             self._store = dist.TCPStore(address, port, None, False, _PATIENCE)
 

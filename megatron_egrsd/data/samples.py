@@ -114,8 +114,11 @@ def _rollout(row: dict) -> Rollout:
     return rollout
 
 
-def load_replay(path: Path, config: Config, vocab_size: int) -> list[Rollout]:
-    """Rollouts that can be trained on as one batch of `config`. BadArgument where they do not fit it."""
+def load_replay(path: Path, config: Config, vocab_size: int, *, privileged: bool) -> list[Rollout]:
+    """Rollouts that can be trained on as one batch of `config`, `privileged` where a teacher is needed.
+
+    Raises BadArgument where they do not fit.
+    """
     rollouts = load_rollouts(path)
     prompts, n = config.rollout.prompts_per_step, config.rollout.rollouts_per_prompt
     groups = Counter(r.group for r in rollouts)
@@ -127,6 +130,6 @@ def load_replay(path: Path, config: Config, vocab_size: int) -> list[Rollout]:
     for number, r in enumerate(rollouts, 1):
         if max(*r.prompt.student_ids, *r.prompt.teacher_ids, *r.response_ids) >= vocab_size:
             raise BadArgument(f"{path}, line {number}: a token beyond the model's vocabulary of {vocab_size}")
-        if config.objective.needs_teacher and not r.prompt.teacher_ids:
+        if privileged and not r.prompt.teacher_ids:
             raise BadArgument(f"{path}, line {number}: no teacher prompt, which this objective needs")
     return rollouts

@@ -1,0 +1,78 @@
+"""The interface between an objective and the training loop.
+
+The loop knows nothing of an objective but four methods on packed tokens; docs/extending.md shows one of your own.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from megatron_egrsd.objectives.signal import advantages
+
+if TYPE_CHECKING:
+    from megatron_egrsd.config import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """T response tokens of B rollouts, end to end; no prompts, no padding.
+
+    Tensors are [T] fp32 without gradient, log-probs and entropies in nats. The student is the policy before the
+    update, the teacher the same network with the privileged context, at the same temperature.
+    """
+
+    cu_seqlens: torch.Tensor  # [B + 1] int32: rollout b is tokens cu_seqlens[b] .. cu_seqlens[b + 1]
+    advantage: torch.Tensor  # what `advantages` gave the rollout, on each of its tokens
+    teacher_log_prob: torch.Tensor | None = None  # of the sampled token; None without `needs_teacher`
+    teacher_entropy: torch.Tensor | None = None  # of the full next-token distribution
+    student_log_prob: torch.Tensor | None = None  # None in `prepare` without `needs_student`
+    student_entropy: torch.Tensor | None = None
+    fields: dict[str, torch.Tensor] = field(default_factory=dict)  # what `prepare` returned
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Gives every response token its weight W_t in the clipped policy loss (loss.policy_loss).
+
+    Pure functions: equal arguments give equal results on every rank, whatever the packing, and nothing is kept between
+    calls. A subclass is a frozen dataclass as well; the fields that it adds are `objective.options`.
+    """
+
+    config: "ObjectiveConfig"
+
+    # Class attributes or properties, no fields.
+    needs_teacher = True  # run the teacher; what it reads must then be in the data
+    needs_student = False  # `prepare` sees the student's scores; costs one more forward pass a step
+
+    def advantages(self, rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
+        """The signal A of each rollout, [R] fp32. rewards [R] in [0, 1], group_ids [R] int (one group a prompt).
+
+        A rollout with a signal of exactly 0 is scored but not trained.
+        """
+        return advantages(rewards, group_ids, self.config)
+
+    def prepare(
+        self, tokens: Tokens, *, vocab_size: int, group: dist.ProcessGroup | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Once a step, from this rank's share of the whole batch: [T] tensors by name, `tokens.fields` of `weight`.
+
+        `group` holds the data-parallel ranks, for statistics over all tokens (egrsd.entropy_quantile takes it);
+        None means that `tokens` are all there are. "gate" goes into dumps and onto the token page.
+        """
+        return {}
+
+    def weight(self, tokens: Tokens) -> torch.Tensor:
+        """W, [T] fp32, of one micro-batch: whole rollouts, which ones is left to the packing."""
+        raise NotImplementedError(f"{type(self).__name__} defines no weight(tokens)")
+
+    def metrics(self, tokens: Tokens) -> dict[str, torch.Tensor]:
+        """[T] tensors by name, such as "gate/mean"; their means over the trained tokens are logged every step."""
+        return {}
+
+
+def weigh(objective: Objective, tokens: Tokens, *, vocab_size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Weight a whole batch on one process: W [T] fp32, and the fields that `prepare` made."""
+    fields = objective.prepare(tokens, vocab_size=vocab_size)
+    return objective.weight(replace(tokens, fields=fields)).float(), fields

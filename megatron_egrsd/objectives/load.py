@@ -1,0 +1,88 @@
+"""Find the objective that a configuration names, and try a user's own before anything is started."""
+
+import traceback
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.objectives.egrsd import EGRSD
+from megatron_egrsd.objectives.interface import Objective, Tokens
+from megatron_egrsd.system import import_path
+
+if TYPE_CHECKING:
+    from megatron_egrsd.config import ObjectiveConfig
+
+
+def load_objective(config: "ObjectiveConfig") -> Objective:
+    """The objective that `config.function` names with `config.options`; without one, the family. BadArgument if not."""
+    if not config.function:
+        return EGRSD(config)
+    cls = import_path.load(config.function, "objective.function")
+    if not (isinstance(cls, type) and issubclass(cls, Objective)):
+        raise BadArgument(
+            f"objective.function {config.function!r} is no subclass of megatron_egrsd.objectives.Objective"
+        )
+    options = [f.name for f in fields(cls) if f.name != "config"]
+    if unknown := [name for name in config.options if name not in options]:
+        known = f"its options are {', '.join(options)}" if options else "it has no options"
+        raise BadArgument(f"objective.options: {cls.__name__} has no option {unknown[0]!r}; {known}")
+    try:
+        return cls(config, **config.options)
+    except Exception as error:
+        raise BadArgument(f"objective.options of {cls.__name__}: {error}") from None
+
+
+def needs_teacher(config: "ObjectiveConfig") -> bool:
+    """Whether the weights depend on the teacher; GRPO's do not. Raises BadArgument as `load_objective` does."""
+    return load_objective(config).needs_teacher
+
+
+def check_objective(config: "ObjectiveConfig") -> None:
+    """Load a user's objective and try it on two rollouts of 3 and 2 made-up tokens, before anything is started.
+
+    Raises BadArgument with the place in the user's file where it fails, or with what has the wrong shape.
+    """
+    objective = load_objective(config)
+    if not config.function:
+        return
+    try:
+        _try(objective)
+    except Exception as error:
+        what = str(error) if type(error) is BadArgument else f"{type(error).__name__}: {error}{_place(error)}"
+        raise BadArgument(f"objective.function {config.function!r} cannot be used: {what}") from None
+
+
+def _try(objective: Objective) -> None:
+    signal = objective.advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
+    _check("advantages", signal, 2, "rollout")
+    cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+    tokens = Tokens(cu_seqlens, signal.float().repeat_interleave(cu_seqlens.diff()))
+    log_prob, entropy = torch.tensor([[-0.1, -2.0, -0.7, -1.0, -0.2], [0.3, 2.5, 1.1, 0.9, 0.4]])
+    student = {"student_log_prob": log_prob, "student_entropy": entropy}
+    if objective.needs_teacher:
+        tokens = replace(tokens, teacher_log_prob=log_prob.flip(0), teacher_entropy=entropy.flip(0))
+    prepared = objective.prepare(replace(tokens, **student) if objective.needs_student else tokens, vocab_size=1000)
+    tokens = replace(tokens, **student, fields=prepared)
+    for name, values in prepared.items():
+        _check(f"prepare's {name!r}", values, 5, "token")
+    _check("weight", objective.weight(tokens), 5, "token")
+    for name, values in objective.metrics(tokens).items():
+        _check(f"metrics' {name!r}", values, 5, "token")
+        if "/" not in name:
+            raise BadArgument(f'a metric is called {name!r}; names look like "gate/mean"')
+
+
+def _check(name: str, values: object, count: int, unit: str) -> None:
+    if not isinstance(values, torch.Tensor) or values.shape != (count,):
+        what = f"a tensor {list(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
+        raise BadArgument(f"{name} should be one number a {unit}, a tensor [{count}] here, and is {what}")
+    if not values.isfinite().all():
+        raise BadArgument(f"{name} is not finite: {values.tolist()}")
+
+
+def _place(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f" ({Path(frame.filename).name}, line {frame.lineno})"

@@ -1,0 +1,80 @@
+"""The clipped policy loss on token weights, and the number that each token's term is divided by.
+
+Tensors are [T]: the response tokens of B rollouts, end to end; no prompts, no padding. Log-probs are in nats.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from megatron_egrsd.config import ObjectiveConfig
+
+
+def loss_normalizer(
+    response_lengths: torch.Tensor, config: "ObjectiveConfig", *, num_tokens: int, num_sequences: int
+) -> torch.Tensor:
+    """What each token's term of the loss is divided by, [T] fp32: N of docs/method.md, known before the first pass.
+
+    `response_lengths` [B] of this part of the batch; `num_tokens` and `num_sequences` of the global batch.
+    """
+    lengths = response_lengths.float()
+    per_sequence = {
+        "token_mean": torch.full_like(lengths, num_tokens),
+        "seq_mean": lengths * num_sequences,
+        "fixed": torch.full_like(lengths, config.fixed_length * num_sequences),
+    }[config.loss_normalization]
+    return per_sequence.repeat_interleave(response_lengths.long())
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """`loss` carries the gradient; the rest are detached sums over the tokens, for metrics."""
+
+    loss: torch.Tensor
+    clipped: torch.Tensor  # tokens whose policy ratio was clipped
+    ratio: torch.Tensor  # pi_theta / pi_old
+    importance: torch.Tensor  # truncated pi_old / pi_rollout; the token count where that is off
+    kl: torch.Tensor  # estimates of the KL divergence to the reference, nats; 0 where that is off
+    tokens: torch.Tensor
+
+
+def policy_loss(
+    log_prob: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    weight: torch.Tensor,
+    normalizer: torch.Tensor | float,
+    config: "ObjectiveConfig",
+    *,
+    rollout_log_prob: torch.Tensor | None = None,
+    reference_log_prob: torch.Tensor | None = None,
+) -> PolicyLoss:
+    """L = -sum_t c * min(rho W, clip(rho, 1 - eps_lo, 1 + eps_hi) W) / N with W detached. All [T].
+
+    rho = pi_theta / pi_old (PPO, arXiv 1707.06347, eq. 7); c = min(pi_old / pi_rollout, C) if `importance_cap` is
+    set (truncated importance sampling; needs `rollout_log_prob`), else 1.
+
+    If `kl_coef` is positive (it needs `reference_log_prob`), plus kl_coef * sum_t (e^d - d - 1) / N with
+    d = log pi_ref - log pi_theta: GRPO's estimate of KL(pi_theta | pi_ref) (arXiv 2402.03300, eq. 4), never negative.
+    """
+    log_prob, old, w = log_prob.float(), old_log_prob.detach().float(), weight.detach().float()
+    ratio = torch.exp(log_prob - old)
+    clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    surrogate = torch.minimum(ratio * w, clipped_ratio * w)
+    importance = torch.ones_like(w)
+    if config.importance_cap is not None:
+        if rollout_log_prob is None:
+            raise ValueError("importance_cap is set, so policy_loss needs rollout_log_prob")
+        importance = torch.exp(old - rollout_log_prob.detach().float()).clamp(max=config.importance_cap)
+    normalizer = torch.as_tensor(normalizer, dtype=torch.float32, device=w.device)
+    loss, kl = -(importance * surrogate / normalizer).sum(), torch.zeros_like(log_prob)
+    if config.kl_coef:
+        if reference_log_prob is None:
+            raise ValueError("kl_coef is set, so policy_loss needs reference_log_prob")
+        beyond = reference_log_prob.detach().float() - log_prob
+        kl = torch.expm1(beyond) - beyond
+        loss = loss + config.kl_coef * (kl / normalizer).sum()
+    was_clipped = clipped_ratio * w < ratio * w
+    tokens = torch.tensor(w.numel(), device=w.device)
+    return PolicyLoss(loss, was_clipped.sum(), ratio.detach().sum(), importance.sum(), kl.detach().sum(), tokens)

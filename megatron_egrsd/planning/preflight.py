@@ -1,0 +1,43 @@
+"""Everything about a run that can be refused before a process starts."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from megatron_egrsd.config import Config
+from megatron_egrsd.data.prompt_builder import prompt_builder
+from megatron_egrsd.data.prompts import load_prompts
+from megatron_egrsd.data.samples import Prompt
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.objectives.load import check_objective, needs_teacher
+from megatron_egrsd.rewards.reward import load_reward
+from megatron_egrsd.system import torchrun
+
+
+def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], list[Prompt], AutoTokenizer]:
+    """Check a run, and return its training prompts, held-out prompts and tokenizer.
+
+    Args:
+        ranks: Training ranks to check for; default: torchrun's.
+
+    Raises:
+        BadArgument: Something cannot work. Nothing has been started or written.
+    """
+    arch = Architecture.from_pretrained(config.model.path)
+    arch.check_parallel(config.parallel)
+    config.check_world(ranks or torchrun.world_size())
+    check_objective(config.objective)
+    output = Path(config.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not config.checkpoint.resume:
+        raise BadArgument(
+            f"output = {output} exists and is not an empty directory; choose another one, remove it, or continue its "
+            "run with --resume auto"
+        )
+    if config.replay and not Path(config.replay).exists():
+        raise BadArgument(f"replay is {config.replay}, which does not exist; give a file or directory of rollouts")
+    load_reward(config.data.reward)
+    builder = prompt_builder(config)
+    train = load_prompts(config.data.train, builder, privileged=needs_teacher(config.objective))
+    heldout = load_prompts(config.data.evaluation, builder, privileged=False) if config.data.evaluation else []
+    return train, heldout, builder.tokenizer
