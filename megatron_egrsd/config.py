@@ -88,8 +88,8 @@ class ObjectiveConfig:
     """GRPO, RLSD, EGRSD and CL-EGRSD: one family (docs/method.md). Symbols of the papers in brackets.
 
     Args:
-        preset: A member of the family by its name (objectives/presets.py): sets the keys that make it one; any key given
-            beside it overrides it.
+        preset: A member of the family by its name (objectives/presets.py). It sets the keys that make it one; any key
+            that is given beside it overrides it.
         mix: Share of the likelihood ratio in the magnitude, in [0, 1] (lam; RLSD).
         ratio_clip: The ratio is clipped to [1 - ratio_clip, 1 + ratio_clip] (eps_w; RLSD).
         attenuation: How far the teacher's entropy may close the gate, in [0, 1) (alpha; EGRSD).
