@@ -9,8 +9,8 @@ import torch
 from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from tests.models import make_qwen3
-from tests.parallel.test_layouts import VOCAB, _config, _rollouts
 from tests.ranks import run_ranks
+from tests.training import VOCAB, made_up_rollouts, training_config
 
 LAYOUTS = {
     "TP1": (1, ParallelConfig(max_tokens_per_microbatch=256)),
@@ -21,7 +21,7 @@ LAYOUTS = {
 
 def _spoiled(kind: str):
     """A batch with one bad number in it, and what spoils the engine."""
-    rollouts = _rollouts()
+    rollouts = made_up_rollouts()
     if kind == "log_prob":
         r = rollouts[0]
         values = [math.nan, *r.rollout_log_probs[1:]]
@@ -69,9 +69,9 @@ def _weights(engine) -> list[torch.Tensor]:
 )
 def test_a_bad_number_skips_the_update_on_all_ranks(kind, layout, tmp_path):
     world_size, parallel = LAYOUTS[layout]
-    save_rollouts(_rollouts(), tmp_path / "good.jsonl")
+    save_rollouts(made_up_rollouts(), tmp_path / "good.jsonl")
     save_rollouts(_spoiled(kind), tmp_path / "bad.jsonl")
-    config = _config(make_qwen3(tmp_path / "model", vocab_size=VOCAB), parallel=parallel)
+    config = training_config(make_qwen3(tmp_path / "model", vocab_size=VOCAB), parallel=parallel)
     results = run_ranks(_train, world_size, config, tmp_path, kind)
     skipped, unchanged, after, changed = results[0]
     assert unchanged and skipped["optimizer/updates"] == 0 and skipped[f"skipped/{kind}"] == 1
@@ -95,7 +95,7 @@ def _poisoned(rank, world_size, config, path):
 
 def test_a_model_of_nans_skips_every_update(tmp_path):
     """Teacher, gate and quantile of nothing but nan must not raise on the way to the guard."""
-    save_rollouts(_rollouts(), tmp_path / "good.jsonl")
-    config = _config(make_qwen3(tmp_path / "model", vocab_size=VOCAB))
+    save_rollouts(made_up_rollouts(), tmp_path / "good.jsonl")
+    config = training_config(make_qwen3(tmp_path / "model", vocab_size=VOCAB))
     metrics = run_ranks(_poisoned, 1, config, tmp_path)[0]
     assert metrics["optimizer/skipped"] == 1 and metrics["optimizer/updates"] == 0

@@ -8,8 +8,8 @@ from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.run.agreement import HINTS, facts
 from tests.models import make_qwen3
-from tests.parallel.test_layouts import VOCAB, _config
 from tests.ranks import run_ranks
+from tests.training import VOCAB, training_config
 
 PROMPTS = [Prompt(Problem("a", "1 + 1", "2"), [1, 2], [1, 3, 2])]
 
@@ -33,7 +33,7 @@ def _start(rank, world_size, config, name):
 
 @pytest.mark.parametrize("name", ["", *HINTS])
 def test_the_rank_that_differs_is_named_on_all(name, tmp_path):
-    config = _config(make_qwen3(tmp_path / "model", vocab_size=VOCAB))
+    config = training_config(make_qwen3(tmp_path / "model", vocab_size=VOCAB))
     said = run_ranks(_start, 2, config, name)
     assert len(set(said)) == 1
     assert ("rank 1 on " in said[0] and f"other {name} than rank 0" in said[0]) if name else said[0] == ""

@@ -14,8 +14,8 @@ from megatron_egrsd.config import OptimizerConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.errors import BadArgument
 from tests.models import make_qwen3
-from tests.parallel.test_layouts import VOCAB, _config, _rollouts, assert_same_training
 from tests.ranks import run_ranks
+from tests.training import VOCAB, assert_same_training, made_up_rollouts, training_config
 
 
 def _train(rank, world_size, config, rollouts, directory, start, stop):
@@ -41,9 +41,9 @@ def _run(world_size, *args):
 
 @pytest.fixture
 def setting(tmp_path):
-    save_rollouts(_rollouts(), tmp_path / "rollouts.jsonl")
+    save_rollouts(made_up_rollouts(), tmp_path / "rollouts.jsonl")
     model = make_qwen3(tmp_path / "model", vocab_size=VOCAB)
-    config = _config(
+    config = training_config(
         model,
         steps=4,
         teacher=TeacherConfig(weights="ema", ema_decay=0.5),
@@ -145,15 +145,15 @@ def _save_four(rank, world_size, config, root):
 def saved(tmp_path_factory):
     """A checkpoint of step 1, to be copied before it is damaged."""
     root = tmp_path_factory.mktemp("saved")
-    save_rollouts(_rollouts(), root / "rollouts.jsonl")
-    config = _config(make_qwen3(root / "model", vocab_size=VOCAB), steps=4)
+    save_rollouts(made_up_rollouts(), root / "rollouts.jsonl")
+    config = training_config(make_qwen3(root / "model", vocab_size=VOCAB), steps=4)
     _run(1, config, root / "rollouts.jsonl", root / "run", 0, 1)
     return root / "run" / "step_000001"
 
 
 def test_the_other_optimizer_is_refused(saved):
     root = saved.parent.parent
-    config = _config(root / "model", steps=4, parallel=ParallelConfig(distributed_optimizer=True))
+    config = training_config(root / "model", steps=4, parallel=ParallelConfig(distributed_optimizer=True))
     with pytest.raises(AssertionError, match=r"was saved with parallel.distributed_optimizer false; continue with"):
         _run(1, config, root / "rollouts.jsonl", saved.parent, 1, 2)
 
@@ -179,7 +179,7 @@ def _load_with_extra_states(rank, world_size, config, path):
 
 
 def test_a_checkpoint_without_the_extra_states_of_other_layers(saved):
-    config = _config(saved.parent.parent / "model", steps=4)
+    config = training_config(saved.parent.parent / "model", steps=4)
     ((step, given),) = run_ranks(_load_with_extra_states, 1, config, saved)
     assert step == 1 and given and set(given) == {None}
 
@@ -187,7 +187,7 @@ def test_a_checkpoint_without_the_extra_states_of_other_layers(saved):
 def test_a_checkpoint_of_another_model_is_refused(saved, tmp_path):
     """More layers, whose weights the checkpoint lacks: torch's own exception for that is no Exception."""
     root = saved.parent.parent
-    config = _config(make_qwen3(tmp_path / "deeper", vocab_size=VOCAB, num_hidden_layers=6), steps=4)
+    config = training_config(make_qwen3(tmp_path / "deeper", vocab_size=VOCAB, num_hidden_layers=6), steps=4)
     with pytest.raises(AssertionError, match=r"BadArgument: .*step_000001 does not belong to this model: .*$"):
         _run(1, config, root / "rollouts.jsonl", saved.parent, 1, 2)
 

@@ -12,8 +12,8 @@ from megatron_egrsd.data.samples import Problem, Prompt, Rollout, save_rollouts
 from megatron_egrsd.report.scored_dump import load_scores
 from megatron_egrsd.report.token_page import page_data
 from tests.models import make_qwen3
-from tests.parallel.test_layouts import VOCAB, _config, _rollouts, assert_same_training, run
 from tests.parallel.test_scores import step
+from tests.training import VOCAB, assert_same_training, made_up_rollouts, run_training, training_config
 from tests.unit.test_extending import HIGH_ENTROPY, OPSD, ROOT
 
 SPLIT = {"max_tokens_per_microbatch": 64}
@@ -32,16 +32,16 @@ OBJECTIVES = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     root = tmp_path_factory.mktemp("extending")
-    save_rollouts(_rollouts(), root / "rollouts.jsonl")
+    save_rollouts(made_up_rollouts(), root / "rollouts.jsonl")
     return make_qwen3(root / "model", vocab_size=VOCAB), root
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "OPSD" else ()) for n in OBJECTIVES])
 def test_layout_does_not_change_training(name, files):
     (changes, ranks, layout), (model, root) = OBJECTIVES[name], files
-    expected = run(1, _config(model, **changes), root / "rollouts.jsonl")
-    split = _config(model, parallel=ParallelConfig(**SPLIT, **layout), **changes)
-    assert_same_training(run(ranks, split, root / "rollouts.jsonl"), expected)
+    expected = run_training(1, training_config(model, **changes), root / "rollouts.jsonl")
+    split = training_config(model, parallel=ParallelConfig(**SPLIT, **layout), **changes)
+    assert_same_training(run_training(ranks, split, root / "rollouts.jsonl"), expected)
     assert expected[0][0]["optimizer/grad_norm"] > 0
     assert ("teacher/entropy" in expected[0][0]) == ("OPSD" in name)
 
@@ -66,9 +66,11 @@ def test_context_parallelism_shows_an_objective_whole_rollouts(files):
     model, root = files
     (root / "whole.py").write_text(WHOLE)
     objective = ObjectiveConfig(function=f"{root / 'whole.py'}:Whole")
-    expected = run(1, _config(model, objective=objective), root / "rollouts.jsonl")
+    expected = run_training(1, training_config(model, objective=objective), root / "rollouts.jsonl")
     split = ParallelConfig(context=2, **SPLIT)
-    assert_same_training(run(2, _config(model, objective=objective, parallel=split), root / "rollouts.jsonl"), expected)
+    assert_same_training(
+        run_training(2, training_config(model, objective=objective, parallel=split), root / "rollouts.jsonl"), expected
+    )
     assert expected[0][0]["optimizer/grad_norm"] > 0
 
 

@@ -1,94 +1,17 @@
 """The layout is no hyper-parameter: TP, PP, VPP, SP, CP, DP, EP, packing and micro-batch size train alike."""
 
-import dataclasses
-
 import pytest
-import torch
 
-from megatron_egrsd.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RolloutConfig,
-    TeacherConfig,
-)
-from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts, save_rollouts
+from megatron_egrsd.config import ObjectiveConfig, OptimizerConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.data.samples import save_rollouts
 from tests.models import make_qwen3
-from tests.ranks import run_ranks
-
-VOCAB = 61  # not a multiple of 8 x TP, so that every layout pads
-
-
-def _config(model, **changes) -> Config:
-    base = Config(
-        model=ModelConfig(path=str(model), dtype="float32"),
-        data=DataConfig(train="unused"),
-        objective=ObjectiveConfig(importance_cap=2.0),
-        rollout=RolloutConfig(prompts_per_step=4, rollouts_per_prompt=4, temperature=0.8),
-        parallel=ParallelConfig(max_tokens_per_microbatch=256),
-        optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.5, weight_decay=0.01, warmup_steps=1),
-        steps=3,
-        max_log_prob_difference=100.0,  # the rollouts' log-probs are made up
-    )
-    return dataclasses.replace(base, **changes)
-
-
-def _rollouts(seed: int = 0) -> list[Rollout]:
-    g = torch.Generator().manual_seed(seed)
-
-    def ids(low, high):
-        length = int(torch.randint(low, high, (1,), generator=g))
-        return torch.randint(3, VOCAB, (length,), generator=g).tolist()
-
-    rollouts = []
-    for group in range(4):
-        problem = Problem(id=str(group), problem="p", answer="a", solution="s")
-        prompt = Prompt(problem, ids(2, 12), ids(12, 30))
-        for k in range(4):
-            response = ids(1, 60)
-            log_probs = (-torch.rand(len(response), generator=g) * 4).tolist()
-            # Group 3 is degenerate: all wrong.
-            reward = float((k + group) % 2) if group < 3 else 0.0
-            rollouts.append(Rollout(prompt, group, response, log_probs, "stop", 0, "", reward))
-    return rollouts
-
-
-def _train(rank, world_size, config, path):
-    """Three steps; (metrics of each step, final weights) from the first rank."""
-    from megatron_egrsd.engine.engine import Engine
-    from megatron_egrsd.learn import learn
-
-    rollouts = load_rollouts(path)
-    with Engine(config) as engine:
-        metrics = [learn(engine, rollouts, config) for _ in range(config.steps)]
-        weights = {name: tensor.clone().numpy() for name, tensor in engine.export_weights()}
-    return (metrics, weights) if rank == 0 else None
-
-
-def run(world_size, config, path):
-    metrics, weights = run_ranks(_train, world_size, config, path)[0]
-    return metrics, {k: torch.from_numpy(v) for k, v in weights.items()}
-
-
-def assert_same_training(got, expected, rtol=1e-5):
-    for step, (a, b) in enumerate(zip(got[0], expected[0], strict=True)):
-        assert set(a) == set(b)
-        for name in a:
-            if name.startswith("time/") or name in ("batch/micro_batches",):
-                continue
-            assert a[name] == pytest.approx(b[name], rel=rtol, abs=rtol * 1e-2), f"step {step}: {name}"
-    for name, weight in expected[1].items():
-        difference = (got[1][name] - weight).norm() / weight.norm()
-        assert difference < rtol, f"{name}: relative difference {difference:.1e}"
+from tests.training import VOCAB, assert_same_training, made_up_rollouts, run_training, training_config
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     root = tmp_path_factory.mktemp("layouts")
-    save_rollouts(_rollouts(), root / "rollouts.jsonl")
+    save_rollouts(made_up_rollouts(), root / "rollouts.jsonl")
     return {tied: make_qwen3(root / f"tied-{tied}", tied=tied, vocab_size=VOCAB) for tied in (True, False)}, (
         root / "rollouts.jsonl"
     )
@@ -97,7 +20,7 @@ def paths(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(paths):
     models, rollouts = paths
-    return {tied: run(1, _config(models[tied]), rollouts) for tied in (True, False)}
+    return {tied: run_training(1, training_config(models[tied]), rollouts) for tied in (True, False)}
 
 
 LAYOUTS = {
@@ -134,8 +57,8 @@ SLOW = [name for name, (ranks, _, _) in CONTEXT_LAYOUTS.items() if ranks > 2]
 def test_layout_does_not_change_training(layout, paths, reference):
     world_size, parallel, tied = LAYOUTS[layout]
     models, rollouts = paths
-    config = _config(models[tied], parallel=ParallelConfig(**{"max_tokens_per_microbatch": 256, **parallel}))
-    assert_same_training(run(world_size, config, rollouts), reference[tied])
+    config = training_config(models[tied], parallel=ParallelConfig(**{"max_tokens_per_microbatch": 256, **parallel}))
+    assert_same_training(run_training(world_size, config, rollouts), reference[tied])
 
 
 EXPERTS = {"num_experts": 6, "num_hidden_layers": 2}
@@ -153,7 +76,7 @@ EXPERT_LAYOUTS = {
 def mixture(paths, tmp_path_factory):
     """(model, its training on one rank)."""
     model = make_qwen3(tmp_path_factory.mktemp("experts") / "model", tied=False, vocab_size=VOCAB, **EXPERTS)
-    return model, run(1, _config(model), paths[1])
+    return model, run_training(1, training_config(model), paths[1])
 
 
 @pytest.mark.parametrize(
@@ -165,8 +88,8 @@ def mixture(paths, tmp_path_factory):
 )
 def test_layout_does_not_change_training_of_experts(layout, paths, mixture):
     world_size, parallel = EXPERT_LAYOUTS[layout]
-    config = _config(mixture[0], parallel=ParallelConfig(**{"max_tokens_per_microbatch": 256, **parallel}))
-    assert_same_training(run(world_size, config, paths[1]), mixture[1])
+    config = training_config(mixture[0], parallel=ParallelConfig(**{"max_tokens_per_microbatch": 256, **parallel}))
+    assert_same_training(run_training(world_size, config, paths[1]), mixture[1])
 
 
 @pytest.mark.parametrize(
@@ -184,19 +107,21 @@ def test_teacher_weights_and_several_updates_agree_across_layouts(teacher, split
         "optimizer": OptimizerConfig(lr=1e-3, updates_per_batch=2),
         "objective": ObjectiveConfig(loss_normalization="seq_mean", entropy_normalization="max"),
     }
-    expected = run(1, _config(models[True], **changes), rollouts)
+    expected = run_training(1, training_config(models[True], **changes), rollouts)
     parallel = ParallelConfig(max_tokens_per_microbatch=128, **split)
-    assert_same_training(run(2, _config(models[True], parallel=parallel, **changes), rollouts), expected)
+    assert_same_training(
+        run_training(2, training_config(models[True], parallel=parallel, **changes), rollouts), expected
+    )
 
 
 @pytest.mark.slow
 def test_the_kl_penalty_agrees_across_layouts(paths):
     models, rollouts = paths
     changes = {"objective": ObjectiveConfig(kl_coef=0.5)}
-    expected = run(1, _config(models[False], **changes), rollouts)
+    expected = run_training(1, training_config(models[False], **changes), rollouts)
     assert 0 == expected[0][0]["loss/kl"] < expected[0][1]["loss/kl"] < expected[0][2]["loss/kl"]
     split = ParallelConfig(tensor=2, pipeline=2, max_tokens_per_microbatch=128)
-    assert_same_training(run(4, _config(models[False], parallel=split, **changes), rollouts), expected)
+    assert_same_training(run_training(4, training_config(models[False], parallel=split, **changes), rollouts), expected)
 
 
 @pytest.mark.slow
@@ -207,7 +132,7 @@ def test_the_kl_penalty_holds_the_policy_at_its_initial_weights(teacher, paths):
     kl = []
     for coefficient in (1e-9, 1.0, 30.0):
         changes = {"objective": ObjectiveConfig(kl_coef=coefficient), "teacher": TeacherConfig(weights=teacher)}
-        metrics, _ = run(1, _config(models[True], steps=6, **changes), rollouts)
+        metrics, _ = run_training(1, training_config(models[True], steps=6, **changes), rollouts)
         assert metrics[0]["loss/kl"] == pytest.approx(0, abs=1e-9)
         kl.append(metrics[-1]["loss/kl"])
     assert kl[0] > 1.2 * kl[1] > 1.2 * kl[2] > 0, kl
@@ -215,5 +140,5 @@ def test_the_kl_penalty_holds_the_policy_at_its_initial_weights(teacher, paths):
 
 def test_order_of_the_rollouts_does_not_change_training(paths, reference, tmp_path):
     models, _ = paths
-    save_rollouts(_rollouts()[::-1], tmp_path / "reversed.jsonl")
-    assert_same_training(run(1, _config(models[True]), tmp_path / "reversed.jsonl"), reference[True])
+    save_rollouts(made_up_rollouts()[::-1], tmp_path / "reversed.jsonl")
+    assert_same_training(run_training(1, training_config(models[True]), tmp_path / "reversed.jsonl"), reference[True])

@@ -9,8 +9,8 @@ from megatron_egrsd.config import ObjectiveConfig, OptimizerConfig, ParallelConf
 from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.data.samples import save_rollouts
 from tests.models import make_qwen3
-from tests.parallel.test_layouts import VOCAB, _config, _rollouts, assert_same_training, run
 from tests.ranks import run_ranks
+from tests.training import VOCAB, assert_same_training, made_up_rollouts, run_training, training_config
 
 
 @pytest.fixture
@@ -26,19 +26,19 @@ def _weights(model):
 
 @pytest.mark.parametrize("reward", [0.0, 1.0], ids=["all wrong", "all right"])
 def test_batch_without_signal_changes_nothing(reward, model, tmp_path):
-    rollouts = [dataclasses.replace(r, reward=reward) for r in _rollouts()]
+    rollouts = [dataclasses.replace(r, reward=reward) for r in made_up_rollouts()]
     save_rollouts(rollouts, tmp_path / "rollouts.jsonl")
-    config = _config(model, optimizer=OptimizerConfig(lr=1e-3, updates_per_batch=2))
-    metrics, weights = run(1, config, tmp_path / "rollouts.jsonl")
+    config = training_config(model, optimizer=OptimizerConfig(lr=1e-3, updates_per_batch=2))
+    metrics, weights = run_training(1, config, tmp_path / "rollouts.jsonl")
     assert all(m["optimizer/updates"] == 0 and m["batch/degenerate_share"] == 1 for m in metrics)
     assert all(torch.equal(weights[k], v) for k, v in _weights(model).items())
 
 
 def test_grpo_runs_no_teacher_and_follows_the_schedule(model, tmp_path):
-    save_rollouts(_rollouts(), tmp_path / "rollouts.jsonl")
+    save_rollouts(made_up_rollouts(), tmp_path / "rollouts.jsonl")
     optimizer = OptimizerConfig(lr=1e-3, min_lr=1e-4, schedule="linear", warmup_steps=1)
-    config = _config(model, objective=preset_objective("grpo"), optimizer=optimizer)
-    metrics, weights = run(1, config, tmp_path / "rollouts.jsonl")
+    config = training_config(model, objective=preset_objective("grpo"), optimizer=optimizer)
+    metrics, weights = run_training(1, config, tmp_path / "rollouts.jsonl")
     assert all("teacher/entropy" not in m and m["optimizer/grad_norm"] > 0 for m in metrics)
     # Warm-up starts above zero: half, the peak, then half way down to min_lr.
     assert [m["optimizer/lr"] for m in metrics] == pytest.approx([5e-4, 1e-3, 5.5e-4])
@@ -47,19 +47,19 @@ def test_grpo_runs_no_teacher_and_follows_the_schedule(model, tmp_path):
 
 def test_one_update_equals_one_update_scored_beforehand(model, tmp_path):
     """pi_old from the training pass is pi_old from a pass of its own: the first of two updates sees the same policy."""
-    rollouts = [r for r in _rollouts() if r.group < 2]
+    rollouts = [r for r in made_up_rollouts() if r.group < 2]
     save_rollouts(rollouts, tmp_path / "two.jsonl")
-    base = _config(model, steps=1)
+    base = training_config(model, steps=1)
     one = dataclasses.replace(
         base, rollout=dataclasses.replace(base.rollout, prompts_per_step=2), optimizer=OptimizerConfig(lr=1e-3)
     )
     # The same two groups and two empty ones in a second share, which skips its update but makes the engine score first.
-    filler = [dataclasses.replace(r, reward=0.0) for r in _rollouts() if r.group >= 2]
+    filler = [dataclasses.replace(r, reward=0.0) for r in made_up_rollouts() if r.group >= 2]
     save_rollouts(rollouts + filler, tmp_path / "four.jsonl")
     normalized = ObjectiveConfig(entropy_normalization="max")  # the batch quantile would see the fillers
     two = dataclasses.replace(base, optimizer=OptimizerConfig(lr=1e-3, updates_per_batch=2), objective=normalized)
     one = dataclasses.replace(one, objective=normalized)
-    got, expected = run(1, two, tmp_path / "four.jsonl"), run(1, one, tmp_path / "two.jsonl")
+    got, expected = run_training(1, two, tmp_path / "four.jsonl"), run_training(1, one, tmp_path / "two.jsonl")
     assert got[0][0]["optimizer/grad_norm"] == pytest.approx(expected[0][0]["optimizer/grad_norm"], rel=1e-5)
     for name, weight in expected[1].items():
         assert (got[1][name] - weight).norm() < 1e-5 * weight.norm(), name
@@ -93,20 +93,20 @@ def _score_both(rank, world_size, config, path):
 
 @pytest.mark.parametrize(("teacher", "passes"), [("live", 1), ("frozen", 2)])
 def test_a_live_teacher_and_the_student_are_scored_in_one_pass(teacher, passes, model, tmp_path):
-    save_rollouts(_rollouts(), tmp_path / "rollouts.jsonl")
+    save_rollouts(made_up_rollouts(), tmp_path / "rollouts.jsonl")
     parallel = ParallelConfig(pipeline=2, max_tokens_per_microbatch=256)
-    config = _config(model, parallel=parallel, teacher=TeacherConfig(weights=teacher))
+    config = training_config(model, parallel=parallel, teacher=TeacherConfig(weights=teacher))
     for counts, same_samples, worst in run_ranks(_score_both, 2, config, tmp_path / "rollouts.jsonl"):
         assert len(counts) == passes and same_samples and worst < 1e-5
 
 
 def test_a_rank_may_have_nothing_to_train(model, tmp_path):
     """One long response against three short ones: the second rank's last micro-batches are padding alone."""
-    rollouts = [r if r.group == 0 else dataclasses.replace(r, reward=0.0) for r in _rollouts()]
+    rollouts = [r if r.group == 0 else dataclasses.replace(r, reward=0.0) for r in made_up_rollouts()]
     ids = rollouts[0].response_ids * 6
     rollouts[0] = dataclasses.replace(rollouts[0], response_ids=ids, rollout_log_probs=[-1.0] * len(ids))
     save_rollouts(rollouts, tmp_path / "rollouts.jsonl")
-    config = _config(model, parallel=ParallelConfig(max_tokens_per_microbatch=1))
-    one, two = (run(ranks, config, tmp_path / "rollouts.jsonl") for ranks in (1, 2))
+    config = training_config(model, parallel=ParallelConfig(max_tokens_per_microbatch=1))
+    one, two = (run_training(ranks, config, tmp_path / "rollouts.jsonl") for ranks in (1, 2))
     assert (one[0][0]["batch/micro_batches"], two[0][0]["batch/micro_batches"]) == (4, 3)
     assert_same_training(two, one)

@@ -14,8 +14,8 @@ from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.memory import Placement, rank_memory
 from megatron_egrsd.planning.plan import checkpoint_bytes
 from tests.models import make_qwen3
-from tests.parallel.test_layouts import _config, _rollouts
 from tests.ranks import run_ranks
+from tests.training import made_up_rollouts, training_config
 
 # Sizes in multiples of 64, so that the distributed optimizer pads nothing but the end of its buffer.
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000}
@@ -119,11 +119,11 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
     model = make_qwen3(tmp_path / "model", tied=tied, **SIZES, **(EXPERTS if "experts" in name else {}))
     rollouts = [
         dataclasses.replace(r, response_ids=r.response_ids * 8, rollout_log_probs=r.rollout_log_probs * 8)
-        for r in _rollouts()
+        for r in made_up_rollouts()
     ]
     save_rollouts(rollouts, tmp_path / "rollouts.jsonl")
     config = dataclasses.replace(
-        _config(model, objective=ObjectiveConfig(kl_coef=0.1 * ("KL" in name))),
+        training_config(model, objective=ObjectiveConfig(kl_coef=0.1 * ("KL" in name))),
         model=ModelConfig(path=str(model), dtype=dtype),
         parallel=ParallelConfig(max_tokens_per_microbatch=1200, **parallel),
         teacher=TeacherConfig(weights=teacher),
@@ -149,13 +149,13 @@ def test_context_parallelism_divides_what_a_long_response_adds(tmp_path):
         dataclasses.replace(r, response_ids=(r.response_ids * 2000)[:2000], rollout_log_probs=[-1.0] * 2000)
         if r.group == 0
         else dataclasses.replace(r, reward=0.0)  # scored, not trained
-        for r in _rollouts()
+        for r in made_up_rollouts()
     ]
     save_rollouts(rollouts, tmp_path / "rollouts.jsonl")
     longest = 2000 + len(rollouts[0].prompt.student_ids)
     added = {}
     for size in (1, 2, 4):
-        config = _config(model, parallel=ParallelConfig(context=size, max_tokens_per_microbatch=1))
+        config = training_config(model, parallel=ParallelConfig(context=size, max_tokens_per_microbatch=1))
         found = run_ranks(_measure, size, config, tmp_path / "rollouts.jsonl", timeout=400)
         added[size] = max(peak for _, peak, _, _ in found)
         assert {tokens for _, _, tokens, _ in found} == {config.parallel.tokens_on_a_rank(longest)}
@@ -180,9 +180,9 @@ def _checkpoint_bytes(rank, world_size, config, path, directory):
 )
 def test_size_of_a_checkpoint(dtype, sharded, teacher, tmp_path):
     model = make_qwen3(tmp_path / "model", tied=False, **{**SIZES, "hidden_size": 256, "vocab_size": 4000})
-    save_rollouts(_rollouts(), tmp_path / "rollouts.jsonl")
+    save_rollouts(made_up_rollouts(), tmp_path / "rollouts.jsonl")
     config = dataclasses.replace(
-        _config(model),
+        training_config(model),
         model=ModelConfig(path=str(model), dtype=dtype),
         parallel=ParallelConfig(distributed_optimizer=sharded),
         teacher=TeacherConfig(weights=teacher),

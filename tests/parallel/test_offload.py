@@ -9,8 +9,8 @@ from megatron_egrsd.config import ModelConfig, ObjectiveConfig, ParallelConfig, 
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.engine.offload import Shelf, without
 from tests.models import make_qwen3
-from tests.parallel.test_layouts import _config, _rollouts
 from tests.ranks import run_ranks
+from tests.training import made_up_rollouts, training_config
 
 
 def _held(engine) -> int:
@@ -65,9 +65,11 @@ SLOW = {"bf16, moving average", "TP2", "PP2 VPP2"}
 def test_training_is_the_same_bit_for_bit(name, tmp_path):
     ranks, dtype, parallel, teacher = LAYOUTS[name]
     model = make_qwen3(tmp_path / "model")
-    save_rollouts(_rollouts(), tmp_path / "rollouts.jsonl")
+    save_rollouts(made_up_rollouts(), tmp_path / "rollouts.jsonl")
     config = dataclasses.replace(
-        _config(model, teacher=TeacherConfig(weights=teacher), objective=ObjectiveConfig(kl_coef=0.1 * ("KL" in name))),
+        training_config(
+            model, teacher=TeacherConfig(weights=teacher), objective=ObjectiveConfig(kl_coef=0.1 * ("KL" in name))
+        ),
         model=ModelConfig(path=str(model), dtype=dtype),
         parallel=ParallelConfig(max_tokens_per_microbatch=256, **parallel),
     )

@@ -10,8 +10,8 @@ from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.report.scored_dump import gather_scores, load_scores, save_scores, scored_rollouts
 from tests.models import make_qwen3
-from tests.parallel.test_layouts import VOCAB, _config, _rollouts
 from tests.ranks import run_ranks
+from tests.training import VOCAB, made_up_rollouts, training_config
 from tests.unit.test_scores import TOKENIZER
 
 
@@ -46,13 +46,13 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     root = tmp_path_factory.mktemp("scores")
-    save_rollouts(_rollouts(), root / "rollouts.jsonl")
+    save_rollouts(made_up_rollouts(), root / "rollouts.jsonl")
     return make_qwen3(root / "model", vocab_size=VOCAB), root
 
 
 def step(files, output, world_size=1, **changes):
     model, root = files
-    config = _config(model, **{"steps": 1, **changes})
+    config = training_config(model, **{"steps": 1, **changes})
     return run_ranks(_step, world_size, config, root / "rollouts.jsonl", output)[0]
 
 

@@ -1,0 +1,87 @@
+"""A training run on made-up rollouts of a small model, on any number of ranks, and the comparison of two such runs."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_egrsd.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+)
+from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts
+from tests.ranks import run_ranks
+
+VOCAB = 61  # not a multiple of 8 x TP, so that every layout pads
+
+
+def training_config(model, **changes) -> Config:
+    """Configure three steps of four prompts with four rollouts each; `changes` replaces sections and keys of Config."""
+    base = Config(
+        model=ModelConfig(path=str(model), dtype="float32"),
+        data=DataConfig(train="unused"),
+        objective=ObjectiveConfig(importance_cap=2.0),
+        rollout=RolloutConfig(prompts_per_step=4, rollouts_per_prompt=4, temperature=0.8),
+        parallel=ParallelConfig(max_tokens_per_microbatch=256),
+        optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.5, weight_decay=0.01, warmup_steps=1),
+        steps=3,
+        max_log_prob_difference=100.0,  # the rollouts' log-probs are made up
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def made_up_rollouts(seed: int = 0) -> list[Rollout]:
+    """Make a batch for `training_config`: random tokens, responses of 1 to 59 tokens, one group without a signal."""
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (1,), generator=g))
+        return torch.randint(3, VOCAB, (length,), generator=g).tolist()
+
+    rollouts = []
+    for group in range(4):
+        problem = Problem(id=str(group), problem="p", answer="a", solution="s")
+        prompt = Prompt(problem, ids(2, 12), ids(12, 30))
+        for k in range(4):
+            response = ids(1, 60)
+            log_probs = (-torch.rand(len(response), generator=g) * 4).tolist()
+            # Group 3 is degenerate: all wrong.
+            reward = float((k + group) % 2) if group < 3 else 0.0
+            rollouts.append(Rollout(prompt, group, response, log_probs, "stop", 0, "", reward))
+    return rollouts
+
+
+def _train_on_rank(rank, world_size, config, path):
+    """Take `config.steps` steps; (metrics of each step, final weights) on rank 0, None on the others."""
+    from megatron_egrsd.engine.engine import Engine
+    from megatron_egrsd.learn import learn
+
+    rollouts = load_rollouts(path)
+    with Engine(config) as engine:
+        metrics = [learn(engine, rollouts, config) for _ in range(config.steps)]
+        weights = {name: tensor.clone().numpy() for name, tensor in engine.export_weights()}
+    return (metrics, weights) if rank == 0 else None
+
+
+def run_training(world_size, config, path):
+    """Train on the rollouts at `path` in `world_size` processes; (metrics of each step, final weights by name)."""
+    metrics, weights = run_ranks(_train_on_rank, world_size, config, path)[0]
+    return metrics, {k: torch.from_numpy(v) for k, v in weights.items()}
+
+
+def assert_same_training(got, expected, rtol=1e-5):
+    """Compare two results of `run_training`: metrics but times, and final weights in relative norm."""
+    for step, (a, b) in enumerate(zip(got[0], expected[0], strict=True)):
+        assert set(a) == set(b)
+        for name in a:
+            if name.startswith("time/") or name in ("batch/micro_batches",):
+                continue
+            assert a[name] == pytest.approx(b[name], rel=rtol, abs=rtol * 1e-2), f"step {step}: {name}"
+    for name, weight in expected[1].items():
+        difference = (got[1][name] - weight).norm() / weight.norm()
+        assert difference < rtol, f"{name}: relative difference {difference:.1e}"
