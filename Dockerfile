@@ -1,5 +1,5 @@
 # The environment of a GPU node: requirements/gpu.txt, Transformer Engine, the project with its CUDA kernels.
-# Written for docker and podman; it has not been built on a machine of ours yet (docs/cluster.md).
+# Written for docker and podman; it has not been built on a machine of ours yet (docs/guides/cluster.md).
 #
 #   docker build -t megatron-egrsd .
 #   docker run --gpus all --network host --ipc host --ulimit memlock=-1 -v /models:/models -v "$PWD":/work -w /work \

@@ -12,7 +12,7 @@
 # CONFIG. Nothing is downloaded. SIGTERM to any node's script saves and ends all of them with status 0; the same command
 # continues. Status: 0 done or saved, 2 what this script refuses, 1 whatever fails under torchrun. The whole script has
 # run on CPU, on one host and on two (tests/end_to_end/test_multi_node.py); it has not run on a GPU yet.
-# docs/cluster.md and docs/reliability.md say more.
+# docs/guides/cluster.md and docs/guides/reliability.md say more.
 set -euo pipefail
 
 fail() {
@@ -25,7 +25,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 # What to train, on what, and where to.
 MODEL="${MODEL:-models/Qwen3-8B}"            # directory of the Hugging Face checkpoint, at the same path on every node
-DATA="${DATA:-data/train.jsonl}"             # problem, answer, solution; the same file on every node (docs/data.md)
+DATA="${DATA:-data/train.jsonl}"             # problem, answer, solution; the same file on every node (docs/guides/data.md)
 EVAL_DATA="${EVAL_DATA:-}"                   # held-out problems; empty: no evaluation
 OUTPUT="${OUTPUT:-runs/qwen3-8b-cl-egrsd}"   # new or empty, or a run to continue; every node must see it
 RESUME="${RESUME-auto}"                      # continue from OUTPUT's newest intact checkpoint; empty: only a new OUTPUT

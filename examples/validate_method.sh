@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The validation study: GRPO, RLSD, EGRSD, CL-EGRSD and OPSD on two tasks that fit a CPU, with paired seeds, ablations and
-# a look at what the gate does. Fills the tables of docs/results.md. Start it again and it goes on where it was stopped.
+# a look at what the gate does. Fills the tables of docs/measurements/results.md. Start it again and it goes on where it was stopped.
 #
 #   bash examples/validate_method.sh            OUTPUT=runs/validation LANES=2
 set -euo pipefail
@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OUTPUT=${OUTPUT:-runs/validation} # every run with its log, 1 MB each
 LANES=${LANES:-2}                 # runs at a time; each wants one core
-OBJECTIVE=${OBJECTIVE:-}          # file.py:Class of an objective of yours, to compare with CL-EGRSD (docs/extending.md)
+OBJECTIVE=${OBJECTIVE:-}          # file.py:Class of an objective of yours, to compare with CL-EGRSD (docs/guides/extending.md)
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 
 export OMP_NUM_THREADS=1

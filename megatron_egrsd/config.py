@@ -85,7 +85,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """GRPO, RLSD, EGRSD and CL-EGRSD: one family (docs/method.md). Symbols of the papers in brackets.
+    """GRPO, RLSD, EGRSD and CL-EGRSD: one family (docs/reference/method.md). Symbols of the papers in brackets.
 
     Args:
         preset: A member of the family by its name (objectives/presets.py). It sets the keys that make it one; any key
@@ -106,8 +106,8 @@ class ObjectiveConfig:
             saves a pass a step and a copy of the weights.
         loss_normalization: Mean over the tokens of the global batch, mean of sequence means, or fixed length.
         fixed_length: Tokens per rollout that "fixed" divides by.
-        function: Import path of an objective of your own, "file.py:Class" or "module:Class" (docs/extending.md); empty
-            is the family.
+        function: Import path of an objective of your own, "file.py:Class" or "module:Class"
+            (docs/guides/extending.md); empty is the family.
         options: Its options by name.
     """
 
@@ -182,7 +182,8 @@ class RolloutConfig:
         engines: Servers to launch on each node.
         engine_tensor_parallel: Tensor-parallel size of each launched server.
         colocated: The launched servers run on the GPUs of the training ranks, and the two take turns: what one needs
-            the other has moved to host memory, or freed, meanwhile. With weight_sync ipc or disk (docs/cluster.md).
+            the other has moved to host memory, or freed, meanwhile. With weight_sync ipc or disk
+            (docs/guides/cluster.md).
         host: Address the launched servers listen on; on other nodes than the first one, theirs towards it.
         port: First port of the launched servers; 0 picks free ones.
         cpu_threads: Threads of a launched server on CPU, whatever OMP_NUM_THREADS gives the training ranks. More than
@@ -205,7 +206,8 @@ class RolloutConfig:
         dynamic_sampling: Rounds in which groups without a signal (all right or all wrong) are replaced by fresh
             prompts before a batch is trained; 0 trains the batch as it came.
         staleness: Updates that may lie between the weights that sample a token and those that it trains. 0 is exactly
-            on-policy; 1 samples the next batch while this one trains (docs/overlap.md); more needs `partial`.
+            on-policy; 1 samples the next batch while this one trains (docs/measurements/overlap.md); more needs
+            `partial`.
         partial: Partial rollouts: new weights do not wait for the responses in flight, which go on with them.
         extra_prompts: Prompts in flight beyond one batch: as many may be carried over while others are trained. At most
             `prompts_per_step`, and only where `partial` is set and `staleness` is 2 or more.
@@ -448,7 +450,7 @@ class EvaluationConfig:
         temperature: Sampling temperature.
         top_p: Sample from the smallest set of tokens of this probability. This key and those below are for `evaluate`.
         top_k: Sample from the k most likely tokens; 0 from all.
-        sets: What to evaluate on: names of benchmarks, files, or NAME=FILE (docs/evaluation.md).
+        sets: What to evaluate on: names of benchmarks, files, or NAME=FILE (docs/guides/evaluation.md).
         directory: Where the files of benchmarks are: aime24.jsonl, gsm8k.parquet, ...
         hub: Download a benchmark that is not in `directory` from the Hugging Face hub.
         instruction: Text below every problem, such as "Please reason step by step, and put your final answer within
@@ -527,7 +529,7 @@ class Config:
             step_NNNNNN.jsonl.
         dump_rollouts: Write every step's rollouts under output/rollouts.
         dump_scores: Write what the objective saw and decided at every token under output/scores, for the token page
-            (docs/report.md). Costs one more student pass a step and about 130 bytes a response token.
+            (docs/guides/report.md). Costs one more student pass a step and about 130 bytes a response token.
     """
 
     model: ModelConfig

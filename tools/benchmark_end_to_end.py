@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""GRPO end to end against TRL's GRPOTrainer on this CPU (docs/end_to_end.md).
+"""GRPO end to end against TRL's GRPOTrainer on this CPU (docs/measurements/end_to_end.md).
 
     python tools/benchmark_end_to_end.py OUTPUT --trl-python VENV/bin/python [--models tiny 20m] [--repeats 3]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What the first rank's CPU does with the responses of a step, in seconds for a million tokens (docs/scaling.md).
+"""Time rank 0's CPU on the responses of a step, in seconds for a million tokens (docs/measurements/scaling.md).
 
     python tools/benchmark_host.py [--tokenizer DIRECTORY] [--tokens 4255] [--responses 200]
 
@@ -65,7 +65,7 @@ def server_answer(ids: list[int]) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", help="a Hugging Face checkpoint's directory")
-    parser.add_argument("--tokens", type=int, default=4255, help="of a response; docs/scaling.md's mean")
+    parser.add_argument("--tokens", type=int, default=4255, help="of a response; docs/measurements/scaling.md's mean")
     parser.add_argument("--responses", type=int, default=200)
     options = parser.parse_args()
     if options.tokenizer:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""On-policy, one step off and partial rollouts on this machine (docs/overlap.md): time of a step, and what is learnt.
+"""Compare on-policy, one step off and partial rollouts: time of a step, and learning (docs/measurements/overlap.md).
 
     python tools/benchmark_overlap.py time OUTPUT [--repeats 3] [--steps 12] [-- --section.key value ...]
     python tools/benchmark_overlap.py curves OUTPUT [--seeds 0 1 2] [--steps 30] [-- --section.key value ...]

@@ -1,6 +1,6 @@
 """Time and memory of vocab-parallel log-prob + entropy: ours, eager, torch.compile, megatron-core, and what peers do.
 
-    python tools/benchmark_vocab_parallel.py --device cpu --threads 2 --output docs/performance
+    python tools/benchmark_vocab_parallel.py --device cpu --threads 2 --output docs/measurements/performance
 
 Writes OUTPUT-<device>.md (tables) and OUTPUT-<device>.png. Every entry computes, for one tensor-parallel rank, log-prob
 and entropy of each row of [N, V] logits, or the gradient of both from given upstream gradients. The entries run
@@ -354,7 +354,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=[151936, 151936 // 8])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--output", default="docs/performance")
+    parser.add_argument("--output", default="docs/measurements/performance")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokens = args.tokens or (8192 if args.device == "cuda" else 256)

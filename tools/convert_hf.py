@@ -5,7 +5,7 @@
     python tools/convert_hf.py verify      --hf-path Qwen3-8B --megatron-path qwen3-8b
     python tools/convert_hf.py to-hf       --megatron-path qwen3-8b --hf-path Qwen3-8B-again
 
-One process, no GPU, no parallel layout: any TP x PP x EP loads the result. docs/conversion.md says how.
+One process, no GPU, no parallel layout: any TP x PP x EP loads the result. docs/guides/conversion.md says how.
 Exit status: 0 success, 2 a request that cannot work, 130 interrupted, 1 anything else; the reason is one
 line on stderr.
 """

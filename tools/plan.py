@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Where the GPUs of a cluster should go, and how long a step takes: the tables of docs/scaling.md.
+"""Where the GPUs of a cluster should go, and how long a step takes: the tables of docs/measurements/scaling.md.
 
     python tools/plan.py                                   # every table, H100 and H200
     python tools/plan.py --models Qwen3-8B --gpus 8 --machine H200 --rollouts 512
@@ -41,7 +41,7 @@ from megatron_egrsd.planning.memory import Placement, RankMemory, rank_memory, s
 MODELS = json.loads((Path(__file__).parent / "published_models.json").read_text())
 
 # Peaks: NVIDIA's data sheets of the SXM modules (dense bf16; NVLink 900 GB/s in both directions together; one 400 Gb/s
-# port a GPU as in DGX; 16 lanes of PCIe 5). Shares reached: assumed, docs/scaling.md says from what.
+# port a GPU as in DGX; 16 lanes of PCIe 5). Shares reached: assumed, docs/measurements/scaling.md says from what.
 GEMM, HBM, WIRE = 0.5, 0.8, 0.8
 MACHINES = {
     name: Machine(

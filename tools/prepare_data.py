@@ -5,7 +5,7 @@
     python tools/prepare_data.py open-thoughts/OpenThoughts-114k:metadata:train --evaluation aime24.jsonl -o train.jsonl
 
 Reads DAPO-Math, OpenThoughts, DeepMath and rows that hold problem and answer already, from .jsonl and .parquet files or
-the hub ("name[:config]:split"); writes one JSON object a line: id, problem, answer, solution (docs/data.md).
+the hub ("name[:config]:split"); writes one JSON object a line: id, problem, answer, solution (docs/guides/data.md).
 Exit status: 0 success, 2 a request that cannot work, 130 interrupted, 1 anything else; the reason is one stderr line.
 """
 
@@ -77,7 +77,7 @@ def reader(row: dict, where: str):
             return read
     raise BadArgument(
         f"{where} has the fields {', '.join(row)}; none of the known datasets does. "
-        "Rename them to problem, answer and solution (docs/data.md)"
+        "Rename them to problem, answer and solution (docs/guides/data.md)"
     )
 
 

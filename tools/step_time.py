@@ -2,8 +2,8 @@
 
 Floating-point operations: a matrix product of m x k by k x n is 2mkn. Causal attention over a sequence of s tokens is
 2 N D s^2 a layer (two products, half of each masked). A backward pass is two forward passes. Bytes of a collective are
-those of the ring algorithms. Within a phase nothing overlaps; `step_seconds` puts the phases together. docs/scaling.md
-derives and discusses it.
+those of the ring algorithms. Within a phase nothing overlaps; `step_seconds` puts the phases together.
+docs/measurements/scaling.md derives and discusses it.
 """
 
 import heapq

@@ -1,4 +1,4 @@
-"""Controls and ablations of the validation study: the family with another gate (docs/extending.md explains how).
+"""Controls and ablations of the validation study: the family with another gate (docs/guides/extending.md explains how).
 
 megatron-egrsd train --config examples/validation/study.yaml \
     --objective.function examples/validation/objectives.py:ShuffledGate --objective.lookahead 0

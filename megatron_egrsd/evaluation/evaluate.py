@@ -47,7 +47,7 @@ megatron-egrsd evaluate SET... --model.path DIR --output DIR [--section.key VALU
       --evaluation.rollouts_per_problem 16 --evaluation.temperature 0.6 --evaluation.top_p 0.95 --output runs/evaluation
 
 The same command continues an interrupted evaluation. Keys: model, data, rollout, evaluation, seed and output of
-`megatron-egrsd train --help`; more in docs/evaluation.md.
+`megatron-egrsd train --help`; more in docs/guides/evaluation.md.
 """
 
 

@@ -41,7 +41,7 @@ class Estimate:
 
 
 def summarize(samples: list[Sample], seed: int = 0) -> dict[str, Estimate]:
-    """Every number of the table (docs/evaluation.md); lengths in tokens, shares in [0, 1].
+    """Every number of the table (docs/guides/evaluation.md); lengths in tokens, shares in [0, 1].
 
     A length on right (wrong) answers is missing where there are none. `seed` draws the resamples.
     """

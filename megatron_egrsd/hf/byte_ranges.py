@@ -1,7 +1,7 @@
 """Tensors as byte ranges of files, moved through one small buffer, and the threads that move them.
 
 A conversion puts the same bytes elsewhere and a comparison only looks at them, so no tensor is ever made: a fresh one
-costs a page fault every 4 KiB, which takes longer than the copy. docs/conversion.md has the numbers.
+costs a page fault every 4 KiB, which takes longer than the copy. docs/guides/conversion.md has the numbers.
 """
 
 import contextlib

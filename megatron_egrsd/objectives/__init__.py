@@ -1,4 +1,4 @@
-"""How rollouts become token weights, and token weights a loss. Runs on torch alone (docs/extending.md)."""
+"""How rollouts become token weights, and token weights a loss. Runs on torch alone (docs/guides/extending.md)."""
 
 from typing import TYPE_CHECKING
 

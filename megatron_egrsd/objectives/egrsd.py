@@ -1,4 +1,4 @@
-"""EGRSD and CL-EGRSD: direction x magnitude x confidence gate (docs/method.md has the derivation and the sources).
+"""EGRSD and CL-EGRSD: direction x magnitude x confidence gate (derivation and sources: docs/reference/method.md).
 
 Shapes: T response tokens of B rollouts, end to end; `cu_seqlens` [B + 1] int32 bounds the rollouts. Log-probs and
 entropies are in nats. Nothing here knows a model or an engine; of a configuration only the fields of `ObjectiveConfig`

@@ -1,6 +1,6 @@
 """The interface between an objective and the training loop.
 
-The loop knows nothing of an objective but four methods on packed tokens; docs/extending.md shows one of your own.
+The loop knows nothing of an objective but four methods on packed tokens; docs/guides/extending.md adds one.
 """
 
 from dataclasses import dataclass, field, replace

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def loss_normalizer(
     response_lengths: torch.Tensor, config: "ObjectiveConfig", *, num_tokens: int, num_sequences: int
 ) -> torch.Tensor:
-    """What each token's term of the loss is divided by, [T] fp32: N of docs/method.md, known before the first pass.
+    """The divisor of each token's loss term, [T] fp32: N of docs/reference/method.md, known before the first pass.
 
     `response_lengths` [B] of this part of the batch; `num_tokens` and `num_sequences` of the global batch.
     """

@@ -1,4 +1,4 @@
-"""What training has achieved and why: the table before and after, the report page, the token page (docs/report.md)."""
+"""Show what a run has achieved and why: the table, the report page, the token page (docs/guides/report.md)."""
 
 from pathlib import Path
 

@@ -16,7 +16,7 @@ from megatron_egrsd.report.family import settings, title
 class Run:
     """`steps` and `evaluations` are rows of metrics.jsonl in the order of their steps, the last one of each step.
 
-    A step has the keys of docs/metrics.md; an evaluation those of sampling.summarize, and both "step".
+    A step has the keys of docs/reference/metrics.md; an evaluation those of sampling.summarize, and both "step".
     """
 
     name: str

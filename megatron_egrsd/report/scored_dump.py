@@ -1,7 +1,7 @@
 """Scored dumps: what the objective saw and decided at every token of a batch, one JSON object a rollout.
 
 `learn` hands over the scores, the first rank gathers and writes them (`dump_scores: true`), the token page reads them.
-docs/report.md describes the format. Reading needs neither megatron-core nor SGLang, and executes nothing.
+docs/guides/report.md describes the format. Reading needs neither megatron-core nor SGLang, and executes nothing.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """What the user sees of a run: one line a step, the same in metrics.jsonl and in TensorBoard.
 
-`METRICS` is the one list of what is measured; the columns and docs/metrics.md are made from it
-(`python -m megatron_egrsd.run.log > docs/metrics.md`). Keys that are not in it are recorded, but not shown.
+`METRICS` is the one list of what is measured; the columns and docs/reference/metrics.md are made from it
+(`python -m megatron_egrsd.run.log > docs/reference/metrics.md`). Keys that are not in it are recorded, but not shown.
 """
 
 import json
@@ -189,7 +189,7 @@ def _duration(seconds: float) -> str:
 
 
 def metrics_page() -> str:
-    """docs/metrics.md."""
+    """docs/reference/metrics.md."""
     rows = "\n".join(
         f"| `{m.key}` | {'`' + m.label.replace('|', chr(92) + '|') + '`' if m.label else ''} "
         f"| {m.meaning.replace('|', chr(92) + '|')} |"
@@ -199,7 +199,7 @@ def metrics_page() -> str:
         "# Metrics\n\n"
         "Every step writes one object to `metrics.jsonl`, the same numbers to `tensorboard/`, and the columns below "
         "to the console.\nA number that is not finite is `null` in the file. This page is made from the table in "
-        "`megatron_egrsd/run/log.py`:\n`python -m megatron_egrsd.run.log > docs/metrics.md`.\n\n"
+        "`megatron_egrsd/run/log.py`:\n`python -m megatron_egrsd.run.log > docs/reference/metrics.md`.\n\n"
         f"| key | column | meaning |\n|---|---|---|\n{rows}\n"
     )
 

@@ -1,7 +1,7 @@
 """Vocab-parallel log-probability and entropy: one read of the logits, one collective, no collective in backward.
 
 Usable in any Megatron-style project: imports torch only, and the tensor-parallel process group is an argument.
-See `docs/reuse.md` for the call from Megatron-LM, slime and verl, `docs/performance.md` for the measurements.
+`docs/guides/reuse.md` shows the call from Megatron-LM, slime and verl; `docs/measurements/performance.md` the times.
 """
 
 from megatron_egrsd.vocab_parallel.linear import linear_log_prob_and_entropy

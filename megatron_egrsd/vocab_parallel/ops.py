@@ -33,7 +33,7 @@ def compiled(device: torch.device) -> bool:
 def _warn_slow_path(device_type: str) -> None:
     warnings.warn(
         f"megatron_egrsd.vocab_parallel: no compiled kernels for {device_type}; using plain torch, which is several "
-        "times slower. Build them with `pip install --no-build-isolation -e .` (docs/performance.md).",
+        "times slower. Build them with `pip install --no-build-isolation -e .` (docs/measurements/performance.md).",
         RuntimeWarning,
         stacklevel=4,
     )

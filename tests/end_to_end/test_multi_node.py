@@ -199,7 +199,7 @@ def test_two_hosts_give_the_numbers_of_one(hosts, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_server_is_on_the_other_host(hosts, tmp_path):
-    """ROLLOUT_URLS, and weights that cross the cable: started by the command of docs/cluster.md and CPU flags."""
+    """ROLLOUT_URLS, and weights that cross the cable: the command of docs/guides/cluster.md with CPU flags."""
     server = hosts[1].popen(
         [sys.executable, "-m", "megatron_egrsd.rollout.launch", "--model-path", "examples/tiny/model",
          "--host", ADDRESSES[1], "--port", "30000", "--dtype", "float32", "--weight-version", "0",

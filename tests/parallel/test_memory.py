@@ -143,7 +143,7 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
 
 @pytest.mark.slow
 def test_context_parallelism_divides_what_a_long_response_adds(tmp_path):
-    """Bytes that a step with responses of 2,000 tokens adds on the largest rank; `-s` prints them (docs/cluster.md)."""
+    """Bytes that responses of 2,000 tokens add on the largest rank; `-s` prints them (docs/guides/cluster.md)."""
     model = make_qwen3(tmp_path / "model", tied=False, **SIZES)
     rollouts = [
         dataclasses.replace(r, response_ids=(r.response_ids * 2000)[:2000], rollout_log_probs=[-1.0] * 2000)

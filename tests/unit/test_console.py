@@ -69,6 +69,6 @@ def test_tensorboard_holds_the_same(tmp_path):
 
 
 def test_the_page_is_up_to_date():
-    page = Path(__file__).parents[2] / "docs" / "metrics.md"
-    assert page.read_text() == metrics_page(), "run: python -m megatron_egrsd.run.log > docs/metrics.md"
+    page = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
+    assert page.read_text() == metrics_page(), "run: python -m megatron_egrsd.run.log > docs/reference/metrics.md"
     assert len({m.key for m in METRICS}) == len(METRICS)

@@ -14,7 +14,7 @@ EXAMPLES = ROOT / "examples"
 SCRIPTS = [*sorted(EXAMPLES.glob("run_*.sh")), *sorted(EXAMPLES.glob("slurm/*.sbatch"))]
 RUNS = RUN_4B, RUN_8B, RUN_30B = [EXAMPLES / f"run_qwen3_{size}_cl_egrsd.sh" for size in ("4b", "8b", "30b_a3b")]
 TINY = {"MODEL": "examples/tiny/model", "DATA": "examples/tiny/train.jsonl"}
-# Training ranks: what each configuration and script is written for, up to the largest run docs/cluster.md speaks of.
+# Training ranks that each configuration and script is written for, up to the largest run of docs/guides/cluster.md.
 WORLDS = {"tiny_cpu.yaml": (1, 2, 4), "qwen3_8b_cl_egrsd.yaml": (4, 8, 16, 32, 64)}
 
 

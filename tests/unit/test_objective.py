@@ -1,4 +1,4 @@
-"""The properties of docs/method.md, over ragged packed batches."""
+"""The properties of docs/reference/method.md, over ragged packed batches."""
 
 import dataclasses
 import itertools

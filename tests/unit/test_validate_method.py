@@ -1,4 +1,4 @@
-"""The validation study's arithmetic and plan; its objectives. What it finds is docs/results.md."""
+"""The validation study's arithmetic and plan; its objectives. What it finds is docs/measurements/results.md."""
 
 import sys
 from pathlib import Path

@@ -14,7 +14,8 @@ def main() -> int:
     parser.add_argument("--lanes", type=int, default=2, help="runs at a time, each with a server")
     parser.add_argument("--only", default="", help="run settings whose names start so")
     parser.add_argument("--objective", default="", help="file.py:Class of an objective of yours, to compare as well")
-    parser.add_argument("--document", type=Path, default=Path("docs/results.md"), help="whose tables to fill")
+    page = Path("docs/measurements/results.md")
+    parser.add_argument("--document", type=Path, default=page, help="page whose tables to fill")
     arguments = parser.parse_args()
     try:
         if arguments.command == "run":

@@ -1,4 +1,4 @@
-"""The picture of docs/results.md: where each objective ends, accuracy against length, with 95 % intervals."""
+"""Draw the picture of docs/measurements/results.md: accuracy against length of each objective, 95 % intervals."""
 
 from pathlib import Path
 

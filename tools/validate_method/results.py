@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, out of the runs: every number there is written by this file."""
+"""The tables of docs/measurements/results.md, out of the runs: every number there is written by this file."""
 
 import csv
 import json
@@ -202,5 +202,5 @@ def main(output: Path, document: Path, own: str) -> None:
         blocks |= {"reading": reading(found), "gate": gate(found)}
         blocks |= {"gradients": gradients(found), "training": training(found)}
     write_csv(rows, document.with_name("results_runs.csv"))
-    save(rows, document.parent / "images" / "results.png")
+    save(rows, document.parent.parent / "images" / "results.png")
     write_document(blocks, document)

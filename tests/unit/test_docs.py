@@ -1,0 +1,71 @@
+"""The Markdown pages name files, commands and make targets that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_egrsd.cli import USAGE
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    page
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("*/**/*.md")]
+    if not any(part.startswith(".") or part in ("runs", "build") for part in page.relative_to(ROOT).parts[:-1])
+)
+COMMANDS = set(re.findall(r"^  ([a-z-]+) ", USAGE, re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+SOURCE = re.compile(
+    r"(?<![\w/.-])((?:megatron_egrsd|tests|tools|benchmarks|examples|csrc|docs)/[\w/.-]*\.(?:py|sh|md|yaml|cu|cpp|h))\b"
+)
+COMMAND = re.compile(r"(?:^|[`\s])megatron-egrsd ([a-z][a-z-]*)")
+TARGET = re.compile(r"(?:^|`)make ([a-z][a-z-]*)", re.MULTILINE)
+
+
+def slug(heading: str) -> str:
+    """Return the anchor that GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def problems(page: Path) -> list[str]:
+    """Return one line for each link, path, command or target of `page` that does not exist."""
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for link in LINK.findall(FENCE.sub("", text)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists():
+            found.append(f"link {link}")
+        elif anchor and anchor not in map(slug, re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)):
+            found.append(f"anchor {link}")
+    found += [f"file {name}" for name in SOURCE.findall(text) if not (ROOT / name).exists()]
+    found += [f"command {name}" for name in COMMAND.findall(text) if name not in COMMANDS]
+    found += [f"target {name}" for name in TARGET.findall(text) if name not in TARGETS]
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_name_on_a_page_exists(page):
+    assert not problems(page)
+
+
+def test_the_index_names_every_page():
+    index = (ROOT / "docs" / "README.md").read_text()
+    linked = {(ROOT / "docs" / link).resolve() for link in LINK.findall(index)}
+    assert set((ROOT / "docs").rglob("*.md")) - {ROOT / "docs" / "README.md"} == {
+        p for p in linked if p.suffix == ".md"
+    }
+
+
+def test_a_wrong_name_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "[a](missing.md) [b](page.md#nothing) `megatron_egrsd/missing.py`\n"
+        "`make missing`, `megatron-egrsd missing`\n# T\n"
+    )
+    assert [line.split()[0] for line in problems(page)] == ["link", "anchor", "file", "command", "target"]
