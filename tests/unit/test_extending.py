@@ -58,7 +58,8 @@ def test_the_examples_are_short_and_work(path):
 
 
 def test_the_documentation_shows_the_example_as_it_is():
-    assert f"```python\n{(EXAMPLES / 'opsd.py').read_text()}```" in (ROOT / "docs" / "extending.md").read_text()
+    page = (ROOT / "docs" / "guides" / "extending.md").read_text()
+    assert f"```python\n{(EXAMPLES / 'opsd.py').read_text()}```" in page
 
 
 def test_opsd_is_the_clipped_log_ratio_and_trains_every_rollout():
