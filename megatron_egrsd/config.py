@@ -206,7 +206,7 @@ class RolloutConfig:
         dynamic_sampling: Rounds in which groups without a signal (all right or all wrong) are replaced by fresh
             prompts before a batch is trained; 0 trains the batch as it came.
         staleness: Updates that may lie between the weights that sample a token and those that it trains. 0 is exactly
-            on-policy; 1 samples the next batch while this one trains (docs/measurements/overlap.md); more needs
+            on-policy; 1 samples the next batch while this one trains (docs/guides/overlap.md); more needs
             `partial`.
         partial: Partial rollouts: new weights do not wait for the responses in flight, which go on with them.
         extra_prompts: Prompts in flight beyond one batch: as many may be carried over while others are trained. At most

@@ -1,4 +1,4 @@
-"""Partial rollouts: responses go on while the weights change (docs/measurements/overlap.md).
+"""Partial rollouts: responses go on while the weights change (docs/guides/overlap.md).
 
 `prompts_per_step + extra_prompts` groups are outstanding at any time. A step takes those that are complete, the oldest
 first, and waits for every group that would be too old in the next one: nothing is thrown away, and the bound is exact.
