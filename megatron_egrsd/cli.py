@@ -1,4 +1,4 @@
-"""megatron-egrsd: train, evaluate, report, doctor.
+"""The commands of megatron-egrsd.
 
 Exit status: 0 success, 2 a request that cannot work, 130 interrupted, 1 anything else; the reason is one line on
 stderr. Heavy imports happen inside the subcommand, so that help and mistakes are answered at once.
@@ -6,33 +6,17 @@ stderr. Heavy imports happen inside the subcommand, so that help and mistakes ar
 
 import argparse
 import contextlib
+import importlib
 import io
 import re
 import sys
 import time
+from collections.abc import Callable
 
 from megatron_egrsd.errors import BadArgument, Preempted, RunError
 from megatron_egrsd.system import torchrun
 
 _PATIENCE = 20.0  # seconds
-
-USAGE = """\
-usage: megatron-egrsd COMMAND ...
-
-EGRSD and CL-EGRSD: on-policy self-distillation of Qwen3 reasoning models on Megatron-Core and SGLang.
-
-commands:
-  train --config FILE [--section.key VALUE ...] [--dry-run [--world-size N] [--gpu-memory 80GB]]
-                     train; --dry-run prints the resolved configuration and plan and starts nothing
-  evaluate SET... --model.path DIR [--section.key VALUE ...]
-                     accuracy, pass@k, majority@k and lengths of a checkpoint on aime24, gsm8k, FILE, ...
-  report RUN ...     the table before/after and the report page of a run, or of several compared
-  report --tokens X  the token page of a run or scored dump: every token coloured by its weight
-  doctor             what of the stack is installed, and what each missing piece costs
-
-`megatron-egrsd train --help` lists every configuration key. On several ranks:
-  torchrun --nproc-per-node 8 -m megatron_egrsd.cli train --config FILE
-"""
 
 TRAIN_USAGE = """\
 megatron-egrsd train --config FILE [--section.key VALUE ...] [--dry-run]
@@ -47,55 +31,44 @@ The keys below go into the YAML file as sections, or on the command line with do
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command and return the exit status."""
+def main(argv: list[str] | None = None, name: str = "megatron-egrsd") -> int:
+    """Run one command and return the exit status. `name` begins the line on stderr that says why a command failed."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        return _run(command, rest)
+        return _run(command, rest) or 0
+    except SystemExit as exit:  # argparse has printed the help
+        return exit.code
     except Preempted as reason:
-        return _fail(reason, 0)
+        return _fail(name, reason, 0)
     except BadArgument as error:
-        return _fail(error, 2)
+        return _fail(name, error, 2)
     except RunError as error:
-        return _fail(error, 1)
+        return _fail(name, error, 1)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "megatron_egrsd":
             raise
-        return _fail(f"the package {error.name} is not installed; `megatron-egrsd doctor` lists what is missing", 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail(
+            name, f"the package {error.name} is not installed; `megatron-egrsd doctor` lists what is missing", 1
+        )
+    except KeyboardInterrupt as interrupt:
+        return _fail(name, "; ".join(["interrupted", *interrupt.args]), 130)
 
 
-def _run(command: str, arguments: list[str]) -> int:
+def _run(command: str, words: list[str]) -> int | None:
     if command in ("-h", "--help", "help"):
         print(USAGE, end="")
     elif command == "--version":
         from megatron_egrsd import __version__
 
         print(__version__)
-    elif command == "train":
-        _train(arguments)
-    elif command == "evaluate":
-        from megatron_egrsd.evaluation import evaluate
-
-        evaluate.main(arguments)
-    elif command == "report":
-        from megatron_egrsd.report import command as report
-
-        report.main(arguments)
-    elif command == "doctor":
-        if arguments:
-            raise BadArgument("doctor takes no arguments")
-        from megatron_egrsd.doctor import run_doctor
-
-        return run_doctor()
+    elif command in COMMANDS:
+        return COMMANDS[command][0](words)
     else:
         import difflib
 
-        close = difflib.get_close_matches(command, ["train", "evaluate", "report", "doctor"], 1)
+        close = difflib.get_close_matches(command, COMMANDS, 1)
         hint = f"; did you mean {close[0]}?" if close else "; see megatron-egrsd --help"
         raise BadArgument(f"there is no command {command!r}{hint}")
-    return 0
 
 
 def _train(arguments: list[str]) -> None:
@@ -147,13 +120,64 @@ def _dry_run(arguments: list[str]) -> tuple[dict | None, list[str]]:
     }, rest
 
 
-def _fail(reason: object, status: int) -> int:
+def _fail(name: str, reason: object, status: int) -> int:
     # Under torchrun every rank meets the same error; one line a node is enough. The moment one rank exits, torchrun
     # ends the others: the node's first rank, which has servers to close before it speaks, is waited for.
     if torchrun.local_rank() != 0:
         time.sleep(_PATIENCE)
-    print(f"megatron-egrsd: {'error: ' if status else ''}{' '.join(str(reason).split())}", file=sys.stderr)
+    print(f"{name}: {'error: ' if status else ''}{' '.join(str(reason).split())}", file=sys.stderr)
     return status
+
+
+def _doctor(words: list[str]) -> int | None:
+    if words in (["-h"], ["--help"]):
+        print(f"usage: megatron-egrsd doctor\n\n{COMMANDS['doctor'][1]}")
+        return None
+    if words:
+        raise BadArgument("doctor takes no arguments")
+    from megatron_egrsd.doctor import run_doctor
+
+    return run_doctor()
+
+
+def _main_of(module: str) -> Callable[[list[str]], None]:
+    """Return a function that imports `module` of this package and calls its main."""
+    return lambda words: importlib.import_module(f"megatron_egrsd.{module}").main(words)
+
+
+# Name -> the function to call with the words behind the name, and the text of the usage.
+COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
+    "train": (_train, """\
+  train --config FILE [--section.key VALUE ...] [--dry-run [--world-size N] [--gpu-memory 80GB]]
+                     train; --dry-run prints the resolved configuration and plan and starts nothing
+"""),
+    "evaluate": (_main_of("evaluation.command"), """\
+  evaluate SET... --model.path DIR [--section.key VALUE ...]
+                     accuracy, pass@k, majority@k and lengths of a checkpoint on aime24, gsm8k, FILE, ...
+"""),
+    "report": (_main_of("report.command"), """\
+  report RUN ...     the table before/after and the report page of a run, or of several compared
+  report --tokens X  the token page of a run or scored dump: every token coloured by its weight
+"""),
+    "convert": (_main_of("hf.command"), """\
+  convert to-megatron|to-hf|verify --hf-path DIR --megatron-path DIR
+                     weights between Hugging Face and Megatron-LM, compared bit by bit
+"""),
+    "doctor": (_doctor, """\
+  doctor             what of the stack is installed, and what each missing piece costs
+"""),
+}  # fmt: skip
+
+USAGE = f"""\
+usage: megatron-egrsd COMMAND ...
+
+EGRSD and CL-EGRSD: on-policy self-distillation of Qwen3 reasoning models on Megatron-Core and SGLang.
+
+commands:
+{"".join(text for _, text in COMMANDS.values())}
+`megatron-egrsd train --help` lists every configuration key. On several ranks:
+  torchrun --nproc-per-node 8 -m megatron_egrsd.cli train --config FILE
+"""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`megatron-egrsd evaluate`: accuracy, pass@k, majority@k and lengths of a checkpoint on sets of problems.
+"""Accuracy, pass@k, majority@k and lengths of a checkpoint on sets of problems.
 
 Every sample goes into output/samples.jsonl as soon as it is graded; the same command goes on from there. With
 evaluation.deterministic a sample depends on its problem, its index and the seed alone, so that an evaluation gives the
@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_egrsd.config import Config
-from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.benchmarks import ProblemSet, load_sets
 from megatron_egrsd.data.prompt_builder import PromptBuilder, prompt_builder
 from megatron_egrsd.errors import BadArgument, RunError
@@ -36,30 +35,6 @@ from megatron_egrsd.rollout.generation import Generation
 from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
 
 Results = dict[str, dict[str, Estimate]]  # of each set
-
-USAGE = """\
-megatron-egrsd evaluate SET... --model.path DIR --output DIR [--section.key VALUE ...] [--config FILE]
-
-  SET                   aime24, aime25, amc23, math500, minerva, gsm8k, hmmt25 (from evaluation.directory, or the hub
-                        with --evaluation.hub true), a .jsonl or .parquet file, or NAME=FILE.
-
-  megatron-egrsd evaluate aime24 gsm8k mine.jsonl --evaluation.directory benchmarks --model.path runs/mine/hf \\
-      --evaluation.rollouts_per_problem 16 --evaluation.temperature 0.6 --evaluation.top_p 0.95 --output runs/evaluation
-
-The same command continues an interrupted evaluation. Keys: model, data, rollout, evaluation, seed and output of
-`megatron-egrsd train --help`; more in docs/guides/evaluation.md.
-"""
-
-
-def main(arguments: list[str]) -> None:
-    """Evaluate `model.path`; takes names of sets, then the words of `train`. Keys of training have no effect."""
-    if "-h" in arguments or "--help" in arguments:
-        print(USAGE, end="")
-        return
-    options = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    sets = ["--evaluation.sets", json.dumps(arguments[:options])] if options else []
-    # data.train is asked for by every configuration; it is not read here.
-    evaluate(parse_config(["--data.train", "-", *arguments[options:], *sets]))
 
 
 def evaluate(config: Config) -> Results:

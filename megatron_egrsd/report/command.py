@@ -2,9 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.system.arguments import Parser
 
 _DESCRIPTION = """\
 report RUN ...       the table before/after, report.html and its pictures: accuracy against length, training,
@@ -13,18 +13,8 @@ report --tokens X    the token page of a scored dump (train with dump_scores tru
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadArgument(f"{message}; see megatron-egrsd report --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="megatron-egrsd report",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="megatron-egrsd report", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="directory of a run")
     parser.add_argument(
         "--output", type=Path, help="directory of the report (default: the run's, or ./report for several), or file"
@@ -46,11 +36,7 @@ def _numbers(text: str) -> list[int]:
 
 def main(arguments: list[str]) -> None:
     """Run the command; prints the table and the paths of what it wrote."""
-    parser = _parser()
-    if "-h" in arguments or "--help" in arguments:
-        print(parser.format_help(), end="")
-        return
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     if options.tokens is not None:
         if options.runs:
             raise BadArgument("--tokens takes one dump or run and no further ones")

@@ -1,8 +1,10 @@
 """Commands, exit statuses and the one line on stderr."""
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -86,7 +88,7 @@ def test_mistakes(capsys, arguments, words):
 def test_help(capsys):
     assert cli.main([]) == cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("train", "evaluate", "report", "doctor"))
+    assert all(f"\n  {command}" in out for command in cli.COMMANDS)
     assert cli.main(["train", "--help"]) == 0
     out = capsys.readouterr().out
     assert "--dry-run" in out
@@ -95,10 +97,39 @@ def test_help(capsys):
     assert "Tokens the gate looks ahead" in " ".join(out.split())
 
 
-def test_help_imports_nothing_heavy():
-    code = "import sys; from megatron_egrsd.cli import main; main(['--help']); print('torch' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
-    assert out.endswith("False\n")
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_is_answered_at_once(command):
+    code = f"from megatron_egrsd.cli import main; status = main(['{command}', '--help'])"
+    code += "; import sys; print(status, {'torch', 'transformers', 'sglang'} & set(sys.modules))"
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    seconds = time.monotonic() - started
+    text, _, last = done.stdout.rstrip().rpartition("\n")
+    assert f"megatron-egrsd {command}" in text and last == "0 set()", done.stdout
+    assert seconds < 5, f"{seconds:.1f} s"
+
+
+MISTAKES = {
+    "train": ["--stepz", "1"],
+    "evaluate": ["aime24"],
+    "report": [],
+    "convert": ["to-hf"],
+    "doctor": ["now"],
+}
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_script_and_the_module_are_the_same(command, tmp_path):
+    """A mistake in each command, from a directory outside the checkout, without PYTHONPATH if it is installed."""
+    script = shutil.which("megatron-egrsd", path=os.path.dirname(sys.executable))
+    ways = [[sys.executable, "-m", "megatron_egrsd"], [sys.executable, "-m", "megatron_egrsd.cli"]]
+    ways += [[script]] if script else []
+    done = [
+        subprocess.run([*way, command, *MISTAKES[command]], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        for way in ways
+    ]
+    assert done[0].returncode == 2 and done[0].stdout == "" and done[0].stderr.count("\n") == 1, done[0].stderr
+    assert all((d.returncode, d.stdout, d.stderr) == (2, "", done[0].stderr) for d in done)
 
 
 def test_doctor_names_every_piece_and_its_cost(capsys, monkeypatch):

@@ -1,10 +1,10 @@
-"""tools/convert_hf.py as a user meets it: exit status, one sentence on stderr, nothing half-written."""
+"""`megatron-egrsd convert`, and tools/convert_hf.py: exit status, one sentence on stderr, nothing half-written."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -17,31 +17,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_egrsd import cli
 from tests.random_checkpoints import files, random_qwen3
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_hf.py"
 
 
-def _load_tool():
-    spec = importlib.util.spec_from_file_location("convert_hf", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _load_tool()
-
-
 def convert(*arguments) -> SimpleNamespace:
-    """The tool in this process, which spares the import of torch."""
+    """Run `megatron-egrsd convert` in this process, which spares the import of torch."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = tool.main([*map(str, arguments)])
+        status = cli.main(["convert", *map(str, arguments)])
     return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def convert_apart(*arguments, **options) -> subprocess.CompletedProcess:
-    """The tool as a user starts it."""
+    """Run tools/convert_hf.py, which is a promise, in a process of its own."""
     command = [sys.executable, str(TOOL), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
@@ -49,7 +40,7 @@ def convert_apart(*arguments, **options) -> subprocess.CompletedProcess:
 def refused(result: subprocess.CompletedProcess, status: int, *words: str) -> None:
     """One line on stderr that contains `words`, and that status."""
     assert result.returncode == status, result.stderr
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("convert_hf: error: "), result.stderr
+    assert re.fullmatch(r"(megatron-egrsd|convert_hf): error: .*\n", result.stderr), result.stderr
     for word in words:
         assert word in result.stderr
 

@@ -163,5 +163,6 @@ def test_mistakes(arguments, words):
 
 
 def test_help(capsys):
-    command.main(["--help"])
+    with pytest.raises(SystemExit, check=lambda error: error.code == 0):
+        command.main(["--help"])
     assert "--tokens" in capsys.readouterr().out

@@ -1,0 +1,126 @@
+"""Convert Qwen3 weights between Hugging Face and Megatron-LM (torch_dist), and check the result bit by bit.
+
+    megatron-egrsd convert to-megatron --hf-path Qwen3-8B --megatron-path qwen3-8b
+    megatron-egrsd convert verify      --hf-path Qwen3-8B --megatron-path qwen3-8b
+    megatron-egrsd convert to-hf       --megatron-path qwen3-8b --hf-path Qwen3-8B-again
+
+One process, no GPU, no parallel layout: any TP x PP x EP loads the result. docs/guides/conversion.md says how.
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.system.arguments import Parser
+
+
+def main(words: list[str]) -> None:
+    """Run to-megatron, to-hf or verify with the `words` behind `megatron-egrsd convert`.
+
+    Raises BadArgument for a request that cannot work, RunError if the conversion fails.
+    """
+    arguments = _parser().parse_args(words)
+    try:
+        arguments.command(arguments)
+    except (OSError, MemoryError) as error:
+        raise RunError(str(error) or "out of memory") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("nothing was left at the output path") from None
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="megatron-egrsd convert", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, function, text: str, *paths: str) -> Parser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=function)
+        for path in paths:
+            kind = "Hugging Face directory" if path == "--hf-path" else "Megatron-LM checkpoint directory"
+            command.add_argument(path, required=True, type=Path, help=kind)
+        command.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
+                             help="round the weights to this type (default: keep theirs)")  # fmt: skip
+        command.add_argument("--quiet", action="store_true", help="no progress bar")
+        return command
+
+    command = add("to-megatron", _to_megatron, "Hugging Face -> Megatron-LM", "--hf-path", "--megatron-path")
+    command.add_argument("--dry-run", action="store_true", help="check the input, print the plan, write nothing")
+    command = add("to-hf", _to_hf, "Megatron-LM -> Hugging Face", "--megatron-path", "--hf-path")
+    command.add_argument("--dry-run", action="store_true", help="check the input, print the plan, write nothing")
+    command.add_argument("--like", type=Path, help="Hugging Face model to take config and tokenizer from, for a "
+                         "checkpoint that does not carry them")  # fmt: skip
+    command.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file (default: 5)")
+    command = add("verify", _verify, "compare every tensor of the two, bit by bit", "--hf-path", "--megatron-path")
+    command.add_argument("--report", type=Path, metavar="FILE", help="write names, shapes and SHA-256 of all tensors")
+    return parser
+
+
+def _to_megatron(arguments: argparse.Namespace) -> None:
+    from megatron_egrsd.hf.convert import ToMegatron
+
+    _run(ToMegatron(arguments.hf_path, arguments.megatron_path, _dtype(arguments)), arguments)
+
+
+def _to_hf(arguments: argparse.Namespace) -> None:
+    if not arguments.shard_size > 0:
+        raise BadArgument(f"--shard-size is {arguments.shard_size}, but must be positive")
+    from megatron_egrsd.hf.convert import ToHF
+
+    shard_bytes = int(arguments.shard_size * 1e9)
+    _run(ToHF(arguments.megatron_path, arguments.hf_path, arguments.like, _dtype(arguments), shard_bytes), arguments)
+
+
+def _run(conversion, arguments: argparse.Namespace) -> None:
+    from megatron_egrsd.hf.staging import check_space
+
+    print(conversion.describe())
+    if arguments.dry_run:
+        check_space(conversion.target, conversion.nbytes)
+        return
+    with _progress(conversion.nbytes, arguments.quiet) as advance:
+        conversion.run(advance)
+    print(f"wrote {conversion.target}")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from megatron_egrsd.hf.checkpoint import HFCheckpoint
+    from megatron_egrsd.hf.convert import raise_problems, weight_bytes
+    from megatron_egrsd.hf.verify import verify, write_report
+
+    checkpoint = HFCheckpoint(arguments.hf_path)
+    dtype = _dtype(arguments)
+    total = weight_bytes(checkpoint.architecture, dtype or checkpoint.dtype())
+    with _progress(total, arguments.quiet) as advance:
+        report = verify(arguments.hf_path, arguments.megatron_path, dtype, advance, arguments.report is not None)
+    if arguments.report:
+        write_report(report, arguments.report)
+    for problem in report["problems"]:
+        print(problem)
+    raise_problems(report["problems"], arguments.megatron_path)
+    print(f"{len(report['tensors'])} tensors are the same, bit by bit")
+
+
+def _dtype(arguments: argparse.Namespace):
+    import torch
+
+    return getattr(torch, arguments.dtype) if arguments.dtype else None
+
+
+class _progress:
+    """A bar with bytes and rate on stderr; `with` gives the function to call with the bytes done."""
+
+    def __init__(self, total: int, quiet: bool):
+        from rich import progress
+        from rich.console import Console
+
+        columns = (progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn(),
+                   progress.TimeRemainingColumn())  # fmt: skip
+        self._bar = progress.Progress(*columns, console=Console(stderr=True), disable=quiet)
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self):
+        self._bar.start()
+        return lambda nbytes: self._bar.advance(self._task, nbytes)
+
+    def __exit__(self, *exception) -> None:
+        self._bar.stop()
