@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json says about a Qwen3 model, checked, in one small dataclass."""
+"""The architecture of a Qwen3 model, read from a Hugging Face config.json and checked."""
 
 import json
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Architecture:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Architecture":
-        """Read `path`/config.json. BadArgument where it is missing, unreadable or not a Qwen3."""
+        """Read `path`/config.json. Raises BadArgument if it is missing, unreadable or not a Qwen3."""
         file = Path(path) / "config.json"
         if not Path(path).is_dir():
             raise BadArgument(f"the model directory {path} does not exist; give a local Hugging Face checkpoint")
@@ -45,23 +45,23 @@ class Architecture:
         return cls.from_config(config, str(file))
 
     @classmethod
-    def from_config(cls, config: dict, where: str = "config.json") -> "Architecture":
-        """From the decoded config.json; transformers 4 and 5 spell the rope parameters differently."""
+    def from_config(cls, config: dict, source: str = "config.json") -> "Architecture":
+        """Build from a decoded config.json. Raises BadArgument, naming `source`, if it is not a supported Qwen3."""
         architectures = config.get("architectures") or ["nothing"]
         if architectures not in (["Qwen3ForCausalLM"], ["Qwen3MoeForCausalLM"]):
             raise BadArgument(
-                f"{where} describes {', '.join(map(str, architectures))}; "
+                f"{source} describes {', '.join(map(str, architectures))}; "
                 "only Qwen3ForCausalLM and Qwen3MoeForCausalLM are supported"
             )
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5 or 4
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise BadArgument(
-                f"{where} asks for rope type {rope.get('rope_type', rope.get('type'))!r}; "
+                f"{source} asks for rope type {rope.get('rope_type', rope.get('type'))!r}; "
                 "only the default rotary embedding is supported"
             )
         if config.get("attention_bias") or config.get("use_sliding_window"):
-            raise BadArgument(f"{where} sets attention_bias or use_sliding_window, which Qwen3 releases do not use")
-        experts = _experts(config, where) if architectures == ["Qwen3MoeForCausalLM"] else {}
+            raise BadArgument(f"{source} sets attention_bias or use_sliding_window, which Qwen3 releases do not use")
+        experts = _experts(config, source) if architectures == ["Qwen3MoeForCausalLM"] else {}
         try:
             return cls(
                 vocab_size=config["vocab_size"],
@@ -78,10 +78,10 @@ class Architecture:
                 **experts,
             )
         except KeyError as error:
-            raise BadArgument(f"{where} lacks the key {error}") from None
+            raise BadArgument(f"{source} lacks the key {error}") from None
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
-        """Rows of the embedding over all tensor-parallel ranks: a multiple of 8 rows a rank.
+        """Return the embedding's rows over all tensor-parallel ranks: a multiple of 8 rows a rank.
 
         Eight rows keep every shard's logits on 16-byte boundaries in bf16; 151,936 then needs no padding up to TP 16.
         """
@@ -89,7 +89,7 @@ class Architecture:
         return -(-self.vocab_size // unit) * unit
 
     def check_parallel(self, parallel: ParallelConfig) -> None:
-        """BadArgument where the model cannot be trained in that layout."""
+        """Raise BadArgument if the model cannot be trained in the layout `parallel`."""
         tensor, pipeline, expert = parallel.tensor, parallel.pipeline, parallel.expert
         if self.num_experts and tensor > 1 and not parallel.sequence_parallel:
             raise BadArgument(
@@ -113,7 +113,7 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters, counting tied embeddings once and no padding."""
+        """Number of parameters. Tied embeddings count once, padding does not count."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads) + 2 * self.head_dim
         mlp = 3 * self.hidden_size * self.intermediate_size
         if self.num_experts:
@@ -123,10 +123,10 @@ class Architecture:
         return embeddings + self.num_layers * layer + self.hidden_size
 
 
-def _experts(config: dict, where: str) -> dict:
-    """The fields of a mixture of experts; BadArgument where some layers would be dense."""
+def _experts(config: dict, source: str) -> dict:
+    """Return the fields of a mixture of experts. Raises BadArgument if some layers would be dense."""
     if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
-        raise BadArgument(f"{where} mixes dense and expert layers, which Qwen3 releases do not do")
+        raise BadArgument(f"{source} mixes dense and expert layers, which Qwen3 releases do not do")
     try:
         return {
             # transformers 5 renames it when it saves
@@ -136,4 +136,4 @@ def _experts(config: dict, where: str) -> dict:
             "normalize_expert_weights": bool(config.get("norm_topk_prob", False)),
         }
     except KeyError as error:
-        raise BadArgument(f"{where} lacks the key {error}") from None
+        raise BadArgument(f"{source} lacks the key {error}") from None

@@ -1,7 +1,7 @@
-"""Tensors as byte ranges of files, moved through one small buffer, and the threads that move them.
+"""Tensors as byte ranges of files, copied through one small buffer by a few threads.
 
-A conversion puts the same bytes elsewhere and a comparison only looks at them, so no tensor is ever made: a fresh one
-costs a page fault every 4 KiB, which takes longer than the copy. docs/guides/conversion.md has the numbers.
+A conversion moves bytes and a comparison reads them, so neither allocates a tensor: a new tensor costs a page fault
+every 4 KiB, which takes longer than the copy. docs/guides/conversion.md has the numbers.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ import torch
 
 from megatron_egrsd.errors import RunError
 
-# 512 KiB of bf16: stays in the cache, and large enough that the calls do not count.
+# 512 KiB of bf16: small enough for the cache, and large enough that the overhead of a call is negligible.
 PIECE_ELEMENTS = 1 << 18
 PIECE_BYTES = 1 << 19
 THREADS = min(8, len(os.sched_getaffinity(0)))
 
-# <linux/falloc.h>: the size that the file reports stays.
+# From <linux/falloc.h>: allocate without changing the file's size.
 _FALLOC_FL_KEEP_SIZE = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
@@ -40,9 +40,9 @@ class Range(NamedTuple):
 
 
 def pieces(ranges: Iterable[Range], stored: torch.dtype, wanted: torch.dtype) -> Iterator[memoryview]:
-    """The elements of `ranges` one after the other, rounded from type `stored` to `wanted`, PIECE_ELEMENTS at a time.
+    """Yield the elements of `ranges` in order, rounded from dtype `stored` to `wanted`, PIECE_ELEMENTS at a time.
 
-    Each piece lies in one buffer and holds until the next is asked for. RunError where a file ends too early.
+    All pieces share one buffer: a piece is valid until the next is requested. Raises RunError if a file ends too early.
     """
     source = torch.empty(PIECE_ELEMENTS, dtype=stored)
     target = source if wanted == stored else torch.empty(PIECE_ELEMENTS, dtype=wanted)
@@ -73,22 +73,22 @@ def pieces(ranges: Iterable[Range], stored: torch.dtype, wanted: torch.dtype) ->
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's elements as they lie in memory; copies only what is not contiguous."""
+    """Return the tensor's elements as bytes. Copies the tensor only if it is not contiguous."""
     return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
-    """Write all of `data` to an unbuffered file, whose own `write` may stop short: at 2 GiB, or at a disk's end."""
+    """Write all of `data` to an unbuffered file, whose own `write` may stop early: at 2 GiB, or when the disk fills."""
     view = memoryview(data)
     while view:
         view = view[file.write(view[:PIECE_BYTES]) :]
 
 
 def reserve(file: BinaryIO, nbytes: int) -> None:
-    """Have the disk space of the first `nbytes` of an empty file allocated; OSError where there is not enough.
+    """Allocate disk space for the first `nbytes` of an empty file. Raises OSError if there is not enough.
 
-    Writing is a fifth cheaper afterwards. Where the file system cannot do it, nothing happens: os.posix_fallocate would
-    write to every block there.
+    Writing takes a fifth less time afterwards. Does nothing if the file system cannot allocate ahead:
+    os.posix_fallocate would write to every block instead.
     """
     if _libc.fallocate(file.fileno(), _FALLOC_FL_KEEP_SIZE, 0, nbytes):
         reason = ctypes.get_errno()
@@ -97,9 +97,9 @@ def reserve(file: BinaryIO, nbytes: int) -> None:
 
 
 def in_threads(tasks: Iterable[Iterator[int]], advance: Advance) -> None:
-    """Run every task to its end, THREADS at a time. What a task yields, bytes done, goes to `advance`.
+    """Run all tasks, THREADS at a time. A task yields the bytes it has done, which are passed to `advance`.
 
-    After an error or an interrupt the others end where they yield next, and it is raised.
+    If a task fails or the process is interrupted, every other task stops at its next yield, and the error is raised.
     """
     stopped = Event()
 

@@ -1,4 +1,4 @@
-"""Reading and writing Hugging Face safetensors checkpoints, one tensor at a time."""
+"""Reader and writer of Hugging Face safetensors checkpoints, one tensor at a time."""
 
 import json
 import shutil
@@ -23,10 +23,10 @@ _INDICES = (".safetensors.index.json", ".bin.index.json")
 
 
 class HFCheckpoint:
-    """Lazy view of the tensors of a checkpoint directory; a tensor is read when it is asked for.
+    """Lazy view of the tensors of a checkpoint directory: a tensor is read when it is accessed.
 
-    Raises BadArgument at construction where a shard is missing or truncated, a tensor is missing or has another
-    shape than config.json implies, or the checkpoint holds tensors that Qwen3 does not have.
+    The constructor raises BadArgument if a shard is missing or truncated, if a tensor is missing or has another
+    shape than config.json implies, or if the checkpoint holds tensors that Qwen3 does not have.
     """
 
     def __init__(self, path: str | Path):
@@ -38,7 +38,7 @@ class HFCheckpoint:
         self._check()
 
     def _locate(self) -> dict[str, Path]:
-        """Tensor name -> the shard that holds it."""
+        """Return {tensor name: path of the shard that holds it}."""
         index = self.path / INDEX
         if index.is_file():
             try:
@@ -99,7 +99,7 @@ class HFCheckpoint:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self) -> torch.dtype:
-        """The one type of all weights. BadArgument where they differ or are not bf16, fp16 or fp32."""
+        """Return the dtype of all weights. Raises BadArgument if they differ or are not bf16, fp16 or fp32."""
         found = {self._slice(name).get_dtype(): name for name in self.names()}
         if len(found) > 1 or not set(found) <= set(DTYPES):
             what = " and ".join(f"{dtype} ({name})" for dtype, name in found.items())
@@ -107,7 +107,7 @@ class HFCheckpoint:
         return DTYPES[next(iter(found))]
 
     def check_tied_head(self) -> None:
-        """BadArgument where a tied model stores a head that is not its embedding: the two disagree with the config."""
+        """Raise BadArgument if a tied model stores a head that differs from its embedding."""
         if self.stores_tied_head:
             head, embedding = self[HEAD], self[EMBEDDING]
             if head.shape != embedding.shape or head.dtype != embedding.dtype or not _same_bytes(head, embedding):
@@ -117,13 +117,13 @@ class HFCheckpoint:
         return self._handle(self._files[name]).get_tensor(name)
 
     def range(self, name: str) -> Range:
-        """Where the bytes of a tensor lie."""
+        """Return the byte range of a tensor."""
         if name not in self._ranges:
             self._ranges |= data_ranges(self._files[name])
         return self._ranges[name]
 
     def ranges(self, entry: Entry, shapes: dict[str, tuple[int, ...]]) -> list[Range]:
-        """Where the bytes of the entry's full megatron tensor lie, in order; `shapes` is `hf_shapes`."""
+        """Return the byte ranges of the entry's full megatron tensor, in order; `shapes` is `hf_shapes(...)`."""
         sizes, found = [shapes[name][0] for name in entry.hf], []
         for i, first, end in entry.layout.rows(sizes, self.architecture):
             path, offset, nbytes = self.range(entry.hf[i])
@@ -132,7 +132,7 @@ class HFCheckpoint:
         return found
 
     def names(self) -> list[str]:
-        """The names of the tensors that Qwen3 has, in mapping order."""
+        """Return the names of the model's tensors, in mapping order."""
         return list(hf_shapes(self.architecture))
 
 
@@ -146,10 +146,10 @@ def save_hf(
     path: str | Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a Hugging Face checkpoint: tensors from the iterator, everything else from `like`.
+    """Write a Hugging Face checkpoint: tensors from the iterator, every other file from `like`.
 
-    Nothing is kept in memory. `path` either does not exist afterwards or is complete. BadArgument where it exists
-    already, RunError where a tensor is missing, unexpected or mis-shaped.
+    Holds one tensor in memory at a time. `path` is complete afterwards or does not exist. Raises BadArgument if `path`
+    exists already, RunError if a tensor is missing, unexpected or mis-shaped.
     """
     shapes = hf_shapes(Architecture.from_pretrained(like))
     tensors = iter(named_tensors)
@@ -166,9 +166,9 @@ def save_hf(
 
 
 def assets(path: str | Path) -> dict[str, Path]:
-    """Everything of a checkpoint that is not weights: config, generation config, tokenizer, templates, licence.
+    """Return {relative name: path} of a checkpoint's files other than weights: configs, tokenizer, templates, licence.
 
-    Relative name -> file. Hidden directories (download caches) are left out.
+    Hidden directories (download caches) are left out.
     """
     path = Path(path)
     found = {}

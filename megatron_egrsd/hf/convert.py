@@ -1,7 +1,7 @@
-"""Moving Qwen3 between Hugging Face and Megatron-LM directories, tensor by tensor, in one process.
+"""Conversion of Qwen3 between Hugging Face and Megatron-LM directories, tensor by tensor, in one process.
 
-Each conversion is opened (everything that can be wrong with its input is checked), described, and run. Memory holds
-places, not tensors; the output is staged, so it is complete or absent.
+The constructor of a conversion checks its input completely; `describe` returns the plan; `run` converts. Memory holds
+byte ranges, not tensors. The output is staged, so it is complete or absent.
 """
 
 import json
@@ -36,7 +36,7 @@ RECORD = "conversion.json"
 
 
 class ToMegatron:
-    """Hugging Face `source` -> Megatron-LM `target`, in the source's type or in `dtype`."""
+    """Conversion of the Hugging Face `source` to the Megatron-LM `target`, in the source's dtype or in `dtype`."""
 
     def __init__(self, source: str | Path, target: str | Path, dtype: torch.dtype | None = None):
         self.source, self.target = Path(source), Path(target)
@@ -48,11 +48,11 @@ class ToMegatron:
         self.nbytes = weight_bytes(self.architecture, self.dtype)
 
     def describe(self) -> str:
-        """The plan, for people."""
+        """Return the plan as text."""
         return _plan(self, f"torch_dist in {RELEASE}/, config and tokenizer in {SIDECAR}/")
 
     def run(self, advance: Advance = lambda nbytes: None) -> None:
-        """Convert. RunError where the disk is full; nothing is left at `target` then."""
+        """Convert. Raises RunError if the disk is full, and leaves nothing at `target` then."""
         arch, checkpoint = self.architecture, self.checkpoint
         checkpoint.check_tied_head()
         shapes, parts = hf_shapes(arch), []
@@ -81,7 +81,7 @@ class ToMegatron:
 
 
 class ToHF:
-    """Megatron-LM `source` -> Hugging Face `target`; config and tokenizer from `like` or from the source itself."""
+    """Conversion of the Megatron-LM `source` to the Hugging Face `target`, with config and tokenizer of `like`."""
 
     def __init__(self, source: str | Path, target: str | Path, like: str | Path | None = None,
                  dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES):  # fmt: skip
@@ -100,13 +100,13 @@ class ToHF:
         self.nbytes = weight_bytes(self.architecture, self.dtype)
 
     def describe(self) -> str:
-        """The plan, for people."""
+        """Return the plan as text."""
         state = self.checkpoint.training_state()
         note = f"; {len(state)} tensors of optimizer state are left behind" if state else ""
         return _plan(self, f"safetensors in shards of at most {self.shard_bytes / 1e9:.1f} GB{note}")
 
     def run(self, advance: Advance = lambda nbytes: None) -> None:
-        """Convert. RunError where a chunk is damaged or the disk is full; nothing is left at `target` then."""
+        """Convert. Raises RunError if a chunk is damaged or the disk is full, and leaves nothing at `target` then."""
         arch = self.architecture
         shapes = hf_shapes(arch)
         if self.stores_tied_head:
@@ -128,7 +128,7 @@ class ToHF:
 
 
 def record_of(checkpoint: HFCheckpoint, dtype: torch.dtype) -> dict:
-    """conversion.json: what config.json does not say about the files a conversion to `dtype` started from."""
+    """Return the content of conversion.json: facts about the source of a conversion that config.json does not hold."""
     return {
         "dtype": _name(dtype),
         "source_dtype": _name(checkpoint.dtype()),
@@ -137,22 +137,22 @@ def record_of(checkpoint: HFCheckpoint, dtype: torch.dtype) -> dict:
 
 
 def weight_bytes(arch: Architecture, dtype: torch.dtype) -> int:
-    """Bytes of all weights, without padding and counting tied embeddings once."""
+    """Return the bytes of all weights. Tied embeddings count once, padding does not count."""
     return arch.num_parameters * dtype.itemsize
 
 
 def set_config_dtype(config: Path, dtype: torch.dtype) -> None:
-    """Say in config.json what the weights now are; every other key stays."""
+    """Write `dtype` into config.json; every other key stays."""
     content = read_json(config)
     key = "torch_dtype" if "torch_dtype" in content and "dtype" not in content else "dtype"
     config.write_text(json.dumps(content | {key: _name(dtype)}, indent=2) + "\n", encoding="utf-8")
 
 
-def raise_problems(problems: list[str], where: Path) -> None:
-    """RunError that names the first problem and counts the others."""
+def raise_problems(problems: list[str], path: Path) -> None:
+    """Raise a RunError that names the first of `problems` and counts the others, if there are any."""
     if problems:
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-        raise RunError(f"{where}: {problems[0]}{more}")
+        raise RunError(f"{path}: {problems[0]}{more}")
 
 
 def _plan(conversion: ToMegatron | ToHF, form: str) -> str:

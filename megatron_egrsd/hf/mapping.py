@@ -1,11 +1,11 @@
-"""How Qwen3's tensors are called and laid out in Hugging Face and in megatron-core: the one mapping.
+"""The mapping between Qwen3's tensors in Hugging Face and in megatron-core: names and layouts.
 
-Loading, export, weight synchronisation and conversion all read this table. A full (unsharded) megatron tensor is
-made from one or more Hugging Face tensors by `join`, taken apart by `split`, cut into tensor-parallel shards by
-`shard` and put together by `unshard`; each pair is exact, byte for byte.
+Loading, export, weight synchronisation and conversion all read this table. `join` makes a full (unsharded) megatron
+tensor from one or more Hugging Face tensors and `split` is its inverse; `shard` cuts it into tensor-parallel shards
+and `unshard` is its inverse. Each pair is exact, byte for byte.
 
-`rows` says the same without tensors, for those who move bytes from file to file: which rows of which Hugging Face
-tensor come one after the other in the full tensor without padding.
+`rows` describes `join` without tensors, for code that copies bytes from file to file: the rows of Hugging Face tensors
+that make up the full tensor without padding, in order.
 
 Shapes: H hidden, F intermediate, D head_dim, N heads, G key/value heads, V vocabulary, P its padded rows.
 """
@@ -21,7 +21,7 @@ from megatron_egrsd.hf.architecture import Architecture
 
 @dataclass(frozen=True)
 class Copy:
-    """One tensor on both sides; split over the ranks along `dim`, or replicated where that is None."""
+    """One tensor on both sides, split over the ranks along `dim`, or replicated if `dim` is None."""
 
     dim: int | None
 
@@ -35,7 +35,7 @@ class Copy:
         return 1
 
     def rows(self, sizes: Sequence[int], arch: Architecture) -> list[tuple[int, int, int]]:
-        """(Hugging Face tensor, first row, end row), in order; `sizes` are those tensors' rows."""
+        """Return (index of the Hugging Face tensor, first row, end row), in order; `sizes` are the tensors' rows."""
         groups = self.groups(arch)
         return [(i, n // groups * g, n // groups * (g + 1)) for g in range(groups) for i, n in enumerate(sizes)]
 
@@ -47,7 +47,7 @@ class Copy:
 
 
 class Vocabulary(Copy):
-    """[V, H] <-> [P, H]: rows beyond the vocabulary are zero here and never leave."""
+    """[V, H] <-> [P, H]: rows beyond the vocabulary are zero in megatron-core and are never exported."""
 
     def join(self, tensors, arch, tp):
         rows = arch.padded_vocab_size(tp) - arch.vocab_size
@@ -101,7 +101,7 @@ class Entry:
 
     @property
     def is_expert(self) -> bool:
-        """Whether it belongs to one expert of a mixture, which tensor parallelism does not split."""
+        """True if the tensor belongs to one expert of a mixture, which tensor parallelism does not split."""
         return ".local_experts." in self.megatron
 
 
@@ -122,7 +122,7 @@ _ROUTER = ("mlp.router.weight", ("mlp.gate.weight",), Copy(None))
 
 
 def _mlp(megatron: str, hf: str) -> list[tuple]:
-    """The MLP of a layer, or one of its experts."""
+    """Return the rows of the table for the MLP of a layer, or for one of its experts."""
     return [
         (f"{megatron}.linear_fc1.weight", (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"), GateUp(0)),
         (f"{megatron}.linear_fc2.weight", (f"{hf}.down_proj.weight",), Copy(1)),
@@ -135,12 +135,12 @@ _TRANSFORMER_ENGINE_NAMES = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 
-# Its grouped linear layers hold one weight an expert.
+# Transformer Engine's grouped linear layers hold one weight per expert.
 _GROUPED_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(linear_fc[12])\.weight(\d+)")
 
 
 def entries(arch: Architecture) -> list[Entry]:
-    """Every tensor of the model, in the order of the layers, by megatron-core's local names."""
+    """Return an Entry for every tensor of the model, in the order of the layers, by megatron-core's local names."""
     table = [Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Vocabulary(0))]
     if arch.num_experts:
         experts = [_mlp(f"mlp.experts.local_experts.{e}", f"mlp.experts.{e}") for e in range(arch.num_experts)]
@@ -157,7 +157,7 @@ def entries(arch: Architecture) -> list[Entry]:
 
 
 def local_name(name: str) -> str:
-    """megatron-core's local-layer name for a parameter, whichever layer implementation named it."""
+    """Return megatron-core's local-layer name for a parameter that any layer implementation has named."""
     if grouped := _GROUPED_EXPERT.fullmatch(name):
         return f"{grouped[1]}.local_experts.{grouped[3]}.{grouped[2]}.weight"
     for engine_suffix, local_suffix in _TRANSFORMER_ENGINE_NAMES.items():
@@ -167,7 +167,7 @@ def local_name(name: str) -> str:
 
 
 def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the Hugging Face checkpoint."""
+    """Return the name and shape of every tensor of the Hugging Face checkpoint."""
     hidden, ffn = arch.hidden_size, arch.expert_intermediate_size or arch.intermediate_size
     q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     by_suffix = {

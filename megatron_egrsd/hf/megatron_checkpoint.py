@@ -1,8 +1,8 @@
-"""Qwen3 inside a Megatron-LM checkpoint directory: which torch_dist tensor each mapping entry is, and the files around.
+"""Qwen3 in a Megatron-LM checkpoint directory: the torch_dist tensor of each mapping entry, and the other files.
 
     DIR/latest_checkpointed_iteration.txt   "release" (weights without training state) or the last iteration
     DIR/release/ or DIR/iter_0000100/       the torch_dist checkpoint
-    DIR/huggingface/                        config.json, tokenizer, ...: what an export needs besides weights
+    DIR/huggingface/                        config.json, tokenizer, ...: the files that an export needs besides weights
 
 megatron-core stacks a tensor of every layer along a leading layer dimension, and the experts' along a second one;
 decoder.layers.3.mlp.linear_fc2.weight is row 3 of decoder.layers.mlp.linear_fc2.weight [layers, H, F].
@@ -32,8 +32,8 @@ _STORED_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
-# Layers with extra state (Transformer Engine's FP8 scales; nothing otherwise) that a model asks for when it loads. The
-# norms are asked for by Transformer Engine from 2.0 on, which refuses a checkpoint without them.
+# Layers with extra state (Transformer Engine's FP8 scales, else empty) that a model requires when it loads. Transformer
+# Engine 2.0 and later refuse a checkpoint without the norms' extra state.
 _EXTRA_STATES = tuple(f"self_attention.{name}" for name in ("linear_qkv", "linear_proj", "q_layernorm", "k_layernorm"))
 _DENSE_EXTRA_STATES = ("mlp.linear_fc1", "mlp.linear_fc2")
 _MOE_EXTRA_STATES = ("pre_mlp_layernorm",)
@@ -42,7 +42,7 @@ _EXPERT_EXTRA_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.l
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor of the model as a part of a stored one: `key`[`index`], where `key` has leading sizes `lead`."""
+    """A tensor of the model as part of a stored tensor: `key`[`index`]; `lead` are the leading sizes of `key`."""
 
     key: str
     index: tuple[int, ...] = ()
@@ -50,9 +50,9 @@ class Place:
 
 
 def places(entry: Entry, arch: Architecture) -> list[Place]:
-    """Where `entry` may be stored: first the stacked place that we write, then one tensor per layer and per expert.
+    """Return the places at which `entry` may be stored: first the stacked one, which this project writes.
 
-    The others come from megatron-core's non_homogeneous_layers and singleton_local_shards.
+    The others, one tensor per layer or expert, come from non_homogeneous_layers and singleton_local_shards.
     """
     found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", entry.megatron)
     if not found:
@@ -68,7 +68,7 @@ def places(entry: Entry, arch: Architecture) -> list[Place]:
         ]
     names = [_STORED_NAMES.get(name, name)]
     if arch.num_experts and name == "pre_mlp_layernorm.weight":
-        names.insert(0, name)  # before a router it is fused with nothing, though local layers store it as if it were
+        names.insert(0, name)  # not fused before a router, though local layers store it under the fused name
     return [
         place
         for name in names
@@ -80,13 +80,13 @@ def places(entry: Entry, arch: Architecture) -> list[Place]:
 
 
 def megatron_shape(entry: Entry, arch: Architecture, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Shape of the entry's full tensor without padding: its parts stacked along the first dimension."""
+    """Return the shape of the entry's full tensor without padding: its parts stacked along the first dimension."""
     parts = [shapes[name] for name in entry.hf]
     return (sum(part[0] for part in parts), *parts[0][1:])
 
 
 def extra_states(arch: Architecture) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """(key, offsets, global shape) of the empty extra states beside the weights."""
+    """Yield (key, offsets, global shape) of the empty extra states beside the weights."""
     yield "decoder.final_layernorm._extra_state", (0,), (1,)
     for layer in range(arch.num_layers):
         for name in _EXTRA_STATES + (_MOE_EXTRA_STATES if arch.num_experts else _DENSE_EXTRA_STATES):
@@ -98,7 +98,7 @@ def extra_states(arch: Architecture) -> Iterator[tuple[str, tuple[int, ...], tup
 
 
 def common_state(arch: Architecture, dtype: torch.dtype) -> dict:
-    """What Megatron-LM expects beside the tensors; `args` makes its --use-checkpoint-args work."""
+    """Return the common state that Megatron-LM expects beside the tensors; --use-checkpoint-args reads its `args`."""
     return {
         "args": Namespace(**_model_args(arch), bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
                           params_dtype=dtype, tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
@@ -111,7 +111,7 @@ def common_state(arch: Architecture, dtype: torch.dtype) -> dict:
 
 
 def _model_args(arch: Architecture) -> dict:
-    """The architecture under the names of Megatron-LM's arguments."""
+    """Return the architecture under the names of Megatron-LM's arguments."""
     args = {
         "num_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
@@ -149,8 +149,9 @@ def _model_args(arch: Architecture) -> dict:
 class MegatronCheckpoint:
     """The Qwen3 weights in a Megatron-LM directory, by mapping entry.
 
-    Give it `like`, a Hugging Face directory, where the checkpoint does not carry config.json and tokenizer itself
-    (one that a training run saved). BadArgument where the path is not such a directory or does not fit the config.
+    `like` is a Hugging Face directory with config.json and tokenizer. It is needed if the checkpoint does not carry
+    these files (a training run's checkpoint does not). Raises BadArgument if `path` is not a Megatron-LM directory or
+    does not fit the config.
     """
 
     def __init__(self, path: str | Path, like: str | Path | None = None):
@@ -168,9 +169,9 @@ class MegatronCheckpoint:
         self._check_args()
 
     def problems(self) -> list[str]:
-        """Everything wrong with names, shapes, types and chunks, each with the tensor's name; empty if all is well."""
+        """Return every error in names, shapes, types and chunks, each with the tensor's name."""
         arch, reader, shapes = self.architecture, self.reader, hf_shapes(self.architecture)
-        found, known, shape_of = [], set(), {}
+        found, expected_keys, shape_of = [], set(), {}
         for entry in entries(arch):
             expected = megatron_shape(entry, arch, shapes)
             place = self._place(entry)
@@ -179,7 +180,7 @@ class MegatronCheckpoint:
                 continue
             for key in self._keys(place):
                 half = (expected[0] // 2, *expected[1:]) if key != place.key else expected
-                known.add(key)
+                expected_keys.add(key)
                 shape_of[key] = (isinstance(entry.layout, Vocabulary), (*place.lead, *half))
         for key, (is_vocabulary, expected) in shape_of.items():
             shape = reader.tensors[key].shape
@@ -191,17 +192,16 @@ class MegatronCheckpoint:
                 reader.check_tiling(key)
             except RunError as error:
                 found.append(str(error))
-        found += [
-            f"{key} is not a tensor of this model" for key in sorted(set(reader.tensors) - known) if not is_state(key)
-        ]
+        extra = sorted(set(reader.tensors) - expected_keys)
+        found += [f"{key} is not a tensor of this model" for key in extra if not is_state(key)]
         return found
 
     def training_state(self) -> list[str]:
-        """Keys of optimizer and scheduler tensors, which conversion leaves alone."""
+        """Return the keys of optimizer and scheduler tensors, which a conversion ignores."""
         return [key for key in self.reader.tensors if is_state(key)]
 
     def dtype(self) -> torch.dtype:
-        """The one type of all weights; BadArgument where they differ."""
+        """Return the dtype of all weights. Raises BadArgument if they differ."""
         found = {
             self.reader.tensors[k].dtype: k for e in entries(self.architecture) for k in self._keys(self._place(e))
         }
@@ -210,14 +210,14 @@ class MegatronCheckpoint:
         return next(iter(found))
 
     def nbytes(self) -> int:
-        """Bytes of the weights without padding."""
+        """Return the bytes of the weights without padding."""
         itemsize = self.dtype().itemsize
         return sum(torch.Size(shape).numel() * itemsize for shape in hf_shapes(self.architecture).values())
 
     def ranges(self, entry: Entry, shapes: dict[str, tuple[int, ...]]) -> dict[str, list[Range]]:
-        """Where the bytes of the Hugging Face tensors of one entry lie, in order, without padding.
+        """Return the byte ranges of the Hugging Face tensors of one entry, in order, without padding.
 
-        `shapes` is `hf_shapes`. RunError where a chunk is missing or damaged.
+        `shapes` is `hf_shapes(...)`. Raises RunError if a chunk is missing or damaged.
         """
         place, sizes = self._place(entry), [shapes[name][0] for name in entry.hf]
         keys = self._keys(place)
@@ -229,7 +229,7 @@ class MegatronCheckpoint:
         return found
 
     def dtype_of(self, entry: Entry) -> torch.dtype:
-        """The type one entry is stored in."""
+        """Return the dtype in which `entry` is stored."""
         return self.reader.tensors[self._keys(self._place(entry))[0]].dtype
 
     def _place(self, entry: Entry) -> Place | None:
@@ -241,7 +241,7 @@ class MegatronCheckpoint:
         return None
 
     def _keys(self, place: Place) -> list[str]:
-        """The stored tensors of a place: itself, or gate and up apart (megatron-core's singleton_local_shards)."""
+        """Return the stored tensors of a place: one, or gate and up apart (megatron-core's singleton_local_shards)."""
         return [place.key] if place.key in self.reader.tensors else [f"{place.key}_w", f"{place.key}_v"]
 
     def _check_args(self) -> None:
@@ -249,7 +249,7 @@ class MegatronCheckpoint:
         for name, expected in _model_args(self.architecture).items():
             found = getattr(args, name, None)
             if name in ("seq_length", "max_position_embeddings", "vocab_size") or "dropout" in name or found is None:
-                continue  # of the run, not of the weights
+                continue  # a property of the run, not of the weights
             if found != expected and isinstance(found, bool | int | float | str):
                 raise BadArgument(
                     f"{self.path} was saved with {name} = {found}, but {self.like}/config.json implies {expected}"
@@ -257,12 +257,12 @@ class MegatronCheckpoint:
 
 
 def is_state(key: str) -> bool:
-    """Whether a stored tensor belongs to the training run (optimizer, random states) and not to the model."""
+    """Return whether a stored tensor is state of the training run (optimizer, random states), not of the model."""
     return key.startswith(("optimizer.", "chained_", "rng_state", "rerun_state", "opt_param_scheduler"))
 
 
 def _locate(path: Path) -> tuple[Path, Path]:
-    """(torch_dist directory, Megatron-LM directory) of either of the two."""
+    """Return (torch_dist directory, Megatron-LM directory) for a `path` that is either of the two."""
     if not path.is_dir():
         raise BadArgument(f"the Megatron checkpoint {path} does not exist")
     if (path / CONFIG).is_file():
@@ -281,7 +281,7 @@ def _locate(path: Path) -> tuple[Path, Path]:
 
 
 def describe(arch: Architecture) -> str:
-    """One line about the model for plans and reports."""
+    """Return one line about the model for plans and reports."""
     kind = f"{arch.num_experts} experts" if arch.num_experts else "dense"
     tied = "tied" if arch.tied_embeddings else "untied"
     return (f"Qwen3 {kind}, {arch.num_parameters / 1e9:.2f}B parameters, {arch.num_layers} layers, "
@@ -289,7 +289,7 @@ def describe(arch: Architecture) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object; BadArgument where the file is something else."""
+    """Read a JSON object. Raises BadArgument if the file is something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

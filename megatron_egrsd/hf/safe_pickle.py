@@ -1,4 +1,4 @@
-"""Unpickling checkpoint records without running code of their choosing."""
+"""Unpickling of checkpoint records that cannot run code chosen by the file."""
 
 import enum
 import io
@@ -10,7 +10,7 @@ import torch
 
 
 class _Unknown:
-    """Stands for a class that this process does not need; takes whatever its pickle gives it."""
+    """Stand-in for a class that this process does not need; accepts any state from its pickle."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -31,8 +31,8 @@ class _Unknown:
         pass
 
 
-# What torch.distributed.checkpoint (and its dependencies) write into `.metadata`. Classes and one function that maps a
-# number to a layout; not "everything in those modules", for these import `os` and hold functions that write files.
+# The names that torch.distributed.checkpoint (and its dependencies) write into `.metadata`: classes and one function
+# that maps a number to a layout. Whole modules are not allowed: they import `os` and hold functions that write files.
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
@@ -48,7 +48,7 @@ _RECORDS = {
 
 
 def _member(cls: type, name: str) -> Any:
-    """`getattr` as far as a pickle needs it: Python 3.11.2, Debian 12's, writes a member of an enumeration so."""
+    """Replace `getattr`, for enumerations only: Python 3.11.2 (Debian 12) pickles their members as getattr calls."""
     if cls is _Unknown:
         return cls()
     if isinstance(cls, enum.EnumType) and name in cls.__members__:
@@ -57,7 +57,7 @@ def _member(cls: type, name: str) -> Any:
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Reads `.metadata` without running code of its choosing: torch's checkpoint records and stand-ins, no more."""
+    """Unpickler of `.metadata` that builds torch's checkpoint records and stand-ins, and runs no other code."""
 
     def find_class(self, module: str, name: str):
         if name in _RECORDS.get(module, ()):
@@ -82,7 +82,7 @@ class _Checker(MetadataUnpickler):
 
 
 def check_metadata(content: bytes) -> None:
-    """ValueError where `content`, a `.metadata`, is no pickle, or holds more than records of files beside it."""
+    """Raise ValueError if `content` (a `.metadata` file) is no pickle or holds more than records of files beside it."""
     try:
         metadata = _Checker(io.BytesIO(content)).load()
         for info in metadata.storage_data.values():
@@ -96,7 +96,7 @@ def check_metadata(content: bytes) -> None:
 
 def load_without_code(content: bytes) -> Any:
     class Safe:
-        """torch.load's `pickle_module`: Namespaces, containers and dtypes; stand-ins for the rest."""
+        """The `pickle_module` for torch.load: Namespaces, containers and dtypes; stand-ins for all other classes."""
 
         class Unpickler(MetadataUnpickler):
             def find_class(self, module: str, name: str):

@@ -1,4 +1,4 @@
-"""Writing a safetensors checkpoint tensor by tensor: the headers first, since every size is known beforehand."""
+"""Writer of safetensors checkpoints, tensor by tensor. Headers come first: every size is known beforehand."""
 
 import json
 import math
@@ -20,10 +20,10 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class SafetensorsWriter:
-    """Writes named tensors of one dtype into `directory`, in any order and from any thread, without keeping any.
+    """Writer of named tensors of one dtype into `directory`, in any order and from any thread; keeps no tensor.
 
-    Shards hold at most `shard_bytes` (a larger tensor has its own) and are named as transformers names them, with an
-    index where there are several. RunError where the tensors that come are not those announced.
+    Shards hold at most `shard_bytes` (a larger tensor has its own) and have the names that transformers gives them.
+    Several shards get an index. Raises RunError if a tensor does not match the announced `shapes` and `dtype`.
     """
 
     def __init__(self, directory: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype,
@@ -36,10 +36,10 @@ class SafetensorsWriter:
         names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         self._places: dict[str, tuple[Path, int]] = {}
         for file, shard in zip(names, shards, strict=True):
-            self._begin(directory / file, shard)
+            self._write_header(directory / file, shard)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor."""
+        """Write one tensor."""
         if name in self.shapes and (tuple(tensor.shape), tensor.dtype) != (self.shapes[name], self.dtype):
             raise RunError(
                 f"the export should write {name} as {self.dtype} {list(self.shapes[name])}, but was given "
@@ -48,7 +48,7 @@ class SafetensorsWriter:
         self.write_pieces(name, [raw_bytes(tensor)])
 
     def write_pieces(self, name: str, pieces: Iterable[memoryview]) -> None:
-        """Write a tensor, given as its bytes in pieces."""
+        """Write one tensor from `pieces` of its bytes."""
         if name not in self._missing:
             raise RunError(f"the export should write {next(iter(self._missing), None)} now, but was given {name}")
         path, offset = self._places[name]
@@ -63,7 +63,7 @@ class SafetensorsWriter:
         del self._missing[name]
 
     def finish(self) -> None:
-        """Write the index where there are several shards. RunError where tensors are missing."""
+        """Write the index if there are several shards. Raises RunError if tensors are missing."""
         for name in self._missing:
             raise RunError(f"the export ended before {name}")
         files = {name: path.name for name, (path, _) in self._places.items()}
@@ -72,8 +72,8 @@ class SafetensorsWriter:
             index = {"metadata": {"total_size": total}, "weight_map": files}
             self._index.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _begin(self, path: Path, shard: list[str]) -> None:
-        """Write the header of a shard; now it is known where its tensors lie."""
+    def _write_header(self, path: Path, shard: list[str]) -> None:
+        """Write the header of a shard and record the offsets of its tensors."""
         header, end = {"__metadata__": {"format": "pt"}}, 0
         for name in shard:
             start, end = end, end + math.prod(self.shapes[name]) * self.dtype.itemsize
@@ -92,7 +92,7 @@ class SafetensorsWriter:
 
 
 def data_ranges(file: Path) -> dict[str, Range]:
-    """Tensor name -> where its bytes lie, of a safetensors file that safe_open has accepted."""
+    """Return {tensor name: byte range} of a safetensors file that safe_open has accepted."""
     with open(file, "rb") as opened:
         length = struct.unpack("<Q", opened.read(8))[0]
         header = json.loads(opened.read(length))

@@ -16,10 +16,10 @@ PARTIAL = ".partial"
 
 @contextlib.contextmanager
 def staged(path: str | Path, nbytes: int = 0) -> Iterator[Path]:
-    """A temporary directory that becomes `path` when the block ends well, and goes away when it does not.
+    """Yield a temporary directory that is renamed to `path` when the block succeeds and removed when it fails.
 
-    A process that was killed leaves `path`.partial behind; the next run to the same place removes it. BadArgument
-    where `path` exists or another process is writing it; RunError where `nbytes` do not fit or a write fails.
+    A killed process leaves `path`.partial behind; the next run with the same `path` removes it. Raises BadArgument if
+    `path` exists or another process is writing it, RunError if `nbytes` do not fit or a write fails.
     """
     path = Path(path).absolute()
     check_absent(path)
@@ -38,7 +38,7 @@ def staged(path: str | Path, nbytes: int = 0) -> Iterator[Path]:
             temporary.rename(path)
         except OSError as error:
             _empty(temporary, itself=True)
-            # EFBIG: the limit on a file's size, the quota's sibling.
+            # EFBIG: the process's limit on the size of a file.
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise RunError(f"no room to write {path} ({error.strerror}); nothing was left there") from None
             raise RunError(f"{path} was not written: {error}") from None
@@ -48,13 +48,13 @@ def staged(path: str | Path, nbytes: int = 0) -> Iterator[Path]:
 
 
 def check_absent(path: Path) -> None:
-    """BadArgument where there is something at `path`; nothing is ever overwritten."""
+    """Raise BadArgument if `path` exists: nothing is ever overwritten."""
     if os.path.lexists(path):
         raise BadArgument(f"{path} exists already; choose another directory or remove it")
 
 
 def free_bytes(path: str | Path) -> int:
-    """Free space of the file system that will hold `path`, which need not exist yet."""
+    """Return the free bytes of the file system that will hold `path`, which need not exist yet."""
     path = Path(path).absolute()
     while not path.exists():
         path = path.parent
@@ -62,14 +62,14 @@ def free_bytes(path: str | Path) -> int:
 
 
 def check_space(path: Path, nbytes: int) -> None:
-    """RunError where `nbytes` do not fit at `path`."""
+    """Raise RunError if `nbytes` do not fit at `path`."""
     free = free_bytes(path)
     if free < nbytes:
         raise RunError(f"{path.parent} has {free / 1e9:.1f} GB free, but {nbytes / 1e9:.1f} GB are needed")
 
 
 def sha256_of(path: Path) -> str | None:
-    """SHA-256 of a file in hexadecimal; None where it cannot be read."""
+    """Return the SHA-256 of a file in hexadecimal, or None if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -89,7 +89,7 @@ def _empty(directory: Path, itself: bool = False) -> None:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Keep a second process out of `directory`. The lock dies with its process, so a killed run blocks nobody."""
+    """Lock `directory` against other processes. The lock ends with its process, so a killed run blocks nobody."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         try:

@@ -1,4 +1,4 @@
-"""Reading megatron-core's torch_dist checkpoints lazily, whichever layout wrote them, without megatron-core.
+"""Lazy reader of megatron-core's torch_dist checkpoints of any parallel layout, without megatron-core.
 
 torch_dist_writer.py describes the format.
 """
@@ -34,8 +34,8 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor of the checkpoint: its global shape, its type, and the boxes that together are it."""
+class StoredTensor:
+    """A tensor of the checkpoint: its global shape, its dtype, and the chunks that cover it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -43,15 +43,15 @@ class Stored:
 
 
 class TorchDistReader:
-    """Lazy view of a torch_dist directory; `tensors` says what is in it by key.
+    """Lazy view of a torch_dist directory; `tensors` maps each key to its StoredTensor.
 
-    RunError, naming the file or the tensor, where it is damaged.
+    Raises RunError, which names the file or the tensor, if the checkpoint is damaged.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._begins: dict[Chunk, int] = {}
-        self._boxes: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}
+        self._data_offsets: dict[Chunk, int] = {}
+        self._chunks_by_index: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}
         try:
             config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
             with open(directory / METADATA, "rb") as file:
@@ -61,7 +61,7 @@ class TorchDistReader:
                 if Path(info.relative_path).name != str(info.relative_path):
                     raise ValueError(f"it names {info.relative_path!r}, which is not beside it")
             self.tensors = {
-                key: self._stored(key, value)
+                key: self._stored_tensor(key, value)
                 for key, value in metadata.state_dict_metadata.items()
                 if isinstance(value, TensorStorageMetadata)
             }
@@ -75,8 +75,8 @@ class TorchDistReader:
         if backend != "torch_dist":
             raise RunError(f"{directory} has the format {backend}; only torch_dist is supported")
 
-    def _stored(self, key: str, value: TensorStorageMetadata) -> Stored:
-        """The record in plain types; any exception means a damaged file."""
+    def _stored_tensor(self, key: str, value: TensorStorageMetadata) -> StoredTensor:
+        """Return the record in plain types. Any exception means a damaged file."""
         chunks = []
         for chunk in value.chunks:
             offsets = tuple(map(int, chunk.offsets))
@@ -85,12 +85,12 @@ class TorchDistReader:
             chunks.append(Chunk(offsets, tuple(map(int, chunk.sizes)), *place))
         if not isinstance(value.properties.dtype, torch.dtype):
             raise TypeError(f"{key} has no type")
-        return Stored(tuple(map(int, value.size)), value.properties.dtype, tuple(chunks))
+        return StoredTensor(tuple(map(int, value.size)), value.properties.dtype, tuple(chunks))
 
     def ranges(self, key: str, index: tuple[int, ...], first: int, end: int) -> list[Range]:
-        """Where rows [`first`, `end`) of the tensor at `index` of the leading dimensions of `key` lie, in order.
+        """Return the byte ranges of rows [`first`, `end`) of the tensor `key`[`index`], in order.
 
-        Rows may be split along their columns. RunError where the chunks do not cover them exactly once.
+        Rows may be split along their columns. Raises RunError if the chunks do not cover the rows exactly once.
         """
         stored, lead = self.tensors[key], len(index)
         columns, itemsize = math.prod(stored.shape[lead + 1 :]), stored.dtype.itemsize
@@ -98,7 +98,7 @@ class TorchDistReader:
         while row < end:  # from one set of chunks to the next
             chunks = [
                 chunk
-                for chunk in self._boxes_at(key, index)
+                for chunk in self._chunks_at(key, index)
                 if chunk.offsets[lead] <= row < chunk.offsets[lead] + chunk.sizes[lead]
             ]
             chunks.sort(key=lambda chunk: chunk.offsets[lead + 1 :])
@@ -125,29 +125,29 @@ class TorchDistReader:
             row = until
         return found
 
-    def _boxes_at(self, key: str, index: tuple[int, ...]) -> list[Chunk]:
-        """The chunks that hold a part of the tensor at `index`; the first call for `key` sorts all of them."""
-        if key not in self._boxes:
+    def _chunks_at(self, key: str, index: tuple[int, ...]) -> list[Chunk]:
+        """Return the chunks that hold a part of the tensor at `index`. The first call for `key` sorts all chunks."""
+        if key not in self._chunks_by_index:
             boxes: dict[tuple[int, ...], list[Chunk]] = {}
             for chunk in self.tensors[key].chunks:
                 spans = [range(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
                 for inside in itertools.product(*spans[: len(index)]):
                     boxes.setdefault(inside, []).append(chunk)
-            self._boxes[key] = boxes  # whole, as other threads may look
-        return self._boxes[key].get(index, [])
+            self._chunks_by_index[key] = boxes  # assigned complete: other threads may read it
+        return self._chunks_by_index[key].get(index, [])
 
     def _offset(self, key: str, chunk: Chunk, row: tuple[int, ...]) -> int:
-        """Where in its file the part of `row` (an index without the column) that `chunk` holds begins."""
+        """Return the file offset of the part of `row` (an index without the column) that `chunk` holds."""
         elements = 0
         for i, start, size in zip(row, chunk.offsets, chunk.sizes, strict=False):
             elements = elements * size + i - start
         elements *= math.prod(chunk.sizes[len(row) :])
-        if chunk not in self._begins:
-            self._begins[chunk] = self._begin(key, chunk)
-        return self._begins[chunk] + elements * self.tensors[key].dtype.itemsize
+        if chunk not in self._data_offsets:
+            self._data_offsets[chunk] = self._data_offset(key, chunk)
+        return self._data_offsets[chunk] + elements * self.tensors[key].dtype.itemsize
 
     def common(self) -> dict[str, Any]:
-        """The common state: iteration, arguments, content metadata. Unknown classes come as empty stand-ins."""
+        """Return the common state: iteration, arguments, content metadata. Unknown classes become empty stand-ins."""
         try:
             if (self.directory / COMMON).is_file():
                 return load_without_code((self.directory / COMMON).read_bytes())
@@ -159,13 +159,13 @@ class TorchDistReader:
             raise RunError(f"the common state of {self.directory} cannot be read ({error})") from None
 
     def check_tiling(self, key: str) -> None:
-        """RunError where the chunks of `key` leave its bounds, overlap or leave a gap."""
+        """Raise RunError if the chunks of `key` leave its bounds, overlap or leave a gap."""
         shape, chunks = self.tensors[key].shape, self.tensors[key].chunks
         for chunk in chunks:
             boxes = zip(chunk.offsets, chunk.sizes, shape, strict=False)
             if len(chunk.offsets) != len(shape) or any(start + size > end for start, size, end in boxes):
                 raise RunError(f"{key} has a chunk at {list(chunk.offsets)} outside its shape {list(shape)}")
-        active: list[Chunk] = []  # those that reach into the layer (or row) where the next chunk begins
+        active: list[Chunk] = []  # chunks that reach into the layer (or row) where the next chunk begins
         for chunk in sorted(chunks, key=lambda chunk: chunk.offsets):
             active = [other for other in active if other.offsets[0] + other.sizes[0] > chunk.offsets[0]]
             if any(_overlap(chunk, other) for other in active):
@@ -175,7 +175,7 @@ class TorchDistReader:
             raise RunError(f"{key} lacks chunks: its shape {list(shape)} is not covered")
 
     def damaged_files(self) -> list[str]:
-        """Names of files that integrity.json does not vouch for; empty where there is no such manifest."""
+        """Return the names of files that do not match integrity.json; none if there is no such manifest."""
         file = self.directory / INTEGRITY
         if not file.is_file():
             return []
@@ -197,8 +197,8 @@ class TorchDistReader:
         in_threads((check(name, digest) for name, digest in expected), lambda nbytes: None)
         return sorted(damaged)
 
-    def _begin(self, key: str, chunk: Chunk) -> int:
-        """Where in its file the elements of a chunk begin. RunError where its archive is not the tensor announced."""
+    def _data_offset(self, key: str, chunk: Chunk) -> int:
+        """Return the file offset of a chunk's elements. Raises RunError if its archive is not the tensor announced."""
         path, announced = self.directory / chunk.file, (chunk.sizes, self.tensors[key].dtype)
         try:
             with open(path, "rb", buffering=0) as file:
@@ -208,7 +208,7 @@ class TorchDistReader:
             begin = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
         except FileNotFoundError:
             raise RunError(f"{path} is missing; it holds {key}") from None
-        except Exception as error:  # torch.load raises a zoo of types on damaged bytes
+        except Exception as error:  # torch.load raises many types on damaged bytes
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RunError(f"{key} in {path} cannot be read ({reason}); the file is truncated or damaged") from None
         if found != announced or not tensor.is_contiguous() or begin + tensor.nbytes > chunk.length:

@@ -1,9 +1,8 @@
-"""Writing megatron-core's torch_dist checkpoints from byte ranges of files, without megatron-core.
+"""Writer of megatron-core's torch_dist checkpoints from byte ranges of files, without megatron-core.
 
-The format is torch.distributed.checkpoint's: `.metadata` says which chunk of which tensor lies at which place of
-which `.distcp` file, and each chunk is one torch.save archive. megatron-core adds `metadata.json` (the format's
-name), one object called `common_state` (older releases: common.pt) and, on demand, `integrity.json` (SHA-256 of
-every file). What the tensors mean is megatron_checkpoint.py's affair.
+The format is torch.distributed.checkpoint's: `.metadata` maps each chunk of each tensor to its place in a `.distcp`
+file, and each chunk is one torch.save archive. megatron-core adds `metadata.json` (the format's name), one object
+called `common_state` (older releases: common.pt) and, on demand, `integrity.json` (SHA-256 of every file).
 """
 
 import functools
@@ -39,7 +38,7 @@ MIN_FILES = 8
 
 
 class Part(NamedTuple):
-    """A box of the tensor `key` of global `shape`, and where its elements now lie, in order."""
+    """A box of the tensor `key` of global `shape`; `ranges` locate its elements in the source, in order."""
 
     key: str
     offsets: tuple[int, ...]
@@ -49,7 +48,7 @@ class Part(NamedTuple):
 
 
 class Object(NamedTuple):
-    """A picklable value, as megatron-core's ShardedObject `key` of that place and global shape."""
+    """A picklable value, stored as megatron-core's ShardedObject `key` with these offsets and global shape."""
 
     key: str
     offsets: tuple[int, ...]
@@ -59,10 +58,10 @@ class Object(NamedTuple):
 
 def write_torch_dist(directory: Path, parts: list[Part], objects: list[Object], common: dict[str, Any],
                      stored: torch.dtype, wanted: torch.dtype, advance: Advance) -> None:  # fmt: skip
-    """Make `directory` a checkpoint of `parts`, whose ranges hold type `stored`, rounded to `wanted`.
+    """Write a checkpoint of `parts` into `directory`, rounded from dtype `stored` to `wanted`.
 
-    Several files even of a small model: each has a SHA-256 of its own, and hashing takes longer than writing, so they
-    are written side by side. How many there are does not depend on the machine.
+    Even a small model has several files: hashing takes longer than writing, and each file is hashed in its own thread.
+    The number of files does not depend on the machine.
     """
     groups = _divided(parts, wanted)
     files = [_HashedFile(directory / f"__0_{i}.distcp", wanted) for i in range(len(groups))]
@@ -86,14 +85,14 @@ def write_torch_dist(directory: Path, parts: list[Part], objects: list[Object], 
 
 
 class _HashedFile:
-    """A `.distcp` file that is being written: its hash, and the places of what is in it."""
+    """A `.distcp` file that is being written: its hash, and the places of its chunks and objects."""
 
     def __init__(self, path: Path, dtype: torch.dtype):
         self.path, self.dtype, self.sha, self.places = path, dtype, hashlib.sha256(), {}
         self._raw, self._position = open(path, "wb", buffering=0), 0  # noqa: SIM115
 
     def tensors(self, parts: list[Part], stored: torch.dtype) -> Iterator[int]:
-        """Write `parts`; yields the bytes of each."""
+        """Write `parts`, yielding the bytes of each."""
         reserve(self._raw, sum(math.prod(part.sizes) for part in parts) * self.dtype.itemsize)
         for part in parts:
             start = self._position
@@ -134,7 +133,7 @@ def _metadata(parts: list[Part], files: list[_HashedFile], dtype: torch.dtype) -
 
 
 def _divided(parts: list[Part], dtype: torch.dtype) -> list[list[Part]]:
-    """`parts` in runs of about equal size, one for each file."""
+    """Divide `parts` into runs of about equal size, one for each file."""
     total, done = sum(math.prod(part.sizes) for part in parts), 0
     count = max(MIN_FILES, math.ceil(total * dtype.itemsize / FILE_BYTES))
     runs = [[] for _ in range(count)]
@@ -146,7 +145,7 @@ def _divided(parts: list[Part], dtype: torch.dtype) -> list[list[Part]]:
 
 @functools.lru_cache(256)
 def _archive(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What torch.save writes before and behind the elements of a tensor; it checks no CRC, integrity.json has more."""
+    """Return the bytes that torch.save writes before and behind a tensor's elements. Their CRC is wrong, and unread."""
     sink = _Sink()
     with torch.serialization.skip_data():
         torch.save(torch.empty(sizes, dtype=dtype), sink)
@@ -155,7 +154,7 @@ def _archive(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
 
 
 class _Sink(io.RawIOBase):
-    """Takes what torch.save writes, and notices where it seeks over the elements."""
+    """File object for torch.save that starts a new half when torch.save seeks over the elements."""
 
     def __init__(self):
         self.halves = [bytearray()]

@@ -1,4 +1,4 @@
-"""Comparing a Hugging Face and a Megatron checkpoint tensor by tensor, bit by bit."""
+"""Comparison of a Hugging Face and a Megatron checkpoint, tensor by tensor, bit by bit."""
 
 import hashlib
 import json
@@ -26,10 +26,10 @@ def verify(
 ) -> dict:
     """Compare names, shapes, types, bytes and the files beside the weights; returns the report.
 
-    `report["problems"]` is empty where the two are the same model, and names every tensor and file that is not.
-    `report["tensors"]` has name, place, shape and, if `hashes` are wanted (they take longer than the
-    comparison), SHA-256 of each tensor on both sides. `dtype` is the type that `to-megatron --dtype` was given: the
-    Hugging Face side is rounded to it first. BadArgument where a side is no checkpoint at all.
+    `report["problems"]` names every tensor and file that differs; it is empty if the two are the same model.
+    `report["tensors"]` has name, place and shape of each tensor. With `hashes`, which take longer than the comparison,
+    it also has the SHA-256 of both sides. `dtype` is the value of `to-megatron --dtype`: the Hugging Face side is
+    rounded to it first. Raises BadArgument if a side is no checkpoint.
     """
     hf = HFCheckpoint(hf_path)
     hf.check_tied_head()
@@ -61,7 +61,7 @@ def verify(
 
 
 def write_report(report: dict, path: Path) -> None:
-    """The report as JSON. BadArgument where `path` cannot be written."""
+    """Write the report as JSON. Raises BadArgument if `path` cannot be written."""
     try:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
@@ -70,7 +70,7 @@ def write_report(report: dict, path: Path) -> None:
 
 def _compare(hf: HFCheckpoint, megatron: MegatronCheckpoint, dtype: torch.dtype | None, hashes: bool,
              problems: list[str], advance: Advance) -> list[dict]:  # fmt: skip
-    """The report's rows; what is wrong goes to `problems`."""
+    """Return the report's rows and append every difference to `problems`."""
     arch, stored = hf.architecture, hf.dtype()
     expected, shapes = dtype or stored, hf_shapes(arch)
     rows: dict[str, dict] = {}
@@ -78,20 +78,20 @@ def _compare(hf: HFCheckpoint, megatron: MegatronCheckpoint, dtype: torch.dtype 
 
     def compare(entry: Entry) -> Iterator[int]:
         place, found = places(entry, arch)[0], megatron.dtype_of(entry)
-        where = f"{place.key}{list(place.index)}"
+        stored_as = f"{place.key}{list(place.index)}"
         try:
             ranges = megatron.ranges(entry, shapes)
             for name in entry.hf:
                 sides = pieces([hf.range(name)], stored, expected), pieces(ranges[name], found, found)
                 if expected != found:
                     wrong[name] = (f"{name} is {expected} in Hugging Face and {found} in Megatron; "
-                                   "say --dtype where that was asked for")  # fmt: skip
+                                   "pass --dtype if that was asked for")  # fmt: skip
                     digests = [_sha256(side) for side in sides] if hashes else []
                 else:
                     count, digests = _difference(*sides, expected, hashes)
                     if count:
-                        wrong[name] = f"{name} differs from {where}: {count} of {math.prod(shapes[name])} values"
-                rows[name] = {"name": name, "megatron": where, "shape": list(shapes[name]), "dtype": str(found)}
+                        wrong[name] = f"{name} differs from {stored_as}: {count} of {math.prod(shapes[name])} values"
+                rows[name] = {"name": name, "megatron": stored_as, "shape": list(shapes[name]), "dtype": str(found)}
                 rows[name] |= zip(("sha256_hf", "sha256_megatron"), digests, strict=False)
                 yield math.prod(shapes[name]) * expected.itemsize
         except RunError as error:
@@ -104,14 +104,14 @@ def _compare(hf: HFCheckpoint, megatron: MegatronCheckpoint, dtype: torch.dtype 
 
 def _difference(left: Iterator[memoryview], right: Iterator[memoryview], dtype: torch.dtype,
                 hashes: bool) -> tuple[int, list[str]]:  # fmt: skip
-    """How many values differ in a bit, and the SHA-256 of both sides where `hashes` are wanted."""
+    """Return the number of values that differ in a bit and, if `hashes`, the SHA-256 of both sides."""
     bits = {2: np.int16, 4: np.int32}[dtype.itemsize]
     count, first, second = 0, hashlib.sha256(), None
     for a, b in zip(left, right, strict=True):
         count += np.count_nonzero(np.frombuffer(a, bits) != np.frombuffer(b, bits))
         if hashes:
             if count and not second:
-                second = first.copy()  # one hash does for both sides as long as they are the same
+                second = first.copy()  # both sides share one hash until they differ
             first.update(a)
             if second:
                 second.update(b)
@@ -126,7 +126,7 @@ def _sha256(side: Iterator[memoryview]) -> str:
 
 
 def _different_files(hf: Path, carried: Path, dtype: torch.dtype | None) -> list[str]:
-    """Problems with the files beside the weights: config, tokenizer, templates. `dtype` may differ in the config."""
+    """Return the differences of the files beside the weights. The config's dtype may differ if `dtype` is given."""
     left, right = assets(hf), assets(carried)
     problems = [f"{name} is missing from {carried}" for name in left.keys() - right.keys()]
     problems += [f"{name} in {carried} is not in {hf}" for name in right.keys() - left.keys()]
