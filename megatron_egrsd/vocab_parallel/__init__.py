@@ -1,6 +1,6 @@
 """Vocab-parallel log-probability and entropy: one read of the logits, one collective, no collective in backward.
 
-Usable in any Megatron-style project: imports torch only, and the tensor-parallel process group is an argument.
+The package works in any Megatron-style project: it imports only torch, and takes the tensor-parallel process group.
 `docs/guides/reuse.md` shows the call from Megatron-LM, slime and verl; `docs/measurements/performance.md` the times.
 """
 

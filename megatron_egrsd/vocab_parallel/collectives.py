@@ -1,4 +1,4 @@
-"""The collectives of the package: one gather in forward; in the linear form one reduction in backward."""
+"""The collectives of the package: one gather in forward and, for the linear form, one reduction in backward."""
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 def gather_parts(part: torch.Tensor, shard: Shard) -> torch.Tensor:
-    """[R, ...]: every rank's `part`, in rank order."""
+    """Return every rank's `part`, stacked in rank order: [R, ...]."""
     if shard.ranks == 1:
         return part[None]
     parts = part.new_empty((shard.ranks, *part.shape))
@@ -20,12 +20,12 @@ def gather_parts(part: torch.Tensor, shard: Shard) -> torch.Tensor:
 
 
 def gather_sequence(hidden: torch.Tensor, shard: Shard) -> torch.Tensor:
-    """[S, ...] from every rank's [S / R, ...]."""
+    """Gather [S, ...] from every rank's [S / R, ...]."""
     return gather_parts(hidden, shard).flatten(0, 1)
 
 
 def reduce_hidden(grad_ND: torch.Tensor, shard: Shard, sequence_parallel: bool) -> torch.Tensor:
-    """Sum over the ranks' vocabulary shards; with sequence parallelism each rank keeps its own part of the tokens."""
+    """Sum over the ranks' vocabulary shards. With sequence parallelism each rank keeps its own part of the tokens."""
     if shard.ranks == 1:
         return grad_ND
     if not sequence_parallel:

@@ -1,4 +1,4 @@
-"""LM head, log-probability and entropy in one: the logits exist one vocabulary chunk at a time.
+"""LM head, log-probability and entropy in one function: the logits exist one vocabulary chunk at a time.
 
 Chunks run over the vocabulary, not over the tokens: each chunk's weight gradient is then final when it is computed,
 so it goes straight into its rows of the result, and the transient memory (tokens x chunk) does not depend on V.
@@ -12,7 +12,7 @@ from megatron_egrsd.vocab_parallel import ops
 from megatron_egrsd.vocab_parallel.collectives import gather_parts, gather_sequence, reduce_hidden
 from megatron_egrsd.vocab_parallel.shard import LOGIT_DTYPES, Shard, check_target, check_temperature
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits held at a time: stays in the L3 cache; fills a GPU
+_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits held at a time: fits the L3 cache; occupies a GPU
 _KEEP_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # a small part of the machine; TP 8 and 8192 bf16 tokens of Qwen3 fit
 
 
@@ -30,7 +30,7 @@ def linear_log_prob_and_entropy(
     logits_dtype: torch.dtype | None = None,
     keep_bytes: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`log_prob_and_entropy(hidden @ weight.T, target)` without holding all logits: both results [...] fp32, nats.
+    """Compute `log_prob_and_entropy(hidden @ weight.T, target)` without all logits: both results [...] fp32, nats.
 
     Forward makes one all-gather of four floats a token; backward recomputes the logits that were not kept and reduces
     the gradient of `hidden` over the group once, in fp32. With `sequence_parallel` the sequence is gathered in forward
@@ -41,8 +41,8 @@ def linear_log_prob_and_entropy(
     target             [...] int64 global ids (the full sequence also with sequence_parallel); -100 gives exact zeros
     chunk_size         vocabulary columns at a time; default: as many as keep tokens x columns at a fixed size
     logits_dtype       float32 keeps the GEMM's accuracy (bf16 logits cost about 1e-2 in a log-prob). Default: float32
-                       where the GEMM writes it at no cost (CUDA), else the dtype of hidden
-    keep_bytes         logits kept from forward to backward, where a gradient is asked for; 0 keeps none. Default:
+                       if the GEMM writes it at no cost (CUDA), else the dtype of hidden
+    keep_bytes         logits kept from forward to backward, if a gradient is required; 0 keeps none. Default:
                        64 MiB (CPU), 1 GiB (CUDA). Each micro-batch in flight in a pipeline holds as much
     The other arguments and the errors are those of `log_prob_and_entropy`.
     """
@@ -121,7 +121,7 @@ class _LinearLogProbAndEntropy(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_log_prob_N = grad_log_prob_N.contiguous()
         grad_entropy_N = grad_entropy_N.contiguous() if ctx.entropy_grad else None
-        # Chunks add up in fp32: a bf16 sum over tens of chunks loses what the reduction over ranks then multiplies.
+        # Chunks add up in fp32: a bf16 sum over tens of chunks has an error that the reduction over ranks multiplies.
         grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if need_hidden else None
         grad_weight_VD = torch.empty_like(weight_VD) if need_weight else None
         # The gradient overwrites the kept logits, so that a second backward pass must compute all of them.
@@ -145,7 +145,7 @@ class _LinearLogProbAndEntropy(torch.autograd.Function):
 
 
 def _empty_chunks(hidden_ND, shard: Shard, chunk: int, logits_dtype: torch.dtype, count: int) -> list[torch.Tensor]:
-    """Memory [N, C] for the logits of the first `count` chunks, or of all where there are fewer."""
+    """Allocate [N, C] for the logits of each of the first `count` chunks, or of all if there are fewer."""
     widths = [min(chunk, shard.columns - first) for first in range(0, shard.columns, chunk)][:count]
     return [hidden_ND.new_empty((hidden_ND.shape[0], width), dtype=logits_dtype) for width in widths]
 
@@ -155,7 +155,7 @@ def _logit_chunks(
 ):
     """Yield (columns, logits [N, C] of those columns); the caller may overwrite them.
 
-    The first chunks live in `kept` and are taken from there where `computed`; one buffer serves all others.
+    The first chunks are stored in `kept` and read from it if `computed`; all other chunks share one buffer.
     """
     tokens = hidden_ND.shape[0]
     widen = logits_dtype != hidden_ND.dtype

@@ -1,4 +1,4 @@
-"""Log-probability of the target and entropy of the full distribution, from logits sharded over the vocabulary."""
+"""Log-probability of the target and entropy of the full distribution from logits sharded over the vocabulary."""
 
 from typing import NamedTuple
 
@@ -29,18 +29,18 @@ def log_prob_and_entropy(
     entropy_grad: bool = False,
     inplace_backward: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax(logits / temperature)[target] and the entropy of that softmax, both [...] fp32 in nats.
+    """Compute log softmax(logits / temperature)[target] and the entropy of that softmax, both [...] fp32 in nats.
 
     Reads each logit once and makes one all-gather of four floats a token; backward makes no collective.
 
     logits            [..., V / ranks], fp32, bf16 or fp16, rows contiguous: this rank's columns
     target            [...] int64, global ids; -100 gives exact zeros (value and gradient); equal on all ranks
     group             tensor-parallel group in vocabulary order; None for one shard
-    vocab_size        valid global vocabulary; columns from there on are padding: no part in anything, zero gradient
-    entropy_grad      let the entropy carry a gradient (off by default: it is usually only looked at)
+    vocab_size        valid global vocabulary; the columns beyond it are padding: ignored, with zero gradient
+    entropy_grad      let the entropy carry a gradient (off by default: the entropy is usually only logged)
     inplace_backward  backward writes the gradient over the logits, so they must not be used after it
 
-    ValueError on a bad dtype, shape, stride, vocab_size, temperature or target id (see `shard.check_target`).
+    Raises ValueError on a bad dtype, shape, stride, vocab_size, temperature or target id (see `shard.check_target`).
     A row with NaN or +inf, and a row without any finite logit, gives NaN for that row only.
     """
     check_logits("logits", logits)
@@ -89,7 +89,7 @@ def log_ratio(
     vocab_size: int | None = None,
     temperature: float = 1.0,
 ) -> LogRatio:
-    """log p_teacher(target) - log p_student(target) with both terms and the teacher's entropy; no gradient.
+    """Compute log p_teacher(target) - log p_student(target), both terms and the teacher's entropy, without gradient.
 
     One all-gather for both models. Arguments and errors as in `log_prob_and_entropy`; the two logits tensors have
     equal shapes and may differ in dtype.

@@ -1,7 +1,7 @@
-"""The row kernels: compiled (`csrc/`, built by setup.py) where there is a build for the device, else plain torch.
+"""The row kernels: compiled (`csrc/`, built by setup.py) if there is a build for the device, else plain torch.
 
-`statistics` reads the logits once, `combine` merges parts of the vocabulary and gives the results, `logits_grad`
-writes the gradient. The four numbers a token that travel between them are described in `reference.py`.
+`statistics` reads the logits once, `combine` merges parts of the vocabulary and returns the results, `logits_grad`
+writes the gradient. They exchange four numbers per token, which `reference.py` describes.
 """
 
 import functools
@@ -21,7 +21,7 @@ _HAS_CUDA_KERNELS = hasattr(_OPS, "cuda_kernels")
 
 
 def compiled(device: torch.device) -> bool:
-    """Whether the compiled kernels serve this device; the first "no" is said once, as a warning."""
+    """Return whether there are compiled kernels for this device; warns once if there are none."""
     if _LIBRARIES and (device.type == "cpu" or (device.type == "cuda" and _HAS_CUDA_KERNELS)):
         return True
     if not torch.compiler.is_compiling():
@@ -40,13 +40,13 @@ def _warn_slow_path(device_type: str) -> None:
 
 
 def statistics(logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard, temperature: float) -> torch.Tensor:
-    """[N, 4] fp32 statistics of this shard's columns."""
+    """Return the statistics [N, 4] fp32 of this shard's columns."""
     function = _OPS.statistics if compiled(logits_NV.device) else reference.statistics
     return function(logits_NV, target_N, shard.start, shard.valid, 1.0 / temperature)
 
 
 def combine(parts_RN4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Statistics [R, N, 4] of R disjoint parts -> of their union [N, 4], log p(target) [N], entropy [N]; fp32."""
+    """Merge statistics [R, N, 4] of R disjoint parts: union [N, 4], log p(target) [N], entropy [N]; fp32, nats."""
     function = _OPS.combine if compiled(parts_RN4.device) else reference.combine
     return function(parts_RN4)
 
@@ -62,7 +62,7 @@ def logits_grad(
     *,
     inplace: bool,
 ) -> torch.Tensor:
-    """Gradient with respect to the logits, [N, V] in their dtype; `inplace` writes it over them."""
+    """Return the gradient with respect to the logits, [N, V] in their dtype; `inplace` writes it over them."""
     rest = (target_N, statistics_N4, grad_log_prob_N, grad_entropy_N, shard.start, shard.valid, 1.0 / temperature)
     if compiled(logits_NV.device):
         if not inplace:

@@ -1,7 +1,7 @@
-"""The row kernels in plain torch: what runs where the compiled ones do not. Same contract, several times slower.
+"""The row kernels in plain torch: the fallback for the compiled ones. Same contract, several times slower.
 
-Of a row x restricted to one part of the vocabulary (a shard, a chunk), with y_j = x_j log2(e) / temperature and sums
-that leave out the target's own column:
+Statistics of a row x over one part of the vocabulary (a shard, a chunk), with y_j = x_j log2(e) / temperature. The sums
+leave out the target's own column:
 
     reference  an integer c near max(y); -inf if the part holds no finite logit
     rest       R = sum_j 2^(y_j - c)
@@ -10,8 +10,8 @@ that leave out the target's own column:
 
 With A = R + e^d: log p(target) = d - ln A and H = ln A - (S + d e^d) / A. c is an integer, so moving to another
 reference scales R and S exactly. H does not cancel for offset logits, as lse - sum(p x) does. With the target left
-out of R, 1 - p(target) = R / A stays accurate when the target is all but certain. `csrc/common/statistics.h` is the
-same in C++.
+out of R, 1 - p(target) = R / A stays accurate when the target is nearly certain. `csrc/common/statistics.h` is the
+C++ counterpart.
 """
 
 import math
@@ -33,7 +33,7 @@ def _row_blocks(logits_NV: torch.Tensor) -> list[slice]:
 def statistics(
     logits_NV: torch.Tensor, target_N: torch.Tensor, vocab_start: int, valid: int, inverse_temperature: float
 ) -> torch.Tensor:
-    """[N, 4] fp32 (reference, rest, weighted, target) of each row's first `valid` columns; zeros for ignored rows."""
+    """Return (reference, rest, weighted, target) of each row's first `valid` columns: [N, 4] fp32, ignored rows 0."""
     out_N4 = logits_NV.new_empty((logits_NV.shape[0], 4), dtype=torch.float32)
     if valid == 0:
         out_N4[:] = out_N4.new_tensor([-math.inf, 0.0, 0.0, -math.inf])
@@ -65,10 +65,10 @@ def _block_statistics(x_NV: torch.Tensor, column_N: torch.Tensor, inverse_temper
 
 
 def combine(parts_RN4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Statistics [R, N, 4] of R disjoint parts -> those of their union [N, 4], log p(target) [N] and entropy [N]."""
+    """Merge statistics [R, N, 4] of R disjoint parts: their union [N, 4], log p(target) [N] and entropy [N]."""
     reference_RN, rest_RN, weighted_RN, target_RN = parts_RN4.double().unbind(-1)
     common_N = reference_RN.amax(0)
-    # A part without a finite logit has reference -inf and sums of 0: any finite shift will do.
+    # A part without a finite logit has reference -inf and sums of 0: any finite shift is correct.
     shift_RN = torch.where(reference_RN == -math.inf, 0.0, reference_RN - common_N)
     nats_RN, scale_RN = shift_RN * LN2, shift_RN.exp2()
     rest_N = (scale_RN * rest_RN).sum(0)
@@ -79,7 +79,7 @@ def combine(parts_RN4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def _finish(statistics_N4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(e^d, A, log p(target), H), each [N] fp64."""
+    """Return (e^d, A, log p(target), H), each [N] fp64."""
     _, rest_N, weighted_N, target_N = statistics_N4.double().unbind(-1)
     at_target_N = target_N.exp()
     total_N = rest_N + at_target_N
@@ -104,7 +104,7 @@ def logits_grad(
 ) -> None:
     """Write d(grad_log_prob . log_prob + grad_entropy . entropy)/d(logits) to `grad_NV`, which may be `logits_NV`.
 
-    `statistics_N4` are those of the whole vocabulary. Padded columns and ignored rows get zeros.
+    `statistics_N4` covers the whole vocabulary. Padded columns and ignored rows get zeros.
     """
     at_target_N, total_N, log_prob_N, entropy_N = _finish(statistics_N4)
     g_N = grad_log_prob_N.double()

@@ -1,4 +1,4 @@
-"""Which columns of the vocabulary a rank holds, and the checks every public function makes before it reads memory.
+"""The vocabulary shard of a rank, and the checks that every public function makes before it reads memory.
 
 Shape suffixes used in this package: N tokens (all leading dimensions flattened), V columns of this rank's shard,
 D hidden size, R ranks of the tensor-parallel group.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-IGNORE_INDEX = -100  # target id of a position that takes no part: log-prob, entropy and gradient are exact zeros
+IGNORE_INDEX = -100  # target id of an ignored position: log-prob, entropy and gradient are exact zeros
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,9 +29,9 @@ class Shard:
 
     @classmethod
     def of(cls, columns: int, group: dist.ProcessGroup | None, vocab_size: int | None) -> "Shard":
-        """The shard of the calling rank. Ranks hold equal numbers of columns, in rank order (Megatron's layout).
+        """Return the shard of the calling rank. Ranks hold equal numbers of columns in rank order, as in Megatron.
 
-        ValueError: `vocab_size` is not in [1, ranks * columns].
+        Raises ValueError if `vocab_size` is not in [1, ranks * columns].
         """
         ranks = 1 if group is None else dist.get_world_size(group)
         rank = 0 if group is None else dist.get_rank(group)
@@ -45,13 +45,13 @@ class Shard:
         return cls(start, columns, min(max(vocab_size - start, 0), columns), vocab_size, group, ranks)
 
     def slice(self, first: int, last: int) -> "Shard":
-        """The same rank's columns [first, last), counted from the shard's own first column."""
+        """Return the shard's columns [first, last), counted from its own first column."""
         valid = min(max(self.valid - first, 0), last - first)
         return Shard(self.start + first, last - first, valid, self.vocab_size, self.group, self.ranks)
 
 
 def check_logits(name: str, logits: torch.Tensor) -> None:
-    """ValueError unless `logits` is a floating [..., V] tensor of contiguous rows that a view can list as [N, V]."""
+    """Raise ValueError unless `logits` is a floating [..., V] tensor of contiguous rows that has a view [N, V]."""
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"{name} must be [..., V] with V > 0, got shape {tuple(logits.shape)}")
     if logits.dtype not in LOGIT_DTYPES:
@@ -74,10 +74,10 @@ def _leading_dimensions_merge(x: torch.Tensor) -> bool:
 
 
 def check_target(target: torch.Tensor, shape: torch.Size, against: str, device: torch.device, vocab_size: int) -> None:
-    """ValueError unless `target` is int64 of the given shape and device, each id in [0, vocab_size) or IGNORE_INDEX.
+    """Raise ValueError unless `target` is int64 of `shape` on `device`, each id in [0, vocab_size) or IGNORE_INDEX.
 
-    The ids are looked at on the CPU always, on an accelerator only with MEGATRON_EGRSD_CHECK_TARGETS=1 (it waits for
-    the device), inside torch.compile never. Unchecked, an id outside the vocabulary gives log-prob -inf.
+    The ids are checked always on the CPU, never inside torch.compile, and on an accelerator only if
+    MEGATRON_EGRSD_CHECK_TARGETS=1 (it waits for the device). An unchecked id outside [0, vocab_size) gives -inf.
     """
     if target.dtype != torch.int64:
         raise ValueError(f"target must be int64, got {target.dtype} {tuple(target.shape)}")
@@ -98,6 +98,6 @@ def check_target(target: torch.Tensor, shape: torch.Size, against: str, device: 
 
 
 def check_temperature(temperature: float) -> None:
-    """ValueError unless `temperature` is finite and above zero."""
+    """Raise ValueError unless `temperature` is finite and above zero."""
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be finite and > 0, got {temperature}")
