@@ -1,7 +1,7 @@
-"""Many generation requests in flight over the servers, behind a synchronous call.
+"""Client of the servers: a synchronous call that keeps many generation requests in flight.
 
-A request that fails is sent again; a server that ends or hangs is lost, and its requests go to the others. Dispatch
-is our own, to the server with the fewest requests in flight (router.py says why not a router's).
+A failed request is retried. A server that ends or hangs counts as lost, and its requests go to the other servers. Each
+request goes to the server with the fewest requests in flight; router.py explains why no router dispatches them.
 """
 
 import asyncio
@@ -18,25 +18,25 @@ from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout.generation import LARGE, NOTHING, Generation, read_answer, read_apart
 from megatron_egrsd.rollout.servers import RolloutServers, Server, ServersLost
 
-_WATCH = 0.5  # seconds between two looks at the servers' processes while requests are in flight
-_HEALTH = 5.0  # seconds between two questions for their health
-_FILES = 256  # that the process may have open besides its requests
-_ENOUGH = 1 << 20  # files, where there is no limit
-_ABORT = 5.0  # seconds that a server may take to hear that it should stop
+_PROCESS_CHECK = 0.5  # seconds between two checks of the servers' processes while requests are in flight
+_HEALTH_CHECK = 5.0  # seconds between two requests to a server's /health
+_OTHER_FILES = 256  # files that the process may have open besides its requests
+_UNLIMITED_FILES = 1 << 20  # stands for the number of files if the system sets no limit
+_ABORT_TIMEOUT = 5.0  # seconds that a server may take to accept an abort
 
 
 class _RequestFailed(Exception):
-    """One request went wrong in a way that another attempt may not."""
+    """A request failed in a way that a retry may cure."""
 
 
 class RolloutClient:
-    """Samples responses from running servers.
+    """Client that samples responses from running servers.
 
     Args:
-        servers: Where to send requests; the end of one is noticed within a second.
+        servers: The servers that get the requests. The end of a server is detected within a second.
         config: Temperature, response length, concurrency, timeouts and retries.
         stop_token_ids: Tokens that end a response, besides the checkpoint's own (generation_config, config).
-        check: Called twice a second while requests are in flight; what it raises ends the `generate`.
+        check: Called twice a second while requests are in flight. An exception that it raises ends `generate`.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class RolloutClient:
         sampling: dict[str, Any] | None = None,
         seeds: Callable[[int, int], int] | None = None,
     ) -> list[list[Generation]]:
-        """`n` responses to each prompt (token ids), in the order of the prompts. Not for use inside an event loop.
+        """Sample `n` responses to each prompt (token ids), in the order of the prompts. Not for use in an event loop.
 
-        `done` collects the j-th response to the i-th prompt under (i, j): after ServersLost, and the recovery of the
-        servers, a second call with the same `done` samples only what is missing. `finished(i, j, response)` is called
-        as each comes, and should return at once. `sampling` holds further sampling parameters of SGLang's,
-        `seeds(i, j)` the seed of a response, which servers use that run deterministically.
+        `done` collects the j-th response to the i-th prompt under (i, j). After ServersLost and the recovery of the
+        servers, a second call with the same `done` samples only the missing responses. `finished(i, j, response)` is
+        called for each response and should return at once. `sampling` holds more of SGLang's sampling parameters.
+        `seeds(i, j)` is the seed of a response; only deterministic servers use it.
 
         Raises:
             BadArgument: A prompt is empty (it would kill SGLang's scheduler), or a size is not positive.
-            ServersLost: No server is left; those that we launched are starting again.
+            ServersLost: No server is left. The servers that this run launched are being restarted.
             RunError: A server refused a prompt, a request failed on a healthy server more than
                 `config.request_retries` times, or too many servers were lost.
         """
@@ -92,12 +92,12 @@ class RolloutClient:
         return [[done[i, j] for j in range(n)] for i in range(len(prompts))]
 
     def sampling(self, temperature: float, max_new_tokens: int) -> dict[str, Any]:
-        """SGLang's sampling parameters."""
+        """Return SGLang's sampling parameters."""
         stop = {"stop_token_ids": self.stop_token_ids} if self.stop_token_ids else {}
         return {"temperature": temperature, "max_new_tokens": max_new_tokens, "skip_special_tokens": False} | stop
 
     async def _generate(self, prompts: list[list[int]], n: int, sampling: dict, done: dict, finished, seeds) -> None:
-        # The samples of one prompt are issued side by side: all but the first find its prefix cached.
+        # Requests for the same prompt are adjacent: all but the first find its prefix cached.
         missing = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]
         slots = self.slots()
 
@@ -110,16 +110,16 @@ class RolloutClient:
         await self.serve(lambda session: asyncio.gather(*(sample(session, i, j) for i, j in missing)))
 
     def slots(self) -> asyncio.Semaphore:
-        """One for every request that may be in flight. A lost server's requests go to the others."""
+        """Return a semaphore with one slot for every request that may be in flight over all servers."""
         wanted = self.config.max_concurrent_requests * len(self.servers.servers)
-        soft, hard = (_ENOUGH if limit < 0 else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
-        number = max(1, min(wanted, hard - _FILES))  # every request is a connection
-        if soft < number + _FILES:  # 1,024 in many a shell
-            resource.setrlimit(resource.RLIMIT_NOFILE, (number + _FILES, hard))
+        soft, hard = (_UNLIMITED_FILES if limit < 0 else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+        number = max(1, min(wanted, hard - _OTHER_FILES))  # every request is a connection
+        if soft < number + _OTHER_FILES:  # the soft limit is 1,024 in many shells
+            resource.setrlimit(resource.RLIMIT_NOFILE, (number + _OTHER_FILES, hard))
         return asyncio.Semaphore(number)
 
     async def serve(self, work: Callable[[aiohttp.ClientSession], Awaitable]) -> None:
-        """Await `work`, whose requests go through `sample`, with an eye on the servers."""
+        """Await `work`, which sends its requests by `sample`, and watch the servers meanwhile."""
         self.stopping = False
         self._requests = {server: set() for server in self.servers.servers}
         timeout = aiohttp.ClientTimeout(total=self.config.request_timeout)
@@ -133,14 +133,14 @@ class RolloutClient:
                     finished, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                     for task in finished:
                         task.result()
-                    tasks -= finished  # a watch ends with its server
+                    tasks -= finished  # the watch of a lost server ends
             finally:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     async def sample(self, session: aiohttp.ClientSession, body: dict) -> Generation:
-        """One response from whichever server, a beginning where `stopping`; ServersLost when none is left."""
+        """Sample one response from any server, partial if `stopping`. Raises ServersLost if no server is left."""
         failures = 0
         while not self.stopping:
             server = min(self.servers.live, key=lambda s: len(self._requests[s]), default=None)
@@ -151,7 +151,7 @@ class RolloutClient:
             try:
                 await asyncio.wait({request})
             finally:
-                self.servers.abandoned |= request.cancel()  # where we are cancelled ourselves
+                self.servers.abandoned |= request.cancel()  # still running only if this task is cancelled itself
                 self._requests[server].discard(request)
             if request.cancelled():  # its server was lost
                 continue
@@ -169,12 +169,12 @@ class RolloutClient:
         return NOTHING
 
     async def abort(self, session: aiohttp.ClientSession) -> None:
-        """From now on requests end where they are, as beginnings. A server may have missed one that was on its way."""
+        """Stop all requests; they return partial responses. A request still on its way to a server may be missed."""
         self.stopping = True
 
         async def abort_all(server: Server) -> None:
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError):  # the watches see to it
-                timeout, everything = aiohttp.ClientTimeout(total=_ABORT), {"abort_all": True}
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):  # the watches handle a server that fails
+                timeout, everything = aiohttp.ClientTimeout(total=_ABORT_TIMEOUT), {"abort_all": True}
                 async with session.post(f"{server.url}/abort_request", json=everything, timeout=timeout):
                     pass
 
@@ -186,19 +186,19 @@ class RolloutClient:
             request.cancel()
 
     async def _watch_processes(self) -> None:
-        """A request to a server that has ended could otherwise wait for its whole timeout."""
+        """Lose servers whose process has ended: a request to such a server could wait for its whole timeout."""
         while True:
             self.check()
             for server in self.servers.live:
                 if reason := server.ended():
                     self._lose(server, reason)
-            await asyncio.sleep(_WATCH)
+            await asyncio.sleep(_PROCESS_CHECK)
 
     async def _watch_health(self, session: aiohttp.ClientSession, server: Server) -> None:
-        """Lose `server` when it has not been healthy for `config.health_timeout`."""
+        """Lose `server` if it has not been healthy for `config.health_timeout` seconds."""
         patience, last = self.config.health_timeout, time.monotonic()
         while not server.lost:
-            await asyncio.sleep(min(_HEALTH, patience / 4))
+            await asyncio.sleep(min(_HEALTH_CHECK, patience / 4))
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                 async with session.get(f"{server.url}/health", timeout=aiohttp.ClientTimeout(total=patience)) as answer:
                     if answer.status == 200:
@@ -208,20 +208,20 @@ class RolloutClient:
                                    "(rollout.health_timeout)")  # fmt: skip
 
     async def _request(self, session: aiohttp.ClientSession, server: Server, body: dict) -> Generation:
-        where = f"{server.url}/generate"
+        url = f"{server.url}/generate"
         try:
-            async with session.post(where, json=body | {"return_logprob": True}) as response:
+            async with session.post(url, json=body | {"return_logprob": True}) as response:
                 if 400 <= response.status < 500 and response.status not in (408, 429):
-                    raise RunError(f"{where} refused a prompt of {len(body['input_ids'])} tokens with HTTP "
+                    raise RunError(f"{url} refused a prompt of {len(body['input_ids'])} tokens with HTTP "
                                    f"{response.status}: {(await response.text())[:300]}")  # fmt: skip
                 if response.status != 200:
-                    raise _RequestFailed(f"{where} failed with HTTP {response.status}: {(await response.text())[:300]}")
+                    raise _RequestFailed(f"{url} failed with HTTP {response.status}: {(await response.text())[:300]}")
                 answer = await response.read()
             if len(answer) > LARGE:
                 return await asyncio.to_thread(read_apart, answer, self.stopping)
             return read_answer(answer, self.stopping)
         except TimeoutError:
-            raise _RequestFailed(f"{where} did not answer within rollout.request_timeout = "
+            raise _RequestFailed(f"{url} did not answer within rollout.request_timeout = "
                                  f"{self.config.request_timeout:g} s") from None  # fmt: skip
-        except (aiohttp.ClientError, ValueError) as error:  # ValueError: no JSON, or not SGLang's
-            raise _RequestFailed(f"{where} failed: {error or type(error).__name__}") from error
+        except (aiohttp.ClientError, ValueError) as error:  # ValueError: the answer is no JSON, or not SGLang's
+            raise _RequestFailed(f"{url} failed: {error or type(error).__name__}") from error

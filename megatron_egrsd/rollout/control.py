@@ -1,4 +1,4 @@
-"""Administrative requests to the servers, to all of them at once and under one deadline."""
+"""Administrative requests to all servers at once, with one deadline."""
 
 import contextlib
 import time
@@ -13,12 +13,12 @@ from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
 
 
 class Control:
-    """Whatever is not generation: weights, versions, memory. Used by one process.
+    """Client for requests other than generation: weights, versions, memory. Used by one process.
 
     Args:
-        servers: All of them are asked; the end of one is noticed while the others answer.
-        timeout: Seconds from `start_clock` until nothing more is waited for.
-        only_here: Leave those out that were launched on other nodes.
+        servers: The servers that get every request. The end of a server is detected while the others answer.
+        timeout: Seconds from `start_clock` to the deadline of all requests.
+        only_here: Leave out servers that were launched on other nodes.
     """
 
     def __init__(self, servers: RolloutServers, timeout: float, only_here: bool = False):
@@ -29,15 +29,15 @@ class Control:
         self.start_clock()
 
     def start_clock(self) -> float:
-        """The present time, from which the timeout counts."""
+        """Start the timeout now; returns the present time."""
         now = time.monotonic()
         self.deadline = now + self.timeout
         return now
 
     def await_idle(self) -> None:
-        """End what runs although nobody awaits it any more: SGLang takes no weights then, nor gives up memory.
+        """Abort abandoned requests: while they run, SGLang accepts no weights and releases no memory.
 
-        Raises what `on_all` raises.
+        Raises the errors of `on_all`.
         """
         if self.servers.abandoned:
             self.on_all("abort_request", {"abort_all": True})
@@ -46,14 +46,14 @@ class Control:
 
     def on_all(self, endpoint: str, body: dict | list[dict | None],
                meanwhile: Callable[[Callable[[], None]], None] | None = None) -> list[dict[str, Any]]:  # fmt: skip
-        """POST to every server at once, and run `meanwhile` until they answer; the first failure is raised.
+        """POST to every server at once, run `meanwhile` until they answer, and return the answers.
 
-        A list holds a body for each server, None for one that is not asked. `meanwhile` is given a function that raises
-        when a request has failed: then nobody will take part.
+        A list holds one body per server, None for a server that is left out. `meanwhile` gets a function that raises
+        if a request has failed: then that server will not take part in a broadcast.
 
         Raises:
-            ServersLost: A server has ended, hangs or answers with something else than SGLang would.
-            RunError: A server refused.
+            ServersLost: A server has ended, hangs, or its answer is not SGLang's.
+            RunError: A server refused the request.
         """
         bodies = body if isinstance(body, list) else [body] * len(self.urls)
         requests = [self._threads.submit(self.request, "POST", url, endpoint, b)
@@ -62,7 +62,7 @@ class Control:
             try:
                 meanwhile(lambda: _raise_failed(requests))
             except RunError as error:
-                wait(requests, timeout=1.0)  # a refusal explains more than the broadcast that it broke
+                wait(requests, timeout=1.0)  # a refusal explains more than the failed broadcast that it caused
                 _raise_failed(requests)
                 self._check_alive()
                 raise ServersLost(str(error)) from error
@@ -72,7 +72,7 @@ class Control:
         return [request.result() for request in requests]
 
     def request(self, method: str, url: str, endpoint: str, body: dict | None = None) -> dict[str, Any]:
-        """One server's answer, {} where it is empty; raises as `on_all` does."""
+        """Return one server's answer, {} if it is empty. Raises the errors of `on_all`."""
         remaining = self.deadline - time.monotonic()
         try:
             response = self._http.request(method, f"{url}/{endpoint}", json=body, timeout=max(0.1, remaining))
@@ -92,9 +92,9 @@ class Control:
         return answer
 
     def tell(self, endpoint: str, body: dict, timeout: float) -> None:
-        """POST to one server after the other, whether or not they are still there to hear it."""
+        """POST to one server after the other and ignore failures."""
         for url in self.urls:
-            with contextlib.suppress(httpx.HTTPError):  # a server that is ending
+            with contextlib.suppress(httpx.HTTPError):  # the server may be ending
                 self._http.post(f"{url}/{endpoint}", json=body, timeout=timeout)
 
     def close(self) -> None:

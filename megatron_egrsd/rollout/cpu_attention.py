@@ -1,8 +1,8 @@
 """Decode attention for SGLang on CPU: one batched SDPA call instead of one call per sequence.
 
 SGLang's "torch_native" backend loops over the running requests in Python; with a small model and a hundred requests
-that loop is 85 % of the server's time. Here the keys and values of all requests are gathered into one padded batch.
-Prefill and everything unusual (sliding windows, cross attention) stay with torch_native.
+that loop is 85 % of the server's time. This backend gathers the keys and values of all requests into one padded batch.
+torch_native still serves prefill and the less usual cases (sliding windows, cross attention).
 """
 
 import torch
@@ -12,10 +12,10 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 
 class BatchedDecodeBackend(TorchNativeAttnBackend):
-    """torch_native with a batched `forward_decode`."""
+    """The torch_native backend with a batched `forward_decode`."""
 
     def init_forward_metadata(self, forward_batch):
-        """Slots and validity of every cached token of the batch, once for all layers.
+        """Prepare slots and mask of every cached token of the batch, once for all layers.
 
         slots: [B, L] int64 rows of the KV pool, L the longest running request; mask: [B, 1, 1, L] additive fp32.
         """
@@ -26,12 +26,12 @@ class BatchedDecodeBackend(TorchNativeAttnBackend):
         longest = int(lengths.max())
         self.slots = self.req_to_token_pool.req_to_token[forward_batch.req_pool_indices, :longest].long()
         beyond = torch.arange(longest, device=lengths.device) >= lengths[:, None]
-        # Beyond a request's end the table holds stale slots: any valid row will do, the mask removes it.
+        # Beyond a request's end the table holds stale slots. The mask removes them, so any valid row is correct.
         self.slots.masked_fill_(beyond, 0)
         self.mask = torch.zeros(beyond.shape, device=lengths.device).masked_fill_(beyond, -torch.inf)[:, None, None]
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True):
-        """q: [B, Hq * D]; k, v: [B, Hkv, D] or flat. Returns [B, Hq * Dv]."""
+        """Attend with q [B, Hq * D] and the new k, v [B, Hkv, D] (or flat). Returns [B, Hq * Dv]."""
         windowed = layer.sliding_window_size is not None and layer.sliding_window_size > -1
         if windowed or layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
@@ -39,7 +39,7 @@ class BatchedDecodeBackend(TorchNativeAttnBackend):
         if save_kv_cache and k is not None:
             pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc), k, v)
         batch, kv_heads = q.shape[0], layer.tp_k_head_num
-        # The query heads that share a key head sit where SDPA expects query positions: no key is repeated.
+        # The query heads that share a key head take the dimension of query positions: no key is repeated.
         query = q.reshape(batch, kv_heads, -1, layer.qk_head_dim)
         key = self._gather(pool.get_key_buffer(layer.layer_id))
         value = self._gather(pool.get_value_buffer(layer.layer_id))
@@ -48,6 +48,6 @@ class BatchedDecodeBackend(TorchNativeAttnBackend):
         return sdpa(query, key.to(q.dtype), value.to(q.dtype), mask, scale=layer.scaling).reshape(batch, -1)
 
     def _gather(self, pool):
-        """[slots, Hkv, D] -> [B, Hkv, L, D]. Rows by index_select: ten times faster than indexing on CPU."""
+        """Gather [slots, Hkv, D] -> [B, Hkv, L, D], by index_select: ten times faster than indexing on CPU."""
         rows = pool.flatten(1).index_select(0, self.slots.flatten())
         return rows.view(*self.slots.shape, *pool.shape[1:]).transpose(1, 2)

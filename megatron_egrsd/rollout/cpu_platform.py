@@ -1,7 +1,7 @@
 """SGLang on a machine without a GPU: plain PyTorch, without AMX and without SGLang's compiled kernels.
 
 SGLang finds `activate` through the entry-point group "sglang.srt.platforms" (pyproject.toml) in every process it
-starts; `NAME` is what `SGLANG_PLATFORM` selects. Nothing of SGLang is patched.
+starts. `SGLANG_PLATFORM` = `NAME` selects it. Nothing of SGLang is patched.
 """
 
 from typing import TYPE_CHECKING
@@ -13,14 +13,14 @@ NAME = "megatron_egrsd_cpu"
 
 
 def activate() -> str | None:
-    """Import path of the platform class, or None where CUDA is available and SGLang's own platform serves."""
+    """Return the import path of the platform class, or None if CUDA is available: SGLang's own platform serves then."""
     import torch
 
     return None if torch.cuda.is_available() else f"{__name__}.CpuPlatform"
 
 
 def __getattr__(name: str) -> "type[SRTPlatform]":
-    """`CpuPlatform`, defined on demand: SGLang imports this module before its own platforms are complete."""
+    """Define `CpuPlatform` on demand: SGLang imports this module before its own platforms are complete."""
     if name != "CpuPlatform":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -49,7 +49,7 @@ def __getattr__(name: str) -> "type[SRTPlatform]":
 
             from megatron_egrsd.rollout.cpu_sampling import multinomial_with_seed
 
-            # Of deterministic inference the CPU has the seeded sampling; the batch-invariant kernels are for GPUs.
+            # On CPU, deterministic inference means seeded sampling only; the batch-invariant kernels are for GPUs.
             batch_invariant_ops._batch_invariant_MODE = True
             sampler.multinomial_with_seed = multinomial_with_seed
 

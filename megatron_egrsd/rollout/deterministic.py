@@ -1,4 +1,4 @@
-"""SGLang's deterministic inference: a response depends on its prompt and its seed, not on what else is sampled."""
+"""SGLang's deterministic inference: a response depends on its prompt and its seed, not on the rest of the batch."""
 
 from dataclasses import replace
 
@@ -12,12 +12,12 @@ _ARGUMENT = "enable_deterministic_inference"
 
 
 def deterministic(config: RolloutConfig) -> RolloutConfig:
-    """`config` whose launched servers use the seeds of requests."""
+    """Return `config` with the argument that makes launched servers use the seeds of requests."""
     return replace(config, server_args={_ARGUMENT: True} | config.server_args)
 
 
 def check_deterministic(servers: RolloutServers) -> None:
-    """BadArgument where a server ignores the seeds of requests; RunError where it does not answer."""
+    """Raise BadArgument if a server ignores the seeds of requests, RunError if it does not answer."""
     with httpx.Client(timeout=30.0, trust_env=False, headers=servers.headers) as http:
         for url in servers.urls:
             try:

@@ -1,4 +1,4 @@
-"""What SGLang answers to a request for a response: the response, or a beginning of one."""
+"""SGLang's answer to a generation request: a response or a partial response."""
 
 import atexit
 import contextlib
@@ -16,17 +16,17 @@ from typing import Any
 
 import orjson
 
-LARGE = 1 << 16  # bytes of an answer that is worth a way to another process and back: 2,000 tokens
+LARGE = 1 << 16  # bytes of an answer (2,000 tokens) above which parsing in another process saves time
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One sampled response, or the beginning of one.
+    """One sampled response or partial response.
 
     `log_probs[t]` is the log-probability (nats) of `response_ids[t]` under softmax(logits / temperature). A response
-    that stopped ends with the stop token. `finish_reason` is "stop", "length" or, of a beginning, "abort". `segments`
-    are [weight version, number of tokens] of what each version sampled, in turn; a version is that of the last sync,
-    0 before the first, -1 where the server has a version of its own naming.
+    that stopped ends with the stop token. `finish_reason` is "stop", "length" or, for a partial response, "abort".
+    `segments` lists [weight version, number of tokens sampled by it], in order. A version is the number of the last
+    weight sync: 0 before the first, -1 if the server reports a version that is no number.
     """
 
     response_ids: list[int]
@@ -36,7 +36,7 @@ class Generation:
 
     @property
     def weight_version(self) -> int:
-        """That of the first token, which is the oldest."""
+        """The weight version of the first token, which is the oldest."""
         return self.segments[0][0]
 
     @property
@@ -44,9 +44,9 @@ class Generation:
         return self.finish_reason != "abort"
 
     def continued(self, more: "Generation") -> "Generation":
-        """This beginning with what was sampled behind it."""
-        stretches = itertools.groupby(self.segments + more.segments, key=lambda segment: segment[0])
-        segments = [[version, sum(tokens for _, tokens in same)] for version, same in stretches]
+        """Return this partial response followed by the tokens of `more`."""
+        by_version = itertools.groupby(self.segments + more.segments, key=lambda segment: segment[0])
+        segments = [[version, sum(tokens for _, tokens in same)] for version, same in by_version]
         ids, log_probs = self.response_ids + more.response_ids, self.log_probs + more.log_probs
         return Generation(ids, log_probs, more.finish_reason, segments)
 
@@ -55,7 +55,7 @@ NOTHING = Generation([], [], "abort", [])
 
 
 def read_answer(answer: bytes, stopping: bool = False) -> Generation:
-    """`parse_generation` of SGLang's JSON."""
+    """Parse SGLang's JSON by `parse_generation`."""
     return parse_generation(orjson.loads(answer), stopping)
 
 
@@ -69,11 +69,11 @@ def read_apart(answer: bytes, stopping: bool = False) -> Generation:
 
 
 def parse_generation(answer: Any, stopping: bool = False) -> Generation:
-    """SGLang's answer as a Generation; ValueError if it was aborted, contradicts itself or is something else.
+    """Return SGLang's answer as a Generation. Raises ValueError if it was aborted, is inconsistent or not SGLang's.
 
-    `stopping`: one that was aborted is a beginning, possibly of no tokens. SGLang does not look whether its last token
-    ends the response; that one is left out, whatever it is, and so sampled again. A log-probability that SGLang could
-    not compute (null in JSON) is nan here: the guard of the update skips it.
+    With `stopping`, an aborted answer is a partial response, possibly without tokens. SGLang does not check whether its
+    last token ends the response, so the last token is dropped and sampled again. A log-probability that SGLang could
+    not compute (null in JSON) becomes nan; the update that contains it is skipped.
     """
     try:
         meta = answer["meta_info"]

@@ -1,12 +1,12 @@
-"""`python -m megatron_egrsd.rollout.launch ARGS`: SGLang's own server, also where torchvision cannot be imported.
+"""`python -m megatron_egrsd.rollout.launch ARGS`: SGLang's own server, even if torchvision cannot be imported.
 
-SGLang imports torchvision at the top of its configurations of vision-language models, whatever model it serves; on
-PyPI torchvision is linked to CUDA and fails to import beside a CPU build of torch (and then breaks transformers in
-the training process too, so `requirements/cpu.txt` leaves it out). A text model never calls it: here an empty
-package takes its place. Nothing happens where torchvision works.
+SGLang imports torchvision at the top of its configurations of vision-language models, for every model. PyPI's
+torchvision is linked to CUDA and fails to import beside a CPU build of torch (and then breaks transformers in the
+training process too, so `requirements/cpu.txt` leaves it out). A text model never calls torchvision, so this module
+replaces it by an empty package. It does nothing if torchvision works.
 
-SGLang's children are spawned, and a spawned child first imports the main module of its parent, which is this one:
-the replacement stands in the scheduler and the detokenizer too, before they import SGLang.
+SGLang spawns its children, and a spawned child first imports the main module of its parent, which is this one. So the
+scheduler and the detokenizer have the replacement too before they import SGLang.
 """
 
 import logging
@@ -19,11 +19,11 @@ from megatron_egrsd.rollout.launch_guard import KEY_VARIABLE, die_with_parent
 
 
 class _Absent(ModuleType):
-    """A module whose every public name is a class that refuses to be used."""
+    """A module whose public names are all classes that raise ImportError when they are called."""
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
-            raise AttributeError(name)  # inspect and importlib ask for these and take no for an answer
+            raise AttributeError(name)  # inspect and importlib look these up and accept that they are missing
 
         def refuse(*_, **__):
             raise ImportError(f"{self.__name__}.{name} was called, but torchvision cannot be imported here")
@@ -39,7 +39,7 @@ def replace_missing_torchvision() -> None:
         pass
     else:
         return
-    sys.modules["torchvision"] = None  # makes transformers find, and remember, that there is none
+    sys.modules["torchvision"] = None  # makes transformers find, and cache, that there is no torchvision
     from transformers.utils import is_torchvision_available
 
     assert not is_torchvision_available()
@@ -54,7 +54,7 @@ def replace_missing_torchvision() -> None:
 
 
 def keep_out_of_the_log(secret: str) -> None:
-    """SGLang logs all its arguments at the start, the API key among them: every log record loses it."""
+    """Replace `secret` by *** in every log record: SGLang logs all its arguments at the start, the API key too."""
     make = logging.getLogRecordFactory()
 
     def record(*args, **kwargs) -> logging.LogRecord:
@@ -65,7 +65,7 @@ def keep_out_of_the_log(secret: str) -> None:
     logging.setLogRecordFactory(record)
 
 
-# At import, so that the spawned children do it as well.
+# At import, so that the spawned children do the same.
 die_with_parent()
 replace_missing_torchvision()
 if key := os.environ.get(KEY_VARIABLE):

@@ -1,36 +1,36 @@
-"""Ports for servers that take seconds to bind them."""
+"""Choice of ports for servers that take seconds to bind them."""
 
 import random
 import socket
 
 from megatron_egrsd.errors import BadArgument
 
-_NOT_OUTGOING = (20000, 32768)  # Linux gives from 32768 on to connections
+_NOT_OUTGOING = (20000, 32768)  # Linux uses ports from 32768 on for outgoing connections
 
 
 def choose_ports(host: str, first: int, count: int) -> list[int]:
-    """`count` ports of `host`, from `first` on, or any free ones if it is 0; BadArgument naming one that is taken.
+    """Return `count` ports of `host`, from `first` on, or any free ports if `first` is 0.
 
-    Free ones are from below the range that the kernel gives to outgoing connections: a server needs ten seconds to
-    start, in which one of those may take a port that was free.
+    Free ports are chosen below the range of outgoing connections: a server needs ten seconds to start, and such a
+    connection may take the port meanwhile. Raises BadArgument, naming the port, if one is taken.
     """
     if first:
         for port in range(first, first + count):
-            if error := _why_not(host, port):
+            if error := _bind_error(host, port):
                 raise BadArgument(f"rollout.port: port {port} on {host} cannot be used ({error}); "
                                   "free it, choose another, or 0 for any free one")  # fmt: skip
         return list(range(first, first + count))
     free: list[int] = []
     for port in random.SystemRandom().sample(range(*_NOT_OUTGOING), 1000):
-        if len(free) < count and not _why_not(host, port):
+        if len(free) < count and not _bind_error(host, port):
             free.append(port)
     if len(free) < count:
-        raise BadArgument(f"rollout.host: no free port on {host} ({_why_not(host, 0) or 'a thousand were tried'})")
+        raise BadArgument(f"rollout.host: no free port on {host} ({_bind_error(host, 0) or 'a thousand were tried'})")
     return free
 
 
-def _why_not(host: str, port: int) -> str:
-    """Why a port cannot be bound; "" if it can."""
+def _bind_error(host: str, port: int) -> str:
+    """Return the reason why a port cannot be bound, or "" if it can."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free for SGLang too
         try:

@@ -1,7 +1,7 @@
 """A process group between one training rank and the servers, beside torch.distributed's own.
 
-SGLang joins with `init_custom_process_group`; this is the other end of it. torch.distributed's default group, if
-training has one, is neither used nor changed.
+SGLang joins with `init_custom_process_group`; this module is the trainer's counterpart. It neither uses nor changes
+torch.distributed's default group.
 """
 
 import os
@@ -18,22 +18,22 @@ from torch.distributed import distributed_c10d
 
 from megatron_egrsd.errors import RunError
 
-# What SGLang 0.5 sets in its processes, where nothing else is set.
+# The defaults that SGLang 0.5 sets in its processes.
 _SGLANGS_NCCL = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 
 
 def use_sglangs_nccl_settings() -> None:
-    """Let NCCL work in this process, and in those it starts, as in SGLang's; what the user has set stays.
+    """Set SGLang's NCCL defaults in this process and its children; variables that the user has set stay.
 
     NCCL cannot connect ranks that differ in the first setting: the group would fail with "invalid argument". All
-    training ranks have to call this before their first communicator: the rank in the group shares those with them.
+    training ranks must call this before their first communicator, because rank 0 shares its communicators with them.
     """
     for name, value in _SGLANGS_NCCL.items():
         os.environ.setdefault(name, value)
 
 
 def address_towards(url: str) -> str:
-    """The address of this host that the host of `url` can reach."""
+    """Return the address of this host that the host of `url` can reach."""
     parts = urlsplit(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((parts.hostname, parts.port or 80))  # a datagram socket: nothing is sent
@@ -41,14 +41,14 @@ def address_towards(url: str) -> str:
 
 
 def is_local(url: str) -> bool:
-    """Whether the host of `url` is this one: towards itself, a host uses the very address."""
+    """Return whether the host of `url` is this one: a host reaches itself from the same address."""
     return socket.gethostbyname(urlsplit(url).hostname) == address_towards(url)
 
 
 class BroadcastGroup:
-    """Rank 0 of a group of `world_size`; the servers hold the other ranks.
+    """Rank 0 of a group of `world_size`; the servers hold the other ranks. `timeout` in seconds.
 
-    Made in two halves, because the servers join by a request that only returns once we join as well: the constructor
+    Creation has two steps, because the servers' request to join returns only after rank 0 has joined: the constructor
     opens the rendezvous at `address`:`port`, `join` completes it.
     """
 
@@ -63,7 +63,7 @@ class BroadcastGroup:
         self._group = None
 
     def join(self) -> None:
-        """Become rank 0; returns when every server has joined, RunError after the timeout."""
+        """Join as rank 0; returns when every server has joined. Raises RunError after the timeout."""
         # Same keys as SGLang's side: prefix `name`, then torch's own. As in SGLang there is no public call for
         # a group that is independent of the default one.
         try:
@@ -75,7 +75,7 @@ class BroadcastGroup:
         distributed_c10d._world.pg_group_ranks[self._group] = {i: i for i in range(self.world_size)}
 
     def broadcast(self, tensor: torch.Tensor, deadline: float, check: Callable[[], None]) -> None:
-        """Send `tensor` to every server. `check` is polled meanwhile and raises when waiting has become pointless.
+        """Send `tensor` to every server. `check` is polled meanwhile; it raises if a server cannot take part any more.
 
         Raises:
             RunError: A server closed its connection, or `deadline` (time.monotonic) has passed.
@@ -87,14 +87,14 @@ class BroadcastGroup:
                 if time.monotonic() > deadline:
                     raise RunError("the broadcast of the weights did not finish in time")
                 time.sleep(0.0005)
-            work.wait()  # raises what went wrong
+            work.wait()  # raises the error of the broadcast, if any
         except RuntimeError as error:
             if isinstance(error, RunError):
                 raise
             raise RunError(f"the broadcast of the weights failed: {str(error).splitlines()[0]}") from error
 
     def close(self, patience: float = 5.0) -> None:
-        """Leave the group. torch waits for an abandoned broadcast; after `patience` seconds it does so on its own."""
+        """Leave the group. torch waits for an abandoned broadcast: in the background after `patience` seconds."""
         if self._group is None:
             return
         group, self._group = self._group, None

@@ -1,6 +1,6 @@
-"""A router (sglang-router) in front of the user's servers: asked at the start for the servers, which are then asked.
+"""A router (sglang-router) in front of the user's servers. It is asked once, at the start, for its servers.
 
-It passes no weights on, and would send requests to a server that was started again before that has the current ones.
+Further requests go to the servers: a router passes no weights on, and sends requests to a restarted server too early.
 """
 
 import re
@@ -10,15 +10,15 @@ import httpx
 
 from megatron_egrsd.errors import RunError
 
-_POLL = 0.5  # seconds between two looks at a router that knows no server yet
+_POLL = 0.5  # seconds between two requests to a router that knows no server yet
 
 
 def servers_behind(http: httpx.Client, url: str, patience: float) -> list[str]:
-    """URLs of the servers that the router at `url` knows; `url` itself where that is no router.
+    """Return the URLs of the servers that the router at `url` knows, or `url` itself if it is no router.
 
     Raises:
-        RunError: It knows none within `patience` seconds; or one of them takes no weights, because it only prefills or
-            decodes, or does not speak HTTP.
+        RunError: The router knows no server within `patience` seconds, or a server accepts no weights because it only
+            prefills, only decodes or does not speak HTTP.
     """
     deadline = time.monotonic() + patience
     while (workers := _workers(http, url)) == []:
@@ -29,13 +29,13 @@ def servers_behind(http: httpx.Client, url: str, patience: float) -> list[str]:
         if kind != "regular" or not worker.startswith(("http://", "https://")):
             raise RunError(f"behind the router at {url} is {worker}, a server of type {kind}; weights and requests go "
                            "to regular ones over HTTP alone")  # fmt: skip
-    # With --dp-aware it counts every data-parallel rank of a server: http://host:port@rank.
+    # With --dp-aware a router lists every data-parallel rank of a server: http://host:port@rank.
     found = [url] if workers is None else [re.sub(r"@\d+$", "", worker) for worker, _ in workers]
     return list(dict.fromkeys(found))
 
 
 def _workers(http: httpx.Client, url: str) -> list[tuple[str, str]] | None:
-    """(URL, type) of each server of a router; None where `url` is no router: SGLang itself knows no such page."""
+    """Return (URL, type) of each server of a router, or None if `url` is no router: SGLang itself has no /workers."""
     try:
         workers = http.get(f"{url}/workers").json()["workers"]
         return [(worker["url"].rstrip("/"), worker["worker_type"]) for worker in workers]

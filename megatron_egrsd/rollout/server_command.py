@@ -4,7 +4,7 @@ from megatron_egrsd.config import ModelConfig, RolloutConfig
 
 
 def server_command(config: RolloutConfig, model: ModelConfig, seed: int, port: int, device: str) -> list[str]:
-    """SGLang's arguments; `config.server_args` comes last and so overrides."""
+    """Return SGLang's arguments. `config.server_args` overrides all others."""
     arguments = {
         "model-path": model.path,
         "host": config.host,
@@ -13,11 +13,11 @@ def server_command(config: RolloutConfig, model: ModelConfig, seed: int, port: i
         "tp-size": config.engine_tensor_parallel,
         "random-seed": seed,
         "weight-version": "0",
-        "skip-server-warmup": True,  # its English sentence kills the server of a model without such words
+        "skip-server-warmup": True,  # its English sentence kills the server if the vocabulary lacks such words
         "skip-tokenizer-init": True,  # token ids in, token ids out
-        "enable-fp32-lm-head": model.dtype != "float32",  # as the engine's: rounded logits cost most of the agreement
+        "enable-fp32-lm-head": model.dtype != "float32",  # like the engine: rounded logits differ most from it
         "log-level": "info",
-        "log-level-http": "warning",  # not a line for every request
+        "log-level-http": "warning",  # no line for every request
     }
     if config.max_total_tokens:
         arguments["max-total-tokens"] = config.max_total_tokens
@@ -26,14 +26,14 @@ def server_command(config: RolloutConfig, model: ModelConfig, seed: int, port: i
             "device": "cpu",
             "sampling-backend": "pytorch",
             "disable-cuda-graph": True,
-            "sleep-on-idle": True,  # the scheduler polls: on few cores it would take one from training
+            "sleep-on-idle": True,  # the scheduler polls: on few cores it would take a core from training
             "max-running-requests": config.max_concurrent_requests,
         }
     elif config.colocated:
-        arguments["enable-memory-saver"] = True  # what release_memory_occupation needs
+        arguments["enable-memory-saver"] = True  # required by release_memory_occupation
     arguments |= {name.replace("_", "-"): value for name, value in config.server_args.items()}
     if device == "cpu":
-        arguments.pop("base-gpu-id", None)  # SGLang would take it for a NUMA node
+        arguments.pop("base-gpu-id", None)  # SGLang would use it as a NUMA node
     words = []
     for name, value in arguments.items():
         if value is False or value is None:

@@ -9,29 +9,29 @@ EVERYTHING = (WEIGHTS, *CACHES)
 
 
 class ServerMemory:
-    """Which parts every server holds; a part is released, or resumed, where that has not been done.
+    """Releases and resumes parts of the servers' GPU memory; requests only the parts that still need it.
 
-    SGLang does it by unmapping GPU memory (its enable_memory_saver, which colocated servers are launched with) and
-    forgets what was in it: released weights must be pushed again. On CPU it goes through the same motions and keeps
-    both memory and weights. Only for idle servers; generation that needs a released part would crash them.
+    SGLang unmaps GPU memory (its enable_memory_saver, an argument of colocated servers) and loses its content: released
+    weights must be pushed again. On CPU it accepts the requests and keeps both memory and weights. Only for idle
+    servers: generation that needs a released part would crash them.
     """
 
     def __init__(self, control: Control):
         self.control, self.servers = control, control.servers
 
     def release(self, *parts: str) -> None:
-        """Free `parts` on every server. ServersLost where one does not: all are started anew then."""
-        self._move("release_memory_occupation", parts, lambda server, part: part not in server.released)
+        """Free `parts` on every server. Raises ServersLost if a server fails to, after restarting all servers."""
+        self._request_due("release_memory_occupation", parts, lambda server, part: part not in server.released)
         for server in self.servers.servers:
             server.released |= set(parts)
 
     def resume(self, *parts: str) -> None:
-        """Allocate `parts` again on every server. ServersLost where one does not: all are started anew then."""
-        self._move("resume_memory_occupation", parts, lambda server, part: part in server.released)
+        """Allocate `parts` again on every server. Raises ServersLost if one fails to, after restarting all servers."""
+        self._request_due("resume_memory_occupation", parts, lambda server, part: part in server.released)
         for server in self.servers.servers:
             server.released -= set(parts)
 
-    def _move(self, endpoint: str, parts: tuple[str, ...], is_due) -> None:
+    def _request_due(self, endpoint: str, parts: tuple[str, ...], is_due) -> None:
         self.control.start_clock()
         due = [[part for part in parts if is_due(server, part)] for server in self.servers.servers]
         try:

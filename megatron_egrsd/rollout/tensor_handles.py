@@ -1,7 +1,7 @@
 """Tensors shared with servers of this host by handle: CUDA IPC on GPUs, shared memory on CPU.
 
-What travels is a pickle in torch.multiprocessing's format, which SGLang reads through its allow-list of harmless types.
-It holds addresses, not contents: some kilobytes for any model.
+The message is a pickle in torch.multiprocessing's format, which SGLang reads with an allow-list of harmless types. It
+holds addresses, not contents: a few kilobytes for any model.
 """
 
 import base64
@@ -19,28 +19,28 @@ _SHARED_MEMORY = "/dev/shm"
 
 
 def flatten(bucket: Bucket, device: torch.device) -> torch.Tensor:
-    """[elements] on `device`: the tensors of a bucket, of one type, side by side in memory of their own."""
+    """Copy the tensors of a bucket, which have one dtype, into one new tensor [elements] on `device`."""
     return torch.cat([t.detach().to(device).reshape(-1) for _, t in bucket])
 
 
 def unflatten(flat: torch.Tensor, bucket: Bucket) -> Bucket:
-    """`bucket`'s names and shapes as views of `flat`, which is laid out like `flatten(bucket)`."""
+    """Return `bucket`'s names with views of `flat`, which is laid out like `flatten(bucket)`."""
     parts = flat.split([t.numel() for _, t in bucket])
     return [(name, part.view(t.shape)) for (name, t), part in zip(bucket, parts, strict=True)]
 
 
 def share(bucket: Bucket, device: torch.device) -> tuple[str, torch.Tensor]:
-    """(handles of `bucket` in base64, the one buffer behind them). Keep the buffer until the servers have answered.
+    """Return (handles of `bucket` in base64, the buffer behind them). Keep the buffer until the servers have answered.
 
-    The tensors, of one type, are copied side by side into memory on `device` that other processes can open. RunError
-    where that is the host's and does not fit: the kernel would kill the process that writes to it.
+    The tensors, which have one dtype, are copied into one buffer on `device` that other processes can open. Raises
+    RunError if the host's shared memory is too small: the kernel would kill the process that writes to it.
     """
     size, free = sum(t.nbytes for _, t in bucket), shutil.disk_usage(_SHARED_MEMORY).free
     if device.type == "cpu" and size > free:
         raise RunError(f"{_SHARED_MEMORY} has {free >> 20} MiB left for a weight bucket of {size >> 20} MiB; lower "
                        "rollout.sync_bucket_mib, or give the container more (docker run --shm-size)")  # fmt: skip
     flat = flatten(bucket, device)
-    # By file name, not by descriptor: that can only be passed on to a process of our own.
+    # By file name: a file descriptor can only be passed on to a child process.
     strategy = torch_mp.get_sharing_strategy()
     torch_mp.set_sharing_strategy("file_system")
     try:

@@ -1,8 +1,8 @@
-"""What SGLang's /weights_checker must answer for given HF weights.
+"""The checksums that SGLang's /weights_checker must return for given HF weights.
 
 SGLang stores Qwen3 differently from HF: q, k and v in one tensor, gate and up in one, all experts of a layer in two,
-the vocabulary padded to a multiple of 64 rows of zeros, and each tensor-parallel rank its shard. This lays HF tensors
-out in that way.
+the vocabulary padded with rows of zeros to a multiple of 64, and one shard per tensor-parallel rank. This module brings
+HF tensors into that layout.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 _STACKED = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}
 _ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj)\.weight$")
 _VOCABULARY = re.compile(r"(embed_tokens|lm_head)\.weight$")
-_VOCABULARY_MULTIPLE = 64  # of the padding in SGLang's VocabParallelEmbedding
+_VOCABULARY_MULTIPLE = 64  # SGLang's VocabParallelEmbedding pads to a multiple of this
 
 Shard = tuple[int, int]  # tensor-parallel rank and size
 
@@ -25,11 +25,11 @@ Shard = tuple[int, int]  # tensor-parallel rank and size
 def expected_checksums(
     named_tensors: Iterable[tuple[str, torch.Tensor]], shards: list[Shard]
 ) -> Iterator[tuple[str, list[str], dict[Shard, str]]]:
-    """(SGLang's name, HF names it is made of, checksum for each shard), streaming over HF tensors in any order; only
-    the experts of a layer must follow one another.
+    """Yield (SGLang's name, the HF names in it, {shard: checksum}) from a stream of HF tensors.
 
-    Exact for tensor-parallel sizes up to the number of key heads; beyond it SGLang repeats key heads; and where
-    an expert's intermediate size on a rank is a multiple of 64: on CPUs SGLang pads it to one.
+    The tensors may come in any order, but the experts of a layer must be adjacent. The checksums are exact for
+    tensor-parallel sizes up to the number of key heads (beyond it SGLang repeats key heads), and if an expert's
+    intermediate size on a rank is a multiple of 64 (on CPUs SGLang pads it to one).
     """
     waiting: dict[str, dict[str, tuple[str, torch.Tensor]]] = {}
     layer, experts = "", {}
@@ -63,7 +63,7 @@ def expected_checksums(
 def _stacked_experts(
     layer: str, experts: dict[int, dict[str, tuple[str, torch.Tensor]]], shards: list[Shard]
 ) -> Iterator[tuple[str, list[str], dict[Shard, str]]]:
-    """[experts, 2 x intermediate, hidden] of gate and up, and [experts, hidden, intermediate] of down."""
+    """Yield checksums: gate and up [experts, 2 x intermediate, hidden], down [experts, hidden, intermediate]."""
     for name, parts in _STACKED.items() if experts else ():
         members = [[experts[e][part] for part in parts if part in experts[e]] for e in sorted(experts)]
         sums = dict.fromkeys(shards, "incomplete")
@@ -75,7 +75,7 @@ def _stacked_experts(
 
 
 def checksum(tensor: torch.Tensor) -> str:
-    """SGLang's `tensor_hash` of a tensor's bytes, as it prints it: 16 hexadecimal digits."""
+    """Return SGLang's `tensor_hash` of a tensor's bytes as SGLang prints it: 16 hexadecimal digits."""
     if tensor.is_cuda:
         from sglang.srt.managers.mm_utils import tensor_hash  # its Triton hash; bytes never leave the GPU
 
