@@ -78,7 +78,7 @@ $TENSOR x $PIPELINE x $CONTEXT"
     fail "$NNODES x $NPROC_PER_NODE training GPUs in $PIPELINE pipeline stages do not divide by EXPERT = $EXPERT"
 [[ -f "$CONFIG" ]] || fail "there is no configuration file $CONFIG; set CONFIG"
 [[ -f "$MODEL/config.json" ]] || fail "there is no Hugging Face checkpoint in $MODEL (no config.json); set MODEL"
-[[ -f "$DATA" ]] || fail "there is no training file $DATA; set DATA (tools/prepare_data.py makes one)"
+[[ -f "$DATA" ]] || fail "there is no training file $DATA; set DATA (megatron-egrsd prepare-data makes one)"
 [[ -z "$EVAL_DATA" || -f "$EVAL_DATA" ]] ||
     fail "there is no evaluation file $EVAL_DATA; set EVAL_DATA, or leave it empty"
 command -v torchrun >/dev/null || fail "torchrun is not on PATH; activate the environment that megatron_egrsd is in"

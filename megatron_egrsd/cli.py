@@ -159,6 +159,10 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
   report RUN ...     the table before/after and the report page of a run, or of several compared
   report --tokens X  the token page of a run or scored dump: every token coloured by its weight
 """),
+    "prepare-data": (_main_of("preparation.command"), """\
+  prepare-data FILE... --evaluation FILE -o TRAIN.jsonl
+                     a training set in this project's schema, without the problems of evaluation sets
+"""),
     "convert": (_main_of("hf.command"), """\
   convert to-megatron|to-hf|verify --hf-path DIR --megatron-path DIR
                      weights between Hugging Face and Megatron-LM, compared bit by bit

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not importlib.util.find_spec("transformer_engine"), reason="needs Transformer Engine's Python"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU"),
 ]
-# What only Transformer Engine's norms ask for; engine/checkpoint.py does without, tools/convert_hf.py writes it.
+# What only Transformer Engine's norms ask for; engine/checkpoint.py does without, hf/ writes it.
 NORMS = {
     f"decoder.{name}._extra_state"
     for name in ("final_layernorm", "layers.self_attention.q_layernorm", "layers.self_attention.k_layernorm")

@@ -1,11 +1,13 @@
 """Commands, exit statuses and the one line on stderr."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from megatron_egrsd import cli
 from megatron_egrsd.config_reader import valid_keys
 from megatron_egrsd.errors import BadArgument, RunError
 
+ROOT = Path(__file__).parents[2]
 TRAIN = ["train", "--model.path", "m", "--data.train", "t.jsonl"]
 
 
@@ -113,6 +116,7 @@ MISTAKES = {
     "train": ["--stepz", "1"],
     "evaluate": ["aime24"],
     "report": [],
+    "prepare-data": ["x.jsonl"],
     "convert": ["to-hf"],
     "doctor": ["now"],
 }
@@ -130,6 +134,14 @@ def test_the_script_and_the_module_are_the_same(command, tmp_path):
     ]
     assert done[0].returncode == 2 and done[0].stdout == "" and done[0].stderr.count("\n") == 1, done[0].stderr
     assert all((d.returncode, d.stdout, d.stderr) == (2, "", done[0].stderr) for d in done)
+
+
+@pytest.mark.parametrize(("tool", "command"), [("convert_hf", "convert"), ("prepare_data", "prepare-data")])
+def test_older_names_are_the_same_commands(tool, command, tmp_path):
+    words = [sys.executable, ROOT / f"tools/{tool}.py", *MISTAKES[command]]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(rf"{tool}: error: the following arguments are required: .*\n", done.stderr), done.stderr
 
 
 def test_doctor_names_every_piece_and_its_cost(capsys, monkeypatch):

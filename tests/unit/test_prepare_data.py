@@ -1,4 +1,4 @@
-"""tools/prepare_data.py: every dataset's rows into one schema, and nothing of the evaluation sets among them."""
+"""`megatron-egrsd prepare-data`: rows of every data set into one schema, without the evaluation sets' problems."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ DAPO_PROMPT = (
 
 
 def prepare(*words) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "tools/prepare_data.py", *map(str, words)]
+    command = [sys.executable, "-m", "megatron_egrsd", "prepare-data", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
 
 

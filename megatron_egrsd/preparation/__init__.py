@@ -1,0 +1,1 @@
+"""Training sets from public data sets: one schema, without the problems of the evaluation sets."""

@@ -1,0 +1,95 @@
+"""Turn a training set into this project's schema, without the problems that the evaluation sets contain.
+
+    megatron-egrsd prepare-data deepmath/*.parquet --evaluation aime24.jsonl --evaluation amc23.jsonl -o train.jsonl
+    megatron-egrsd prepare-data open-thoughts/OpenThoughts-114k:metadata:train --evaluation aime24.jsonl -o train.jsonl
+
+Reads DAPO-Math, OpenThoughts, DeepMath and rows that hold problem and answer already, from .jsonl and .parquet files or
+the hub ("name[:config]:split"); writes one JSON object a line: id, problem, answer, solution (docs/guides/data.md).
+"""
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_egrsd.data.samples import Problem
+from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.preparation.contamination import Contamination, words
+from megatron_egrsd.preparation.readers import read_problems
+from megatron_egrsd.system.arguments import Parser
+
+_SHOWN = 5  # contaminated rows that the report names
+
+
+def main(arguments: list[str]) -> None:
+    """Prepare a data set as the `arguments` behind `megatron-egrsd prepare-data` say.
+
+    Raises BadArgument for a request that cannot work, RunError if a file cannot be read or written.
+    """
+    parser = Parser(prog="megatron-egrsd prepare-data", description=__doc__)
+    parser.add_argument("sources", nargs="+", help=".jsonl or .parquet files, or hub datasets name[:config]:split")
+    parser.add_argument("--evaluation", action="append", default=[], help="an evaluation set; may be repeated")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the .jsonl file to write; must not exist")
+    parser.add_argument(
+        "--max-characters",
+        type=int,
+        default=8000,
+        help="drop rows whose problem and solution are longer together: the teacher reads both (8000)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        prepare(options.sources, options.evaluation, options.output, options.max_characters)
+    except OSError as error:
+        raise RunError(str(error)) from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("nothing was written") from None
+
+
+def prepare(sources: list[str], evaluation: list[str], output: Path, max_characters: int) -> None:
+    """Write the usable rows of `sources` to `output`, all of them or nothing, and print what became of every row."""
+    if output.exists():
+        raise BadArgument(f"{output} exists; remove it or choose another --output")
+    contamination = Contamination(evaluation)
+    counts, hits, seen, without_solution = Counter(), [], set(), 0
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(output.name + ".partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            for source in sources:
+                for problem in read_problems(source):
+                    fate = _fate(problem, contamination, seen, hits, max_characters)
+                    counts[fate] += 1
+                    if fate == "written":
+                        without_solution += not problem.solution
+                        file.write(json.dumps(asdict(problem), ensure_ascii=False) + "\n")
+        if not counts["written"]:
+            raise BadArgument(f"no row is left: {', '.join(f'{n} {fate}' for fate, n in counts.items()) or 'no rows'}")
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+    print(f"{counts.total():>9,} rows read")
+    for fate, n in sorted(counts.items(), key=lambda item: item[0] == "written"):
+        print(f"{n:>9,} {fate}" + (f" to {output}" if fate == "written" else ""))
+    for own, other in hits[:_SHOWN]:
+        print(f"          contaminated: {own} is like {other}")
+    if not evaluation:
+        print("no --evaluation was given: nothing was checked for contamination")
+    if without_solution:
+        print(f"{without_solution:,} rows have no solution: let data.teacher_template use {{answer}} instead")
+
+
+def _fate(problem: Problem, contamination: Contamination, seen: set, hits: list, max_characters: int) -> str:
+    text = words(problem.problem)
+    if not text or not problem.answer:
+        return "without a problem or a verifiable answer"
+    if len(problem.problem) + len(problem.solution) > max_characters:
+        return f"longer than {max_characters:,} characters"
+    if text in seen:
+        return "duplicates"
+    seen.add(text)
+    if other := contamination.find(problem.problem):
+        hits.append((problem.id, other))
+        return "contaminated"
+    return "written"

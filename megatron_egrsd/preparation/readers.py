@@ -1,0 +1,73 @@
+"""One reader for the fields of each data set: a row in, (problem, answer, solution) out."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megatron_egrsd.data.problems import read_rows
+from megatron_egrsd.data.samples import Problem
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.rewards.answers import gold_answer
+
+
+def dapo(row: dict) -> tuple[str, str, str]:
+    """DAPO-Math: a chat prompt that wraps the problem in instructions, and an answer. There is no solution."""
+    problem = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+    if problem.startswith("Solve the following math problem"):
+        problem = problem.partition("\n\n")[2]
+    return problem.partition("\n\nRemember to put your answer")[0], row["reward_model"]["ground_truth"], ""
+
+
+def openthoughts(row: dict) -> tuple[str, str, str]:
+    """OpenThoughts with metadata: the answer is the box in the published solution, which teaches as well."""
+    problem = row["problem"].removeprefix("Return your final response within \\boxed{}.")
+    solution = row["ground_truth_solution"] or ""
+    is_math = row.get("domain", "math") == "math" and "\\boxed" in solution
+    return problem, gold_answer(solution) if is_math else "", solution
+
+
+def deepmath(row: dict) -> tuple[str, str, str]:
+    """DeepMath: the first of three R1 answers is the solution, without its thinking."""
+    return row["question"], row["final_answer"], (row.get("r1_solution_1") or "").rpartition("</think>")[2]
+
+
+def plain(row: dict) -> tuple[str, str, str]:
+    """problem or question, answer and solution; a GSM8K answer or a boxed solution holds both."""
+    solution = row.get("solution") or ""
+    answer = row.get("answer")
+    if answer is None:
+        answer = gold_answer(solution) if "\\boxed" in solution else ""
+    elif isinstance(answer, str) and "####" in answer:
+        answer, solution = gold_answer(answer), solution or answer.partition("####")[0]
+    return row.get("problem") or row["question"], answer, solution
+
+
+def reader(row: dict, where: str) -> Callable[[dict], tuple[str, str, str]]:
+    """Return the reader whose fields `row` has; BadArgument naming the fields if there is none."""
+    for fields, read in (
+        ({"prompt", "reward_model"}, dapo),
+        ({"problem", "ground_truth_solution"}, openthoughts),
+        ({"question", "final_answer"}, deepmath),
+        ({"problem", "answer"}, plain),
+        ({"problem", "solution"}, plain),
+        ({"question", "answer"}, plain),
+    ):
+        if fields <= row.keys():
+            return read
+    raise BadArgument(
+        f"{where} has the fields {', '.join(row)}; none of the known datasets does. "
+        "Rename them to problem, answer and solution (docs/guides/data.md)"
+    )
+
+
+def read_problems(source: str) -> Iterator[Problem]:
+    """Yield every row of `source` as a Problem; an answer or a solution that the row does not have is empty."""
+    read = None
+    for where, number, row in read_rows(source):
+        read = read or reader(row, where)
+        try:
+            problem, answer, solution = ("" if v is None else str(v).strip() for v in read(row))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise BadArgument(f"{where} is not like the rows before it ({type(error).__name__}: {error})") from None
+        extra = row.get("extra_info")
+        own = row.get("id", extra.get("index") if isinstance(extra, dict) else None)
+        yield Problem(str(own) if own is not None else f"{Path(source).stem}-{number}", problem, answer, solution)
