@@ -30,6 +30,7 @@ from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.learn import learn
 from megatron_egrsd.planning.memory import rank_memory
 from megatron_egrsd.planning.plan import placement, readable
+from megatron_egrsd.system.files import write_text
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny" / "model"
 # name -> (sizes, longest response, tokens of a micro-batch)
@@ -193,9 +194,7 @@ def main() -> int:
     text = f"{where}, torch {torch.__version__}, {STEPS} steps\n\n{table(results)}\n"
     print(text)
     if arguments.output:
-        partial = arguments.output.with_name(arguments.output.name + ".partial")
-        partial.write_text(f"# Training on one device\n\n`python tools/check_training.py`: {text}")
-        partial.rename(arguments.output)
+        write_text(arguments.output, f"# Training on one device\n\n`python tools/check_training.py`: {text}")
     complaints = [f"{r.model} in {r.dtype}: {r.complaint()}" for r in results if r.complaint()]
     for complaint in complaints:
         print(f"error: {complaint}", file=sys.stderr)

@@ -5,7 +5,6 @@ profiler; the rest of a step, without the preparation of its inputs, is training
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from megatron_egrsd.rewards.reward import grade, load_reward
+from megatron_egrsd.system.files import write_text
 
 
 class Recorder(TrainerCallback):
@@ -94,9 +94,7 @@ def main(directory: Path) -> None:
         model, rewards, config, Dataset.from_list(rows), processing_class=tokenizer, callbacks=[recorder]
     ).train()
     assert all(row["rollouts"] == rollouts for row in recorder.rows)
-    partial = directory / "metrics.jsonl.partial"
-    partial.write_text("".join(json.dumps(row) + "\n" for row in recorder.rows), encoding="utf-8")
-    os.replace(partial, directory / "metrics.jsonl")
+    write_text(directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in recorder.rows))
 
 
 if __name__ == "__main__":

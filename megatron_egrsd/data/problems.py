@@ -124,7 +124,11 @@ def _bad_row(kind: str, where: str, message: str) -> BadRow:
 
 
 def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    with open(path, "rb") as file:  # bytes: a line that is not UTF-8 is then named like any other bad line
+    try:
+        file = open(path, "rb")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise BadArgument(f"{path} cannot be read: {error.strerror}") from None
+    with file:  # bytes: a line that is not UTF-8 is then named like any other bad line
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

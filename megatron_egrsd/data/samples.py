@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_egrsd.config import Config
 from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.system.files import atomic
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,12 @@ class Rollout:
 
 
 def save_rollouts(rollouts: list[Rollout], path: Path) -> None:
-    """One JSON object a line, written to a temporary name and renamed; RunError where `path` exists already."""
+    """Write one JSON object a line, all or nothing. RunError if `path` exists already or cannot be written."""
     if path.exists():
         raise RunError(f"{path} exists already; rollouts are never overwritten")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for rollout in rollouts:
             file.write(json.dumps(asdict(rollout), ensure_ascii=False) + "\n")
-    temporary.rename(path)
 
 
 def load_rollouts(path: Path) -> list[Rollout]:

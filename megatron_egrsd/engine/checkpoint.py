@@ -8,7 +8,6 @@ no dropout).
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -34,6 +33,7 @@ from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.engine.optimizer import parts
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.hf.safe_pickle import check_metadata
+from megatron_egrsd.system.files import PARTIAL, sha256, write_text
 
 HISTORY = "metrics.jsonl"  # the run's metrics up to the checkpoint's step
 _BEST = "best"  # names the checkpoint of the best evaluation
@@ -65,7 +65,7 @@ def save(
         RunError: It could not be written; what was there before is still there.
     """
     path = directory / f"step_{step:06d}"
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     if on_first_rank(path.exists):  # saved already, at the end of the step; then a signal came
         return path
 
@@ -78,7 +78,7 @@ def save(
             shutil.copyfile(history, partial / HISTORY)
         partial.rename(path)
         if best:
-            _write(directory / _BEST, path.name)
+            write_text(directory / _BEST, path.name)
         kept = {path.name for path in complete(directory)[:keep]} | {_read(directory / _BEST)}
         for old in complete(directory):
             if old.name not in kept:
@@ -109,12 +109,6 @@ def _reason(error: BaseException) -> str:
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
@@ -129,17 +123,12 @@ def check(path: Path) -> None:
         if wrong := sums.keys() ^ files.keys():
             raise ValueError(f"{min(wrong)} is {'missing' if min(wrong) in sums else 'not one of its files'}")
         with ThreadPoolExecutor(_READERS) as readers:
-            for name, found in zip(files, readers.map(_sha256, files.values()), strict=True):
+            for name, found in zip(files, readers.map(sha256, files.values()), strict=True):
                 if sums[name] != found:
                     raise ValueError(f"{name} is not what was written (SHA-256)")
         check_metadata((path / ".metadata").read_bytes())
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BadArgument(f"the checkpoint {path} is damaged: {' '.join(str(error).split())[:300]}") from None
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def find(directory: Path, wanted: str) -> Path | None:

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.benchmarks import ProblemSet, load_sets
 from megatron_egrsd.data.prompt_builder import PromptBuilder, prompt_builder
-from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.evaluation.evaluated_model import digest, hugging_face
 from megatron_egrsd.evaluation.sample_file import SampleFile
 from megatron_egrsd.evaluation.summary import Estimate, Sample, summarize
@@ -33,6 +33,7 @@ from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.deterministic import check_deterministic, deterministic
 from megatron_egrsd.rollout.generation import Generation
 from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
+from megatron_egrsd.system.files import write_text
 
 Results = dict[str, dict[str, Estimate]]  # of each set
 
@@ -235,10 +236,4 @@ def _write_results(config: Config, sets: list[ProblemSet], results: Results, run
             for s in sets
         },
     }
-    path = Path(config.output) / "results.json"
-    temporary = path.with_name("results.json.partial")
-    try:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.rename(path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror}") from None
+    write_text(Path(config.output) / "results.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")

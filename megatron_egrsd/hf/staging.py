@@ -3,15 +3,13 @@
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_egrsd.errors import BadArgument, RunError
-
-PARTIAL = ".partial"
+from megatron_egrsd.system.files import PARTIAL
 
 
 @contextlib.contextmanager
@@ -66,15 +64,6 @@ def check_space(path: Path, nbytes: int) -> None:
     free = free_bytes(path)
     if free < nbytes:
         raise RunError(f"{path.parent} has {free / 1e9:.1f} GB free, but {nbytes / 1e9:.1f} GB are needed")
-
-
-def sha256_of(path: Path) -> str | None:
-    """Return the SHA-256 of a file in hexadecimal, or None if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
 
 
 def _empty(directory: Path, itself: bool = False) -> None:

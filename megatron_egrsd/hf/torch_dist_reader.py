@@ -3,6 +3,7 @@
 torch_dist_writer.py describes the format.
 """
 
+import contextlib
 import io
 import itertools
 import json
@@ -18,8 +19,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.hf.byte_ranges import Range, in_threads
 from megatron_egrsd.hf.safe_pickle import MetadataUnpickler, load_without_code
-from megatron_egrsd.hf.staging import sha256_of
 from megatron_egrsd.hf.torch_dist_writer import COMMON, CONFIG, INTEGRITY, METADATA
+from megatron_egrsd.system.files import sha256
 
 
 @dataclass(frozen=True)
@@ -181,21 +182,22 @@ class TorchDistReader:
             return []
         try:
             manifest = json.loads(file.read_text(encoding="utf-8"))
-            expected = manifest["files"].items()
-            if manifest["algorithm"] != "sha256":
+            expected = manifest["files"]
+            if manifest["algorithm"] != "sha256" or not isinstance(expected, dict):
                 return [INTEGRITY]
         except (ValueError, KeyError, AttributeError, TypeError):
             return [INTEGRITY]
         present = {f.name for f in self.directory.iterdir() if f.is_file() and f.name != INTEGRITY}
-        damaged = present - {name for name, _ in expected}
+        intact = set()
 
         def check(name: str, digest: str) -> Iterator[int]:
-            if sha256_of(self.directory / name) != digest:
-                damaged.add(name)
+            with contextlib.suppress(OSError):
+                if sha256(self.directory / name) == digest:
+                    intact.add(name)
             yield 0
 
-        in_threads((check(name, digest) for name, digest in expected), lambda nbytes: None)
-        return sorted(damaged)
+        in_threads((check(name, digest) for name, digest in expected.items()), lambda nbytes: None)
+        return sorted((present | expected.keys()) - intact)
 
     def _data_offset(self, key: str, chunk: Chunk) -> int:
         """Return the file offset of a chunk's elements. Raises RunError if its archive is not the tensor announced."""

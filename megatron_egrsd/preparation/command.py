@@ -8,7 +8,6 @@ the hub ("name[:config]:split"); writes one JSON object a line: id, problem, ans
 """
 
 import json
-import os
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.preparation.contamination import Contamination, words
 from megatron_egrsd.preparation.readers import read_problems
 from megatron_egrsd.system.arguments import Parser
+from megatron_egrsd.system.files import atomic
 
 _SHOWN = 5  # contaminated rows that the report names
 
@@ -52,10 +52,8 @@ def prepare(sources: list[str], evaluation: list[str], output: Path, max_charact
         raise BadArgument(f"{output} exists; remove it or choose another --output")
     contamination = Contamination(evaluation)
     counts, hits, seen, without_solution = Counter(), [], set(), 0
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
+    with atomic(output) as partial:
+        with partial.open("w", encoding="utf-8") as file:
             for source in sources:
                 for problem in read_problems(source):
                     fate = _fate(problem, contamination, seen, hits, max_characters)
@@ -65,9 +63,6 @@ def prepare(sources: list[str], evaluation: list[str], output: Path, max_charact
                         file.write(json.dumps(asdict(problem), ensure_ascii=False) + "\n")
         if not counts["written"]:
             raise BadArgument(f"no row is left: {', '.join(f'{n} {fate}' for fate, n in counts.items()) or 'no rows'}")
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
 
     print(f"{counts.total():>9,} rows read")
     for fate, n in sorted(counts.items(), key=lambda item: item[0] == "written"):

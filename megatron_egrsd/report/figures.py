@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megatron_egrsd.report.runs import Run, accuracy_interval, value
+from megatron_egrsd.system.files import atomic
 
 # The palette of Okabe and Ito without its yellow and black: told apart with every colour vision.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
@@ -254,7 +255,8 @@ def _legend(figure: Figure, runs: list[Run]) -> None:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    figure.savefig(path)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def to_svg(figure: Figure) -> str:

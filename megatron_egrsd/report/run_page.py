@@ -5,10 +5,10 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from megatron_egrsd.errors import RunError
 from megatron_egrsd.report import figures
-from megatron_egrsd.report.html import template, write_page
+from megatron_egrsd.report.html import template
 from megatron_egrsd.report.runs import Run, accuracy_interval, value
+from megatron_egrsd.system.files import write_text
 
 
 def write_report(runs: list[Run], directory: Path) -> Path:
@@ -42,17 +42,13 @@ def write_report(runs: list[Run], directory: Path) -> Path:
         ),
     ]
     sections = []
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, title, caption, figure in drawn:
-            if figure is not None:
-                figures.save_png(figure, directory / f"{name}.png")
-                sections.append((name, title, caption, Markup(figures.to_svg(figure))))
-    except OSError as error:
-        raise RunError(f"cannot write into {directory}: {error.strerror}") from None
+    for name, title, caption, figure in drawn:
+        if figure is not None:
+            figures.save_png(figure, directory / f"{name}.png")
+            sections.append((name, title, caption, Markup(figures.to_svg(figure))))
     page = directory / "report.html"
     rows = [_summary(run) | {"colour": figures.COLOURS[i % len(figures.COLOURS)]} for i, run in enumerate(runs)]
-    write_page(template("report.html").render(runs=runs, rows=rows, sections=sections), page)
+    write_text(page, template("report.html").render(runs=runs, rows=rows, sections=sections))
     return page
 
 

@@ -21,6 +21,7 @@ from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.objectives.egrsd import confidence
 from megatron_egrsd.objectives.interface import Tokens, weigh
 from megatron_egrsd.objectives.load import load_objective
+from megatron_egrsd.system.files import atomic
 
 if TYPE_CHECKING:
     from megatron_egrsd.engine.engine import Engine, Scores
@@ -168,21 +169,15 @@ def token_pieces(tokenizer, ids: list[int]) -> list[str]:
 
 
 def save_scores(scored: list[ScoredRollout], path: Path) -> None:
-    """One JSON object a line, written to a temporary name and renamed; RunError where `path` exists or cannot be."""
+    """Write one JSON object a line, all or nothing. RunError if `path` exists already or cannot be written."""
     if path.exists():
         raise RunError(f"{path} exists already; scores are never overwritten")
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            for rollout in scored:
-                row = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
-                row |= {"objective": asdict(rollout.objective), "problem": asdict(rollout.problem)}
-                # orjson writes fp32 in the fewest digits that read back exactly, and what is not finite as null.
-                file.write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
-        temporary.rename(path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}") from None
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        for rollout in scored:
+            row = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
+            row |= {"objective": asdict(rollout.objective), "problem": asdict(rollout.problem)}
+            # orjson writes fp32 in the fewest digits that read back exactly, and what is not finite as null.
+            file.write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
 
 
 def load_scores(path: Path) -> list[ScoredRollout]:

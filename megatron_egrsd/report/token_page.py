@@ -21,8 +21,9 @@ from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.egrsd import magnitude
 from megatron_egrsd.objectives.signal import advantages
 from megatron_egrsd.report.family import NAMES, family, member, settings, title
-from megatron_egrsd.report.html import TEMPLATES, template, write_page
+from megatron_egrsd.report.html import TEMPLATES, template
 from megatron_egrsd.report.scored_dump import ScoredRollout, batch_tokens, batch_weights, load_scores
+from megatron_egrsd.system.files import write_text
 
 MAX_TOKENS = 150_000  # of one page: a browser stays quick with them
 
@@ -182,5 +183,5 @@ def write_token_page(target: Path, output: Path | None, step: int | None, groups
     if output is None:
         output = dump.with_suffix(".html") if target.is_file() else target / f"tokens_{dump.stem}.html"
     html = render(scored, f"{target.resolve().name}, step {scored[0].step}", groups)
-    write_page(html, output)
+    write_text(output, html)
     return output

@@ -19,6 +19,7 @@ from megatron_egrsd.objectives.egrsd import confidence
 from megatron_egrsd.objectives.interface import Tokens
 from megatron_egrsd.objectives.signal import advantages
 from megatron_egrsd.report.scored_dump import batch_weights, load_scores
+from megatron_egrsd.system.files import write_text
 from tools import make_tiny_model as tiny
 from tools.validate_method.run import DUMPED
 
@@ -186,6 +187,4 @@ def main(output: Path) -> None:
     result["training"] = {
         name: entropies_over_training(output / "runs" / name / "seed-0", (1, 5, 10, 15, 20)) for name in sorted(DUMPED)
     }
-    target = output / "mechanism.json"
-    target.with_suffix(".tmp").write_text(json.dumps(result, indent=1))
-    target.with_suffix(".tmp").rename(target)
+    write_text(output / "mechanism.json", json.dumps(result, indent=1))

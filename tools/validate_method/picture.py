@@ -7,6 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megatron_egrsd.report.figures import COLOURS
+from megatron_egrsd.system.files import atomic
 from tools.validate_method.paired import difference
 from tools.validate_method.plan import TITLES
 
@@ -37,6 +38,5 @@ def save(rows: dict, path: Path) -> None:
         label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(labels.values(), labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=9)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary)
-    temporary.rename(path)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png")

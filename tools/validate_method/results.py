@@ -10,6 +10,7 @@ import numpy as np
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.report import read_evaluations
 from megatron_egrsd.report.runs import read_run
+from megatron_egrsd.system.files import write_text
 from tools.validate_method.paired import Difference, difference, holm
 from tools.validate_method.plan import HYPOTHESES, MARGIN, Hypothesis, settings
 from tools.validate_method.run import is_complete, path_of
@@ -183,9 +184,7 @@ def write_document(blocks: dict[str, str], document: Path) -> None:
             raise RunError(
                 f"{document} has {count} places for {name}; it needs one <!-- {name} --> ... <!-- /{name} -->"
             )
-    temporary = document.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(document)
+    write_text(document, text)
 
 
 def main(output: Path, document: Path, own: str) -> None:
