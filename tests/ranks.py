@@ -8,9 +8,8 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
-import psutil
-
 from megatron_egrsd.rollout.ports import choose_ports
+from tests.processes import kill_tree
 
 # A rank begins as a copy of a process that has imported these, one thread and no state: alone it would take 5 s of CPU.
 _IMPORTED = ["torch", "megatron_egrsd.learn", "megatron_egrsd.engine.checkpoint"]
@@ -53,9 +52,7 @@ def run_ranks(
         for process in processes:
             process.join(0.5)
             if process.is_alive():
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    child.kill()
-                process.kill()
+                kill_tree(process.pid)
                 process.join()
 
 

@@ -4,7 +4,8 @@ import pytest
 
 from megatron_egrsd.config_reader import parse_config
 from tests.end_to_end.test_train import descendants_with, metrics, run
-from tests.faults.runs import MODEL, ROOT, kill, survive
+from tests.faults.runs import MODEL, ROOT, survive
+from tests.processes import kill
 from tests.ranks import run_ranks
 
 COLOCATED = {

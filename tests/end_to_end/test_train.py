@@ -16,6 +16,7 @@ import pytest
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.rollout.servers import RolloutServers
 from tests.models import make_qwen3
+from tests.processes import kill_tree
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "examples/configs/tiny_cpu.yaml"
@@ -48,8 +49,7 @@ def run(output: Path, ranks: int = 1, timeout: float = 240, **overrides) -> subp
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-            child.kill()
+        kill_tree(process.pid)
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 

@@ -26,7 +26,6 @@ def nothing_left():
     children = {p.pid for p in psutil.Process().children(recursive=True)}
     yield
     left = [p for p in psutil.Process().children(recursive=True) if p.pid not in children and _runs(p)]
-    left = [p for p in left if "resource_tracker" not in " ".join(p.cmdline())]
     assert not left, left
     abandoned = _shared_memory() - before
     for maps in Path("/proc").glob("[0-9]*/maps"):  # other programs of this machine use shared memory too
@@ -42,6 +41,6 @@ def _shared_memory() -> set[str]:
 
 def _runs(process: psutil.Process) -> bool:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE
+        return process.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(process.cmdline())
     except psutil.NoSuchProcess:
         return False

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.processes import kill, kill_tree, tree
+
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny" / "model"
 PROMPTS, PER_PROMPT = 4, 4
@@ -51,17 +53,12 @@ class Run:
         return self
 
     def __exit__(self, *_) -> None:
-        for process in self.all():
-            process.kill()
+        kill_tree(self.process.pid)
         self.process.wait(20)
 
     def all(self) -> list[psutil.Process]:
         """The process, torchrun's ranks and SGLang's processes."""
-        try:
-            first = psutil.Process(self.process.pid)
-            return [first, *first.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+        return tree(self.process.pid)
 
     def find(self, *words: str) -> list[psutil.Process]:
         """Those whose command line holds all `words`."""
@@ -76,10 +73,12 @@ class Run:
 
     def ranks(self) -> list[psutil.Process]:
         """The training processes, by rank."""
-        found = [
-            p for p in self.find("megatron_egrsd.cli train") if "torch.distributed.run" not in " ".join(p.cmdline())
-        ]
-        return sorted(found, key=lambda p: int(p.environ().get("RANK", "0")))
+        found = []
+        for process in self.find("megatron_egrsd.cli train"):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "torch.distributed.run" not in " ".join(process.cmdline()):
+                    found.append((int(process.environ().get("RANK", "0")), process))
+        return [process for _, process in sorted(found, key=lambda pair: pair[0])]
 
     def await_step(self, step: int, timeout: float = 180) -> None:
         """Return when metrics.jsonl holds step `step`, or the run has ended."""
@@ -150,11 +149,6 @@ def write_replay(directory: Path, count: int, seed: int = 0) -> Path:
 def replayed(directory: Path) -> dict:
     """Settings of a run without SGLang."""
     return {"debug": "train-only", "replay": directory, "max_log_prob_difference": 100}
-
-
-def kill(process: psutil.Process, number: int = signal.SIGKILL) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(number)
 
 
 def survive(output: Path, settings: dict) -> tuple[int, int, int]:

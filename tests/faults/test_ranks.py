@@ -10,7 +10,8 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from tests.faults.runs import Run, kill, numbers, replayed, rows, steps, write_replay
+from tests.faults.runs import Run, numbers, replayed, rows, steps, write_replay
+from tests.processes import kill
 
 STEPS = 12
 

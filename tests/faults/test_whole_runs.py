@@ -7,7 +7,8 @@ import time
 import pytest
 
 from megatron_egrsd.data.samples import load_rollouts
-from tests.faults.runs import PER_PROMPT, PROMPTS, Run, kill, rows, steps
+from tests.faults.runs import PER_PROMPT, PROMPTS, Run, rows, steps
+from tests.processes import kill
 
 KINDS = (
     "kill scheduler",

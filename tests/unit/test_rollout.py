@@ -23,10 +23,12 @@ from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.generation import NOTHING, Generation, parse_generation, read_answer, read_apart
 from megatron_egrsd.rollout.ports import choose_ports
 from megatron_egrsd.rollout.process_group import use_sglangs_nccl_settings
+from megatron_egrsd.rollout.scratch import Scratch
 from megatron_egrsd.rollout.server_command import server_command
-from megatron_egrsd.rollout.servers import RolloutServers, last_error
+from megatron_egrsd.rollout.servers import RolloutServers, Server, last_error
 from megatron_egrsd.rollout.weight_checksums import checksum, expected_checksums
 from megatron_egrsd.rollout.weight_sync import buckets
+from tests.processes import kill, kill_tree, tree
 
 MODEL = ModelConfig("/models/tiny", "float32")
 
@@ -219,6 +221,23 @@ def test_the_process_that_reads_ends_with_its_parent():
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_process_that_ends_between_two_looks_is_no_failure(tmp_path):
+    with subprocess.Popen(["sleep", "100"]) as first:
+        ended = psutil.Process(first.pid)
+        kill_tree(first.pid)
+    kill(ended)
+    assert tree(ended.pid) == []
+    scratch = Scratch()
+    scratch.note([ended])
+    scratch.remove()
+    (tmp_path / "log").write_text("Error: gone\n")
+    server = Server("http://127.0.0.1:1")
+    server.log, server.children = tmp_path / "log", [ended]
+    with subprocess.Popen(["sleep", "100"]) as server.process:
+        assert f"its process {ended.pid} is gone" in server.ended()
+        server.process.kill()
 
 
 def test_last_error_is_the_cause_not_a_consequence(tmp_path):

@@ -1,0 +1,26 @@
+"""Look at and end processes, any of which may end by itself between two looks."""
+
+import contextlib
+import signal
+
+import psutil
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """A process and its descendants; empty if it has ended."""
+    try:
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(process: psutil.Process, number: int = signal.SIGKILL) -> None:
+    """Send a signal to a process that may have ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
+
+
+def kill_tree(pid: int) -> None:
+    for process in tree(pid):
+        kill(process)
