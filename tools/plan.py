@@ -199,7 +199,7 @@ def _memory(arch: Architecture, parallel: ParallelConfig, ranks: int) -> RankMem
 
 
 _COLUMNS = ("model", "GPUs", "rollouts", "serving", "training", "a GPU", "generate", "score", "train", "sync", "step",
-            "one step off", "in turns", "bottleneck", "tokens/s a GPU")  # fmt: skip
+            "one step off", "colocated", "bottleneck", "tokens/s a GPU")  # fmt: skip
 
 
 def table(machine: Machine, models: list[str], gpu_counts: list[int], rollouts: int | None, cut: int) -> Iterator[str]:

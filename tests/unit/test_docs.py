@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_egrsd.cli import USAGE
+from megatron_egrsd import cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -13,7 +13,7 @@ PAGES = sorted(
     for page in [*ROOT.glob("*.md"), *ROOT.glob("*/**/*.md")]
     if not any(part.startswith(".") or part in ("runs", "build") for part in page.relative_to(ROOT).parts[:-1])
 )
-COMMANDS = set(re.findall(r"^  ([a-z-]+) ", USAGE, re.MULTILINE))
+COMMANDS = set(cli.COMMANDS)
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
