@@ -70,7 +70,7 @@ def _kernels() -> str | None:
         from megatron_egrsd.vocab_parallel import ops
     except (ImportError, OSError):  # torch may be what is missing
         return None
-    return ("CPU and CUDA" if ops._HAS_CUDA_KERNELS else "CPU") if ops._LIBRARIES else None
+    return ("CPU and CUDA" if ops.HAS_CUDA_KERNELS else "CPU") if ops.LIBRARIES else None
 
 
 PIECES = [

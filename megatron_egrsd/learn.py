@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,12 @@ from megatron_egrsd.objectives.interface import Objective, Tokens
 from megatron_egrsd.objectives.load import load_objective
 from megatron_egrsd.objectives.loss import loss_normalizer, policy_loss
 from megatron_egrsd.objectives.signal import rollout_advantages
-from megatron_egrsd.report.scored_dump import Record
 
 if TYPE_CHECKING:
     from megatron_egrsd.engine.engine import Engine, Scores
+
+# (advantage of every rollout, this data-parallel rank's student scores, its teacher scores or None)
+Record = Callable[[list[float], "dict[int, Scores]", "dict[int, Scores] | None"], None]
 
 _COLUMNS = ("advantage", "teacher_log_prob", "teacher_entropy", "student_log_prob", "student_entropy")
 _PREPARED = "prepared/"

@@ -4,7 +4,6 @@
 docs/guides/report.md describes the format. Reading needs neither megatron-core nor SGLang, and executes nothing.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,9 +24,6 @@ from megatron_egrsd.system.files import atomic
 
 if TYPE_CHECKING:
     from megatron_egrsd.engine.engine import Engine, Scores
-
-# (advantage of every rollout, this data-parallel rank's student scores, its teacher scores or None)
-Record = Callable[[list[float], "dict[int, Scores]", "dict[int, Scores] | None"], None]
 
 _STUDENT = ("student_log_prob", "student_entropy", "rollout_log_prob", "gate", "weight")
 _TEACHER = ("teacher_log_prob", "teacher_entropy", "normalized_entropy", "lookahead_entropy")

@@ -21,9 +21,10 @@ from megatron_egrsd.evaluation.summary import summarize_rollouts
 from megatron_egrsd.fleet.colocation import Apart, Colocation
 from megatron_egrsd.fleet.fleet import Fleet
 from megatron_egrsd.hf.checkpoint import save_hf
+from megatron_egrsd.learn import Record
 from megatron_egrsd.objectives.load import needs_teacher
 from megatron_egrsd.report import plot_frontier, read_evaluations, summary_table
-from megatron_egrsd.report.scored_dump import Record, gather_scores, save_scores, scored_rollouts
+from megatron_egrsd.report.scored_dump import gather_scores, save_scores, scored_rollouts
 from megatron_egrsd.rewards.reward import load_reward
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import ServersLost

@@ -13,16 +13,16 @@ import torch
 from megatron_egrsd.vocab_parallel import reference
 from megatron_egrsd.vocab_parallel.shard import Shard
 
-_LIBRARIES = sorted(Path(__file__).parent.glob("_C.*so"))
-if _LIBRARIES:
-    torch.ops.load_library(str(_LIBRARIES[0]))
+LIBRARIES = sorted(Path(__file__).parent.glob("_C.*so"))
+if LIBRARIES:
+    torch.ops.load_library(str(LIBRARIES[0]))
 _OPS = torch.ops.megatron_egrsd
-_HAS_CUDA_KERNELS = hasattr(_OPS, "cuda_kernels")
+HAS_CUDA_KERNELS = hasattr(_OPS, "cuda_kernels")
 
 
 def compiled(device: torch.device) -> bool:
     """Return whether there are compiled kernels for this device; warns once if there are none."""
-    if _LIBRARIES and (device.type == "cpu" or (device.type == "cuda" and _HAS_CUDA_KERNELS)):
+    if LIBRARIES and (device.type == "cpu" or (device.type == "cuda" and HAS_CUDA_KERNELS)):
         return True
     if not torch.compiler.is_compiling():
         _warn_slow_path(device.type)
@@ -74,7 +74,7 @@ def logits_grad(
     return grad_NV
 
 
-if _LIBRARIES:
+if LIBRARIES:
 
     @torch.library.register_fake("megatron_egrsd::statistics")
     def _(logits, target, vocab_start, valid, inverse_temperature):

@@ -173,8 +173,8 @@ def test_doctor_tells_which_kernels_were_built(libraries, cuda, found, monkeypat
     from megatron_egrsd import doctor
     from megatron_egrsd.vocab_parallel import ops
 
-    monkeypatch.setattr(ops, "_LIBRARIES", libraries)
-    monkeypatch.setattr(ops, "_HAS_CUDA_KERNELS", cuda)
+    monkeypatch.setattr(ops, "LIBRARIES", libraries)
+    monkeypatch.setattr(ops, "HAS_CUDA_KERNELS", cuda)
     assert next(piece for piece in doctor.PIECES if piece.name == "our kernels").version() == found
 
 

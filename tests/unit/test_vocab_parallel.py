@@ -513,7 +513,7 @@ def test_the_linear_form_holds_one_chunk_whatever_the_vocabulary(vocab):
 
 
 def test_the_slow_path_is_announced_once(recwarn, monkeypatch):
-    monkeypatch.setattr(ops, "_LIBRARIES", [])
+    monkeypatch.setattr(ops, "LIBRARIES", [])
     ops._warn_slow_path.cache_clear()
     for _ in range(3):
         log_prob_and_entropy(torch.zeros(1, 5), torch.tensor([0]))
