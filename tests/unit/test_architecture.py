@@ -24,7 +24,7 @@ LEVELS = [
     {"command"},
     {"train", "config_reader", "doctor"},
     {"run"},
-    {"sampling", "fleet", "report", "learn", "evaluation", "planning"},
+    {"sampling", "fleet", "report", "learn", "evaluation", "planning", "preparation"},
     {"engine", "objectives", "rewards"},
     {"data"},
     {"rollout", "hf"},
