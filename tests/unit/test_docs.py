@@ -62,6 +62,15 @@ def test_the_index_names_every_page():
     }
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/reference/design.md"])
+def test_the_drawing_has_every_package(page):
+    package = ROOT / "megatron_egrsd"
+    rooms = {p.name for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    rooms -= {"__init__.py", "__main__.py", "console.py", "weighting.py"}  # entry points and old names
+    text = (ROOT / page).read_text()
+    assert {name for name in rooms if not re.search(rf"\b{name}(?!\w)", text)} == set()
+
+
 def test_a_wrong_name_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
