@@ -1,4 +1,4 @@
-"""What of the stack is there, and what each missing piece costs."""
+"""The state of the software stack: the version of each piece, and the loss of function if it is missing."""
 
 import importlib.metadata
 import importlib.util
@@ -11,16 +11,16 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """A part of the stack: how its version is found (None: it is missing), what is lost without it."""
+    """A piece of the stack: a function that returns its version (None: missing), and the loss without it."""
 
     name: str
     version: Callable[[], str | None]
     cost: str
-    required: bool = False  # by training on CPU, the path that `make demo` takes
+    required: bool = False  # for training on CPU, the path of `make demo`
 
 
 def _package(name: str, module: str | None = None) -> Callable[[], str | None]:
-    """The version of an installed distribution whose module can be found; nothing heavy is imported."""
+    """Return a function for the version of a distribution whose module can be found; it imports nothing heavy."""
 
     def version() -> str | None:
         if importlib.util.find_spec(module or name.replace("-", "_")) is None:
@@ -65,10 +65,10 @@ def _nvcc() -> str | None:
 
 
 def _kernels() -> str | None:
-    """Ours: csrc/, built by setup.py. A library that does not load counts as missing."""
+    """Return the state of the kernels of csrc/, built by setup.py. A library that does not load counts as missing."""
     try:
         from megatron_egrsd.vocab_parallel import ops
-    except (ImportError, OSError):  # torch may be what is missing
+    except (ImportError, OSError):  # torch itself may be missing
         return None
     return ("CPU and CUDA" if ops.HAS_CUDA_KERNELS else "CPU") if ops.LIBRARIES else None
 
@@ -100,7 +100,7 @@ PIECES = [
 
 
 def run_doctor() -> int:
-    """Print the stack; 0 if training can run at least on the CPU, else 1."""
+    """Print the stack; returns 0 if training can run at least on the CPU, else 1."""
     missing = []
     for piece in PIECES:
         try:

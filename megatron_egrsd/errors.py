@@ -1,4 +1,4 @@
-"""The errors a user meets. The command line prints each as one line and exits with its status."""
+"""The errors that users see. The command line prints each as one line and exits with its status."""
 
 
 class BadArgument(ValueError):
@@ -14,11 +14,11 @@ class Preempted(RunError):
 
 
 class BadUpdate(Exception):
-    """An update that would have spoiled the weights, and was not made. Every rank meets it alike; no user does.
+    """An update that was skipped because it would have spoiled the weights. All ranks raise it; users never see it.
 
     Attributes:
-        kind: What is wrong: "gradient", or as the caller of `Engine.train_step` calls it.
-        sums: What the loss reported.
+        kind: The reason: "gradient", or a name given by the caller of `Engine.train_step`.
+        sums: The sums that the loss reported.
     """
 
     def __init__(self, kind: str, sums: dict[str, float]):

@@ -1,4 +1,4 @@
-"""The sets that `megatron-egrsd evaluate` knows by name, and how a set is found: nothing is downloaded unasked."""
+"""The problem sets of `megatron-egrsd evaluate`, by name, file or dataset. Nothing is downloaded without permission."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +19,12 @@ BENCHMARKS = {
     "hmmt25": "MathArena/hmmt_feb_2025:train",
 }
 _PROBLEM_KEYS = ("problem", "question", "prompt")
-_ANSWER_KEYS = ("answer", "expected_answer", "final_answer", "solution")  # a solution holds it in a box
+_ANSWER_KEYS = ("answer", "expected_answer", "final_answer", "solution")  # a solution has the answer in a box
 
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """A set's name in tables and files, where it comes from, and its problems."""
+    """A set of problems: its name in tables and files, its source, and its problems."""
 
     name: str
     source: str
@@ -32,10 +32,10 @@ class ProblemSet:
 
 
 def load_sets(evaluation: EvaluationConfig, data: DataConfig) -> list[ProblemSet]:
-    """The sets that `evaluation.sets` names, or the one of `data.evaluation`.
+    """Load the sets that `evaluation.sets` names or, if it is empty, the set of `data.evaluation`.
 
-    A set is a name of BENCHMARKS, a file, "NAME=FILE", or a dataset "name[:configuration]:split" of the hub.
-    BadArgument for one that is not there, for two sets of one name and for two problems of one id.
+    A set is a name of BENCHMARKS, a file, "NAME=FILE", or a dataset "name[:configuration]:split" of the hub. Raises
+    BadArgument if a set is missing, if two sets have one name, or if two problems of a set have one id.
     """
     words = evaluation.sets or [data.evaluation] * bool(data.evaluation)
     if not words:
@@ -70,7 +70,7 @@ def _load(word: str, evaluation: EvaluationConfig, data: DataConfig) -> ProblemS
 
 
 def _find(name: str, evaluation: EvaluationConfig) -> str:
-    """The prepared file of a benchmark where there is one, else its dataset."""
+    """Return the prepared file of a benchmark if there is one, else its dataset."""
     if evaluation.directory:
         for suffix in (".jsonl", ".parquet"):
             if (path := Path(evaluation.directory) / (name + suffix)).is_file():
@@ -83,7 +83,7 @@ def _stem(source: str) -> str:
 
 
 def _with_keys(source: str, data: DataConfig) -> DataConfig:
-    """`data` with the names that the first row has for problem and answer, where it lacks the configured ones."""
+    """Return `data` with the first row's names for problem and answer if it lacks the configured ones."""
     row = next((row for _, _, row in read_rows(source)), {})
     problem = [key for key in (data.problem_key, *_PROBLEM_KEYS) if key in row]
     answer = [key for key in (data.answer_key, *_ANSWER_KEYS) if key in row]

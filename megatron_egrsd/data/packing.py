@@ -1,4 +1,4 @@
-"""From ragged sequences to packed micro-batches: balanced over the ranks, padding-free, every sample exactly once."""
+"""Packing of sequences of unequal length into micro-batches: balanced over the ranks, each sequence exactly once."""
 
 import heapq
 import itertools
@@ -12,9 +12,9 @@ from megatron_egrsd.data.zigzag import zigzag
 
 @dataclass(frozen=True)
 class Sequence:
-    """A prompt and its response as one token sequence, and what the loss needs for each response token.
+    """A prompt and its response as one token sequence, with the loss's inputs for each response token.
 
-    `fields` are fp32 [response length] tensors (or scalars, broadcast over the response) by name.
+    `fields` maps names to fp32 tensors [response length], or to scalars that are broadcast over the response.
     """
 
     prompt_ids: Seq[int]
@@ -27,19 +27,19 @@ class Sequence:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences laid end to end. T tokens in all (padding last), R response tokens, B sequences.
+    """Packed sequences: T tokens in all (padding last), R response tokens, B sequences.
 
-    Row `rows[r]` of the hidden states predicts `targets[own[r]]`: the rows before each response token. A batch of
-    padding alone (B = 0, R = 0) is what a rank runs when it has fewer samples than the others have micro-batches.
+    Row `rows[r]` of the hidden states, the row before a response token, predicts `targets[own[r]]`. A batch of only
+    padding (B = 0, R = 0) keeps a rank in step that has fewer samples than the others have micro-batches.
 
-    After `split`, `tokens`, `position_ids`, `rows` and `own` are a context-parallel rank's; all else is as before.
+    After `split`, `tokens`, `position_ids`, `rows` and `own` are those of a context-parallel rank.
     """
 
     tokens: torch.Tensor  # [T] int64
     position_ids: torch.Tensor  # [T] int64, from 0 in every sequence
-    cu_seqlens: torch.Tensor  # [B + 1] int32, or [B + 2] where padding forms a last sequence of its own
+    cu_seqlens: torch.Tensor  # [B + 1] int32, or [B + 2] if padding forms a last sequence of its own
     rows: torch.Tensor  # [R] int64
-    own: torch.Tensor  # [R] int64, the response tokens that the rows predict: all of them, in order
+    own: torch.Tensor  # [R] int64, indices of the response tokens that the rows predict, in order
     targets: torch.Tensor  # [R] int64
     response_cu_seqlens: torch.Tensor  # [B + 1] int32
     samples: tuple[int, ...]  # B indices into the list that was packed
@@ -55,7 +55,7 @@ class MicroBatch:
         return MicroBatch(**moved, samples=self.samples, fields=fields)
 
     def split(self, rank: int, size: int) -> "MicroBatch":
-        """What context-parallel rank `rank` of `size` runs; the lengths are multiples of 2 x size where size > 1."""
+        """Return the part of context-parallel rank `rank`. If size > 1, lengths must be multiples of 2 x size."""
         places = zigzag(self.cu_seqlens, rank, size)
         row = torch.full_like(self.tokens, -1)
         row[places] = torch.arange(places.numel())
@@ -66,16 +66,16 @@ class MicroBatch:
         )
 
     def unpack(self, packed: torch.Tensor) -> dict[int, torch.Tensor]:
-        """[R] -> sample index -> [response length]."""
+        """Split [R] into {sample index: [response length]}."""
         lengths = self.response_cu_seqlens.diff().tolist()
         return dict(zip(self.samples, packed.split(lengths), strict=True))
 
 
 def balance(costs: Seq[int], parts: int, loads: Seq[int] | None = None) -> list[list[int]]:
-    """Split indices 0..len(costs)-1 into `parts` lists of nearly equal total cost: longest first, to the lightest.
+    """Split indices 0..len(costs)-1 into `parts` lists of nearly equal total cost.
 
-    `loads` is what the parts carry already. Every index appears exactly once; the order within a part follows the
-    index. Deterministic. (Graham 1969: LPT.)
+    The costliest index goes first, to the part of least cost (Graham 1969: LPT). `loads` are initial costs of the
+    parts. Every index appears exactly once; each part is in ascending order. Deterministic.
     """
     assignment = [[] for _ in range(parts)]
     heap = [(load, 0, part) for part, load in enumerate(loads or [0] * parts)]
@@ -88,10 +88,10 @@ def balance(costs: Seq[int], parts: int, loads: Seq[int] | None = None) -> list[
 
 
 def balance_passes(scored: Seq[int], trained: Seq[int], parts: int) -> list[list[int]]:
-    """`balance` for two passes over the same samples, each of which ends when its slowest rank does.
+    """Balance two passes over the same samples at once: each pass ends when its slowest rank does.
 
-    First the samples that are trained, by `trained`; then those that are only scored (trained cost 0), by `scored`, to
-    where least is to be scored. With even sums of both costs instead, each pass alone can be 30 % uneven.
+    First distributes the trained samples by `trained`, then the samples that are only scored (trained cost 0) by
+    `scored`, to the part of least scored cost. Balancing the sum of both would leave each pass up to 30 % uneven.
     """
     order = [i for i in range(len(scored)) if trained[i]], [i for i in range(len(scored)) if not trained[i]]
     assignment: list[list[int]] = [[] for _ in range(parts)]
@@ -103,11 +103,11 @@ def balance_passes(scored: Seq[int], trained: Seq[int], parts: int) -> list[list
 
 
 def schedule(lengths_per_rank: Seq[Seq[int]], budget: int, multiple: int = 1) -> list[list[list[int]]]:
-    """Micro-batches of each rank, as indices into the rank's own samples, the longest first.
+    """Return the micro-batches of each rank, as indices into the rank's own samples, the longest first.
 
     Their number is the same on every rank (the pipeline and the gradient reduction run in step) and a multiple of
-    `multiple`; none holds more than `budget` tokens unless it holds a single sample, and some are empty where a rank
-    has few samples. Longest first, the n-th of all ranks are alike, and memory is at its peak from the start.
+    `multiple`. None holds more than `budget` tokens unless it holds a single sample; some are empty if a rank has few
+    samples. With the longest first, the n-th of all ranks are alike, and memory peaks at the start.
     """
     least = max(min(-(-sum(lengths) // budget), len(lengths)) for lengths in lengths_per_rank) or 1
     for count in itertools.count(-(-least // multiple) * multiple, multiple):
@@ -133,9 +133,9 @@ def round_up(length: int, multiple: int) -> int:
 
 
 def pack(sequences: Seq[Sequence], samples: Seq[int], multiple: int = 1, pad_id: int = 0, each: int = 1) -> MicroBatch:
-    """Lay `sequences[i]` for i in `samples` end to end, padded to a multiple of `multiple` tokens (at least one).
+    """Pack `sequences[i]` for i in `samples` end to end, padded to a multiple of `multiple` tokens (at least one).
 
-    Before, every sequence is padded to a multiple of `each`, which divides `multiple`.
+    Every sequence is first padded to a multiple of `each`, which divides `multiple`.
     """
     chosen = [sequences[i] for i in samples]
     lengths = [round_up(len(s), each) for s in chosen]

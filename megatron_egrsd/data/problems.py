@@ -1,7 +1,7 @@
 """Problems from a file or the hub, and the order in which training visits them.
 
-Every row is checked here, before anything is started. A row that cannot be trained on is one sentence that names the
-file, the line and what to change; or, with `data.bad_rows: skip`, it is left out and counted.
+Every row is checked here, before anything is started. A row that cannot be trained on raises an error that names the
+file, the line and the change to make. With `data.bad_rows: skip` it is left out and counted instead.
 """
 
 import json
@@ -16,11 +16,11 @@ from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.errors import BadArgument
 
 _ID_KEYS = ("id", "idx", "unique_id")
-_NAMED = 5  # bad rows of a kind that are named
+_LISTED_ROWS = 5  # bad rows of a kind that a message lists
 
 
 class BadRow(BadArgument):
-    """A row that cannot be trained on: of what kind, and where ("line 3")."""
+    """A row that cannot be trained on: the kind of error, and its place ("line 3")."""
 
     def __init__(self, kind: str, place: str, message: str):
         super().__init__(message)
@@ -28,7 +28,7 @@ class BadRow(BadArgument):
 
 
 class BadRows:
-    """What becomes of bad rows: `add` raises them, or counts them where `policy` is "skip"."""
+    """Collector of bad rows: `add` raises a BadRow, or counts it if `policy` is "skip"."""
 
     def __init__(self, policy: str):
         self.skip = policy == "skip"
@@ -40,10 +40,10 @@ class BadRows:
         self.places.setdefault(row.kind, []).append(row.place)
 
     def __str__(self) -> str:
-        """Such as "2 not JSON (line 3, line 9), 1 without an answer (line 4)"."""
+        """Return the counts, such as "2 not JSON (line 3, line 9), 1 without an answer (line 4)"."""
         parts = []
         for kind, places in self.places.items():
-            named = ", ".join(places[:_NAMED]) + (", ..." if len(places) > _NAMED else "")
+            named = ", ".join(places[:_LISTED_ROWS]) + (", ..." if len(places) > _LISTED_ROWS else "")
             parts.append(f"{len(places)} {kind} ({named})")
         return ", ".join(parts)
 
@@ -51,23 +51,23 @@ class BadRows:
 def load_problems(
     source: str, config: DataConfig, *, privileged: bool = True, bad: BadRows | None = None
 ) -> list[Problem]:
-    """Every problem of `source`: a .jsonl or .parquet file, or a hub dataset "name[:config]:split".
+    """Load every problem of `source`: a .jsonl or .parquet file, or a hub dataset "name[:config]:split".
 
-    `privileged=False` says that no teacher will read these problems (evaluation, or an objective without a
-    teacher); a reference solution may then be missing even where the teacher's template asks for one.
-    A row without an id gets its line number. A row that is no problem, or one that stands there already, goes to `bad`
-    (that of `config.bad_rows`). Raises BadArgument, naming file and line.
+    `privileged=False` says that no teacher will read these problems (evaluation, or an objective without a teacher):
+    a reference solution may then be missing even if the teacher's template needs it. A row without an id gets its line
+    number. An invalid row or a duplicate goes to `bad` (default: by the policy `config.bad_rows`). Raises BadArgument,
+    naming file and line.
     """
     need_solution = privileged and "{solution}" in config.teacher_template
     bad = BadRows(config.bad_rows) if bad is None else bad
     problems, seen = [], {}
-    for where, number, row in read_rows(source, bad):
+    for location, number, row in read_rows(source, bad):
         try:
-            problem = _problem(row, where, number, config, need_solution)
+            problem = _problem(row, location, number, config, need_solution)
             text = " ".join(problem.problem.split())
             if text in seen:
-                raise _bad_row("duplicate", where, f"the problem of {seen[text]} again; remove one of them")
-            seen[text] = where
+                raise _bad_row("duplicate", location, f"the problem of {seen[text]} again; remove one of them")
+            seen[text] = location
             problems.append(problem)
         except BadRow as error:
             bad.add(error)
@@ -81,10 +81,10 @@ def load_problems(
 
 
 def batch_indices(n_problems: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The problems of batch `step` (from 0) in an endless shuffled order that depends on (seed, step) alone.
+    """Return the problem indices of batch `step` (from 0) in an endless order that depends only on (seed, step).
 
-    Each epoch is a fresh permutation and visits every problem exactly once; a batch may straddle two epochs.
-    There is no state to save: a resumed run goes on with its step number.
+    Each epoch is a new permutation and visits every problem exactly once; a batch may span two epochs. There is no
+    state to save: a resumed run continues from its step number.
     """
     if n_problems <= 0 or batch_size <= 0 or step < 0:
         raise BadArgument(f"no batch of {batch_size} from {n_problems} problems at step {step}")
@@ -101,7 +101,7 @@ def _permutation(n_problems: int, epoch: int, seed: int) -> tuple[int, ...]:
 
 
 def read_rows(source: str, bad: BadRows | None = None) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """(place for messages, row number from 1, row) of every row. What is no row goes to `bad`, which raises it."""
+    """Yield (location for messages, row number from 1, row). An invalid row goes to `bad` (default: raise it)."""
     bad = BadRows("refuse") if bad is None else bad
     path = Path(source)
     if path.suffix not in (".jsonl", ".parquet"):
@@ -119,8 +119,8 @@ def read_rows(source: str, bad: BadRows | None = None) -> Iterator[tuple[str, in
     return _jsonl_rows(path, bad) if path.suffix == ".jsonl" else _parquet_rows(path)
 
 
-def _bad_row(kind: str, where: str, message: str) -> BadRow:
-    return BadRow(kind, " ".join(where.split()[-2:]), f"{where}: {message}, or set data.bad_rows skip")
+def _bad_row(kind: str, location: str, message: str) -> BadRow:
+    return BadRow(kind, " ".join(location.split()[-2:]), f"{location}: {message}, or set data.bad_rows skip")
 
 
 def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -128,25 +128,25 @@ def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[tuple[str, int, dict[str, 
         file = open(path, "rb")  # noqa: SIM115  closed below
     except OSError as error:
         raise BadArgument(f"{path} cannot be read: {error.strerror}") from None
-    with file:  # bytes: a line that is not UTF-8 is then named like any other bad line
+    with file:  # bytes: so a line that is not UTF-8 is reported like any other bad line
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            where = f"{path} line {number}"
+            location = f"{path} line {number}"
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8
                 kind = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
                 reason = f"not JSON in UTF-8 ({error}); write one JSON object a line"
-                bad.add(_bad_row(kind, where, reason))
+                bad.add(_bad_row(kind, location, reason))
                 continue
             if not isinstance(row, dict):
                 reason = (
                     f"a JSON {_kind(row)}; write an object with the fields data.problem_key and data.answer_key name"
                 )
-                bad.add(_bad_row("not an object", where, reason))
+                bad.add(_bad_row("not an object", location, reason))
                 continue
-            yield where, number, row
+            yield location, number, row
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -171,28 +171,28 @@ def _hub_rows(source: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
         reason = " ".join(str(error).split())[:300]
         raise BadArgument(
             f"the dataset {source} cannot be loaded ({reason}); download it and give a .jsonl or "
-            ".parquet file where this machine has no network"
+            ".parquet file if this machine has no network"
         ) from None
     for number, row in enumerate(rows, 1):
         yield f"{source} row {number}", number, dict(row)
 
 
-def _problem(row: dict, where: str, number: int, config: DataConfig, need_solution: bool) -> Problem:
-    problem = _text(row, config.problem_key, where, "data.problem_key")
-    answer = _text(row, config.answer_key, where, "data.answer_key")
+def _problem(row: dict, location: str, number: int, config: DataConfig, need_solution: bool) -> Problem:
+    problem = _text(row, config.problem_key, location, "data.problem_key")
+    answer = _text(row, config.answer_key, location, "data.answer_key")
     solution = ""
     if need_solution or row.get(config.solution_key) is not None:
         hint = "data.solution_key, or let data.teacher_template use {answer} instead of {solution}"
-        solution = _text(row, config.solution_key, where, hint, blank=not need_solution)
+        solution = _text(row, config.solution_key, location, hint, blank=not need_solution)
     key = next((k for k in _ID_KEYS if isinstance(row.get(k), (str, int))), None)
     return Problem(str(row[key]) if key else str(number), problem, answer, solution)
 
 
-def _text(row: dict[str, Any], key: str, where: str, setting: str, blank: bool = False) -> str:
-    """The field as text; numbers are written out, 27.0 as "27"."""
+def _text(row: dict[str, Any], key: str, location: str, setting: str, blank: bool = False) -> str:
+    """Return the field as text; a number becomes text, 27.0 becomes "27". Raises BadRow if the field is unusable."""
     if key not in row:
         has = ", ".join(map(repr, row)) or "none"
-        raise _bad_row(f"without {key!r}", where, f"no field {key!r}; it has {has[:300]}: set {setting}")
+        raise _bad_row(f"without {key!r}", location, f"no field {key!r}; it has {has[:300]}: set {setting}")
     value = row[key]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -200,17 +200,17 @@ def _text(row: dict[str, Any], key: str, where: str, setting: str, blank: bool =
         value = str(value)
     if not isinstance(value, str) and value is not None:
         raise _bad_row(
-            f"with another type of {key!r}", where, f"field {key!r} is a {_kind(value)}; write text or a number"
+            f"with another type of {key!r}", location, f"field {key!r} is a {_kind(value)}; write text or a number"
         )
     if not blank and not (value or "").strip():
         raise _bad_row(
-            f"with an empty {key!r}", where, f"field {key!r} is empty; fill it, remove the row, set {setting}"
+            f"with an empty {key!r}", location, f"field {key!r} is empty; fill it, remove the row, set {setting}"
         )
     if not (value or "").isascii():
         try:
             value.encode()
-        except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and no tokenizer takes
-            raise _bad_row("not UTF-8", where, f"field {key!r} holds half a surrogate pair; remove it") from None
+        except UnicodeEncodeError:  # half a surrogate pair: JSON can contain it, but no tokenizer accepts it
+            raise _bad_row("not UTF-8", location, f"field {key!r} holds half a surrogate pair; remove it") from None
     return value or ""
 
 

@@ -1,7 +1,7 @@
-"""What the student and the privileged teacher read: one question, one assistant header, two contexts.
+"""The prompts of the student and of the privileged teacher: one question, one assistant header, two contexts.
 
-Student and teacher score the same response ids, appended to either prompt. That is only the same text to both
-if both prompts end in the same tokens (assistant header, thinking tags); this is checked on every prompt.
+Student and teacher score the same response ids, appended to either prompt. Both see the same text only if both prompts
+end in the same tokens (assistant header, thinking tags). This is checked for every prompt.
 """
 
 import re
@@ -17,13 +17,13 @@ from megatron_egrsd.hf.architecture import Architecture
 
 
 class PromptBuilder:
-    """Problems to token ids through the tokenizer's chat template.
+    """Builder of prompts from problems by the tokenizer's chat template.
 
     Args:
         tokenizer: A Hugging Face tokenizer with a chat template.
         config: Teacher template, system prompt, thinking mode, longest prompt.
         max_response_tokens: Tokens a response may add.
-        context_length: Longest sequence the model takes, in tokens.
+        context_length: Longest sequence of the model, in tokens.
     """
 
     def __init__(self, tokenizer: Any, config: DataConfig, max_response_tokens: int, context_length: int):
@@ -46,10 +46,10 @@ class PromptBuilder:
             self._check_suffix(self._student(probe), self._teacher(probe))
 
     def build(self, problem: Problem, *, privileged: bool = True) -> Prompt:
-        """The prompts of `problem`; without `privileged`, no teacher will read it and `teacher_ids` is empty.
+        """Build the prompts of `problem`. Without `privileged` no teacher will read it, and `teacher_ids` is empty.
 
-        Raises BadRow for a prompt that is empty or too long, BadArgument for one that ends otherwise than the template
-        promises.
+        Raises BadRow if the prompt is empty or too long, BadArgument if student's and teacher's prompt do not end in
+        the template's generation prompt.
         """
         if not problem.problem.strip():
             raise BadRow("empty", f"problem {problem.id}", f"problem {problem.id} is empty")
@@ -77,14 +77,14 @@ class PromptBuilder:
                 add_generation_prompt=generation_prompt,
                 enable_thinking=self.config.enable_thinking,
             )
-        except Exception as error:  # a template is a program: it raises whatever it likes
+        except Exception as error:  # a template is a program: it can raise any exception
             raise BadArgument(f"the tokenizer's chat template fails on a user turn: {error}") from None
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)  # the template has written them
+        return self.tokenizer.encode(text, add_special_tokens=False)  # the template contains them
 
     def _generation_ids(self) -> list[int]:
-        """What add_generation_prompt adds: assistant header and, with thinking off, an empty thinking block."""
+        """Return the ids of the generation prompt: assistant header and, with thinking off, an empty thinking block."""
         closed, opened = self._render("1 + 1?", False), self._render("1 + 1?", True)
         if len(opened) <= len(closed) or not opened.startswith(closed):
             raise BadArgument(
@@ -99,7 +99,7 @@ class PromptBuilder:
             decode = self.tokenizer.decode
             raise BadArgument(
                 "student and teacher prompt do not end in the same generation prompt: "
-                f"{decode(student[-n:])!r} and {decode(teacher[-n:])!r}, where the chat template adds "
+                f"{decode(student[-n:])!r} and {decode(teacher[-n:])!r}, but the chat template adds "
                 f"{decode(self.generation_ids)!r}"
             )
 
@@ -122,9 +122,9 @@ class PromptBuilder:
 
 
 def teacher_turn(template: str, problem: Problem) -> str:
-    """The teacher's user turn: {problem}, {solution} and {answer} replaced in one pass.
+    """Return the teacher's user turn: `template` with {problem}, {solution} and {answer} replaced in one pass.
 
-    Not str.format: LaTeX is full of braces, and a problem that itself says "{solution}" stays as it is.
+    Not by str.format: LaTeX is full of braces, and the text "{solution}" within a problem must stay as it is.
     """
     values = {"problem": problem.problem, "solution": problem.solution, "answer": problem.answer}
     return re.sub(r"{(problem|solution|answer)}", lambda match: values[match[1]], template)

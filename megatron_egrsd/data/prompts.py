@@ -8,9 +8,9 @@ from megatron_egrsd.system import torchrun
 
 
 def load_prompts(source: str, builder: PromptBuilder, *, privileged: bool) -> list[Prompt]:
-    """The prompts of a file of problems; says what was left out where `data.bad_rows` is "skip".
+    """Load the prompts of a file of problems; rank 0 prints the rows that were left out (`data.bad_rows` "skip").
 
-    Raises BadArgument, naming file and line, for what `data.bad_rows` refuses and where nothing is left.
+    Raises BadArgument, naming file and line, for a row that `data.bad_rows` refuses, or if no problem is left.
     """
     bad, prompts = BadRows(builder.config.bad_rows), []
     for problem in load_problems(source, builder.config, privileged=privileged, bad=bad):

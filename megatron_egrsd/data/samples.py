@@ -1,4 +1,4 @@
-"""The shapes a sample takes on its way: Problem -> Prompt -> Rollout (-> Sequence -> MicroBatch, data/packing.py)."""
+"""The stages of the data: Problem -> Prompt -> Rollout (-> Sequence -> MicroBatch, data/packing.py)."""
 
 import json
 from collections import Counter
@@ -12,7 +12,7 @@ from megatron_egrsd.system.files import atomic
 
 @dataclass(frozen=True)
 class Problem:
-    """One verifiable problem. `solution` is the privileged context; it is empty where the dataset has none."""
+    """One verifiable problem. `solution` is the privileged context; it is empty if the dataset has none."""
 
     id: str
     problem: str
@@ -22,7 +22,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem as token ids: what the student reads, and what the privileged teacher reads."""
+    """A problem as token ids: the student's prompt and the privileged teacher's prompt."""
 
     problem: Problem
     student_ids: list[int]
@@ -36,8 +36,8 @@ class Rollout:
     `response_ids` ends with the end-of-turn token when `finish_reason == "stop"`. `rollout_log_probs[t]` is the
     rollout engine's log-probability (nats, at the sampling temperature) of `response_ids[t]`; it never enters the
     log-ratio of the objective. `group` is the index of the prompt in its batch: rollouts of one prompt share it.
-    `weight_version` is that of the weights that sampled the first token; where others continued (rollout.partial),
-    `segments` holds [weight version, number of tokens] of every stretch in turn, and is empty elsewhere.
+    `weight_version` is the version of the weights that sampled the first token. If later weights continued the response
+    (rollout.partial), `segments` lists [weight version, number of tokens sampled by it] in order; else it is empty.
     """
 
     prompt: Prompt
@@ -48,17 +48,17 @@ class Rollout:
     weight_version: int
     text: str = ""
     reward: float = 0.0
-    reward_error: str = ""  # why the reward function gave none, and the reward is 0
+    reward_error: str = ""  # the reason why the reward function failed and the reward is 0
     segments: list[list[int]] = field(default_factory=list)
 
     @property
     def versions(self) -> list[list[int]]:
-        """[weight version, number of tokens] of every stretch of the response."""
+        """[weight version, number of tokens] of every segment of the response."""
         return self.segments or [[self.weight_version, len(self.response_ids)]]
 
 
 def save_rollouts(rollouts: list[Rollout], path: Path) -> None:
-    """Write one JSON object a line, all or nothing. RunError if `path` exists already or cannot be written."""
+    """Write one JSON object per line, atomically. Raises RunError if `path` exists or cannot be written."""
     if path.exists():
         raise RunError(f"{path} exists already; rollouts are never overwritten")
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -67,7 +67,7 @@ def save_rollouts(rollouts: list[Rollout], path: Path) -> None:
 
 
 def load_rollouts(path: Path) -> list[Rollout]:
-    """What `save_rollouts` wrote; nothing in it is executed. BadArgument naming the line that is not a rollout."""
+    """Load rollouts of `save_rollouts`, executing nothing. Raises BadArgument, naming the line, if one is invalid."""
     path = Path(path)
     try:
         lines = path.read_bytes().splitlines()
@@ -84,7 +84,7 @@ def load_rollouts(path: Path) -> list[Rollout]:
 
 
 def _rollout(row: dict) -> Rollout:
-    """A rollout from its JSON object; ValueError, KeyError, TypeError or AttributeError where it is none."""
+    """Build a rollout from its JSON object. Raises ValueError, KeyError, TypeError or AttributeError if it is none."""
     prompt = row.pop("prompt")
     problem = Problem(**prompt.pop("problem"))
     rollout = Rollout(prompt=Prompt(problem=problem, **prompt), **row)
@@ -98,7 +98,7 @@ def _rollout(row: dict) -> Rollout:
         raise ValueError("group and tokens must be integers from 0 on")
     if not all(type(number) in (int, float) for number in numbers) or not 0 <= rollout.reward <= 1:
         raise ValueError("reward must lie in [0, 1], and log-probs be numbers")
-    _ = [float(number) for number in numbers]  # OverflowError: JSON's integers have no end
+    _ = [float(number) for number in numbers]  # OverflowError: JSON's integers are unbounded
     if type(rollout.weight_version) is not int:
         raise ValueError("weight_version must be an integer")
     if rollout.segments != []:
@@ -113,9 +113,9 @@ def _rollout(row: dict) -> Rollout:
 
 
 def load_replay(path: Path, config: Config, vocab_size: int, *, privileged: bool) -> list[Rollout]:
-    """Rollouts that can be trained on as one batch of `config`, `privileged` where a teacher is needed.
+    """Load rollouts to train on as one batch of `config`; `privileged` if the objective needs a teacher.
 
-    Raises BadArgument where they do not fit.
+    Raises BadArgument if they do not fit the configuration or the model.
     """
     rollouts = load_rollouts(path)
     prompts, n = config.rollout.prompts_per_step, config.rollout.rollouts_per_prompt

@@ -1,4 +1,4 @@
-"""`megatron-egrsd evaluate`: reads the command line; evaluate.py does the work."""
+"""The command line of `megatron-egrsd evaluate`; evaluate.py does the work."""
 
 import json
 
@@ -17,7 +17,7 @@ The same command continues an interrupted evaluation. Keys: model, data, rollout
 
 
 def main(arguments: list[str]) -> None:
-    """Evaluate `model.path`; takes names of sets, then the words of `train`. Keys of training have no effect."""
+    """Evaluate `model.path`. `arguments` are names of sets, then keys as for `train`; training keys have no effect."""
     if "-h" in arguments or "--help" in arguments:
         print(USAGE, end="")
         return

@@ -1,8 +1,8 @@
 """Accuracy, pass@k, majority@k and lengths of a checkpoint on sets of problems.
 
-Every sample goes into output/samples.jsonl as soon as it is graded; the same command goes on from there. With
-evaluation.deterministic a sample depends on its problem, its index and the seed alone, so that an evaluation gives the
-same table whether it was interrupted or not.
+Every sample is written to output/samples.jsonl as soon as it is graded; the same command resumes from there. With
+evaluation.deterministic a sample depends only on its problem, its index and the seed, so an interrupted evaluation
+gives the same table as one without interruption.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ from megatron_egrsd.rollout.generation import Generation
 from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
 from megatron_egrsd.system.files import write_text
 
-Results = dict[str, dict[str, Estimate]]  # of each set
+Results = dict[str, dict[str, Estimate]]  # set name -> number's name -> estimate
 
 
 def evaluate(config: Config) -> Results:
-    """Sample what is missing in output/samples.jsonl, write output/results.json and print the table.
+    """Sample the responses missing in output/samples.jsonl, write output/results.json and print the table.
 
-    `model.path` is a Hugging Face or a Megatron checkpoint. BadArgument before anything is started.
+    `model.path` is a Hugging Face or a Megatron checkpoint. Raises BadArgument before anything is started.
     """
     sets = load_sets(config.evaluation, config.data)
     reward = load_reward(config.data.reward, config.data.reward_timeout)
@@ -66,7 +66,7 @@ def evaluate(config: Config) -> Results:
 
 
 class Evaluation:
-    """The sets, their prompts, and the samples that exist."""
+    """An evaluation: the sets, their prompts, and the existing samples."""
 
     file: SampleFile
 
@@ -85,7 +85,7 @@ class Evaluation:
         self.starts_thinking = header.rpartition("<think>")[1] != "" and "</think>" not in header
 
     def check_file(self) -> None:
-        """BadArgument where the file holds samples of a problem that has changed since."""
+        """Raise BadArgument if the file holds samples of a problem that has changed since then."""
         now = {(name, p.id): _digest(p.problem, p.answer) for name, p in self.problems}
         for (name, problem, _), row in self.file.rows.items():
             if row["problem"] != now.get((name, problem), row["problem"]):
@@ -94,7 +94,7 @@ class Evaluation:
                 )
 
     def missing(self) -> int:
-        """Samples that are still to be drawn."""
+        """Return the number of samples that are still to be drawn."""
         have = {(name, problem) for name, problem, index in self.file.rows if index < self.k}
         return sum(
             (name, p.id) not in have or any((name, p.id, j) not in self.file.rows for j in range(self.k))
@@ -102,7 +102,7 @@ class Evaluation:
         )
 
     def sample(self, model) -> None:
-        """Draw, grade and write what is missing."""
+        """Draw, grade and write the missing samples."""
         config, evaluation = self.config, self.config.evaluation
         total = len(self.problems) * self.k
         done = {
@@ -113,8 +113,8 @@ class Evaluation:
         }
         rollout = deterministic(config.rollout) if evaluation.deterministic else config.rollout
         sampling = {"top_p": evaluation.top_p} | ({"top_k": evaluation.top_k} if evaluation.top_k else {})
-        where = ", ".join(rollout.urls) or f"{rollout.engines} SGLang server(s), log in {Path(config.output) / 'logs'}"
-        print(f"{total - len(done)} of {total} samples to draw; {where}", flush=True)
+        source = ", ".join(rollout.urls) or f"{rollout.engines} SGLang server(s), log in {Path(config.output) / 'logs'}"
+        print(f"{total - len(done)} of {total} samples to draw; {source}", flush=True)
         columns = BarColumn(), MofNCompleteColumn(), TextColumn("samples"), TimeRemainingColumn()
         with (
             RolloutServers(rollout, model, config.seed, Path(config.output) / "logs") as servers,
@@ -133,7 +133,7 @@ class Evaluation:
                 progress.advance(task)
 
             def finished(i: int, j: int, generation: Generation) -> None:
-                done[i, j] = None  # the file keeps it
+                done[i, j] = None  # the file holds the response
                 while gradings and gradings[0].done():
                     gradings.popleft().result()
                 gradings.append(grader.submit(grade_and_write, i, j, generation))
@@ -150,14 +150,14 @@ class Evaluation:
                         seeds=self._seed if evaluation.deterministic else None,
                     )
                     break
-                except ServersLost:  # they are starting again, with the same weights
+                except ServersLost:  # the servers are restarting, with the same weights
                     servers.recover()
                     servers.rejoin()
             for grading in gradings:
                 grading.result()
 
     def samples(self, problem_set: ProblemSet) -> list[Sample]:
-        """The first k samples of every problem of a set, in its order."""
+        """Return the first k samples of every problem of a set, in the set's order."""
         rows = [self.file.rows[problem_set.name, p.id, j] for p in problem_set.problems for j in range(self.k)]
         return [
             Sample(
@@ -174,7 +174,7 @@ class Evaluation:
 
     def _seed(self, i: int, j: int) -> int:
         name, problem = self.problems[i]
-        return int(_digest(str(self.config.seed), name, problem.id, str(j))[:15], 16)  # 60 bits; SGLang takes 63
+        return int(_digest(str(self.config.seed), name, problem.id, str(j))[:15], 16)  # 60 bits; SGLang accepts 63
 
     def _row(self, i: int, j: int, generation: Generation) -> dict[str, Any]:
         (name, problem), ids = self.problems[i], generation.response_ids
@@ -199,7 +199,7 @@ class Evaluation:
         }
 
     def _thinking(self, ids: list[int], text: str) -> int:
-        """Tokens up to and with the last </think>; all where the thinking never ends, none where there is none."""
+        """Count the tokens up to and with the last </think>; all if the thinking never ends, 0 without thinking."""
         if "</think>" not in text:
             return len(ids) if self.starts_thinking or "<think>" in text else 0
         if self.end_of_thinking in ids:
@@ -209,7 +209,7 @@ class Evaluation:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """What decides a sample besides its problem."""
+    """Return the settings that determine a sample besides its problem."""
     e, d = config.evaluation, config.data
     return {
         "model": digest(Path(config.model.path)),

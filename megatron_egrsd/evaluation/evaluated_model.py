@@ -1,4 +1,4 @@
-"""The checkpoint that is evaluated: a Hugging Face directory, or a Megatron one that is converted for SGLang."""
+"""The evaluated checkpoint: a Hugging Face directory, or a Megatron directory that is converted for SGLang."""
 
 import contextlib
 import hashlib
@@ -13,7 +13,7 @@ from megatron_egrsd.hf.convert import ToHF
 
 @contextlib.contextmanager
 def hugging_face(config: Config) -> Iterator[str]:
-    """The Hugging Face directory of `model.path`: itself, or for a while a conversion of a Megatron checkpoint."""
+    """Yield the Hugging Face directory of `model.path`: itself, or a temporary conversion of a Megatron checkpoint."""
     path, like = Path(config.model.path), config.evaluation.like or None
     if (path / "config.json").is_file() or not path.is_dir():
         yield config.model.path
@@ -31,7 +31,7 @@ def hugging_face(config: Config) -> Iterator[str]:
 
 
 def digest(path: Path) -> str:
-    """Changes when a file of the checkpoint does: names, sizes and both ends of every file."""
+    """Return a digest of the checkpoint: of the name, the size and both ends of every file."""
     ends = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         size = file.stat().st_size

@@ -1,6 +1,6 @@
-"""samples.jsonl: every sample of an evaluation, a line each; an interrupted evaluation goes on from it.
+"""samples.jsonl: every sample of an evaluation, one per line. An interrupted evaluation resumes from it.
 
-The first line says how they were sampled. A line is written at once, so that an interruption leaves at most one torn
+The first line holds the sampling settings. A line is written at once, so an interruption leaves at most one incomplete
 line at the end, which the next start cuts off.
 """
 
@@ -16,14 +16,14 @@ Key = tuple[str, str, int]  # set, problem, index of the sample
 
 
 class SampleFile:
-    """The samples so far, and the file they are appended to.
+    """The samples so far, and the file to which samples are appended.
 
     Args:
-        path: Made, with its directory, where it is missing.
-        settings: What decides a sample besides its problem; a file that was sampled otherwise is refused.
+        path: The file; created, with its directory, if it is missing.
+        settings: The settings that determine a sample besides its problem. A file with other settings is refused.
 
     Raises:
-        BadArgument: The file belongs to other settings, is no such file, or another process is writing it.
+        BadArgument: The file has other settings, is no sample file, or another process is writing it.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
@@ -39,7 +39,7 @@ class SampleFile:
             raise
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a sample with the fields `set`, `id` and `index`. RunError where the disk takes no more."""
+        """Add a sample with the fields `set`, `id` and `index`. Raises RunError if the disk is full."""
         self._write(row)
         self.rows[_key(row)] = row
 
@@ -54,7 +54,7 @@ class SampleFile:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock ends with the process
         except BlockingIOError:
             raise BadArgument(
                 f"another process is writing {self.path}; wait for it, or choose another output"

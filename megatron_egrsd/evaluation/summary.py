@@ -1,4 +1,4 @@
-"""What graded samples add up to: accuracy, pass@k, majority@k and lengths, with bootstrap intervals over problems."""
+"""Summary of graded samples: accuracy, pass@k, majority@k and lengths, with bootstrap intervals over problems."""
 
 import statistics
 from collections import Counter
@@ -11,15 +11,15 @@ import numpy as np
 from megatron_egrsd.data.samples import Rollout
 
 RESAMPLES = 10_000
-LEVEL = 0.95  # of the intervals
+LEVEL = 0.95  # confidence level of the intervals
 
 
 @dataclass(frozen=True)
 class Sample:
     """One graded response.
 
-    `length` counts its tokens, `thinking` those up to </think>. `states_answer`: it was finished and marks an answer.
-    `vote` is the answer it gives for the majority, in one spelling; empty where it has none.
+    `length` is its number of tokens, `thinking` the number up to </think>. `states_answer` is true if the response was
+    finished and marks an answer. `vote` is its normalised answer for majority@k, empty if it has none.
     """
 
     problem: Hashable
@@ -33,7 +33,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and, where there is more than one problem, its 95 % bootstrap interval over problems."""
+    """A number and, if there is more than one problem, its 95 % bootstrap interval over problems."""
 
     value: float
     low: float | None = None
@@ -41,9 +41,9 @@ class Estimate:
 
 
 def summarize(samples: list[Sample], seed: int = 0) -> dict[str, Estimate]:
-    """Every number of the table (docs/guides/evaluation.md); lengths in tokens, shares in [0, 1].
+    """Compute every number of the table (docs/guides/evaluation.md); lengths in tokens, shares in [0, 1].
 
-    A length on right (wrong) answers is missing where there are none. `seed` draws the resamples.
+    The length of right (wrong) answers is missing if there are none. `seed` determines the resamples.
     """
     groups = by_problem(samples)
     k = min(map(len, groups))
@@ -82,13 +82,13 @@ def summarize(samples: list[Sample], seed: int = 0) -> dict[str, Estimate]:
 
 
 def accuracy(samples: list[Sample], seed: int = 0) -> Estimate:
-    """avg@k: the mean over the problems of the share of right samples."""
+    """Compute avg@k: the mean over the problems of the share of right samples."""
     shares = np.array([sum(s.right for s in g) / len(g) for g in by_problem(samples)])
     return _ratio(shares, np.ones(len(shares)), _resamples(len(shares), seed))
 
 
 def by_problem(samples: list[Sample]) -> list[list[Sample]]:
-    """The samples of each problem, in the order in which the problems first appear."""
+    """Group the samples by problem, in the order in which the problems first appear."""
     groups: dict[Hashable, list[Sample]] = {}
     for s in samples:
         groups.setdefault(s.problem, []).append(s)
@@ -96,17 +96,17 @@ def by_problem(samples: list[Sample]) -> list[list[Sample]]:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that k of n samples, drawn without replacement, hold a right one: 1 - C(n-c, k) / C(n, k).
+    """Probability that k of n samples, drawn without replacement, contain a right one: 1 - C(n-c, k) / C(n, k).
 
-    The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), equation 1.
+    The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), equation 1; c is `right`.
     """
     return 1.0 - comb(n - right, k) / comb(n, k)
 
 
 def majority(samples: list[Sample]) -> float:
-    """Chance that the most frequent answer is right, ties broken at random; samples without an answer do not vote.
+    """Probability that the most frequent answer is right, ties broken at random; samples without answer do not vote.
 
-    Right samples are one camp: the verifier finds their answers equal, however they are written.
+    All right samples count as one answer: the verifier finds their answers equal in any spelling.
     """
     votes = Counter("" if s.right else s.vote for s in samples if s.right or s.vote)
     leaders = [vote for vote, n in votes.items() if n == max(votes.values())]
@@ -114,12 +114,12 @@ def majority(samples: list[Sample]) -> float:
 
 
 def percentile_95(values: list[float]) -> float:
-    """The 95th percentile, as one of the values."""
+    """Return the 95th percentile, as one of the values."""
     return float(np.percentile(values, 95, method="nearest"))
 
 
 def _resamples(problems: int, seed: int) -> np.ndarray | None:
-    """How often each problem is drawn in each resample, [RESAMPLES, problems]; None for one problem."""
+    """Count how often each resample draws each problem: [RESAMPLES, problems] fp32, or None for one problem."""
     if problems < 2:
         return None
     draws = np.random.default_rng(seed).multinomial(problems, np.full(problems, 1 / problems), RESAMPLES)
@@ -127,19 +127,19 @@ def _resamples(problems: int, seed: int) -> np.ndarray | None:
 
 
 def _ratio(numerators: np.ndarray, denominators: np.ndarray, resamples: np.ndarray | None) -> Estimate:
-    """sum(numerators) / sum(denominators) over problems, with the percentile interval of its resamples."""
+    """Estimate sum(numerators) / sum(denominators) over problems, with the percentile interval of its resamples."""
     value = float(numerators.sum() / denominators.sum())
     if resamples is None:
         return Estimate(value)
     with np.errstate(invalid="ignore", divide="ignore"):
-        values = (resamples @ numerators) / (resamples @ denominators)  # fp64, as the numerators are
+        values = (resamples @ numerators) / (resamples @ denominators)  # fp64, like the numerators
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.nanpercentile(values, [tail, 100 - tail])  # nan: a resample without, say, a wrong answer
     return Estimate(value, float(low), float(high))
 
 
 def summarize_rollouts(rollouts: list[Rollout]) -> dict[str, float]:
-    """avg@k with its 95 % interval, pass@k, response length in tokens, share cut off by the length limit."""
+    """Compute avg@k with its 95 % interval, pass@k, response length in tokens and the share of truncated responses."""
     samples = [Sample(r.group, r.reward > 0.5, len(r.response_ids), r.finish_reason == "length") for r in rollouts]
     groups = by_problem(samples)
     lengths = [s.length for s in samples]

@@ -1,4 +1,4 @@
-"""The table that `megatron-egrsd evaluate` prints: numbers down, sets across."""
+"""The table that `megatron-egrsd evaluate` prints: one row per number, one column per set."""
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
@@ -7,7 +7,7 @@ from rich.text import Text
 
 from megatron_egrsd.evaluation.summary import Estimate
 
-_ACROSS = 4  # sets side by side; further ones get a table below
+_ACROSS = 4  # sets side by side; more sets get another table below
 _NAMES = {
     "accuracy": "accuracy (avg@k)",
     "truncated": "truncated responses",
@@ -21,7 +21,7 @@ _NAMES = {
 
 
 def evaluation_table(title: str, results: dict[str, dict[str, Estimate]]) -> Group:
-    """Shares in per cent; lengths in tokens."""
+    """Build the table: shares in per cent, lengths in tokens."""
     names = list(results)
     return Group(
         *(_table(title, {n: results[n] for n in names[i : i + _ACROSS]}) for i in range(0, len(names), _ACROSS))

@@ -1,8 +1,8 @@
-"""Bytes that one training rank allocates, term by term: what a dry run prints and refuses by. Arithmetic only.
+"""Bytes that one training rank allocates, term by term, for the report and the check of a dry run. Arithmetic only.
 
-What stays (weights, gradients, optimizer, teacher) follows the buffers of megatron-core 0.19.2 to the byte; what a step
-adds follows the tensors that autograd keeps. tests/parallel/test_memory.py compares both with the engine on CPU.
-Transformer Engine's layers are counted from its source and have not been measured here.
+The resident bytes (weights, gradients, optimizer, teacher) follow the buffers of megatron-core 0.19.2 exactly; the
+bytes of a step follow the tensors that autograd keeps. tests/parallel/test_memory.py compares both with the engine on
+CPU. Transformer Engine's layers are counted from its source and have not been measured.
 
 Symbols: T tokens of a micro-batch on one rank, all of which may be response tokens; b bytes of a weight; H, F, D, N, G,
 V as in hf/mapping.py.
@@ -27,7 +27,7 @@ GPU_RUNTIME_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Placement:
-    """What the engine runs on: it decides which kernels, and so which tensors, there are."""
+    """The device and layers of the engine. They determine the kernels and thereby the tensors that exist."""
 
     gpu: bool
     transformer_engine: bool
@@ -39,7 +39,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of a rank: what stays through the run, and what each phase of a step adds to it.
+    """Bytes of a rank: resident through the run, and added by each phase of a step.
 
     `rank` is the first global rank of pipeline stage `stage`.
     """
@@ -55,7 +55,7 @@ class RankMemory:
 
     @property
     def kept(self) -> int:
-        """What waits in host memory while colocated servers sample: gradients are dropped, the runtime stays."""
+        """Bytes offloaded to host memory while colocated servers sample: gradients are dropped, the runtime stays."""
         return sum(size for name, size in self.resident.items() if name not in ("gradients (fp32)", "CUDA runtime"))
 
     @property
@@ -64,7 +64,7 @@ class RankMemory:
 
 
 def shard_shapes(arch: Architecture, parallel: ParallelConfig, stage: int) -> list[dict[str, torch.Size]]:
-    """Shape of every parameter of a rank of `stage`, chunk by chunk, by megatron-core's local name (layers from 0).
+    """Return {local name (layers from 0): shape} of every parameter of a rank of `stage`, one dict per chunk.
 
     The last stage of a tied model holds a copy of the embedding; EP splits only the experts.
     """
@@ -86,7 +86,7 @@ def shard_shapes(arch: Architecture, parallel: ParallelConfig, stage: int) -> li
 
 @functools.cache
 def _one_layer(arch: Architecture, tensor: int, expert: int) -> dict[str, torch.Size]:
-    """Shapes of a rank's shard if the model had one layer, from the table that moves the weights (hf/mapping.py)."""
+    """Return the shapes of a rank's shard for a model of one layer, from the mapping of the weights (hf/mapping.py)."""
     arch = replace(arch, num_layers=1)
     hf, shapes = hf_shapes(arch), {}
     for entry in entries(replace(arch, num_experts=arch.num_experts // expert)):
@@ -98,7 +98,7 @@ def _one_layer(arch: Architecture, tensor: int, expert: int) -> dict[str, torch.
 def rank_memory(
     config: Config, arch: Architecture, world_size: int, stage: int, place: Placement, *, tokens: int
 ) -> RankMemory:
-    """Bytes of a rank of pipeline stage `stage` where the longest micro-batch has `tokens` tokens on a rank."""
+    """Return the bytes of a rank of pipeline stage `stage` for micro-batches of at most `tokens` tokens on a rank."""
     parallel = config.parallel
     b = getattr(torch, config.model.dtype).itemsize
     chunks = shard_shapes(arch, parallel, stage)
@@ -108,7 +108,7 @@ def rank_memory(
         resident["CUDA runtime"] = GPU_RUNTIME_BYTES
 
     in_flight = parallel.pipeline - stage  # 1F1B: forward passes of a stage before its first backward pass
-    if parallel.interleaved:  # of a chunk each: megatron-core's warm-up and one more
+    if parallel.interleaved:  # counted in chunks: megatron-core's warm-up and one more
         in_flight = 2 * (in_flight - 1) + (parallel.virtual_pipeline - 1) * parallel.pipeline + 1
     layers = arch.num_layers // parallel.layer_chunks
     is_last = stage == parallel.pipeline - 1
@@ -139,7 +139,7 @@ def rank_memory(
 
 
 def _resident(config: Config, chunks: list[dict[str, torch.Size]], stage_ranks: int, b: int):
-    """Weights, gradients, optimizer state and the teacher's own weights, in bytes.
+    """Return the bytes of weights, gradients, optimizer state and the teacher's own weights.
 
     Source: megatron-core's _ParamAndGradBuffer (fp32 gradients, grad_reduce_in_fp32), its Float16 and distributed
     optimizers (an fp32 copy of weights that are not fp32, two fp32 moments), Engine.__init__ (teacher).
@@ -163,7 +163,7 @@ def _resident(config: Config, chunks: list[dict[str, torch.Size]], stage_ranks: 
 
 
 def _buffer_numel(sizes: list[int], data_parallel: int) -> int:
-    """Elements of the distributed optimizer's one buffer: parameters start on multiples of 64, its end is padded.
+    """Count the elements of the distributed optimizer's buffer: parameters start on multiples of 64, its end is padded.
 
     Source: megatron.core.optimizer.param_layout (pad_param_start, pad_bucket_end). A rank owns an equal share, of which
     the padding carries no optimizer state; counting it errs by less than 64 elements a parameter.
@@ -178,17 +178,17 @@ def _numel(chunks: list[dict[str, torch.Size]]) -> int:
 
 
 def _norm(width: int, b: int, place: Placement) -> int:
-    """Bytes a token that an RMSNorm of `width` and the layer behind it keep: the input and the normalised output."""
+    """Return the bytes per token that an RMSNorm of `width` and the next layer keep: input and normalised output."""
     if place.transformer_engine:
         return 2 * b * width + 4
     return 12 * width + 4  # engine/layers.py computes in fp32: fp32 two copies and bf16 two, or fp32 three
 
 
 def layer_activations(arch: Architecture, tensor: int, h: int, b: int, place: Placement, context: int = 1) -> int:
-    """Bytes a token that one transformer layer keeps from forward to backward, `h` = H / TP under sequence parallelism.
+    """Return the bytes per token that one layer keeps from forward to backward; `h` = H / TP if sequence parallel.
 
-    Ours, in the manner of Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1), for RMSNorm, grouped queries, SwiGLU
-    and attention that keeps no scores: two norms, queries and keys before their norms and after the rotary embedding,
+    Derived as in Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1), for RMSNorm, grouped queries, SwiGLU and
+    attention that keeps no scores: two norms, queries and keys before their norms and after the rotary embedding,
     values, the attention's output and its log-sum-exp, and the MLP's intermediate results.
     """
     heads, groups = arch.num_heads // tensor, max(1, arch.num_kv_heads // tensor)
@@ -200,9 +200,9 @@ def layer_activations(arch: Architecture, tensor: int, h: int, b: int, place: Pl
     else:
         fp32_inputs = 8 * q + 4 * (q + 2 * kv) + 4 * kv if b == 4 else 10 * (q + kv)
         # The core attention copies queries, keys, values and output into padded batches (engine/layers.py).
-        # Under context parallelism, of keys and values all ranks': those up to the end of each of the two chunks. The
-        # masks, which all layers share, are not counted.
-        key = q if place.gpu and b == 4 else kv  # torch's fp32 kernels want a key for every query
+        # Under context parallelism it copies the keys and values of all ranks up to the end of each of the two chunks.
+        # The masks, which all layers share, are not counted.
+        key = q if place.gpu and b == 4 else kv  # torch's fp32 kernels need a key for every query
         copies = 2 * q + key * (2 * context + 1 if context > 1 else 2)
         attention = fp32_inputs + b * copies + b * q + 4 * (heads + groups)
         attention += 4 * arch.head_dim * b  # the unfused rotary embedding keeps cosines and sines, twice
@@ -211,24 +211,24 @@ def layer_activations(arch: Architecture, tensor: int, h: int, b: int, place: Pl
 
 
 def _mlp(arch: Architecture, tensor: int, h: int, b: int, place: Placement) -> int:
-    """Bytes a token of SwiGLU: fc1's output and fc2's input; unfused (CPU) also SiLU's output and the linear half."""
+    """Return SwiGLU's bytes per token: fc1's output, fc2's input; unfused (CPU) also SiLU's output and linear half."""
     rows = 3 if place.gpu else 5
     if not arch.num_experts:
         return rows * b * arch.intermediate_size // tensor
-    # Each token visits k experts: dispatched and returned rows, router probabilities (ours, not measured).
+    # Each token visits k experts: dispatched and returned rows, router probabilities (estimated, not measured).
     k = arch.experts_per_token
     return k * b * (rows * arch.expert_intermediate_size // tensor + 2 * h) + 4 * arch.num_experts
 
 
 def _layer_gradients(arch: Architecture, tensor: int, h: int, b: int, place: Placement) -> int:
-    """Bytes a token of the gradients alive at once in a layer's backward pass, at its widest: the MLP's (ours)."""
+    """Return the bytes per token of the gradients alive at once in a layer's backward pass, at its peak in the MLP."""
     experts = arch.experts_per_token if arch.num_experts else 1
     width = (arch.expert_intermediate_size or arch.intermediate_size) * experts // tensor
     return b * (4 * width + 2 * h)
 
 
 def lm_head(arch: Architecture, tensor: int, tokens: int, b: int, place: Placement) -> dict[str, int]:
-    """What vocab_parallel.linear holds in the backward pass of `tokens` response rows, in bytes."""
+    """Return the bytes of vocab_parallel.linear in the backward pass of `tokens` response rows, by name."""
     columns = arch.padded_vocab_size(tensor) // tensor
     logit = 4 if place.gpu else b
     chunk = min(max(1024, _CHUNK_ELEMENTS[place.device] // tokens // 64 * 64), columns)
@@ -244,9 +244,9 @@ def lm_head(arch: Architecture, tensor: int, tokens: int, b: int, place: Placeme
 
 
 def _adam_temporaries(chunks: list[dict[str, torch.Size]], config: Config, replicas: int, place: Placement) -> int:
-    """What AdamW allocates for its update: nothing when fused (Transformer Engine), else torch's square roots.
+    """Return the bytes that AdamW allocates: none if fused (Transformer Engine), else torch's square roots.
 
-    torch's AdamW takes all parameters at once on a GPU, and one by one with two temporaries on a CPU.
+    torch's AdamW updates all parameters at once on a GPU, and one by one with two temporaries on a CPU.
     """
     owned, largest = _numel(chunks), max(math.prod(s) for shapes in chunks for s in shapes.values())
     if config.parallel.distributed_optimizer:

@@ -1,6 +1,6 @@
 """The resolved plan of a run, before anything is started: `megatron-egrsd train --dry-run`.
 
-One process, any world size, no GPU. What cannot work is refused behind the plan, with the reason.
+It needs one process and no GPU for any world size. A run that cannot work is refused after the plan, with the reason.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ _SERVER_SHARE = 0.88  # of a GPU's memory that SGLang takes for weights and KV c
 
 
 def readable(size: float) -> str:
-    """Bytes in the largest fitting unit."""
+    """Format bytes in the largest fitting unit."""
     for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
         if size >= factor:
             return f"{size / factor:.2f} {unit}"
@@ -36,14 +36,14 @@ def readable(size: float) -> str:
 
 
 def print_plan(config: Config, ranks: int | None = None, gpu_memory: int | None = None) -> None:
-    """Check everything that can be checked without starting a process, and print the resolved plan, once a job.
+    """Check everything that needs no new process, and print the resolved plan, once per job.
 
     Args:
         ranks: Training ranks to plan for; default: torchrun's, else one.
-        gpu_memory: Bytes that a GPU has; default: what torch reports, and no check where there is no GPU.
+        gpu_memory: Bytes of a GPU; default: the size that torch reports, and no check if there is no GPU.
 
     Raises:
-        BadArgument: Something cannot work; where the plan shows it, the plan is printed before.
+        BadArgument: Something cannot work. If the plan shows it, the plan is printed before.
     """
     if torchrun.rank() != 0:
         return
@@ -57,7 +57,7 @@ def print_plan(config: Config, ranks: int | None = None, gpu_memory: int | None 
 
 @dataclass
 class Plan:
-    """The plan in lines, and why it cannot work, if so."""
+    """The lines of the plan, and the reasons why it cannot work."""
 
     lines: list[str] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Plan:
 def resolve(
     config: Config, prompts: Sequence[Prompt], heldout: Sequence[Prompt], ranks: int, gpu_memory: int | None = None
 ) -> Plan:
-    """Model, layout, batch, memory, servers and disk of a run. BadArgument where the sizes do not divide."""
+    """Plan model, layout, batch, memory, servers and disk of a run. Raises BadArgument if the sizes do not divide."""
     arch = Architecture.from_pretrained(config.model.path)
     plan = Plan()
     if gpu_memory is None and torch.cuda.is_available():
@@ -86,7 +86,7 @@ def resolve(
 
 
 def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout, ranks: int) -> int:
-    """Model, layout, batch arithmetic; returns the tokens of the longest possible sample."""
+    """Add model, layout and batch to `plan`; returns the tokens of the longest possible sequence."""
     data_parallel = config.check_world(ranks)
     p, r, o = config.parallel, config.rollout, config.optimizer
     padded = arch.padded_vocab_size(p.tensor)
@@ -111,16 +111,16 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
 
         check_megatron(p)
         plan.add("", f"parallel.megatron ({', '.join(p.megatron)}) is not counted below")
-    an_update = r.rollouts_per_step // o.updates_per_batch
-    a_rank = an_update // data_parallel
+    per_update = r.rollouts_per_step // o.updates_per_batch
+    per_rank = per_update // data_parallel
     plan.add(
         "batch",
         f"{r.prompts_per_step} prompts x {r.rollouts_per_prompt} rollouts = {r.rollouts_per_step} a step, "
-        f"{an_update} an update, {a_rank} of them a data-parallel rank",
+        f"{per_update} an update, {per_rank} of them a data-parallel rank",
     )
     longest = max(len(x.student_ids) for x in prompts) + r.max_response_tokens
     budget, share = p.max_tokens_per_microbatch, p.tokens_on_a_rank(longest)
-    most = len(schedule([[share] * a_rank], budget, p.round_of_micro_batches)[0])
+    most = len(schedule([[share] * per_rank], budget, p.round_of_micro_batches)[0])
     bubble = f", {_bubble(p, most)} of the time in the pipeline's bubble" if p.pipeline > 1 else ""
     plan.add(
         "",
@@ -142,14 +142,14 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
 
 
 def _longest_micro_batch(config: Config, longest: int, ranks: int) -> int:
-    """Tokens on one rank of the longest micro-batch where no sample has more than `longest`."""
+    """Return the tokens on one rank of the longest micro-batch if no sequence has more than `longest`."""
     p, share = config.parallel, config.parallel.tokens_on_a_rank(longest)
     samples = config.rollout.rollouts_per_step // config.optimizer.updates_per_batch // (ranks // p.model_parallel)
     return max(share, min(p.max_tokens_per_microbatch, share * samples))
 
 
 def _bubble(parallel: ParallelConfig, micro_batches: int) -> str:
-    """Share of its time that a stage waits: (P - 1) / (M V + P - 1), Narayanan et al. 2021 (arXiv 2104.04473)."""
+    """Return the share of time that a stage waits: (P - 1) / (M V + P - 1); Narayanan et al. 2021, arXiv 2104.04473."""
     waits, works = parallel.pipeline - 1, micro_batches * parallel.virtual_pipeline
     return f"{waits / (works + waits):.0%}"
 
@@ -157,7 +157,7 @@ def _bubble(parallel: ParallelConfig, micro_batches: int) -> str:
 def _add_memory(
     plan: Plan, config: Config, arch: Architecture, ranks: int, longest: int, gpu_memory: int | None
 ) -> None:
-    """Bytes of the largest rank, term by term; a refusal where they are more than the GPU has."""
+    """Add the bytes of the largest rank, term by term, and a refusal if they exceed the GPU's memory."""
     place, tokens = placement(config, gpu_memory), _longest_micro_batch(config, longest, ranks)
     stages = memory_of_stages(config, arch, ranks, place, tokens)
     worst = max(stages, key=lambda m: m.total)
@@ -181,13 +181,13 @@ def _add_memory(
                      f"{readable(worst.kept * ranks)} for {ranks} ranks")  # fmt: skip
     if gpu_memory and worst.total > gpu_memory:
         plan.refusals.append(
-            f"rank {worst.rank} needs {readable(worst.total)} where a GPU has {readable(gpu_memory)}; "
+            f"rank {worst.rank} needs {readable(worst.total)} but a GPU has {readable(gpu_memory)}; "
             + _remedy(config, arch, ranks, place, longest, gpu_memory)
         )
 
 
 def placement(config: Config, gpu_memory: int | None) -> Placement:
-    """The kernels to count: a GPU's where one is here or planned for, with Transformer Engine if not known absent."""
+    """Return the kernels to count: a GPU's if one exists or is planned, Transformer Engine's unless known missing."""
     here = torch.cuda.is_available()
     installed = not here or importlib.util.find_spec("transformer_engine") is not None
     on_gpu = here or gpu_memory is not None
@@ -200,7 +200,7 @@ def memory_of_stages(config: Config, arch: Architecture, ranks: int, place: Plac
 
 
 def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, longest: int, gpu_memory: int) -> str:
-    """The mildest single change of the parallel section that fits, as advice; each is tried."""
+    """Return advice: the first change of the parallel section, from mild to severe, with which the model fits."""
     p = config.parallel
     changes = [
         {"distributed_optimizer": True},
@@ -225,15 +225,15 @@ def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, lo
 
 
 def _add_servers(plan: Plan, config: Config, arch: Architecture, prompts, gpu_memory: int | None) -> None:
-    """Where the responses come from: ports that can be bound, GPUs, room for weights and KV cache."""
+    """Add the source of the responses: ports, GPUs, memory for weights and KV cache, and refusals."""
     r = config.rollout
     if r.urls:
         plan.add("rollouts", f"at {', '.join(r.urls)} (not asked)")
         return
     ports = [r.port + i for i in range(r.engines)] if r.port else []
-    where = f"ports {ports[0]} to {ports[-1]}" if ports else "free ports"
-    turns = ", in turns with the training ranks on their GPUs" if r.colocated else ""
-    plan.add("rollouts", f"{r.engines} SGLang server(s) of TP {r.engine_tensor_parallel} on every node, {where}{turns}")
+    on = f"ports {ports[0]} to {ports[-1]}" if ports else "free ports"
+    sharing = ", in turns with the training ranks on their GPUs" if r.colocated else ""
+    plan.add("rollouts", f"{r.engines} SGLang server(s) of TP {r.engine_tensor_parallel} on every node, {on}{sharing}")
     if ports and ports[-1] > 65535:
         plan.refusals.append(f"rollout.port = {r.port} leaves no ports for {r.engines} servers")
         ports = []
@@ -265,7 +265,7 @@ def _add_servers(plan: Plan, config: Config, arch: Architecture, prompts, gpu_me
 
 
 def checkpoint_bytes(config: Config, arch: Architecture) -> int:
-    """Size of a training checkpoint: weights, Adam's moments, fp32 weights where the optimizer has its own, teacher."""
+    """Return the bytes of a training checkpoint: weights, Adam's moments, the optimizer's fp32 weights, teacher."""
     b = getattr(torch, config.model.dtype).itemsize
     main = 4 if b < 4 or config.parallel.distributed_optimizer else 0
     teacher = 4 if config.teacher.weights == "ema" and needs_teacher(config.objective) else 0
@@ -273,14 +273,14 @@ def checkpoint_bytes(config: Config, arch: Architecture) -> int:
 
 
 def _add_disk(plan: Plan, config: Config, arch: Architecture) -> None:
-    """What the run writes, against what is free; a refusal where that is too little or not allowed."""
+    """Add the bytes that the run writes and the free bytes; a refusal if these are too few or not writable."""
     export = arch.num_parameters * getattr(torch, config.model.dtype).itemsize
-    a_checkpoint = checkpoint_bytes(config, arch)
-    # Before old ones are removed: the newest `keep`, the best one where there is an evaluation, the one being written.
+    one_checkpoint = checkpoint_bytes(config, arch)
+    # At most at once: the newest `keep`, the best one if there is an evaluation, and the one being written.
     count = config.checkpoint.keep + 1 + bool(config.data.evaluation) if config.checkpoint.every else 0
-    needed = export + count * a_checkpoint
+    needed = export + count * one_checkpoint
     parts = [f"final model {readable(export)}"]
-    parts += [f"{count} checkpoints of {readable(a_checkpoint)}"] if count else []
+    parts += [f"{count} checkpoints of {readable(one_checkpoint)}"] if count else []
     if config.rollout.weight_sync == "disk":
         needed += export
         parts.append(f"weight sync {readable(export)}")
@@ -289,7 +289,7 @@ def _add_disk(plan: Plan, config: Config, arch: Architecture) -> None:
     free = shutil.disk_usage(existing).free
     plan.add("output", str(config.output), f"  {' + '.join(parts)}; {readable(free)} free")
     if not count:
-        plan.add("", f"  a run that is stopped leaves a checkpoint of {readable(a_checkpoint)} besides")
+        plan.add("", f"  a run that is stopped leaves a checkpoint of {readable(one_checkpoint)} besides")
     if not os.access(existing, os.W_OK):
         plan.refusals.append(f"{existing} is not writable, so output = {config.output} cannot be")
     if needed > free:

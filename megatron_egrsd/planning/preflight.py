@@ -1,4 +1,4 @@
-"""Everything about a run that can be refused before a process starts."""
+"""The checks of a run before any process starts."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Show what a run has achieved and why: the table, the report page, the token page (docs/guides/report.md)."""
+"""Reports of a run: the table, the report page, the token page (docs/guides/report.md)."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ __all__ = ["plot_frontier", "read_evaluations", "summary_table"]
 
 
 def plot_frontier(evaluations: list[dict], path: Path) -> None:
-    """A PNG: accuracy against mean response length, one point an evaluation, and both over the steps.
+    """Draw a PNG: accuracy against mean response length, one point per evaluation, and both over the steps.
 
-    An evaluation has the keys of sampling.summarize, and "step". BadArgument where there is none to draw.
+    An evaluation has "step" and the keys of summarize_rollouts. Raises BadArgument if there is none to draw.
     """
     from megatron_egrsd.report import figures
 

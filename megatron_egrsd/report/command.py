@@ -35,7 +35,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command; prints the table and the paths of what it wrote."""
+    """Run the command; prints the table and the paths of the files that it wrote."""
     options = _parser().parse_args(arguments)
     if options.tokens is not None:
         if options.runs:

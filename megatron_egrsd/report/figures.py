@@ -1,4 +1,4 @@
-"""The pictures of the report, for one run or several: matplotlib figures without pyplot, its state or a display."""
+"""The pictures of the report, for one run or several: matplotlib figures, without pyplot's state and a display."""
 
 import io
 import math
@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from megatron_egrsd.report.runs import Run, accuracy_interval, value
 from megatron_egrsd.system.files import atomic
 
-# The palette of Okabe and Ito without its yellow and black: told apart with every colour vision.
+# The palette of Okabe and Ito without its yellow and black: distinguishable with every colour vision.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 _STYLES = ["-", "--", ":"]  # for more runs than colours
 _INK, _GREY, _FRAME, _GRID, _PALE = "#1d2125", "#5a6068", "#b0b4b8", "#e4e6e8", "#9db8cc"
-# In the page these follow the page's own light, dark and paper colours.
+# In the page these become the page's own light, dark and paper colours.
 _VARIABLES = {_INK: "var(--ink)", _GREY: "var(--muted)", _FRAME: "var(--line)", _GRID: "var(--line)"}
 
 TRAINING = [
@@ -45,7 +45,7 @@ _PHASES = [
 
 
 def frontier(runs: list[Run]) -> Figure:
-    """Accuracy against mean response length, one point an evaluation, and both over the steps. Bands are 95 %."""
+    """Draw accuracy against mean response length, one point per evaluation, and both over the steps; 95 % bands."""
     figure = _figure(10, 5)
     grid = figure.add_gridspec(2, 2, width_ratios=[1.9, 1])
     main = _axes(figure, grid[:, 0])
@@ -64,7 +64,7 @@ def frontier(runs: list[Run]) -> Figure:
         else:
             main.plot(x, y, **_line(i), marker="o", markersize=5, markeredgecolor="white", markeredgewidth=0.7)
             main.scatter(x[-1], y[-1], s=260, marker="*", color=colour, edgecolor="white", linewidth=1, zorder=4)
-        # One run has a colour for each quantity, several have one for each run.
+        # A single run has a colour per quantity, several runs have a colour per run.
         other = COLOURS[1] if len(runs) == 1 else colour
         for axes, values, line in ((accuracy, y, colour), (length, x, other)):
             axes.plot(steps, values, **(_line(i) | {"color": line}), marker="o", markersize=4, clip_on=False)
@@ -92,7 +92,7 @@ def _one_frontier(axes, steps: list[float], x: list[float], y: list[float]) -> N
         size = 380 if marker == "*" else 110
         axes.scatter(x[i], y[i], s=size, marker=marker, color=colour, edgecolor="white", linewidth=1.2, zorder=3)
         name = "start = end" if len(x) == 1 else name
-        # Sideways towards the middle of the picture, up or down away from it: clear of curve and frame.
+        # Labels move sideways towards the middle of the picture and vertically away from it: clear of curve and frame.
         left, high = x[i] > (min(x) + max(x)) / 2, y[i] >= (min(y) + max(y)) / 2
         axes.annotate(
             f"{name} (step {steps[i]:.0f})\n{100 * y[i]:.1f} %, {x[i]:.0f} tokens",
@@ -112,7 +112,7 @@ def _one_frontier(axes, steps: list[float], x: list[float], y: list[float]) -> N
 
 
 def _labelled(x: list[float], y: list[float]) -> list[int]:
-    """The inner points that get their step as a label: those that stand clear of every label before them."""
+    """Return the inner points that get their step as a label: points that are clear of every earlier label."""
     width, height = (max(x) - min(x)) or 1.0, (max(y) - min(y)) or 1.0
     taken, chosen = [0, len(x) - 1], []
     for i in range(1, len(x) - 1):
@@ -127,9 +127,9 @@ def drawable(evaluations: list[dict]) -> list[dict]:
 
 
 def curves(runs: list[Run], panels: list[tuple[str, str]]) -> Figure | None:
-    """One small panel a metric over the steps; None where no run has any of them.
+    """Draw one small panel per metric over the steps; None if no run has any of the metrics.
 
-    Long runs get a moving average over a twenty-fifth of their steps, on top of the faint single values.
+    A long run gets a moving average over a twenty-fifth of its steps, over faint single values.
     """
     panels = [(k, name) for k, name in panels if any(math.isfinite(value(s, k)) for r in runs for s in r.steps)]
     if not panels:
@@ -160,7 +160,7 @@ def _series(run: Run, key: str) -> tuple[list[int], np.ndarray]:
 
 
 def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` values, over those that are there; at the ends over fewer."""
+    """Compute the centred mean over `window` values, ignoring missing ones; over fewer values at the ends."""
     kernel, there = np.ones(window), np.isfinite(values)
     count = np.convolve(there, kernel, "same")
     total = np.convolve(np.where(there, values, 0.0), kernel, "same")
@@ -168,7 +168,7 @@ def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def time_spent(runs: list[Run]) -> Figure | None:
-    """Seconds of each phase: the mean step of each run as one bar, and every step stacked. None without a timing."""
+    """Draw the seconds of each phase: the mean step of each run as a bar, and every step stacked. None if untimed."""
     timed = [(run, phases(run)) for run in runs]
     timed = [(run, parts) for run, parts in timed if parts]
     if not timed:
@@ -204,7 +204,7 @@ def time_spent(runs: list[Run]) -> Figure | None:
 
 
 def phases(run: Run) -> dict[str, np.ndarray]:
-    """Seconds of each phase at every step; "other" is what of the whole step no phase accounts for. Empty without."""
+    """Return the seconds of each phase at every step; "other" is the rest of the step. Empty if nothing is timed."""
     whole = _series(run, "time/step")[1]
     if not len(whole) or not np.isfinite(whole).any():
         return {}
@@ -212,7 +212,7 @@ def phases(run: Run) -> dict[str, np.ndarray]:
     return parts | {"other": np.clip(np.nan_to_num(whole) - sum(parts.values()), 0, None)}
 
 
-# -- what all have in common ------------------------------------------------------------------------------------
+# -- parts shared by all figures --------------------------------------------------------------------------------
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -260,7 +260,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as an <svg> element for a page: no fixed size, and the neutral colours those of the page."""
+    """Return the figure as an <svg> element for a page: without fixed size, with the page's neutral colours."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "megatron_egrsd"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

@@ -30,14 +30,14 @@ def write_report(runs: list[Run], directory: Path) -> Path:
         (
             "gate",
             "Entropy, ratio and gate",
-            "Means over the trained tokens. A gate of 1 leaves a token its weight; it closes where the teacher is "
-            "uncertain. The ratio is clipped where teacher and student differ by more than ε.",
+            "Means over the trained tokens. A gate of 1 leaves a token its weight; it closes if the teacher is "
+            "uncertain. The ratio is clipped if teacher and student differ by more than ε.",
             figures.curves(runs, figures.GATE),
         ),
         (
             "time",
-            "Where the time went",
-            "Above: the mean step of each run. Below: every step, its phases stacked.",
+            "Time",
+            "Above: the mean step of each run. Below: every step, with its phases stacked.",
             figures.time_spent(runs),
         ),
     ]
@@ -53,7 +53,7 @@ def write_report(runs: list[Run], directory: Path) -> Path:
 
 
 def _summary(run: Run) -> dict:
-    """One row of the page's table; numbers are text, empty where the run has not measured them."""
+    """Return one row of the page's table; numbers are text, missing if the run has not measured them."""
     row = {"name": run.name, "objective": run.objective, "steps": run.steps[-1]["step"] if run.steps else 0}
     points = figures.drawable(run.evaluations)
     if points:

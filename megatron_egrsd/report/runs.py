@@ -1,4 +1,4 @@
-"""What a run has left behind: its metrics, its evaluations, the objective it was trained with."""
+"""Reader of a run's output: its metrics, its evaluations, and its objective."""
 
 import json
 import math
@@ -14,19 +14,19 @@ from megatron_egrsd.report.family import settings, title
 
 @dataclass(frozen=True)
 class Run:
-    """`steps` and `evaluations` are rows of metrics.jsonl in the order of their steps, the last one of each step.
+    """A run: `steps` and `evaluations` are rows of metrics.jsonl in the order of their steps, the last of each step.
 
-    A step has the keys of docs/reference/metrics.md; an evaluation those of sampling.summarize, and both "step".
+    A step has the keys of docs/reference/metrics.md, an evaluation those of summarize_rollouts, and both have "step".
     """
 
     name: str
-    objective: str  # name and settings; empty where the run has no readable config.yaml
+    objective: str  # name and settings; empty if the run has no readable config.yaml
     steps: list[dict]
     evaluations: list[dict]
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
-    """The runs in directories `paths`, named by what tells these apart. BadArgument names what is no run."""
+    """Read the runs in `paths`, named by the part of the path that differs. Raises BadArgument if one is no run."""
     resolved = [p.resolve() for p in paths]
     if len(set(resolved)) < len(resolved):
         raise BadArgument("the same run is given twice")
@@ -60,7 +60,7 @@ def read_run(path: Path, name: str = "") -> Run:
 
 
 def read_evaluations(path: Path) -> list[dict]:
-    """The evaluations of the run in `path`, the last one of each step. BadArgument where there is none."""
+    """Read the evaluations of the run in `path`, the last of each step. Raises BadArgument if there is none."""
     evaluations = read_run(path).evaluations
     if not evaluations:
         raise BadArgument(f"{path / 'metrics.jsonl'} holds no evaluation; the run was made without data.evaluation")
@@ -81,16 +81,16 @@ def _objective(path: Path) -> str:
 
 
 def value(row: dict, key: str) -> float:
-    """A number of a row; NaN where it is missing, null or no number."""
+    """Return a number of a row; NaN if it is missing, null or no number."""
     found = row.get(key)
     return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else math.nan
 
 
 def accuracy_interval(evaluation: dict) -> tuple[float, float]:
-    """95 % interval of the accuracy: the run's own where it has measured one, else Wilson's over the problems.
+    """Return the 95 % interval of the accuracy: the run's own if it has one, else Wilson's over the problems.
 
-    The k samples of a problem are not independent; counting problems instead of samples is what would be right if they
-    were all equal, so the interval is never too narrow (E. B. Wilson, JASA 22 (1927), 209-212).
+    The k samples of a problem are not independent. Counting problems instead of samples would be exact if a problem's
+    samples were all equal, so the interval is never too narrow (E. B. Wilson, JASA 22 (1927), 209-212).
     """
     low, high = value(evaluation, "accuracy/low"), value(evaluation, "accuracy/high")
     if math.isfinite(low) and math.isfinite(high):

@@ -1,4 +1,4 @@
-"""Scored dumps: what the objective saw and decided at every token of a batch, one JSON object a rollout.
+"""Scored dumps: the objective's inputs and results at every token of a batch, one JSON object per rollout.
 
 `learn` hands over the scores, the first rank gathers and writes them (`dump_scores: true`), the token page reads them.
 docs/guides/report.md describes the format. Reading needs neither megatron-core nor SGLang, and executes nothing.
@@ -37,9 +37,9 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """One rollout of T response tokens as the objective saw it, before the update. Arrays are [T] fp32.
+    """One rollout of T response tokens with the objective's values before the update. Arrays are [T] fp32.
 
-    Log-probs and entropies in nats; the four teacher arrays are None where the objective runs no teacher (GRPO).
+    Log-probs and entropies in nats; the four teacher arrays are None if the objective runs no teacher (GRPO).
     `normalized_entropy` is h_t, `lookahead_entropy` its minimum over the lookahead, `entropy_scale` the nats at which
     h reaches 1: the batch's quantile, this response's maximum, or ln(vocabulary). `gate` is 1 where a user's own
     objective has none. `pieces` joined are the response.
@@ -49,7 +49,7 @@ class ScoredRollout:
     objective: ObjectiveConfig
     vocab_size: int
     problem: Problem
-    prompt: str  # what the student read, as text
+    prompt: str  # the student's prompt as text
     group: int
     reward: float
     advantage: float
@@ -70,9 +70,9 @@ class ScoredRollout:
 
 
 def gather_scores(engine: "Engine", own: "dict[int, Scores] | None") -> dict[int, np.ndarray] | None:
-    """[2, T] log-prob and entropy of every rollout by index, on the first rank; None elsewhere or where `own` is None.
+    """Gather {rollout index: [2, T] log-prob and entropy} on rank 0; None elsewhere, or if `own` is None.
 
-    Every rank calls it. `engine.score` leaves a replica's scores on all its ranks, so one gather over the
+    Every rank must call it. `engine.score` leaves a replica's scores on all its ranks, so one gather over the
     data-parallel ranks is enough.
     """
     if own is None:
@@ -96,7 +96,7 @@ def scored_rollouts(
     step: int,
     vocab_size: int,
 ) -> list[ScoredRollout]:
-    """The whole batch, weighted as `learn` weighs it; scores [2, T] by rollout index as gathered."""
+    """Build the dump of a whole batch, weighted as in `learn`, from gathered scores {rollout index: [2, T]}."""
     lengths = [len(r.response_ids) for r in rollouts]
     columns = {}
     for name, scores in (("student", student), ("teacher", teacher)):
@@ -151,9 +151,9 @@ def batch_weights(tokens: Tokens, objective: ObjectiveConfig, vocab_size: int) -
 
 
 def token_pieces(tokenizer, ids: list[int]) -> list[str]:
-    """The text each token adds; joined, the decoded response with its special tokens.
+    """Return the text that each token adds; joined, the decoded response with its special tokens.
 
-    A character that takes several byte-level tokens is the last one's, the others add nothing; bytes that never
+    A character of several byte-level tokens belongs to the last of them, and the others add nothing. Bytes that never
     become a character are U+FFFD, as the tokenizer decodes them.
     """
     stream, backend = DecodeStream(skip_special_tokens=False), tokenizer.backend_tokenizer
@@ -165,7 +165,7 @@ def token_pieces(tokenizer, ids: list[int]) -> list[str]:
 
 
 def save_scores(scored: list[ScoredRollout], path: Path) -> None:
-    """Write one JSON object a line, all or nothing. RunError if `path` exists already or cannot be written."""
+    """Write one JSON object per line, atomically. Raises RunError if `path` exists or cannot be written."""
     if path.exists():
         raise RunError(f"{path} exists already; scores are never overwritten")
     with atomic(path) as temporary, temporary.open("wb") as file:
@@ -177,13 +177,13 @@ def save_scores(scored: list[ScoredRollout], path: Path) -> None:
 
 
 def load_scores(path: Path) -> list[ScoredRollout]:
-    """What `save_scores` wrote. BadArgument naming the line that is not a scored rollout, or of another batch."""
+    """Load a dump of `save_scores`. Raises BadArgument, naming the line, if one is invalid or of another batch."""
     scored = []
     try:
         with Path(path).open("rb") as file:
             for number, line in enumerate(file, 1):
                 scored.append(_parse(line, f"{path}, line {number}"))
-                # The gate's entropy scale is that of the batch.
+                # All rollouts share the entropy scale of the batch.
                 if _batch(scored[-1]) != _batch(scored[0]):
                     raise BadArgument(f"{path}, line {number} belongs to another batch than line 1")
     except OSError as error:

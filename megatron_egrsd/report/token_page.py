@@ -1,8 +1,8 @@
 """The token page: the rollouts of a scored dump in one HTML file that works offline, each token coloured by its weight.
 
-All numbers come from here, the page's script only shows them: the weights of each member of the family, computed on the
-whole batch, and those of a user's own objective as the dump has recorded them, without running it. Whatever comes from
-data is escaped, and the page's security policy lets no script run but its own.
+This module computes all numbers; the page's script only shows them. They are the weights of each member of the family,
+computed on the whole batch, and the weights of a user's own objective as the dump has recorded them, without running
+it. All data is escaped, and the page's security policy allows no script but its own.
 """
 
 import base64
@@ -25,15 +25,14 @@ from megatron_egrsd.report.html import TEMPLATES, template
 from megatron_egrsd.report.scored_dump import ScoredRollout, batch_tokens, batch_weights, load_scores
 from megatron_egrsd.system.files import write_text
 
-MAX_TOKENS = 150_000  # of one page: a browser stays quick with them
+MAX_TOKENS = 150_000  # tokens per page that a browser can still show quickly
 
 
 def page_data(scored: list[ScoredRollout], groups: list[int]) -> dict:
-    """What the page's script reads, for the rollouts of `groups`; weights come from the whole batch.
+    """Return the data of the page's script for the rollouts of `groups`; weights are computed on the whole batch.
 
-    For each token: student and teacher log-prob, ratio exp(sign(A) (log pi_T - log pi_S)), side of the clip, the
-    entropies of both, h, h after the lookahead and how far ahead that lies, and for each objective magnitude, gate
-    and weight.
+    For each token: student and teacher log-prob, ratio exp(sign(A) (log pi_T - log pi_S)), side of the clip, both
+    entropies, h, h after the lookahead and its distance in tokens, and for each objective magnitude, gate and weight.
     """
     objective, has_teacher = scored[0].objective, scored[0].teacher_log_prob is not None
     members, trained = family(objective), member(objective)
@@ -64,7 +63,7 @@ def _names(objective: ObjectiveConfig) -> dict[str, str]:
 
 
 def _with_family_advantages(scored: list[ScoredRollout]) -> list[ScoredRollout]:
-    """The family weighs by the rewards; a user's own objective may have recorded a signal of another kind."""
+    """Recompute the advantages from the rewards: a user's own objective may have recorded another signal."""
     rewards, groups = (torch.tensor([getattr(r, name) for r in scored]) for name in ("reward", "group"))
     signal = advantages(rewards, groups, scored[0].objective).tolist()
     return [replace(r, advantage=a) for r, a in zip(scored, signal, strict=True)]
@@ -111,7 +110,7 @@ def _tokens(r: ScoredRollout, weights: dict[str, dict[str, np.ndarray]]) -> dict
 
 
 def _offset(h: np.ndarray, ahead: np.ndarray) -> np.ndarray:
-    """How many tokens ahead of each the minimum of h lies, the nearest where several are equal; [T] fp32."""
+    """Return the distance in tokens to the minimum of h ahead, the nearest if several are equal; [T] fp32."""
     offset, found = np.zeros(len(h), np.float32), h == ahead
     for k in range(1, len(h)):
         if found.all():
@@ -122,14 +121,14 @@ def _offset(h: np.ndarray, ahead: np.ndarray) -> np.ndarray:
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    """Four decimals, fp32, contiguous: what orjson writes in few characters. What is not finite becomes null."""
+    """Round to four decimals, fp32, contiguous: orjson writes few characters then, and null for non-finite values."""
     return np.ascontiguousarray(np.round(values, 4) + 0.0, dtype=np.float32)
 
 
 def render(scored: list[ScoredRollout], source: str, groups: list[int] | None = None) -> str:
-    """The page of a dump. `groups`: those to show; without it the first that fit MAX_TOKENS, and the page says so.
+    """Return the HTML page of a dump with `groups`; by default the first that fit MAX_TOKENS, and the page says so.
 
-    Raises BadArgument for a group that the dump does not hold.
+    Raises BadArgument if the dump does not hold a group.
     """
     present = list(dict.fromkeys(r.group for r in scored))
     if unknown := [g for g in groups or [] if g not in present]:
@@ -163,7 +162,7 @@ def _fitting(scored: list[ScoredRollout], present: list[int]) -> list[int]:
 
 
 def find_dump(target: Path, step: int | None) -> Path:
-    """The dump that `target` names: a file, or a run's newest or that of `step`. BadArgument where there is none."""
+    """Return the dump of `target`: a file, or a run's newest or that of `step`. Raises BadArgument if it is missing."""
     if target.is_file():
         if step is not None:
             raise BadArgument(f"--step chooses among the dumps of a run, but {target} is one file")

@@ -1,6 +1,6 @@
-"""Whether two final answers are the same: as text, as numbers, item by item, and by algebra last (verifier.py).
+"""Equality of two final answers: as text, as numbers, item by item, and last by algebra (verifier.py).
 
-Most comparisons of a training run end in the first two steps ("42" and "42"). Every loop and pattern is bounded,
+Most comparisons of a training run end after the first two steps ("42" and "42"). Every loop and pattern is bounded,
 because an answer is any string that a policy can sample.
 """
 
@@ -10,11 +10,11 @@ from functools import lru_cache
 
 from megatron_egrsd.rewards.verifier import GaveUp, algebra_equal
 
-_SPAN = 400  # characters beyond which an answer is compared as it stands
+_SPAN = 400  # characters beyond which an answer is compared as plain text
 _DIGITS = 300  # digits and decimal exponents beyond which a number stays text
-_ITEMS = 30  # items beyond which a list is compared as it stands
-_HARD = 12  # items of one list that only algebra can match
-_TOLERANCE = Fraction(2, 10**6)  # relative, where one of the two is a decimal: 1/3 and 0.333333
+_ITEMS = 30  # items beyond which two lists are unequal
+_ALGEBRA_ITEMS = 12  # items of one list that only algebra can match
+_TOLERANCE = Fraction(2, 10**6)  # relative, if one of the two is a decimal: 1/3 and 0.333333
 
 _SYMBOLS = str.maketrans(
     dict(zip("−–⁄÷，（）：\u202f\u00a0\u2009", "--//,():   ", strict=True))
@@ -40,7 +40,7 @@ _SPELLINGS = [
         (r"\[(-\s*\\infty)", r"(\1"),
         (r"(\\infty\s*)\]", r"\1)"),
         (r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|°|\\degree|\\deg(?![a-zA-Z]))", ""),
-        # Units behind a value; "5 \text{ or } 7" and "6 \text{ p.m.}" are none.
+        # Units after a value; "5 \text{ or } 7" and "6 \text{ p.m.}" have no unit.
         (
             rf"(?<=[\d}})])\s*(?:{_WORDS}\s*\{{(?!\s*(?:and|or|[ap]\.?\s?m)\b)[^{{}}]*\}}(?:\^\{{?-?\d\}}?)?[\s/]*)+\Z",
             "",
@@ -64,12 +64,12 @@ _MORE_THAN_A_LIST = re.compile(r"[<>]|\\(?:leq|geq|cup|cap|begin|in(?![a-z])|set
 
 @lru_cache(maxsize=16384)
 def equal(gold: str, answer: str) -> bool:
-    """Whether `answer` says the same as `gold`, the right answer. Takes a few seconds at most (verifier.CPU_SECONDS).
+    """Return whether `answer` equals `gold`, the right answer. Takes a few seconds at most (verifier.CPU_SECONDS).
 
-    Equal are numbers of one value (a percentage also has its number's: 50% is 50 and 0.5), lists and sets in any
-    order, tuples and intervals in theirs, expressions that algebra shows equal. Units, currency and degrees do not
-    count, nor does "x =" before a value; a base (11_2) or the half of the day (3 PM) counts where both name one.
-    Decimals agree to a relative 2e-6. RunError where math-verify itself is missing.
+    Equal are: numbers of one value (a percentage has two: 50% is 50 and 0.5), lists and sets in any order, tuples and
+    intervals in the same order, and expressions that algebra shows equal. Units, currency, degrees and "x =" before a
+    value are ignored. A base (11_2) or the half of the day (3 PM) counts if both answers name it. Decimals agree to a
+    relative 2e-6. Raises RunError if math-verify is missing.
     """
     if max(len(gold), len(answer)) > _SPAN:
         return gold.strip() == answer.strip() != ""
@@ -80,7 +80,7 @@ def equal(gold: str, answer: str) -> bool:
 
 
 def normalize(answer: str) -> str:
-    """One spelling of an answer: no math delimiters, typesetting, unit or currency; plain words in lower case."""
+    """Rewrite an answer in one spelling: no math delimiters, typesetting, unit or currency; plain words lower-case."""
     s = answer.strip().strip("*").strip().translate(_SYMBOLS).rstrip(".,;").strip()
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if s.startswith(opening) and s.endswith(closing) and len(s) >= len(opening) + len(closing):
@@ -99,12 +99,12 @@ def normalize(answer: str) -> str:
         s = s.lower()
     if re.search(r"[a-z\\]", s):  # in an expression 2/3 x is a fraction before x; alone it may be part of 1 2/3
         s = re.sub(r"(?<![\w.^_{}/])(?<!sqrt )(\d+)/(\d+)(?![a-hj-zA-Z\d_./({^])", r"\\frac{\1}{\2}", s)
-    # Spaces carry meaning between words and letters, and in 1 2/3.
+    # Spaces have a meaning between words and letters, and in 1 2/3.
     return re.sub(r"(?<![a-zA-Z]) (?!\d+/\d)| (?![a-zA-Z\d])", "", s).rstrip(".")
 
 
 def number(text: str) -> Fraction | None:
-    """The value of a normalised number: decimal, scientific, fraction, mixed fraction; None for all else."""
+    """Return the value of a normalised number (decimal, scientific, fraction, mixed fraction), else None."""
     s = text.rstrip("%").strip().replace("\\cdot", "\\times")
     if len(s) > _DIGITS:
         return None
@@ -124,14 +124,14 @@ def number(text: str) -> Fraction | None:
 
 
 def _equal(gold: str, answer: str) -> bool:
-    """`equal` of normalised answers: the first comparison that can tell decides."""
+    """Compare normalised answers: the first comparison that does not return None decides."""
     if not gold or not answer:
         return False
     if gold == answer:
         return True
     for compare in (_numbers, _choices, _clocks, _bases, _lists, _words, _equations, _ratios):
-        if (known := compare(gold, answer)) is not None:
-            return known
+        if (verdict := compare(gold, answer)) is not None:
+            return verdict
     return algebra_equal(gold, answer)
 
 
@@ -148,7 +148,7 @@ def _numbers(gold: str, answer: str) -> bool | None:
 
 
 def _choices(gold: str, answer: str) -> bool | None:
-    """A choice that is named with its text: C and (C) 5."""
+    """Compare a choice with a choice that is followed by its text: C and (C) 5."""
     named = re.match(r"\(?([a-jA-J])(?:\)|[.:])(?=.)", answer)
     return named[1].lower() == gold if named and re.fullmatch("[a-j]", gold) else None
 
@@ -165,7 +165,7 @@ def _clocks(gold: str, answer: str) -> bool | None:
 
 
 def _bases(gold: str, answer: str) -> bool | None:
-    """Numerals with a base: the digits have to agree, and the base where both name it."""
+    """Compare numerals with a base: the digits must agree, and the base if both name it."""
     a, b = _BASED.fullmatch(gold), _BASED.fullmatch(answer)
     if a and b:
         return a.groups() == b.groups()
@@ -176,7 +176,7 @@ def _bases(gold: str, answer: str) -> bool | None:
 
 
 def _lists(gold: str, answer: str) -> bool | None:
-    """Tuples and intervals item by item; sets and bare lists in any order; None where neither is any of these."""
+    """Compare tuples and intervals item by item, sets and bare lists in any order; None if neither answer is one."""
     if _MORE_THAN_A_LIST.search(gold + answer):
         return None
     (opening, closing, wanted), (other_opening, other_closing, given) = _items(gold), _items(answer)
@@ -201,7 +201,7 @@ def _all_named(items: list[str]) -> bool:
 
 
 def _without_names(items: list[str]) -> list[str]:
-    """The values of x=1, y=2, in the order of the names where all have one."""
+    """Return the values of x=1, y=2, in the order of the names if all items have one."""
     ordered = sorted(items, key=lambda item: item.partition("=")[0]) if _all_named(items) else items
     return [re.sub(rf"^{_NAME}=", "", item) for item in ordered]
 
@@ -214,24 +214,24 @@ def _same_in_any_order(wanted: list[str], given: list[str]) -> bool:
             hard.append(item)
         else:
             left.remove(match)
-    if len(hard) > _HARD:
+    if len(hard) > _ALGEBRA_ITEMS:
         return False
     for item in hard:
-        match = next((c for c in left if _may_be(item, c) and _equal(item, c)), None)
+        match = next((c for c in left if _names_match(item, c) and _equal(item, c)), None)
         if match is None:
             return False
         left.remove(match)
     return True
 
 
-def _may_be(item: str, candidate: str) -> bool:
-    """Whether two items go by one name, where both have one."""
+def _names_match(item: str, candidate: str) -> bool:
+    """Return False if the two items have different names (x=1, y=1)."""
     names = [re.match(rf"({_NAME})=", s) for s in (item, candidate)]
     return not all(names) or names[0][1] == names[1][1]
 
 
 def _items(s: str) -> tuple[str, str, list[str]]:
-    """Opening and closing delimiter, both empty for a bare list, and the items; a \\pm b is two."""
+    """Return opening and closing delimiter (empty for a bare list) and the items; a \\pm b counts as two items."""
     s = s.replace(r"\{", "{").replace(r"\}", "}")
     opening = closing = ""
     if s[:1] in ("(", "[", "{") and s[-1:] in (")", "]", "}") and _closes_at_the_end(s):
@@ -246,7 +246,7 @@ def _items(s: str) -> tuple[str, str, list[str]]:
             items.append(s[start : m.start()])
             start = m.end()
     items = [item.strip() for item in [*items, s[start:]] if item.strip()]
-    if len(items) == 1 and opening in ("(", "["):  # brackets of an expression
+    if len(items) == 1 and opening in ("(", "["):  # the brackets belong to an expression
         opening = closing = ""
         items = [s]
     if opening != "(":
@@ -259,7 +259,7 @@ def _both_signs(item: str) -> list[str]:
 
 
 def _closes_at_the_end(s: str) -> bool:
-    """Whether the bracket that opens `s` is closed by its last character."""
+    """Return whether the bracket that opens `s` is closed by its last character."""
     depth = 0
     for i, c in enumerate(s):
         depth += (c in "([{") - (c in ")]}")
@@ -274,7 +274,7 @@ def _words(gold: str, answer: str) -> bool | None:
 
 
 def _equations(gold: str, answer: str) -> bool | None:
-    """x=5 and 5, m+n=16 and 16, y=2x and 2x; but 2x=5 is not 5. Two equations are left to algebra."""
+    """Compare an equation with a value: x=5 is 5, m+n=16 is 16, but 2x=5 is not 5. None for two equations."""
     head, approximately, tail = answer.partition(r"\approx")
     if approximately:
         return _equal(gold, tail if re.fullmatch(_NAME, head) else head)

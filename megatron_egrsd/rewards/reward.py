@@ -1,4 +1,4 @@
-"""Verifiable rewards: a response and the right answer in, a number in [0, 1] out."""
+"""Verifiable rewards: functions of a response and the right answer with values in [0, 1]."""
 
 import atexit
 import importlib.util
@@ -25,30 +25,30 @@ WORKERS = min(8, os.cpu_count() or 1)  # responses rewarded at once; processes o
 
 
 def math_reward(response: str, answer: str) -> float:
-    """1.0 where the response's final answer equals `answer`, else 0.0.
+    """Return 1.0 if the response's final answer equals `answer`, else 0.0.
 
     Args:
         response: The whole response. Thinking does not count, and thinking that never ends scores 0 (answers.py).
         answer: The plain answer, a boxed one, or a GSM8K solution that ends in "#### 18".
 
-    No string makes it raise or take longer than a few seconds; RunError only where math-verify itself is missing.
+    Takes a few seconds at most, and raises for no string. Raises RunError if math-verify is missing.
     """
     gold = gold_answer(answer)
     return float(any(equal(gold, reading) for reading in final_answer(response)))
 
 
 def load_reward(name: str, timeout: float = 30.0) -> Reward:
-    """The reward called "math", or the function at an import path (import_path.py). BadArgument if there is none.
+    """Load the reward "math", or the function at an import path (import_path.py). Raises BadArgument if there is none.
 
-    A user's function runs in worker processes: a call that takes longer than `timeout` seconds raises TimeoutError, one
-    that ends its process raises as well, and neither harms the run.
+    A user's function runs in worker processes. A call that takes longer than `timeout` seconds raises TimeoutError; a
+    call that ends its process raises too. Neither ends the run.
     """
     if name == "math":
         if importlib.util.find_spec("math_verify") is None:
             raise BadArgument('data.reward is "math", which needs math-verify: pip install math-verify')
         return math_reward
     _import(name)
-    return _InWorkers(name, timeout)
+    return _WorkerReward(name, timeout)
 
 
 def _import(name: str) -> Reward:
@@ -58,8 +58,8 @@ def _import(name: str) -> Reward:
     return reward
 
 
-class _InWorkers:
-    """A user's reward function, called in processes of its own; any thread may call."""
+class _WorkerReward:
+    """A user's reward function, called in worker processes. Any thread may call it."""
 
     def __init__(self, name: str, timeout: float):
         self.name, self.timeout = name, timeout
@@ -79,7 +79,7 @@ class _InWorkers:
 
 
 def _prepare(name: str) -> None:
-    """In a worker, at its start."""
+    """Load the user's function in a worker, at its start."""
     global _user_reward
     _user_reward = _import(name)
 
@@ -89,7 +89,7 @@ def _call(response: str, answer: str) -> float:
 
 
 def warn_of_failures(rollouts: list["Rollout"]) -> None:
-    """One warning for all rewards of a batch that could not be had."""
+    """Log one warning for all rewards of a batch that failed."""
     failed = [r for r in rollouts if r.reward_error]
     if failed:
         log.warning(
@@ -102,10 +102,9 @@ def warn_of_failures(rollouts: list["Rollout"]) -> None:
 
 
 def grade(response: str, answer: str, finish_reason: str, reward: Reward) -> tuple[float, str]:
-    """The reward of a response and, where it failed, why. A truncated response scores 0 unread.
+    """Return (reward, reason of a failure or ""). A truncated response scores 0 without a call of `reward`.
 
-    A reward that raises, or gives something outside [0, 1], counts as 0. RunError is no property of a response and
-    passes through.
+    A reward that raises or is outside [0, 1] counts as 0. RunError passes through: it is no property of a response.
     """
     if finish_reason == "length":
         return 0.0, ""
@@ -115,6 +114,6 @@ def grade(response: str, answer: str, finish_reason: str, reward: Reward) -> tup
         raise
     except Exception as error:
         return 0.0, f"{type(error).__name__}: {error}"
-    if not 0 <= value <= 1:  # nor is nan
+    if not 0 <= value <= 1:  # true for nan too
         return 0.0, f"it returned {value}, outside [0, 1]"
     return value, ""

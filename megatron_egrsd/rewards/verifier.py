@@ -1,9 +1,9 @@
 """math-verify in a process of its own, so that no answer can hang, crash or bloat the trainer.
 
-math-verify stops itself with SIGALRM, which works in the main thread only and not while C code runs (10^10^10).
-Here a timer of CPU seconds keeps its default action, which is to end the process: the kernel enforces it whatever
-runs, and a busy machine does not turn right answers into wrong ones. The worker starts with the first answer that
-needs it and ends when its input closes, so it never outlives the trainer.
+math-verify limits its time with SIGALRM, which works only in the main thread and not while C code runs (10^10^10). This
+worker sets a timer of CPU seconds with the default action, which ends the process: the kernel enforces it in any code,
+and on a busy machine right answers stay right. The worker starts with the first answer that needs it and ends when its
+input closes, so it never outlives the trainer.
 """
 
 import atexit
@@ -19,17 +19,17 @@ from pathlib import Path
 from megatron_egrsd.errors import RunError
 
 CPU_SECONDS = 5  # for one comparison
-WALL_SECONDS = 60  # the same on a busy machine; met only by a worker that is stopped or swapped out
-START_SECONDS = 120  # importing sympy, likewise
+WALL_SECONDS = 60  # for one comparison on a busy machine; only a worker that is stopped or swapped out exceeds it
+START_SECONDS = 120  # for importing sympy on a busy machine
 MEMORY = 4 << 30  # bytes of address space
 
 
 class GaveUp(Exception):
-    """A comparison took more than its time or memory."""
+    """A comparison exceeded its time or memory."""
 
 
 def algebra_equal(gold: str, answer: str) -> bool:
-    """Whether math-verify finds the two equal. Any thread may call. GaveUp where it takes too long."""
+    """Return whether math-verify finds the two equal. Any thread may call. Raises GaveUp if it takes too long."""
     return _worker.ask(gold, answer)
 
 
@@ -66,7 +66,7 @@ class _Worker:
             raise RunError("the verifying process does not start; check `python -c 'import math_verify'`")
 
     def _reply(self, seconds: float) -> bytes | None:
-        output = select.poll()  # select() knows 1,024 files, which a busy client exceeds
+        output = select.poll()  # select() is limited to 1,024 files, which a busy client exceeds
         output.register(self.process.stdout, select.POLLIN)
         return (self.process.stdout.readline().strip() or None) if output.poll(seconds * 1000) else None
 
@@ -88,7 +88,7 @@ atexit.register(_worker.close)
 
 
 def main() -> None:
-    """The worker: a line of JSON [gold, answer] in, "1" or "0" out, "ready" before the first."""
+    """Run the worker: print "ready", then read lines of JSON [gold, answer] and print "1" (equal) or "0" for each."""
     import logging
     import resource
     import signal
@@ -100,7 +100,7 @@ def main() -> None:
 
     @lru_cache(maxsize=1024)
     def parsed(text: str) -> list:
-        # Whole, or not at all: math-verify's fallbacks take a part of what they cannot read ("3:1" is 3).
+        # No fallback: math-verify's fallbacks parse a part of an unreadable text ("3:1" becomes 3).
         return parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
 
     def equal(gold: str, answer: str) -> bool:
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def _far_apart(golds: list, answers: list) -> bool:
-    """Numbers that differ by more than a relative 1e-5; math-verify rounds to six places, where 3e-9 is 4e-9."""
+    """Return whether two numbers differ by a relative 1e-5. math-verify rounds to six places: to it 3e-9 is 4e-9."""
     numbers = [e for e in (*golds, *answers) if getattr(e, "is_number", False) and e.is_finite]
     if len(golds) != 1 or len(answers) != 1 or len(numbers) != 2:
         return False

@@ -1,4 +1,4 @@
-"""A parser of command-line words that reports a mistake as BadArgument."""
+"""A command-line parser that raises BadArgument for a mistake."""
 
 import argparse
 from typing import NoReturn

@@ -1,4 +1,4 @@
-"""What a user's import path names: "module:name", or "file.py:name" for a file that is not installed anywhere."""
+"""Import paths of users' functions and classes: "module:name", or "file.py:name" for a file that is not installed."""
 
 import functools
 import importlib
@@ -27,9 +27,9 @@ def load(path: str, key: str) -> Any:
 def _run_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"_file_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    # Where dataclasses and pickle look a class's module up.
+    # dataclasses and pickle look up a class's module here.
     sys.modules[spec.name] = module
-    if str(path.parent) not in sys.path:  # what lies beside it can be imported, unless something installed is called so
+    if str(path.parent) not in sys.path:  # modules beside the file become importable; installed ones take precedence
         sys.path.append(str(path.parent))
     spec.loader.exec_module(module)
     return module

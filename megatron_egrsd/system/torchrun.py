@@ -1,4 +1,4 @@
-"""What torchrun tells a process through its environment; a process that it did not start is a world of one."""
+"""torchrun's environment variables; without them the process is the only one of its job."""
 
 import os
 
@@ -18,7 +18,7 @@ VARIABLES = (
 
 
 def is_launched() -> bool:
-    """Whether torchrun started this process."""
+    """Return whether torchrun started this process."""
     return "RANK" in os.environ
 
 
@@ -31,20 +31,20 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """The rank within this node: 0 is the node's first one."""
+    """Return the rank within this node, 0 for the node's first process."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def restart_count() -> int:
-    """How often torchrun has started the job's processes again."""
+    """Return how often torchrun has restarted the job's processes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def master() -> tuple[str, int]:
-    """The address and port of the job's store. KeyError if torchrun did not start this process."""
+    """Return the address and port of the job's store. Raises KeyError if torchrun did not start this process."""
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def environment_without() -> dict[str, str]:
-    """A copy of the environment without torchrun's variables."""
+    """Return a copy of the environment without torchrun's variables."""
     return {name: value for name, value in os.environ.items() if name not in VARIABLES}

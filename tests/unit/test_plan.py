@@ -90,11 +90,11 @@ def refusals(plan, word: str) -> list[str]:
 def test_too_little_memory_is_refused_with_a_change_that_fits(name, ranks, words, model):
     path = model(name)
     plan = resolve(config_8b(path, *words), PROMPTS, PROMPTS[:8], ranks, 60 * GIB)
-    (reason,) = refusals(plan, "where a GPU has")
-    assert re.match(r"rank \d+ needs [\d.]+ GiB where a GPU has 60\.00 GiB; it fits with --parallel", reason), reason
+    (reason,) = refusals(plan, "but a GPU has")
+    assert re.match(r"rank \d+ needs [\d.]+ GiB but a GPU has 60\.00 GiB; it fits with --parallel", reason), reason
     remedy = reason.partition("it fits with ")[2].replace(",", "").split()
     changed = resolve(config_8b(path, *words, *remedy), PROMPTS, PROMPTS[:8], ranks, 60 * GIB)
-    assert not refusals(changed, "where a GPU has")
+    assert not refusals(changed, "but a GPU has")
 
 
 def test_responses_too_long_for_a_rank(model):
@@ -102,10 +102,10 @@ def test_responses_too_long_for_a_rank(model):
     words = ["--rollout.max_response_tokens", "120000", "--parallel.tensor", "8"]
     path = model("Qwen3-8B")
     plan = resolve(config_8b(path, *words), PROMPTS, [], 64, int(15.4 * GIB))
-    (reason,) = refusals(plan, "where a GPU has")
+    (reason,) = refusals(plan, "but a GPU has")
     assert reason.startswith("rank 0 needs 22.04 GiB") and reason.endswith("it fits with --parallel.context 4"), reason
     plan = resolve(config_8b(path, *words, "--parallel.context", "4"), PROMPTS, [], 64, int(15.4 * GIB))
-    assert not refusals(plan, "where a GPU has")
+    assert not refusals(plan, "but a GPU has")
     lines = "\n".join(plan.lines)
     assert "64 ranks = TP 8 x PP 1 x CP 4 x DP 2, sequence parallel" in lines
     assert "samples of at most 121,299 tokens, 30,326 of them on each CP rank, in micro-batches of" in lines

@@ -1,5 +1,5 @@
 "use strict";
-// Shows what token_page.py has computed: colours, the inspector, the filters. No number is derived here but exp(log p).
+// Shows the numbers of token_page.py: colours, the inspector, the filters. Computes nothing but exp(log p).
 const data = JSON.parse(document.getElementById("data").textContent);
 const form = document.forms[0];
 const inspector = document.getElementById("inspector");
@@ -7,13 +7,13 @@ const articles = [...document.querySelectorAll(".rollout")];
 const texts = articles.map((article) => [...article.querySelectorAll(".text span")]);
 const kinds = texts.map((spans) => spans.map((span) => span.className));
 let current = null; // [rollout, token] in the inspector
-let pointed = null; // the one under the pointer
+let pointed = null; // [rollout, token] under the pointer
 let pinned = false;
 
 texts.forEach((spans, rollout) =>
   spans.forEach((span, token) => {
     span.at = [rollout, token];
-    span.tabIndex = token === 0 ? 0 : -1; // one stop a rollout; the arrow keys go on from there
+    span.tabIndex = token === 0 ? 0 : -1; // one tab stop per rollout; the arrow keys move on from there
   }),
 );
 
