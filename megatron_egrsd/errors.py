@@ -11,16 +11,3 @@ class RunError(RuntimeError):
 
 class Preempted(RunError):
     """The run was asked to stop (SIGTERM). Exit status 0."""
-
-
-class BadUpdate(Exception):
-    """An update that was skipped because it would have spoiled the weights. All ranks raise it; users never see it.
-
-    Attributes:
-        kind: The reason: "gradient", or a name given by the caller of `Engine.train_step`.
-        sums: The sums that the loss reported.
-    """
-
-    def __init__(self, kind: str, sums: dict[str, float]):
-        super().__init__(kind)
-        self.kind, self.sums = kind, sums

@@ -1,155 +1,229 @@
-"""One step of the method on a batch of rollouts: direction, teacher, gate, update. Algorithm and engine meet here."""
+"""One step of the method on a batch of rollouts. Algorithm and engine meet here.
 
+`learn` divides the batch into updates, scores it, prepares the columns of the loss, and updates the weights.
+"""
+
+import functools
+import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import torch
 
 from megatron_egrsd.config import Config, ObjectiveConfig
 from megatron_egrsd.data.packing import MicroBatch, Sequence
 from megatron_egrsd.data.samples import Rollout
-from megatron_egrsd.errors import BadUpdate
-from megatron_egrsd.objectives.interface import Objective, Tokens
+from megatron_egrsd.engine.engine import Engine, Scores
+from megatron_egrsd.engine.update import TokenSums, Update
+from megatron_egrsd.objectives.interface import Objective, Tokens, batch_tokens
 from megatron_egrsd.objectives.load import load_objective
 from megatron_egrsd.objectives.loss import loss_normalizer, policy_loss
 from megatron_egrsd.objectives.signal import rollout_advantages
 
-if TYPE_CHECKING:
-    from megatron_egrsd.engine.engine import Engine, Scores
-
-# (advantage of every rollout, this data-parallel rank's student scores, its teacher scores or None)
-Record = Callable[[list[float], "dict[int, Scores]", "dict[int, Scores] | None"], None]
-
-_COLUMNS = ("advantage", "teacher_log_prob", "teacher_entropy", "student_log_prob", "student_entropy")
-_PREPARED = "prepared/"
+# (signal of every rollout, this data-parallel rank's student scores, its teacher scores or None)
+Record = Callable[[list[float], dict[int, Scores], dict[int, Scores] | None], None]
 
 
-def learn(engine: "Engine", rollouts: list[Rollout], config: Config, record: Record | None = None) -> dict[str, float]:
+def learn(engine: Engine, rollouts: list[Rollout], config: Config, record: Record | None = None) -> dict[str, float]:
     """Train on `rollouts` (all of them, on every rank) and return the step's metrics, equal on every rank.
 
-    With one update per batch the policy that is updated is the one that sampled, so log pi_old is the training pass's
-    own log-prob and no separate student pass is run. Rollouts of advantage 0 carry no gradient and are not trained, but
-    for a KL penalty.
-    `record` gets the scores of all rollouts before the update, on every rank; it costs a student pass of its own where
+    `record` gets the scores of all rollouts before the update, on every rank; it costs a student pass of its own if
     there is one update.
     """
-    objective, started = load_objective(config.objective), time.perf_counter()
+    started = time.perf_counter()
+    objective = load_objective(config.objective)
+    batch = _divide(engine, rollouts, objective, config)
+    scores = _score(engine, batch, objective, with_student=record is not None)
+    if record:
+        record(batch.advantage, scores.student, scores.teacher)
+    columns = _prepare(engine, batch, objective, scores)
+    scored = time.perf_counter()
+    updates = _update(engine, batch, objective, columns, config.log_prob_limit)
+    metrics = rollout_metrics(rollouts, config.objective) | _update_metrics(updates)
+    return metrics | {"time/score": scored - started, "time/train": time.perf_counter() - scored}
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The rollouts of a step with their signals, divided into updates and over the data-parallel ranks.
+
+    Rollouts without a gradient are scored, for the statistics of the objective, but not trained.
+    """
+
+    rollouts: list[Rollout]
+    advantage: list[float]
+    has_gradient: list[bool]
+    students: list[Sequence]
+    teachers: list[Sequence]
+    updates: list[list[list[int]]]  # of each update, the rollouts of every data-parallel rank
+
+    @property
+    def partition(self) -> list[list[int]]:
+        """The rollouts of every data-parallel rank, those of the first update first."""
+        return [list(itertools.chain(*parts)) for parts in zip(*self.updates, strict=True)]
+
+    def length(self, i: int) -> int:
+        """Response tokens of rollout `i`."""
+        return len(self.rollouts[i].response_ids)
+
+    def scores_student(self, objective: Objective) -> bool:
+        """Whether training needs the student's scores from a pass before the first update.
+
+        With one update the policy that is updated is the one that sampled, so log pi_old is the training pass's own
+        log-prob.
+        """
+        return len(self.updates) > 1 or objective.needs_student
+
+
+def _divide(engine: Engine, rollouts: list[Rollout], objective: Objective, config: Config) -> _Batch:
+    """Give each rollout its signal, and divide the prompts equally among the updates."""
     advantage = rollout_advantages(rollouts, objective)
+    has_gradient = [bool(a or config.objective.kl_coef) for a in advantage]
     students = [Sequence(r.prompt.student_ids, r.response_ids) for r in rollouts]
     teachers = [Sequence(r.prompt.teacher_ids, r.response_ids) for r in rollouts]
-
-    has_gradient = [bool(a or config.objective.kl_coef) for a in advantage]
-    minibatches = []
-    share = config.rollout.prompts_per_step // config.optimizer.updates_per_batch
-    for first in range(0, config.rollout.prompts_per_step, share):
-        members = [i for i, r in enumerate(rollouts) if first <= r.group < first + share]
+    updates = []
+    prompts = config.rollout.prompts_per_step // config.optimizer.updates_per_batch
+    for first in range(0, config.rollout.prompts_per_step, prompts):
+        members = [i for i, r in enumerate(rollouts) if first <= r.group < first + prompts]
         scored = [len(teachers[i]) for i in members]
         trained = [len(students[i]) if has_gradient[i] else 0 for i in members]
-        minibatches.append([[members[i] for i in part] for part in engine.partition(scored, trained)])
-    everyone = [[i for m in minibatches for i in m[rank]] for rank in range(engine.data_parallel)]
-    own = {i: rollouts[i] for i in everyone[engine.data_parallel_rank]}
-
-    known = len(minibatches) > 1 or objective.needs_student
-    teacher, student = _scores(engine, teachers if objective.needs_teacher else [],
-                               students if known or record else [], everyone)  # fmt: skip
-    reference = engine.score(students, everyone, "reference") if config.objective.kl_coef else None
-    if record:
-        record(advantage, student, teacher)
-    fields = _prepare(engine, objective, own, advantage, teacher, student if known else None)
-    for i, scores in (reference or {}).items():
-        fields[i]["reference_log_prob"] = scores.log_prob
-    score_seconds = time.perf_counter() - started
-
-    sums: dict[str, float] = {}
-    for minibatch in minibatches:
-        members = [i for part in minibatch for i in part]
-        num_tokens = sum(len(rollouts[i].response_ids) for i in members)
-        for i in minibatch[engine.data_parallel_rank]:
-            length = torch.tensor([len(rollouts[i].response_ids)])
-            normalizer = loss_normalizer(length, config.objective, num_tokens=num_tokens, num_sequences=len(members))
-            students[i] = replace(students[i], fields=fields[i] | {"normalizer": normalizer})
-        trained = [[i for i in part if has_gradient[i]] for part in minibatch]
-        if any(trained):
-            try:
-                update = engine.train_step(
-                    students, trained, lambda lp, h, batch: _loss(lp, h, batch, objective), lambda s: _refuse(s, config)
-                )
-                update["updates"] = 1
-            except BadUpdate as bad:
-                update = bad.sums | {f"skipped/{bad.kind}": 1, "skipped": 1}
-            sums = {k: sums.get(k, 0.0) + v for k, v in update.items()} | {"lr": update.get("lr", 0.0)}
-    return _metrics(rollouts, sums, config.objective) | {
-        "time/score": score_seconds,
-        "time/train": time.perf_counter() - started - score_seconds,
-    }
+        updates.append([[members[i] for i in part] for part in engine.partition(scored, trained)])
+    return _Batch(rollouts, advantage, has_gradient, students, teachers, updates)
 
 
-def _scores(
-    engine: "Engine", teachers: list[Sequence], students: list[Sequence], partition: list[list[int]]
-) -> "tuple[dict[int, Scores] | None, dict[int, Scores] | None]":
-    """Scores of teacher and student, None for what is empty: one pass where both have the same weights.
+@dataclass(frozen=True)
+class BatchScores:
+    """Scores of this data-parallel rank's rollouts before the first update; None if they are not needed."""
+
+    teacher: dict[int, Scores] | None
+    student: dict[int, Scores] | None
+    reference: dict[int, Scores] | None = None
+
+
+def _score(engine: Engine, batch: _Batch, objective: Objective, *, with_student: bool) -> BatchScores:
+    """Score the batch by teacher, student and reference, each if training needs it; the student if asked for, too."""
+    partition, students = batch.partition, batch.students
+    scores = score_teacher_and_student(
+        engine,
+        batch.teachers if objective.needs_teacher else [],
+        students if with_student or batch.scores_student(objective) else [],
+        partition,
+    )
+    if objective.config.kl_coef:
+        scores = replace(scores, reference=engine.score(students, partition, "reference"))
+    return scores
+
+
+def score_teacher_and_student(
+    engine: Engine, teachers: list[Sequence], students: list[Sequence], partition: list[list[int]]
+) -> BatchScores:
+    """Score both, in one pass if both have the same weights; None for what is empty.
 
     One pass fills and drains the pipeline once instead of twice.
     """
     if not (teachers and students and engine.config.teacher.weights == "live"):
-        return (engine.score(teachers, partition, "teacher") if teachers else None,
-                engine.score(students, partition) if students else None)  # fmt: skip
+        return BatchScores(
+            engine.score(teachers, partition, "teacher") if teachers else None,
+            engine.score(students, partition) if students else None,
+        )
     n = len(teachers)
     both = engine.score(teachers + students, [part + [n + i for i in part] for part in partition])
-    return {i: s for i, s in both.items() if i < n}, {i - n: s for i, s in both.items() if i >= n}
+    return BatchScores({i: s for i, s in both.items() if i < n}, {i - n: s for i, s in both.items() if i >= n})
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Inputs of the loss besides the training pass's own scores: rollouts end to end, tensors [T] fp32."""
+
+    tokens: Tokens  # with what the objective prepared; without student scores if the training pass gives them
+    rollout_log_prob: torch.Tensor
+    normalizer: torch.Tensor
+    reference_log_prob: torch.Tensor | None  # None without a KL penalty
+
+    def select(self, spans: list[slice], cu_seqlens: torch.Tensor) -> "_Columns":
+        """The tokens of `spans`, which are the rollouts that `cu_seqlens` bounds, end to end."""
+
+        def pick(column: torch.Tensor | None) -> torch.Tensor | None:
+            return None if column is None else torch.cat([column[span] for span in spans])
+
+        t = self.tokens
+        scores = t.teacher_log_prob, t.teacher_entropy, t.student_log_prob, t.student_entropy
+        fields = {name: pick(column) for name, column in t.fields.items()}
+        tokens = Tokens(cu_seqlens, pick(t.advantage), *map(pick, scores), fields)
+        return _Columns(tokens, *map(pick, (self.rollout_log_prob, self.normalizer, self.reference_log_prob)))
 
 
 @torch.no_grad()
-def _prepare(
-    engine: "Engine",
-    objective: Objective,
-    own: dict[int, Rollout],
-    advantage: list[float],
-    teacher: "dict[int, Scores] | None",
-    student: "dict[int, Scores] | None",
-) -> dict[int, dict[str, torch.Tensor]]:
-    """The fields of each of this rank's rollouts: its scores, and what the objective makes of the whole batch."""
-    lengths = [len(r.response_ids) for r in own.values()]
-    cu_seqlens = torch.tensor([0, *lengths], device=engine.device).cumsum(0, dtype=torch.int32)
-    signal = torch.tensor([advantage[i] for i in own], device=engine.device)
-    columns = {"advantage": signal.repeat_interleave(cu_seqlens.diff())}
-    for name, scores in (("teacher", teacher), ("student", student)):
-        if scores is not None:
-            columns[f"{name}_log_prob"] = torch.cat([scores[i].log_prob for i in own])
-            columns[f"{name}_entropy"] = torch.cat([scores[i].entropy for i in own])
-    tokens = Tokens(cu_seqlens, **columns)
-    prepared = objective.prepare(tokens, vocab_size=engine.arch.vocab_size, group=engine.data_parallel_group)
-    columns |= {_PREPARED + name: values for name, values in prepared.items()}
-    columns["rollout_log_prob"] = torch.tensor([x for r in own.values() for x in r.rollout_log_probs])
-    parts = {name: values.split(lengths) for name, values in columns.items()}
-    return {i: {name: part[n] for name, part in parts.items()} for n, i in enumerate(own)}
+def _prepare(engine: Engine, batch: _Batch, objective: Objective, scores: BatchScores) -> _Columns:
+    """Lay this rank's rollouts end to end, with what the objective makes of the whole batch."""
+    own = batch.partition[engine.data_parallel_rank]
+    found = {"teacher": scores.teacher, "student": scores.student if batch.scores_student(objective) else None}
+    columns = {}
+    for name, by_rollout in found.items():
+        if by_rollout is not None:
+            columns[f"{name}_log_prob"] = torch.cat([by_rollout[i].log_prob for i in own])
+            columns[f"{name}_entropy"] = torch.cat([by_rollout[i].entropy for i in own])
+    tokens = batch_tokens([batch.advantage[i] for i in own], [batch.length(i) for i in own], columns, engine.device)
+    fields = objective.prepare(tokens, vocab_size=engine.arch.vocab_size, group=engine.data_parallel_group)
+    rollout_log_probs = [x for i in own for x in batch.rollouts[i].rollout_log_probs]
+    reference = scores.reference
+    return _Columns(
+        tokens=replace(tokens, fields={name: values.float() for name, values in fields.items()}),
+        rollout_log_prob=torch.tensor(rollout_log_probs, device=engine.device),
+        normalizer=_normalizer(batch, engine.data_parallel_rank, objective.config).to(engine.device),
+        reference_log_prob=torch.cat([reference[i].log_prob for i in own]) if reference else None,
+    )
+
+
+def _normalizer(batch: _Batch, rank: int, config: ObjectiveConfig) -> torch.Tensor:
+    """The divisor of each token's term of the loss, [T] fp32 of `rank`'s rollouts; each update has its own."""
+    parts = []
+    for update in batch.updates:
+        lengths = [batch.length(i) for part in update for i in part]
+        own = torch.tensor([batch.length(i) for i in update[rank]])
+        parts.append(loss_normalizer(own, config, num_tokens=sum(lengths), num_sequences=len(lengths)))
+    return torch.cat(parts)
+
+
+def _update(engine: Engine, batch: _Batch, objective: Objective, columns: _Columns, limit: float) -> list[Update]:
+    """Take one optimizer step for each share of the batch in which a rollout has a gradient."""
+    own = batch.partition[engine.data_parallel_rank]
+    ends = itertools.accumulate(batch.length(i) for i in own)
+    spans = {i: slice(end - batch.length(i), end) for i, end in zip(own, ends, strict=True)}
+
+    def loss(log_prob: torch.Tensor, entropy: torch.Tensor, micro_batch: MicroBatch):
+        selected = columns.select([spans[i] for i in micro_batch.samples], micro_batch.response_cu_seqlens)
+        return _loss(log_prob, entropy, selected, objective)
+
+    reason_to_skip = functools.partial(_reason_to_skip, limit=limit)
+    trained = ([[i for i in part if batch.has_gradient[i]] for part in update] for update in batch.updates)
+    return [engine.train_step(batch.students, parts, loss, reason_to_skip) for parts in trained if any(parts)]
 
 
 def _loss(
-    log_prob: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch, objective: Objective
+    log_prob: torch.Tensor, entropy: torch.Tensor, columns: _Columns, objective: Objective
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The policy loss of one micro-batch, all tensors [R], and sums over its tokens; those with a "/" become means."""
-    f = batch.fields
+    """The policy loss of one micro-batch of R tokens, and sums over them by the name of the metric that is their mean.
+
+    log_prob and entropy are [R], of the training pass. Without scores of its own, the student before the update is the
+    policy that is being trained.
+    """
+    tokens = columns.tokens
     with torch.no_grad():
-        # Without scores of its own, the student before the update is the one that is being trained.
-        scores = {"student_log_prob": log_prob.detach(), "student_entropy": entropy.detach()}
-        scores |= {name: f[name] for name in _COLUMNS if name in f}
-        prepared = {k.removeprefix(_PREPARED): v for k, v in f.items() if k.startswith(_PREPARED)}
-        tokens = Tokens(batch.response_cu_seqlens, **scores, fields=prepared)
+        if tokens.student_log_prob is None:
+            tokens = replace(tokens, student_log_prob=log_prob.detach(), student_entropy=entropy.detach())
         weight = objective.weight(tokens)
         sums = {name: values.sum() for name, values in objective.metrics(tokens).items()}
-    old, rollout, reference = tokens.student_log_prob, f["rollout_log_prob"], f.get("reference_log_prob")
+    old, rollout, reference = tokens.student_log_prob, columns.rollout_log_prob, columns.reference_log_prob
     others = {"rollout_log_prob": rollout, "reference_log_prob": reference}
-    result = policy_loss(log_prob, old, weight, f["normalizer"], objective.config, **others)
+    result = policy_loss(log_prob, old, weight, columns.normalizer, objective.config, **others)
     if tokens.teacher_log_prob is not None:
         sums["teacher/entropy"] = tokens.teacher_entropy.sum()
         sums["weight/log_ratio"] = (tokens.teacher_log_prob - old).sum()
     sums |= {
-        "loss": result.loss.detach(),
-        "tokens": result.tokens,
         "student/entropy": entropy.detach().sum(),
         "loss/clip_share": result.clipped,
         "sync/log_prob_difference": (old - rollout).abs().sum(),
@@ -160,18 +234,18 @@ def _loss(
     return result.loss, sums
 
 
-def _refuse(sums: dict[str, float], config: Config) -> str:
-    """Why an update with these sums must not be made; empty where nothing speaks against it."""
-    difference = sums["sync/log_prob_difference"]
+def _reason_to_skip(sums: TokenSums, limit: float) -> str:
+    """The reason to skip an update with these sums, or "" if it may be applied; `limit` in nats a token."""
+    difference = sums.values["sync/log_prob_difference"]
     if not math.isfinite(difference):
         return "log_prob"
-    if not math.isfinite(sums["loss"]):
+    if not math.isfinite(sums.loss):
         return "loss"
-    return "disagreement" if difference > config.log_prob_limit * sums["tokens"] else ""
+    return "disagreement" if difference > limit * sums.tokens else ""
 
 
 def rollout_metrics(rollouts: list[Rollout], config: ObjectiveConfig) -> dict[str, float]:
-    """What the rollouts alone say."""
+    """Metrics that need no engine."""
     lengths, n = [len(r.response_ids) for r in rollouts], len(rollouts)
     return {
         "reward/mean": sum(r.reward for r in rollouts) / n,
@@ -184,16 +258,19 @@ def rollout_metrics(rollouts: list[Rollout], config: ObjectiveConfig) -> dict[st
     }
 
 
-def _metrics(rollouts: list[Rollout], sums: dict[str, float], config: ObjectiveConfig) -> dict[str, float]:
-    """Sums over trained tokens into means, with what the rollouts alone say."""
-    metrics = rollout_metrics(rollouts, config) | {"optimizer/updates": float(sums.get("updates", 0))}
-    tokens, updates = max(sums.get("tokens", 0.0), 1.0), max(sums.get("updates", 0), 1)
-    if "tokens" not in sums:
+def _update_metrics(updates: list[Update]) -> dict[str, float]:
+    """Means over the trained tokens of all updates, and the means and counts of the updates that were applied."""
+    applied = [update for update in updates if not update.skipped]
+    metrics = {"optimizer/updates": float(len(applied))}
+    if not updates:
         return metrics
-    skipped = {k: v for k, v in sums.items() if k.startswith("skipped/")}
-    metrics |= {k: v / tokens for k, v in sums.items() if "/" in k} | skipped
-    metrics |= {"loss/policy": sums["loss"] / updates, "optimizer/skipped": float(sums.get("skipped", 0))}
-    if "grad_norm" in sums:
-        metrics |= {"optimizer/grad_norm": sums["grad_norm"] / updates, "optimizer/lr": sums["lr"]}
-        metrics |= {"batch/micro_batches": sums["micro_batches"]}
+    sums = sum((update.sums for update in updates), TokenSums())
+    metrics |= {name: value / max(sums.tokens, 1.0) for name, value in sums.values.items()}
+    skipped = Counter(update.skipped for update in updates if update.skipped)
+    metrics |= {f"skipped/{reason}": float(count) for reason, count in skipped.items()}
+    metrics |= {"loss/policy": sums.loss / max(len(applied), 1), "optimizer/skipped": float(skipped.total())}
+    if applied:
+        metrics["optimizer/grad_norm"] = sum(update.grad_norm for update in applied) / len(applied)
+        metrics["optimizer/lr"] = updates[-1].lr
+        metrics["batch/micro_batches"] = float(sum(update.micro_batches for update in applied))
     return metrics

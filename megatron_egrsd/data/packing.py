@@ -3,7 +3,7 @@
 import heapq
 import itertools
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,14 +12,10 @@ from megatron_egrsd.data.zigzag import zigzag
 
 @dataclass(frozen=True)
 class Sequence:
-    """A prompt and its response as one token sequence, with the loss's inputs for each response token.
-
-    `fields` maps names to fp32 tensors [response length], or to scalars that are broadcast over the response.
-    """
+    """A prompt and its response as one token sequence."""
 
     prompt_ids: Seq[int]
     response_ids: Seq[int]
-    fields: dict[str, torch.Tensor | float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -43,7 +39,6 @@ class MicroBatch:
     targets: torch.Tensor  # [R] int64
     response_cu_seqlens: torch.Tensor  # [B + 1] int32
     samples: tuple[int, ...]  # B indices into the list that was packed
-    fields: dict[str, torch.Tensor]  # each [R] fp32
 
     @property
     def max_seqlen(self) -> int:
@@ -51,8 +46,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        fields = {k: v.to(device, non_blocking=True) for k, v in self.fields.items()}
-        return MicroBatch(**moved, samples=self.samples, fields=fields)
+        return replace(self, **moved)
 
     def split(self, rank: int, size: int) -> "MicroBatch":
         """Return the part of context-parallel rank `rank`. If size > 1, lengths must be multiples of 2 x size."""
@@ -153,7 +147,6 @@ def pack(sequences: Seq[Sequence], samples: Seq[int], multiple: int = 1, pad_id:
     ]
     response_lengths = torch.tensor([0] + [len(s.response_ids) for s in chosen], dtype=torch.int32)
     spans = lengths + ([padding] if padding else [])
-    names = list(chosen[0].fields) if chosen else []
     targets = torch.tensor([t for s in chosen for t in s.response_ids], dtype=torch.int64)
     return MicroBatch(
         tokens=torch.tensor(tokens + [pad_id] * padding, dtype=torch.int64),
@@ -164,9 +157,4 @@ def pack(sequences: Seq[Sequence], samples: Seq[int], multiple: int = 1, pad_id:
         targets=targets,
         response_cu_seqlens=response_lengths.cumsum(0, dtype=torch.int32),
         samples=tuple(samples),
-        fields={name: torch.cat([_per_token(s.fields[name], len(s.response_ids)) for s in chosen]) for name in names},
     )
-
-
-def _per_token(value: torch.Tensor | float, length: int) -> torch.Tensor:
-    return torch.full((length,), float(value)) if not isinstance(value, torch.Tensor) else value.float()

@@ -30,14 +30,17 @@ from megatron_egrsd.engine.context_parallel import gather_scores, packed_seq_par
 from megatron_egrsd.engine.model import build_model, transformer_config
 from megatron_egrsd.engine.offload import Shelf, without
 from megatron_egrsd.engine.optimizer import build_optimizer, parts
+from megatron_egrsd.engine.update import TokenSums, Update
 from megatron_egrsd.engine.weights import export_hf, load_hf
-from megatron_egrsd.errors import BadUpdate
 from megatron_egrsd.hf.checkpoint import HFCheckpoint
 from megatron_egrsd.objectives.load import needs_teacher
 from megatron_egrsd.vocab_parallel import linear_log_prob_and_entropy
 
-# (log_prob [R], entropy [R], micro-batch) -> (loss to differentiate, detached sums to report)
+# (log_prob [R], entropy [R], micro-batch) -> (loss to differentiate, TokenSums.values as detached scalars)
 LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+# A micro-batch's (loss, response tokens, sums), still on the device
+_Output = tuple[torch.Tensor | float, int, dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -201,16 +204,13 @@ class Engine:
         sequences: Seq[Sequence],
         partition: list[list[int]],
         loss: LossFunction,
-        refuse: Callable[[dict[str, float]], str] = lambda sums: "",
-    ) -> dict[str, float]:
+        reason_to_skip: Callable[[TokenSums], str] = lambda sums: "",
+    ) -> Update:
         """One optimizer step on all `sequences`; `loss` sees this rank's micro-batches on the last pipeline stage.
 
         It sees whole responses, on every context-parallel rank; each differentiates the scores of its own tokens.
         The losses of all micro-batches and ranks are summed, never averaged: the caller divides by the global batch's
-        normaliser. Returns the sums that `loss` reports, over the global batch, with grad_norm, lr and micro_batches.
-
-        Raises BadUpdate, before the weights change, where the gradient is not finite or `refuse` finds a reason in the
-        sums.
+        normaliser. The step is skipped if the gradient is not finite or if `reason_to_skip` of the sums is not "".
         """
         batches = self._micro_batches(sequences, partition)
         for chunk in self.model:
@@ -219,8 +219,8 @@ class Engine:
         self.optimizer.zero_grad()
         outputs = self._run(batches, functools.partial(_differentiate, loss), forward_only=False)
         sums = self._sum_over_ranks(outputs)
-        if kind := refuse(sums) or ("" if self._gradient_is_finite() else "gradient"):
-            raise BadUpdate(kind, sums)
+        if reason := reason_to_skip(sums) or ("" if self._gradient_is_finite() else "gradient"):
+            return Update(sums, skipped=reason)
         lr = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
@@ -228,7 +228,7 @@ class Engine:
             rate = 1 - self._ema_decay()
             for teacher, student in zip(self.teacher_weights, self.parameters(), strict=True):
                 teacher.lerp_(student.detach().float(), rate)
-        return sums | {"grad_norm": float(grad_norm), "lr": lr, "micro_batches": len(batches)}
+        return Update(sums, grad_norm=float(grad_norm), lr=lr, micro_batches=len(batches))
 
     def _gradient_is_finite(self) -> bool:
         """Whether every rank's part of the reduced gradient is; megatron-core itself only looks in fp16."""
@@ -292,18 +292,17 @@ class Engine:
 
     # -- sums, teacher, weights ---------------------------------------------------------------------------------
 
-    def _sum_over_ranks(self, outputs: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-        """Sum dictionaries over micro-batches and data-parallel ranks; the same result everywhere."""
-        own = {}
+    def _sum_over_ranks(self, outputs: "list[_Output]") -> TokenSums:
+        """Sum over micro-batches and data-parallel ranks; the same result everywhere."""
+        own = TokenSums()
         if parallel_state.get_tensor_model_parallel_rank() == 0 and self.context_group.rank() == 0:
-            keys = [k for o in outputs for k in o]  # a batch of padding alone reports nothing
-            own = {k: sum(float(o.get(k, 0.0)) for o in outputs) for k in dict.fromkeys(keys)}
+            for loss, tokens, values in outputs:
+                own += TokenSums(float(loss), float(tokens), {name: float(value) for name, value in values.items()})
         gathered = [own]
         if dist.get_world_size() > 1:
             gathered = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, own)
-        keys = [k for part in gathered for k in part]
-        return {k: sum(part.get(k, 0.0) for part in gathered) for k in dict.fromkeys(keys)}
+        return sum(gathered, TokenSums())
 
     @contextlib.contextmanager
     def _holding(self, weights: list[torch.Tensor] | None):
@@ -329,8 +328,12 @@ class Engine:
         return ((name, t) for name, t in export_hf(self.chunks, self.arch) if placeholders or not t.is_meta)
 
 
-def _differentiate(loss: LossFunction, output: torch.Tensor, batch: MicroBatch):
+def _differentiate(
+    loss: LossFunction, output: torch.Tensor, batch: MicroBatch
+) -> tuple[torch.Tensor, torch.Tensor, _Output]:
+    """The loss of a micro-batch, its tokens as megatron-core counts them, and what is left of it after the step."""
+    tokens = batch.targets.numel()
     if not batch.samples:  # padding alone: no loss, but this rank's backward pass runs like the others'
-        return output.sum(), torch.tensor(0, dtype=torch.int), {}
+        return output.sum(), torch.tensor(0, dtype=torch.int), (0.0, 0, {})
     value, sums = loss(output[0], output[1], batch)
-    return value, torch.tensor(batch.targets.numel(), dtype=torch.int), sums
+    return value, torch.tensor(tokens, dtype=torch.int), (value.detach(), tokens, sums)

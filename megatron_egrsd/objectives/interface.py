@@ -32,6 +32,15 @@ class Tokens:
     fields: dict[str, torch.Tensor] = field(default_factory=dict)  # what `prepare` returned
 
 
+def batch_tokens(
+    advantage: list[float], lengths: list[int], scores: dict[str, torch.Tensor], device: torch.device | None = None
+) -> Tokens:
+    """Lay rollouts end to end: the signal and the response length of each, and scores [T] by their name in `Tokens`."""
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    signal = torch.tensor(advantage, dtype=torch.float32, device=device).repeat_interleave(cu_seqlens.diff())
+    return Tokens(cu_seqlens, signal, **scores)
+
+
 @dataclass(frozen=True)
 class Objective:
     """Gives every response token its weight W_t in the clipped policy loss (loss.policy_loss).

@@ -18,7 +18,7 @@ from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.data.samples import Problem, Rollout
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.objectives.egrsd import confidence
-from megatron_egrsd.objectives.interface import Tokens, weigh
+from megatron_egrsd.objectives.interface import Tokens, batch_tokens, weigh
 from megatron_egrsd.objectives.load import load_objective
 from megatron_egrsd.system.files import atomic
 
@@ -103,7 +103,8 @@ def scored_rollouts(
         if scores is not None:
             both = np.concatenate([scores[i] for i in range(len(rollouts))], 1)
             columns |= {f"{name}_log_prob": both[0], f"{name}_entropy": both[1]}
-    weights = batch_weights(batch_tokens(advantage, lengths, columns), objective, vocab_size)
+    scores = {name: torch.from_numpy(values) for name, values in columns.items()}
+    weights = batch_weights(batch_tokens(advantage, lengths, scores), objective, vocab_size)
     scales = weights.pop("entropy_scale", None)
     columns |= {name: values.numpy() for name, values in weights.items()}
     columns["rollout_log_prob"] = np.concatenate([np.asarray(r.rollout_log_probs, np.float32) for r in rollouts])
@@ -127,13 +128,6 @@ def scored_rollouts(
         )
         for i, r in enumerate(rollouts)
     ]
-
-
-def batch_tokens(advantage: list[float], lengths: list[int], scores: dict[str, np.ndarray]) -> Tokens:
-    """A whole batch on one process: advantage and length of each rollout, scores [T] of all responses end to end."""
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    signal = torch.tensor(advantage, dtype=torch.float32).repeat_interleave(cu_seqlens.diff())
-    return Tokens(cu_seqlens, signal, **{name: torch.from_numpy(values) for name, values in scores.items()})
 
 
 def batch_weights(tokens: Tokens, objective: ObjectiveConfig, vocab_size: int) -> dict[str, torch.Tensor]:

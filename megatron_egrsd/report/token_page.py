@@ -19,10 +19,11 @@ from markupsafe import Markup
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.egrsd import magnitude
+from megatron_egrsd.objectives.interface import batch_tokens
 from megatron_egrsd.objectives.signal import advantages
 from megatron_egrsd.report.family import NAMES, family, member, settings, title
 from megatron_egrsd.report.html import TEMPLATES, template
-from megatron_egrsd.report.scored_dump import ScoredRollout, batch_tokens, batch_weights, load_scores
+from megatron_egrsd.report.scored_dump import ScoredRollout, batch_weights, load_scores
 from megatron_egrsd.system.files import write_text
 
 MAX_TOKENS = 150_000  # tokens per page that a browser can still show quickly
@@ -75,9 +76,10 @@ def _weights(scored: list[ScoredRollout], objective: ObjectiveConfig) -> list[di
         return [{"g": r.gate, "w": r.weight} for r in scored]
     lengths = [len(r.response_ids) for r in scored]
     names = [f"{who}_{what}" for who in ("student", "teacher") for what in ("log_prob", "entropy")]
-    scores = {n: np.concatenate([getattr(r, n) for r in scored]) for n in names if getattr(scored[0], n) is not None}
-    tokens, vocab_size = batch_tokens([r.advantage for r in scored], lengths, scores), scored[0].vocab_size
-    weights = batch_weights(tokens, objective, vocab_size)
+    columns = {n: np.concatenate([getattr(r, n) for r in scored]) for n in names if getattr(scored[0], n) is not None}
+    scores = {name: torch.from_numpy(values) for name, values in columns.items()}
+    tokens = batch_tokens([r.advantage for r in scored], lengths, scores)
+    weights = batch_weights(tokens, objective, scored[0].vocab_size)
     columns = {"m": torch.ones_like(weights["weight"]), "g": weights["gate"], "w": weights["weight"]}
     if tokens.teacher_log_prob is not None:
         columns["m"] = magnitude(tokens.advantage, tokens.teacher_log_prob, tokens.student_log_prob, objective)

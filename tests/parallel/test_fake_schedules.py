@@ -92,8 +92,8 @@ def run_one(config: Config, world_size: int, rank: int, monkeypatch) -> tuple[Ca
             calls = Calls([LENGTH // (p.tensor * p.context if p.sequence_parallel else p.context), 1, 32])
             with calls:
                 engine.score(sequences, partition)
-                metrics = engine.train_step(sequences, partition, lambda log_prob, *_: (log_prob.sum(), {}))
-            return calls, metrics["micro_batches"]
+                update = engine.train_step(sequences, partition, lambda log_prob, *_: (log_prob.sum(), {}))
+            return calls, update.micro_batches
 
 
 @pytest.mark.parametrize(

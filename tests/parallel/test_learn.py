@@ -70,7 +70,7 @@ def _score_both(rank, world_size, config, path):
     from megatron_egrsd.data.packing import Sequence
     from megatron_egrsd.data.samples import load_rollouts
     from megatron_egrsd.engine.engine import Engine
-    from megatron_egrsd.learn import _scores
+    from megatron_egrsd.learn import score_teacher_and_student
 
     rollouts = load_rollouts(path)
     teachers = [Sequence(r.prompt.teacher_ids, r.response_ids) for r in rollouts]
@@ -79,7 +79,8 @@ def _score_both(rank, world_size, config, path):
         passes, run = [], engine._run
         engine._run = lambda batches, *args, **kwargs: passes.append(len(batches)) or run(batches, *args, **kwargs)
         partition = engine.partition([len(t) for t in teachers])
-        found = _scores(engine, teachers, students, partition)
+        found = score_teacher_and_student(engine, teachers, students, partition)
+        found = found.teacher, found.student
         counts = list(passes)
         expected = engine.score(teachers, partition, "teacher"), engine.score(students, partition)
         worst = max(

@@ -58,12 +58,7 @@ spans_of_tokens = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_
 def _numbered(spans: list[tuple[int, int]]) -> list[Sequence]:
     """Sequences of (prompt, response) lengths whose tokens are numbered consecutively from 1, not to meet padding."""
     token = iter(range(1, 1000))
-    return [
-        Sequence(
-            [next(token) for _ in range(p)], [next(token) for _ in range(r)], {"a": float(p), "b": torch.arange(r)}
-        )
-        for p, r in spans
-    ]
+    return [Sequence([next(token) for _ in range(p)], [next(token) for _ in range(r)]) for p, r in spans]
 
 
 @given(spans_of_tokens, st.sampled_from([1, 4, 8]))
@@ -81,8 +76,6 @@ def test_rows_predict_their_targets(spans, multiple):
         assert batch.position_ids[start:end].tolist() == list(range(end - start))
     unpacked = batch.unpack(batch.targets)
     assert {i: t.tolist() for i, t in unpacked.items()} == {i: list(sequences[i].response_ids) for i in order}
-    if sequences:
-        assert batch.fields["b"].tolist() == [b for i in order for b in range(len(sequences[i].response_ids))]
 
 
 @given(spans_of_tokens, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
