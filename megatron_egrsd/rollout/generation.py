@@ -1,20 +1,17 @@
 """SGLang's answer to a generation request: a response or a partial response."""
 
-import atexit
 import contextlib
 import itertools
 import math
-import os
-import signal
-import subprocess
-import sys
-import threading
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from socket import socketpair
 from typing import Any
 
 import orjson
+
+from megatron_egrsd.errors import RunError
+from megatron_egrsd.system.worker_process import WorkerProcess
 
 LARGE = 1 << 16  # bytes of an answer (2,000 tokens) above which parsing in another process saves time
 
@@ -54,7 +51,7 @@ class Generation:
 NOTHING = Generation([], [], "abort", [])
 
 
-def read_answer(answer: bytes, stopping: bool = False) -> Generation:
+def read_answer(answer: bytes | memoryview, stopping: bool = False) -> Generation:
     """Parse SGLang's JSON by `parse_generation`."""
     return parse_generation(orjson.loads(answer), stopping)
 
@@ -65,7 +62,15 @@ def read_apart(answer: bytes, stopping: bool = False) -> Generation:
     A million tokens take most of a second of Python (tools/benchmark_host.py): a step that trains meanwhile in this
     process would wait for Python's lock.
     """
-    return _reader.read(answer, stopping)
+    reply = None
+    with contextlib.suppress(RunError):  # it does not start
+        reply = _reader.ask(bytes([stopping]) + answer)
+    if reply is None:  # this process can read it as well
+        return read_answer(answer, stopping)
+    outcome = pickle.loads(reply)
+    if isinstance(outcome, ValueError):
+        raise outcome
+    return outcome
 
 
 def parse_generation(answer: Any, stopping: bool = False) -> Generation:
@@ -105,58 +110,17 @@ def parse_generation(answer: Any, stopping: bool = False) -> Generation:
     return Generation(sampled_ids, log_probs, kind, [[version, len(sampled_ids)]] if sampled_ids else [])
 
 
-class _Reader:
-    """The process, from its first answer on; it ends with this one."""
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.process: subprocess.Popen | None = None
-        self.owner = 0
-
-    def read(self, answer: bytes, stopping: bool) -> Generation:
-        with self.lock:
-            try:
-                if self.process is None or self.owner != os.getpid():
-                    self._start()
-                self.connection.send((answer, stopping))
-                outcome = self.connection.recv()
-            except (OSError, EOFError):  # it was killed, and what it could do this one can
-                self.process = None
-                outcome = None
-        if outcome is None:
-            return read_answer(answer, stopping)
-        if isinstance(outcome, ValueError):
-            raise outcome
-        return outcome
-
-    def _start(self) -> None:
-        ours, theirs = socketpair()
-        with theirs:
-            command = [sys.executable, "-c", f"import {__name__} as module; module.main()", str(theirs.fileno())]
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
-        self.connection, self.owner = Connection(ours.detach()), os.getpid()
-
-    def close(self) -> None:
-        """At the end of this process: not by a child that inherited it."""
-        if self.process is not None and self.owner == os.getpid():
-            self.connection.close()
-            self.process.wait()
+_reader = WorkerProcess(f"{__name__}:reading", "orjson")
 
 
-_reader = _Reader()
-atexit.register(_reader.close)
+def reading() -> Callable[[bytes], bytes]:
+    """Return the reader's function: `stopping` as a byte and the answer in, pickled Generation or ValueError out."""
 
+    def read(request: bytes) -> bytes:
+        try:
+            outcome = read_answer(memoryview(request)[1:], stopping=bool(request[0]))
+        except ValueError as error:
+            outcome = ValueError(str(error))  # orjson's own cannot be unpickled
+        return pickle.dumps(outcome)
 
-def main() -> None:
-    """The process: an answer in, what `read_answer` makes of it, or its ValueError, out."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # are for the trainer, which still awaits what is in flight
-        signal.signal(number, signal.SIG_IGN)
-    connection = Connection(int(sys.argv[1]))
-    with contextlib.suppress(EOFError, OSError):  # the other end is gone
-        while True:
-            answer, stopping = connection.recv()
-            try:
-                outcome = read_answer(answer, stopping)
-            except ValueError as error:
-                outcome = ValueError(str(error))  # orjson's own does not travel
-            connection.send(outcome)
+    return read
