@@ -4,7 +4,7 @@ import signal
 
 from hypothesis import settings
 
-# A background job of a shell ignores Ctrl-C, and so would every process that a test starts and interrupts.
+# Tests interrupt the processes that they start. A shell's background job ignores Ctrl-C, and its children inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,4 +1,4 @@
-"""Look at and end processes, any of which may end by itself between two looks."""
+"""Inspection and termination of processes, any of which may end by itself between two calls."""
 
 import contextlib
 import signal
@@ -7,7 +7,7 @@ import psutil
 
 
 def tree(pid: int) -> list[psutil.Process]:
-    """A process and its descendants; empty if it has ended."""
+    """Return a process and its descendants; empty if it has ended."""
     try:
         first = psutil.Process(pid)
         return [first, *first.children(recursive=True)]

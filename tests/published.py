@@ -1,4 +1,4 @@
-"""Published Qwen3 models: what their config.json says of sizes, and the parameters their safetensors hold."""
+"""Published Qwen3 models: the sizes in their config.json, and the parameters in their safetensors."""
 
 import json
 from pathlib import Path

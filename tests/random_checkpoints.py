@@ -67,7 +67,7 @@ def random_qwen3(path: Path, *, base: dict = DENSE, dtype: torch.dtype = torch.b
 
 
 def files(path: Path) -> dict[str, bytes]:
-    """Relative name -> content of every file that is not weights or their index."""
+    """Return {relative name: content} of every file that is not weights or their index."""
     return {
         f.relative_to(path).as_posix(): f.read_bytes()
         for f in path.rglob("*")

@@ -18,7 +18,7 @@ _IMPORTED = ["torch", "megatron_egrsd.learn", "megatron_egrsd.engine.checkpoint"
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, fresh: bool = False
 ) -> list[Any]:
-    """`function(rank, world_size, *args)` on every rank under torchrun's environment; its results in rank order.
+    """Call `function(rank, world_size, *args)` on every rank in torchrun's environment; returns results in rank order.
 
     `function` must be importable (module level). A rank that raises fails the test with its traceback; ranks that
     are still running at the deadline are killed, by process id. `fresh` ranks have imported nothing.

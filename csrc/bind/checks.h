@@ -1,4 +1,4 @@
-// What the ops check before they touch memory; Python checks the same with the caller's names (shard.py).
+// The checks of the ops before they access memory; Python makes the same checks with the caller's names (shard.py).
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

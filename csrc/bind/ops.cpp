@@ -36,7 +36,7 @@ Tensor statistics(const Tensor& logits, const Tensor& target, int64_t vocab_star
   const int64_t tokens = logits.size(0), threads = torch::stable::get_num_threads();
   Tensor out = torch::stable::new_empty(logits, {tokens, 4}, ScalarType::Float);
   Statistics* result = statistics_of(out);
-  // Rows are shared out among the threads; where there are too few of them, parts of rows are.
+  // Each thread gets some of the rows; if there are too few rows, each gets parts of rows.
   constexpr int64_t kSmallestPart = 4096;
   const int64_t wanted = tokens >= 4 * threads || tokens == 0 ? 1 : (4 * threads + tokens - 1) / tokens;
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, valid / kSmallestPart));

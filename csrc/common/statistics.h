@@ -1,4 +1,4 @@
-// The statistics of a row of logits, and what follows from them: one definition for the CPU, for CUDA and for tests.
+// The statistics of a row of logits, and the results from them: one definition for the CPU, for CUDA and for tests.
 //
 // With y_j = x_j log2(e) / temperature ("bits"), and sums over the columns of one part of the vocabulary (a block, a
 // chunk, a shard) that leave out the target's own column:
@@ -10,7 +10,7 @@
 //
 // Why this form. c is an integer, so moving to another reference scales R and S exactly. H = ln A - S / A does not
 // cancel for offset logits, as lse - sum p x does. With the target left out of R, 1 - p(target) = R / A keeps its
-// relative accuracy when the target is all but certain, and so do log p(target) and its gradient.
+// relative accuracy when the target is nearly certain, and so do log p(target) and its gradient.
 #pragma once
 #include <cmath>
 #include <cstdint>

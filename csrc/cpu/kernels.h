@@ -37,7 +37,7 @@ void logits_grad(const Logits&, const Gradient&, int64_t row_first, int64_t row_
 // The instruction set in use: the best this processor has, or MEGATRON_EGRSD_SIMD=avx512|avx2|portable if it has that.
 const char* instruction_set();
 
-// What the benchmark's floors are made of: read, and read + write in place, `bytes` of memory (a multiple of 64).
+// The benchmark's floors: read, and read + write in place, `bytes` of memory (a multiple of 64).
 float read_floor(const void* data, int64_t bytes);
 void read_write_floor(void* data, int64_t bytes);
 

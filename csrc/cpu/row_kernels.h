@@ -67,7 +67,7 @@ struct Rows {
     return nan;
   }
 
-  // y as exp2 takes it and, where kFinite, so that y 2^y is finite.
+  // Clamp y to the range of exp2 and, if kFinite, so that y 2^y is finite.
   template <bool kFinite>
   static inline F bounded(F y) {
     if (kFinite || S::kExp2IsBounded) y = S::max(S::set(kLowest), y);
@@ -161,7 +161,7 @@ struct Rows {
     if (part.reference != -INFINITY)
       out = {part.reference, float(S::sum(part.sums.total)), float(kLn2 * S::sum(part.sums.weighted)), -INFINITY};
     if (at_target == -INFINITY) return out;
-    // The target's term, and where it is the largest by far, its reference: 2^(y - c) has to stay finite.
+    // The target's term and, if it is the largest by far, its reference: 2^(y - c) has to stay finite.
     const float y = std::fma(at_target, bits_per_logit, -out.reference);
     if (y > 1.f) out = moved(out, std::ceil(at_target * bits_per_logit));
     out.target = float(kLn2 * std::fma(double(at_target), double(bits_per_logit), -double(out.reference)));

@@ -1,7 +1,7 @@
-// What the instruction sets share: element types, conversions of single elements, entry points.
+// Shared by the instruction sets: element types, conversions of single elements, entry points.
 //
 // simd_*.cpp include this file before they switch the compiler to their instruction set, and row_kernels.h after: an
-// inline function compiled for AVX-512 must not be the copy that the linker keeps for everyone.
+// inline function compiled for AVX-512 must not be the copy that the linker keeps for all of them.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -15,7 +15,7 @@ struct Float32 { float value; };
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
-// Entry points of one instruction set; null where the compiler cannot make them.
+// Entry points of one instruction set; null if the compiler cannot generate them.
 struct RowKernels {
   const char* name;
   void (*statistics)(const Logits&, int64_t, int64_t, int64_t, int64_t, Statistics*);

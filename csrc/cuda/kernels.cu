@@ -137,7 +137,7 @@ statistics_kernel(const T* __restrict__ logits, int64_t row_stride, int64_t vali
   *result = s;
 }
 
-// One thread a token: merge `parts` statistics that lie part_stride apart, and the results where they are wanted.
+// One thread per token: merge `parts` statistics that are part_stride apart, and write the results if requested.
 __global__ void combine_kernel(const Statistics* __restrict__ in, int64_t rows, int64_t parts, int64_t row_stride,
                                int64_t part_stride, Statistics* __restrict__ whole, float* __restrict__ log_prob,
                                float* __restrict__ entropy) {
@@ -205,7 +205,7 @@ gradient_kernel(const T* logits, T* out, int64_t row_stride, int64_t out_stride,
     for (int u = 0; u < kUnroll; ++u) one_vector(i + u * kThreads, v[u]);
   }
   for (; i < last; i += kThreads) one_vector(i, load_then_overwritten(body + int64_t(i) * V::kWidth));
-  // The unaligned ends and the padded columns; the whole row where logits and gradient differ in alignment.
+  // The unaligned ends and the padded columns; the whole row if logits and gradient differ in alignment.
   const int64_t first_thread = int64_t(blockIdx.y) * kThreads + threadIdx.x, step = int64_t(gridDim.y) * kThreads;
   for (int64_t j = first_thread; j < head; j += step) one(j);
   for (int64_t j = tail + first_thread; j < columns; j += step) one(j);

@@ -1,4 +1,4 @@
-"""GRPO on the tokens with the highest student entropy alone (Wang et al., arXiv 2506.01939). It needs no teacher.
+"""GRPO on only the tokens with the highest student entropy (Wang et al., arXiv 2506.01939). It needs no teacher.
 
 megatron-egrsd train --config examples/configs/tiny_cpu.yaml \
     --objective.function examples/extending/high_entropy.py:HighEntropy --objective.options.share 0.2
@@ -12,7 +12,7 @@ from megatron_egrsd.objectives.egrsd import entropy_quantile
 
 @dataclass(frozen=True)
 class HighEntropy(Objective):
-    """W_t = A where the student's entropy is among the highest of the batch, else 0.
+    """W_t = A if the student's entropy is among the highest of the batch, else 0.
 
     Args:
         share: Share of the batch's tokens that is trained, in (0, 1].

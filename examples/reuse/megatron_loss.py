@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/reuse/megatron_loss.py
 
-runs a column-parallel LM head of megatron-core (gloo on CPU, NCCL on GPU), takes the loss both ways and prints how far
-value and weight gradient are apart. In Megatron-LM's pretrain_gpt.py `loss_func` takes the place of the loss function,
-and the model is called without labels, so that it returns its vocab-parallel logits.
+runs a column-parallel LM head of megatron-core (gloo on CPU, NCCL on GPU), computes the loss both ways and prints the
+differences of value and weight gradient. In Megatron-LM's pretrain_gpt.py, replace the loss function by `loss_func`
+and call the model without labels, so that it returns its vocab-parallel logits.
 """
 
 import os
@@ -23,7 +23,7 @@ from megatron_egrsd.vocab_parallel import log_prob_and_entropy
 def loss_func(
     loss_mask: torch.Tensor, labels: torch.Tensor, vocab_size: int | None, logits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """(loss, tokens, report), Megatron-LM's convention: the summed loss and the number of tokens it is over.
+    """Return (loss, tokens, report) by Megatron-LM's convention: the summed loss and its number of tokens.
 
     loss_mask [b, s], labels [b, s] int64, logits [b, s, V / TP]. The entropy comes with the same read of the logits.
     """
@@ -37,13 +37,13 @@ def loss_func(
 
 
 def forward_step(batch: dict, model, vocab_size: int | None = None):
-    """Megatron-LM's forward_step: (output of the model, loss function waiting for it)."""
+    """Return (output of the model, loss function of the output), as Megatron-LM's forward_step."""
     logits = model(batch["hidden"])
     return logits, partial(loss_func, batch["loss_mask"], batch["labels"], vocab_size)
 
 
 def compare() -> tuple[float, float]:
-    """(relative difference of the loss, of the weight gradient) to megatron-core's vocab_parallel_cross_entropy."""
+    """Return the relative differences of loss and weight gradient to megatron-core's vocab_parallel_cross_entropy."""
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -22,11 +22,11 @@ def calculate_log_probs_and_entropy(
     *,
     vocab_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(log_probs [T, 1], entropy [T] or None) of logits [T, V / TP] and tokens [T], fp32.
+    """Return (log_probs [T, 1], entropy [T] or None), fp32, of logits [T, V / TP] and tokens [T].
 
-    `chunk_size` bounds slime's temporaries; there are none here, so it is accepted and not needed. `vocab_size`
-    (keyword only, not in slime) leaves the padded columns out. A keep mask (top-p replay) is refused: write -inf
-    into the dropped logits instead, which is what it means.
+    `chunk_size` bounds slime's temporaries; there are none here, so it has no effect. `vocab_size` (keyword only, not
+    in slime) leaves the padded columns out. Raises NotImplementedError for a keep mask (top-p replay): write -inf into
+    the dropped logits instead, which has the same effect.
     """
     if log_prob_keep_mask is not None:
         raise NotImplementedError("log_prob_keep_mask: set the dropped logits to -inf before the call")

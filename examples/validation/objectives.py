@@ -13,9 +13,9 @@ from megatron_egrsd.objectives.egrsd import EGRSD
 
 @dataclass(frozen=True)
 class ShuffledGate(EGRSD):
-    """The control: the same gate values, dealt out to the batch's tokens at random.
+    """The control: the same gate values, assigned to the batch's tokens at random.
 
-    What is left of an effect under it comes from smaller weights, not from where the teacher is uncertain.
+    An effect that remains comes from smaller weights, not from the positions at which the teacher is uncertain.
     """
 
     def prepare(self, tokens, *, vocab_size, group=None):
@@ -27,7 +27,7 @@ class ShuffledGate(EGRSD):
 
 @dataclass(frozen=True)
 class LookaheadMean(EGRSD):
-    """The mean of the entropy over the lookahead, where CL-EGRSD takes the minimum."""
+    """The mean of the entropy over the lookahead; CL-EGRSD takes the minimum instead."""
 
     def prepare(self, tokens, *, vocab_size, group=None):
         h = super().prepare(tokens, vocab_size=vocab_size, group=group)["normalized_entropy"]

@@ -27,14 +27,14 @@ def family(objective: ObjectiveConfig) -> dict[str, ObjectiveConfig]:
 
 
 def member(objective: ObjectiveConfig) -> str:
-    """Which member `objective` is; "run" for a mixture without a name and for a user's own."""
+    """Return the member that `objective` is; "run" for a mixture without a name and for a user's own."""
     if not objective.attenuation:
         objective = replace(objective, lookahead=0)  # without a gate it makes no difference
     return next((name for name, other in family(objective).items() if other == objective), "run")
 
 
 def title(objective: ObjectiveConfig) -> str:
-    """What the objective is called: a member's name, or that of a user's own class."""
+    """Return the objective's name: a member's name, or that of a user's own class."""
     return objective.function.rpartition(":")[2] or NAMES[member(objective)]
 
 

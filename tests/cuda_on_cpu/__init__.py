@@ -1,7 +1,7 @@
 """The CUDA kernels of csrc/cuda, compiled for the CPU and run thread by thread: their logic without a GPU.
 
-Shown by it: what they compute, with which indices, tails, targets, barriers and merging. Not shown: how fast they are,
-how the GPU rounds ex2.approx, and what the bindings do with streams.
+It shows the kernels' results with their indices, tails, targets, barriers and merging. It does not show their speed,
+the GPU's rounding of ex2.approx, or the bindings' use of streams.
 """
 
 import ctypes
@@ -39,7 +39,7 @@ def source() -> str:
 
 
 def build(source: str, directory: Path) -> ctypes.CDLL:
-    """`source`, the text of kernels.cu, as a library in `directory`."""
+    """Compile `source`, the text of kernels.cu, into a library in `directory`."""
     for part in ("cuda", "common"):
         shutil.copytree(CSRC / part, directory / part)
     for file in HERE.glob("*.[hc]*"):
@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL:
 
 
 class Kernels:
-    """What vocab_parallel/ops.py asks of kernels, by those of `library`."""
+    """The kernels of `library` with the interface that vocab_parallel/ops.py expects."""
 
     def __init__(self, library: ctypes.CDLL):
         self._library = library

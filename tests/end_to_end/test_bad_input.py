@@ -1,4 +1,4 @@
-"""What cannot work is refused before anything is started: one sentence, exit status 2, nothing written."""
+"""A run that cannot work is refused before anything is started: one sentence, exit status 2, nothing written."""
 
 import json
 import shutil

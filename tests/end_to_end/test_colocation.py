@@ -1,4 +1,4 @@
-"""Engine and SGLang in turns on one device. Real servers, real ranks, real faults; on CPU SGLang frees nothing."""
+"""Engine and SGLang take turns on one device. Real servers, real ranks, real faults; on CPU SGLang frees nothing."""
 
 import pytest
 
@@ -43,7 +43,7 @@ def test_faults_end_or_continue(tmp_path):
 
 
 def _kill_in_every_turn(rank, world_size, config) -> list[tuple[str, float]]:
-    """(turn in which the server was killed, difference of the log-probs sampled after it)."""
+    """Return (turn in which the server was killed, difference of the log-probs sampled after it)."""
     from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.learn import learn
     from megatron_egrsd.planning.preflight import prepare
@@ -62,7 +62,7 @@ def _kill_in_every_turn(rank, world_size, config) -> list[tuple[str, float]]:
             metrics = learn(engine, first.batch(prompts, number).rollouts, config)
             return metrics["sync/log_prob_difference"]
 
-        assert step(0) < 1e-5  # which leaves the turn to training
+        assert step(0) < 1e-5  # afterwards it is training's turn
         kill(first.servers.servers[0].process)
         first.push_weights(1)
         seen.append(("training", step(1)))

@@ -42,7 +42,7 @@ def ip(*words: str) -> str:
 
 
 class Host:
-    """A network namespace, and what runs in it."""
+    """A network namespace, and the processes in it."""
 
     def __init__(self, rank: int):
         self.rank = rank
@@ -53,7 +53,7 @@ class Host:
     def popen(self, words: list[str], log: Path, **variables: str) -> subprocess.Popen:
         environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-            # Both hosts have this machine's name, so gloo must be told where the other one is to be found.
+            # Both hosts have this machine's name, so gloo must be told the network interface to use.
             "GLOO_SOCKET_IFNAME": self.cable,
         } | variables  # fmt: skip
         with open(log, "wb") as file:
@@ -111,7 +111,7 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def end(host: Host) -> None:
-    """Kill whatever is left in a namespace, by process id."""
+    """Kill the remaining processes of a namespace, by process id."""
     for pid in host.processes():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -126,7 +126,7 @@ def metrics(output: Path) -> list[dict]:
 
 
 def servers(host: Host) -> list[psutil.Process]:
-    """The leaders of the SGLang servers in a namespace."""
+    """Return the leaders of the SGLang servers in a namespace."""
     with contextlib.suppress(psutil.NoSuchProcess):
         processes = map(psutil.Process, host.processes())
         return [p for p in processes if "megatron_egrsd.rollout.launch" in p.cmdline()]
@@ -142,7 +142,7 @@ def wait_for(condition: Callable[[], bool], hosts: tuple[Host, Host], seconds: f
 
 
 def finish(hosts: tuple[Host, Host], output: Path) -> None:
-    """Both hosts end well; two steps were made with weights in agreement, and the trained model is written."""
+    """Check that both hosts succeed, that the weights agree in two steps, and that the trained model is written."""
     for host in hosts:
         host.process.wait(300)
     assert [host.process.returncode for host in hosts] == [0, 0], hosts[0].tail() + hosts[1].tail()

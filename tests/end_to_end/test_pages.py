@@ -1,6 +1,6 @@
 """The token page and the report page in a real headless browser: clicked, hovered, switched, filtered, and attacked.
 
-Needs a Chromium: $CHROMIUM or one on PATH (`make test` gets one from npm where it can). Skipped where there is none.
+Needs a Chromium: $CHROMIUM or one on PATH (`make test` gets one from npm if it can). Skipped if there is none.
 """
 
 import os
@@ -41,7 +41,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-    """Opens a file; at the end, nothing but files may have been asked for and no script may have failed."""
+    """Open a file; at the end, check that only files were requested and that no script failed."""
     contexts, requests, errors = [], [], []
 
     def open_page(path: Path, width: int = 1280, **options):
@@ -64,7 +64,7 @@ def open_page(browser):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A dump's rollouts and the page that the command makes of it; whatever is text in it is hostile."""
+    """Make a dump and its page by the command; every text in the dump is hostile. Returns the rollouts and the page."""
     root = tmp_path_factory.mktemp("pages") / "run & <i>"
     scored = batch(ObjectiveConfig(), text=TEXT, problem=Problem(HOSTILE, HOSTILE, HOSTILE, HOSTILE))
     save_scores(scored, root / "scores" / "step_000004.jsonl")
@@ -77,7 +77,7 @@ def token(page, rollout: int, index: int):
 
 
 def shown(page) -> dict[str, str]:
-    """What the inspector says, by name."""
+    """Return the inspector's values by name."""
     cells = page.locator(".inspector dt, .inspector dd").all_text_contents()
     weights = page.locator(".weights > span:not(.bar)").all_text_contents()
     return dict(zip(cells[::2], cells[1::2], strict=True)) | dict(zip(weights[::2], weights[1::2], strict=True))
@@ -191,7 +191,7 @@ def test_filters(made, open_page):
 
 
 def test_nothing_breaks_out_of_the_data(made, open_page):
-    """The fixture also asserts that the page asked for nothing and that no script failed."""
+    """The fixture also asserts that the page requested nothing and that no script failed."""
     scored, path = made
     page = open_page(path)
     assert page.evaluate("window.broken") is None
@@ -204,7 +204,7 @@ def test_nothing_breaks_out_of_the_data(made, open_page):
 
 
 def test_the_page_runs_no_script_but_its_own(made, browser):
-    """Were one to get in all the same, the page's policy would refuse to run it."""
+    """If a script got into the page nevertheless, the page's policy would refuse to run it."""
     page = browser.new_page()
     page.goto(made[1].as_uri())
     page.evaluate("document.body.append(Object.assign(document.createElement('script'), {text: 'window.broken = 3'}))")
@@ -222,7 +222,7 @@ def test_a_run_without_a_teacher(tmp_path, open_page):
 
 
 def test_an_objective_of_ones_own_is_shown_as_recorded(tmp_path, open_page):
-    """Not even its file is there any more; the members of the family stand beside it, with their own advantages."""
+    """Its file no longer exists. The members of the family are shown beside it, with their own advantages."""
     objective = ObjectiveConfig(function="gone.py:<b>Mine", options={"<i>": 1})
     scored = [replace(r, objective=objective, weight=2 * r.student_log_prob) for r in batch(ObjectiveConfig())]
     save_scores(scored, tmp_path / "s.jsonl")

@@ -27,7 +27,7 @@ def dumped(output, step: int) -> list[Rollout]:
 
 
 def _log_probs(rank, world_size, output, versions: int) -> list[list[np.ndarray]]:
-    """The engine's log-probs of every dumped response, by version: 0 the model's, then the checkpoints'."""
+    """Return the engine's log-probs of every dumped response, by version: 0 the model, then the checkpoints."""
     from megatron_egrsd.engine import checkpoint
     from megatron_egrsd.engine.engine import Engine
 
@@ -66,7 +66,7 @@ def test_every_token_is_of_the_version_it_names_and_weighted_for_it(tmp_path):
     assert trained == Counter({name: 4 for name in drawn}) and len(trained) == 4 * count  # each once
 
     engine = run_ranks(_log_probs, 1, output, count, timeout=200)[0]
-    others = []  # what the first version of a response says of what later ones sampled
+    others = []  # log-probs by a response's first version of the tokens that later versions sampled
     for i, r in enumerate(r for batch in batches for r in batch):
         versions = np.repeat(*zip(*r.versions, strict=True))
         own = np.array([engine[version][i][t] for t, version in enumerate(versions)])

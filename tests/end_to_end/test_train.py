@@ -36,7 +36,7 @@ def command(output: Path, ranks: int = 1, **overrides) -> list[str]:
 
 
 def run(output: Path, ranks: int = 1, timeout: float = 240, **overrides) -> subprocess.CompletedProcess:
-    """The finished process; on a timeout it and all its descendants are ended, by process id."""
+    """Run training; returns the finished process. On a timeout, kill it and all its descendants, by process id."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command(output, ranks, **overrides),
@@ -55,7 +55,7 @@ def run(output: Path, ranks: int = 1, timeout: float = 240, **overrides) -> subp
 
 
 def descendants_with(marker: str) -> list[int]:
-    """Processes whose command line or environment names the run's directory."""
+    """Return the processes whose command line or environment names the run's directory."""
     found = []
     for process in psutil.process_iter():
         try:

@@ -13,7 +13,7 @@ from tests.rollout.conftest import client, model, model_directory, servers  # no
 
 @pytest.fixture
 def chance(request) -> random.Random:
-    """Random numbers of this test alone; the seed stands in the failure's output."""
+    """Random numbers of this test; the output of a failure contains the seed."""
     seed = f"{os.environ.get('FAULT_SEED', '0')}/{request.node.name}"
     print(f"FAULT_SEED and test: {seed}")
     return random.Random(seed)
@@ -21,7 +21,7 @@ def chance(request) -> random.Random:
 
 @pytest.fixture
 def nothing_left():
-    """No process of this test's outlives it, and no segment of SGLang's or torch's that nobody uses any more."""
+    """Check that no process of this test outlives it, and no unused shared memory of SGLang or torch."""
     before = _shared_memory()
     children = {p.pid for p in psutil.Process().children(recursive=True)}
     yield

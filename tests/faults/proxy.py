@@ -13,7 +13,7 @@ FAULTS = ("drop", "cut", "delay", "error", "no json", "other json", "abort", "ot
 
 
 class FaultyProxy:
-    """Forwards to `url`; a share of the /generate requests meets one of `faults`. `counts` says how often which did.
+    """A proxy for `url`; a share of the /generate requests meets one of `faults`. `counts` counts each fault.
 
     drop: the connection ends without an answer; cut: in the middle of it; delay: the answer comes after `patience`;
     error: HTTP 500; abort: SGLang gave up; nan: log-probs are null, as its JSON writes what is not finite.

@@ -61,7 +61,7 @@ class Run:
         return tree(self.process.pid)
 
     def find(self, *words: str) -> list[psutil.Process]:
-        """Those whose command line holds all `words`."""
+        """Return the processes whose command line contains all `words`."""
         found = []
         for process in self.all():
             try:
@@ -81,14 +81,14 @@ class Run:
         return [process for _, process in sorted(found, key=lambda pair: pair[0])]
 
     def await_step(self, step: int, timeout: float = 180) -> None:
-        """Return when metrics.jsonl holds step `step`, or the run has ended."""
+        """Wait until metrics.jsonl holds step `step`, or the run has ended."""
         deadline = time.monotonic() + timeout
         while self.process.poll() is None and max(steps(self.output), default=0) < step:
             assert time.monotonic() < deadline, self.text()
             time.sleep(0.05)
 
     def finish(self, timeout: float = 240) -> int:
-        """The exit status."""
+        """Wait for the end; returns the exit status."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -98,14 +98,14 @@ class Run:
         return self.log.read_text(errors="replace")[-6000:]
 
     def last_word(self) -> str:
-        """What the command line said at its end."""
+        """Return the last line that the command printed."""
         lines = [line for line in self.text().splitlines() if line.startswith("megatron-egrsd: ")]
         assert lines, self.text()
         return lines[0]
 
 
 def rows(output: Path) -> list[dict]:
-    """The steps of metrics.jsonl; a line that is being written is not there yet."""
+    """Return the steps of metrics.jsonl, without a line that is being written."""
     path = output / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     return [row for line in lines if "loss/policy" in (row := json.loads(line)) or "optimizer/updates" in row]
@@ -116,12 +116,12 @@ def steps(output: Path) -> list[int]:
 
 
 def numbers(output: Path) -> list[dict]:
-    """The metrics without what a clock says."""
+    """Return the metrics without times."""
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows(output)]
 
 
 def write_replay(directory: Path, count: int, seed: int = 0) -> Path:
-    """`count` batches of made-up responses to the tiny task's own prompts, as step_NNNNNN.jsonl."""
+    """Write `count` batches of made-up responses to the tiny task's prompts, as step_NNNNNN.jsonl."""
     from transformers import AutoTokenizer
 
     from megatron_egrsd.config import DataConfig
@@ -147,7 +147,7 @@ def write_replay(directory: Path, count: int, seed: int = 0) -> Path:
 
 
 def replayed(directory: Path) -> dict:
-    """Settings of a run without SGLang."""
+    """Return the settings of a run without SGLang."""
     return {"debug": "train-only", "replay": directory, "max_log_prob_difference": 100}
 
 

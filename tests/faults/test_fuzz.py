@@ -1,4 +1,4 @@
-"""Hostile and broken input to everything that reads: an answer, or one clear sentence, and never anything else.
+"""Hostile and broken input to every reader: it returns a value or raises an error of one clear sentence.
 
 FUZZ_TOTAL sets the number of inputs for all readers together; `make fuzz` takes 10^5.
 """
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(120 + TOTAL // 20)
 
 
 def fuzz(share: float):
-    """`share` of all inputs; parsing a configuration is fifty times slower than the rest."""
+    """Return hypothesis settings for `share` of all inputs; parsing a configuration is the slowest, by fifty times."""
     return settings(max_examples=round(TOTAL * share), deadline=None, database=None,
                     suppress_health_check=list(HealthCheck))  # fmt: skip
 
@@ -44,7 +44,7 @@ values = st.recursive(
 
 
 def places(value, path=()):
-    """Every path into nested dictionaries and lists, the root included."""
+    """Yield every path into nested dictionaries and lists, the root included."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
@@ -53,7 +53,7 @@ def places(value, path=()):
 
 @st.composite
 def spoiled(draw, valid):
-    """`valid` with one to three places replaced, removed, doubled or added."""
+    """Draw `valid` with one to three places replaced, removed, doubled or added."""
     result = copy.deepcopy(valid)
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(list(places(result))))
@@ -77,7 +77,7 @@ def spoiled(draw, valid):
 
 @st.composite
 def damaged(draw, content: bytes):
-    """`content` with some of its bytes cut, doubled or replaced."""
+    """Draw `content` with some of its bytes cut, doubled or replaced."""
     result = bytearray(content)
     for _ in range(draw(st.integers(0, 3))):
         start = draw(st.integers(0, len(result)))
@@ -87,7 +87,7 @@ def damaged(draw, content: bytes):
 
 
 def dumped(value) -> bytes:
-    """JSON, where `value` can be spelled in it; lone surrogates as escapes."""
+    """Return `value` as JSON if JSON can express it, with lone surrogates as escapes."""
     return json.dumps(value).encode()
 
 

@@ -20,7 +20,7 @@ LAYOUTS = {
 
 
 def _spoiled(kind: str):
-    """A batch with one bad number in it, and what spoils the engine."""
+    """Return a batch, with one bad number in it if `kind` is "log_prob"; the other kinds spoil the engine."""
     rollouts = made_up_rollouts()
     if kind == "log_prob":
         r = rollouts[0]
@@ -36,7 +36,7 @@ def _train(rank, world_size, config, path, kind):
     good, bad = load_rollouts(path / "good.jsonl"), load_rollouts(path / "bad.jsonl")
     with Engine(config) as engine:
         hook = None
-        if kind == "gradient":  # what an overflow in one rank's backward pass leaves behind
+        if kind == "gradient":  # the result of an overflow in one rank's backward pass
             first = next(p for p in engine.parameters() if p.requires_grad)
             value = math.inf if rank == world_size - 1 else 1.0
             hook = first.register_hook(lambda grad: grad * value)
@@ -94,7 +94,7 @@ def _poisoned(rank, world_size, config, path):
 
 
 def test_a_model_of_nans_skips_every_update(tmp_path):
-    """Teacher, gate and quantile of nothing but nan must not raise on the way to the guard."""
+    """Teacher, gate and quantile of only nan must not raise before the check of the update."""
     save_rollouts(made_up_rollouts(), tmp_path / "good.jsonl")
     config = training_config(make_qwen3(tmp_path / "model", vocab_size=VOCAB))
     metrics = run_ranks(_poisoned, 1, config, tmp_path)[0]

@@ -23,7 +23,7 @@ def replay(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(replay, tmp_path_factory):
-    """The output of a run that nothing happened to."""
+    """The output of a run without faults."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
     with Run(output, steps=STEPS, **replayed(replay)) as run:
         assert run.finish() == 0, run.text()
@@ -58,7 +58,7 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_happened(replay, un
 @pytest.mark.usefixtures("nothing_left")
 def test_killed_at_five_random_moments_equals_the_run_that_never_was(replay, chance, tmp_path):
     """SIGKILL, at any moment: while it starts, in a step, while it writes a checkpoint."""
-    # Far more steps than five lives of a second and a half reach; all of them train on the same batch.
+    # Far more steps than five starts of a second and a half reach; all of them train on the same batch.
     output, whole = tmp_path / "run", tmp_path / "whole"
     settings = replayed(replay / "step_000001.jsonl") | {"steps": 80}
     with Run(whole, **settings) as run:

@@ -27,7 +27,7 @@ def test_every_response_arrives_once_whatever_happens_to_requests(servers, model
     assert proxy.requests == 300 + sum(proxy.counts[f] for f in faults if f != "delay")
     assert all(proxy.counts.values()), proxy.counts
     print(f"{proxy.requests} requests, faults {proxy.counts}")
-    # Not a retried answer mixed up with another prompt's: each is what the model says to its own prompt.
+    # No retried answer is mixed up with another prompt's: each is the model's answer to its own prompt.
     assert largest_difference(load_hf(model_directory), PROMPTS, answers, 1.0) < 1e-5
 
 

@@ -41,7 +41,7 @@ class Fleet:
         self.lost = 0  # times that no server was left
 
     def push(self, version: int) -> None:
-        """Other weights than the servers start with: who samples from the old ones is found out."""
+        """Push weights that differ from the initial ones, so that a server with old weights is detected."""
         while True:
             try:
                 generator = torch.Generator().manual_seed(version)
@@ -86,7 +86,7 @@ def strike(fleet: Fleet, fault: str, server) -> None:
 
 
 def trial(fleet: Fleet, fault: str, phase: str, delay: float, victim: int) -> None:
-    """`fault` strikes `delay` seconds into a generation or a push; both must then still work."""
+    """Inject `fault` `delay` seconds after the start of a generation or a push; both must work afterwards."""
     restarts, version = fleet.servers.restarts, fleet.version + 1
     server = fleet.servers.servers[victim]
     struck = threading.Event()
@@ -126,7 +126,7 @@ def test_one_of_two_servers_dies_and_the_other_carries_on(pair):
     pair.push(pair.version + 1)
     lost = pair.lost
     trial(pair, "kill scheduler", "generate", 0.1, 0)
-    assert pair.lost == lost  # there was always one
+    assert pair.lost == lost  # a server was always left
 
 
 @pytest.mark.timeout(4 * START_TIMEOUT)

@@ -1,4 +1,4 @@
-"""Whole runs, SGLang included, that something happens to again and again until they are through."""
+"""Whole runs, SGLang included, that suffer faults again and again until they are complete."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ def damage_newest_checkpoint(run: Run, chance) -> None:
 
 
 def assert_whole(output, total: int) -> None:
-    """Every step once, every batch whole and from the weights of its step."""
+    """Check that every step exists once, with a whole batch from the weights of its step."""
     assert steps(output) == list(range(1, total + 1))
     for step in range(1, total + 1):
         rollouts = load_rollouts(output / "rollouts" / f"step_{step:06d}.jsonl")

@@ -1,4 +1,4 @@
-"""Ranks that do not have the same code, configuration or data in common do not train together."""
+"""Ranks that do not have the same code, configuration and data do not train together."""
 
 import dataclasses
 

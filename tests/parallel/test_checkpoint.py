@@ -19,7 +19,7 @@ from tests.training import VOCAB, assert_same_training, made_up_rollouts, traini
 
 
 def _train(rank, world_size, config, rollouts, directory, start, stop):
-    """Steps start .. stop - 1, continuing from and leaving a checkpoint; (metrics, weights) from the first rank."""
+    """Train steps start .. stop - 1 from a checkpoint to a checkpoint; returns (metrics, weights) of rank 0."""
     from megatron_egrsd.engine import checkpoint
     from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.learn import learn
@@ -159,7 +159,7 @@ def test_the_other_optimizer_is_refused(saved):
 
 
 def _load_with_extra_states(rank, world_size, config, path):
-    """What norms that ask for extra state, as Transformer Engine's do, get from a checkpoint without any."""
+    """Load a checkpoint without extra state into norms that ask for it, as Transformer Engine's do."""
     from megatron_egrsd.engine import checkpoint, model
     from megatron_egrsd.engine.engine import Engine
 
@@ -185,7 +185,7 @@ def test_a_checkpoint_without_the_extra_states_of_other_layers(saved):
 
 
 def test_a_checkpoint_of_another_model_is_refused(saved, tmp_path):
-    """More layers, whose weights the checkpoint lacks: torch's own exception for that is no Exception."""
+    """The model has more layers than the checkpoint; torch's exception for that is no subclass of Exception."""
     root = saved.parent.parent
     config = training_config(make_qwen3(tmp_path / "deeper", vocab_size=VOCAB, num_hidden_layers=6), steps=4)
     with pytest.raises(AssertionError, match=r"BadArgument: .*step_000001 does not belong to this model: .*$"):
@@ -228,7 +228,7 @@ class _Evil:
 
 @pytest.mark.parametrize("dotted", [False, True])
 def test_a_checkpoint_cannot_run_code(dotted, saved, tmp_path):
-    """Consistent sums are no protection against who computed them: `.metadata` may name records alone."""
+    """Checksums do not protect against their author: `.metadata` may name only records."""
     from megatron_egrsd.engine import checkpoint
 
     copy = shutil.copytree(saved, tmp_path / "step_1")

@@ -1,4 +1,4 @@
-"""Context parallelism: the split is megatron-core's, and attention over split sequences is that over whole ones."""
+"""Context parallelism: the split is megatron-core's, and attention over split sequences equals that over whole ones."""
 
 import types
 
@@ -18,14 +18,14 @@ def _cu_seqlens(size: int) -> torch.Tensor:
 
 
 def _inputs(total: int) -> list[torch.Tensor]:
-    """Queries, keys, values and the gradient of the output, fp32."""
+    """Return queries, keys, values and the gradient of the output, fp32."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((HEADS, WIDTH), (GROUPS, WIDTH), (GROUPS, WIDTH), (HEADS * WIDTH,))
     return [torch.randn(total, *shape, generator=generator) for shape in shapes]
 
 
 def _attend(rank, world_size):
-    """(output, gradients of query, key and value) at this rank's tokens."""
+    """Return (output, gradients of query, key and value) at this rank's tokens."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     from megatron_egrsd.config import ParallelConfig
@@ -48,7 +48,7 @@ def _attend(rank, world_size):
 
 
 def _reference(cu_seqlens: torch.Tensor) -> list[torch.Tensor]:
-    """The same in fp64, sequence by sequence, with the scores written out."""
+    """Compute `_attend`'s results in fp64, sequence by sequence, with explicit scores."""
     *qkv, gradient = (x.double() for x in _inputs(int(cu_seqlens[-1])))
     for x in qkv:
         x.requires_grad_()
@@ -76,7 +76,7 @@ def test_attention_and_its_gradients(size):
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_rotary_embedding_is_megatron_cores(size):
-    """Ours, of all sequences at once, against megatron-core's loop over the sequences: they agree on whose is what."""
+    """The engine's embedding of all sequences at once equals megatron-core's loop over the sequences."""
     from megatron.core.models.common.embeddings import rope_utils
 
     import megatron_egrsd.engine  # noqa: F401  (puts ours in place)

@@ -15,7 +15,7 @@ VOCAB, LAYERS = 61, 3  # neither divides evenly
 TOKENS = torch.randint(0, VOCAB, (23,), generator=torch.Generator().manual_seed(1))
 # name -> (tensor, pipeline, layers of the last stage)
 LAYOUTS = {"TP1": (1, 1, None), "TP2": (2, 1, None), "PP2": (1, 2, 1), "TP4": (4, 1, None), "TP2 PP2": (2, 2, 1)}
-# What megatron-core's callers may ask of its names: stacked layers, one tensor a layer, gate and up apart.
+# The naming options of megatron-core: stacked layers, one tensor per layer, gate and up apart.
 NAMES = {"TP1": {"non_homogeneous_layers": True}, "TP2": {"singleton_local_shards": True}}
 
 
@@ -75,7 +75,7 @@ def test_experts(layout, expert_models, tmp_path):
 
 
 def check(models, layout, names, directory) -> None:
-    """megatron-core at `layout` gives HF's logits from our checkpoint, and we read what it saves under `names`."""
+    """Check megatron-core's logits from a converted checkpoint at `layout`, and the reader of its own saves."""
     tensor, pipeline, _, expert = layout
     jobs = [(str(converted), str(directory / f"saved-{key}"), names) for key, (_, converted) in models.items()]
     answers = run_ranks(_load_and_save, tensor * pipeline * expert, layout, jobs)[-1]
@@ -93,7 +93,7 @@ def assert_same_tensors(expected: Path, found: Path) -> None:
 
 
 def _load_and_save(rank, world_size, layout, jobs):
-    """Logits [T, V] of each job's converted checkpoint, on the last rank; megatron-core saves each again."""
+    """Return logits [T, V] of each job's converted checkpoint, on the last rank; megatron-core saves each again."""
     from megatron.core import dist_checkpointing
 
     from megatron_egrsd.config import ParallelConfig
@@ -112,11 +112,11 @@ def _load_and_save(rank, world_size, layout, jobs):
         (model,) = build_model(checkpoint.architecture, config, parallel)
         model.eval()
         for parameter in model.parameters():
-            torch.nn.init.constant_(parameter, float("nan"))  # whatever is not loaded shows
+            torch.nn.init.constant_(parameter, float("nan"))  # a parameter that is not loaded stays nan
         state, missing, unexpected = dist_checkpointing.load(
             {"model": model.sharded_state_dict()}, str(checkpoint.directory), strict="return_all", verify_integrity=True
         )
-        # Nothing but exactly what this model asks for, and what it would with Transformer Engine's norms.
+        # Exactly the keys that this model requests, and the keys that it would request with Transformer Engine's norms.
         norms = NORMS | ({NORM_BEFORE_EXPERTS} if checkpoint.architecture.num_experts else set())
         assert missing == norms and not unexpected, (missing, unexpected)
         model.load_state_dict(state["model"])
@@ -131,7 +131,7 @@ def _load_and_save(rank, world_size, layout, jobs):
 
 @torch.no_grad()
 def _logits(model, parallel):
-    """[T, V] numpy on the last stage; None elsewhere."""
+    """Return [T, V] numpy on the last stage, None elsewhere."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.packed_seq_params import PackedSeqParams

@@ -1,4 +1,4 @@
-"""Objectives of one's own on the engine: the same in every layout, recorded as trained, from the command line."""
+"""Users' objectives on the engine: the same in every layout, recorded as trained, from the command line."""
 
 import os
 import subprocess
@@ -80,7 +80,7 @@ def test_the_record_is_what_is_trained_and_needs_no_reward(files):
     metrics = step(files, path, **config)
     scored = load_scores(path)
     assert metrics["batch/degenerate_share"] == 0 and all(r.advantage == 1 for r in scored)
-    # Of all rollouts, those of the group without a right response as well.
+    # Over all rollouts, including the group without a right response.
     weight, ratio = (
         np.concatenate(x)
         for x in zip(*((r.weight, r.teacher_log_prob - r.student_log_prob) for r in scored), strict=True)
@@ -108,7 +108,7 @@ def _replay(path):
 
 
 def test_one_file_from_the_command_line_to_the_token_page(tmp_path):
-    """No file but the example's: train on dumped rollouts, without SGLang, then the page of what was recorded."""
+    """With only the example's file: train on dumped rollouts, without SGLang, then write the page of the dump."""
     _replay(tmp_path / "rollouts.jsonl")
     train = [
         "train",

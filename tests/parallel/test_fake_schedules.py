@@ -1,8 +1,8 @@
 """Schedules of up to 512 ranks: the engine's own training step, on single ranks of a world that exists only in name.
 
 The published models with all their layers, heads and experts, but narrow. torch's fake process group sends nothing:
-what is received is zeros, and every call is written down. What one rank sends another one must expect, and a collective
-must be the same for all; that the numbers are right is test_layouts.py, on real ranks.
+every rank receives zeros, and every call is recorded. Each message sent must be expected by its receiver, and a
+collective must be the same on all ranks. test_layouts.py checks the numbers, on real ranks.
 """
 
 import json
@@ -27,11 +27,11 @@ MICRO_BATCHES, LENGTH = 8, 16
 
 
 class Calls(TorchDispatchMode):
-    """What one rank asks of its process groups; whatever it receives is zeros, but for the stages' shapes."""
+    """Recorder of one rank's calls to its process groups. It receives zeros, except for the stages' shapes."""
 
     def __init__(self, shape: list[int]):
         super().__init__()
-        self.shape = torch.tensor(shape)  # that stages tell each other before they send: all are alike here
+        self.shape = torch.tensor(shape)  # stages exchange shapes before they send; all are equal here
         self.sent = defaultdict(list)  # to rank -> (shape, type)
         self.received = defaultdict(list)  # from rank -> (shape, type)
         self.collective = defaultdict(list)  # ranks of a group -> (call, elements of each tensor)
@@ -40,7 +40,7 @@ class Calls(TorchDispatchMode):
         if function.namespace == "c10d":
             self._note(function.name().removeprefix("c10d::").strip("_"), args)
         if function == torch.ops.c10d.alltoall_base_.default:
-            # The fake one copies its input, and cannot where another rank would send more than this one does.
+            # The fake group copies its input, which fails if another rank would send more than this one does.
             args[0].zero_()
             args = (args[0][:0], args[1][:0], args[2], [], [], *args[5:])
         return function(*args, **(kwargs or {}))
@@ -53,7 +53,7 @@ class Calls(TorchDispatchMode):
             [tensor], peers = tensors, self.sent if call == "send" else self.received
             peers[ranks[args[2]]].append((tuple(tensor.shape), tensor.dtype))
         else:
-            # How many tokens go to each expert is not known to the others.
+            # The other ranks do not know the number of tokens for each expert.
             self.collective[ranks].append((call, [t.numel() for t in tensors if call != "alltoall_base"]))
         if call == "recv":  # which the fake one leaves as it is
             tensor.copy_(self.shape if tensor.dtype == torch.int64 else torch.zeros(()))
@@ -64,7 +64,7 @@ def _flat(value) -> list:
 
 
 def narrow(path: Path, name: str) -> Path:
-    """A random checkpoint of a published model, narrow."""
+    """Write a random checkpoint of a published model, narrow."""
     path.mkdir()
     (path / "config.json").write_text(json.dumps(PUBLISHED[name] | NARROW))
     shapes = hf_shapes(Architecture.from_pretrained(path))
@@ -75,7 +75,7 @@ def narrow(path: Path, name: str) -> Path:
 
 
 def run_one(config: Config, world_size: int, rank: int, monkeypatch) -> tuple[Calls, int]:
-    """(calls, micro-batches) of scoring and training on one rank."""
+    """Score and train on one rank; returns (calls, micro-batches)."""
     from megatron_egrsd.engine.engine import Engine
 
     init, new_group = dist.init_process_group, dist.new_group
@@ -125,7 +125,7 @@ def test_what_one_rank_sends_another_expects(name, world_size, layout, tmp_path,
         assert own.sent.keys() == own.received.keys() == {before, behind}
         for other in {before, behind} & calls.keys():
             assert own.sent[other] == calls[other].received[rank], (rank, other)
-        # The last stage hands all chunks but its last on to the first. Rows in scoring and training, then gradients.
+        # The last stage sends all chunks but its last to the first. Rows in scoring and training, then gradients.
         chunks = {other: parallel.virtual_pipeline - (stage == edge) for other, edge in ((behind, last), (before, 0))}
         moved = {other: sum(dtype.is_floating_point for _, dtype in own.sent[other]) for other in chunks}
         assert moved == {behind: 2 * MICRO_BATCHES * chunks[behind], before: MICRO_BATCHES * chunks[before]}

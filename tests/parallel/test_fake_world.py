@@ -34,7 +34,7 @@ LAYOUTS = [
 
 
 def build_shard(arch: Architecture, world_size: int, rank: int, layout: ParallelConfig):
-    """(chunks on the meta device, TP rank, EP rank) of one rank of a world that exists only in this process."""
+    """Return (chunks on the meta device, TP rank, EP rank) of one rank of a world that exists only in this process."""
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -75,7 +75,7 @@ def test_the_shards_of_every_rank_are_the_model(name, world_size, tensor, pipeli
         tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context, expert=expert,
         sequence_parallel=tensor > 1,
     )  # fmt: skip
-    # TP and EP both count from a stage's first rank; what follows the larger of the two (each 2^n) repeats it.
+    # TP and EP both count from a stage's first rank; the ranks after the larger of the two (each 2^n) repeat them.
     distinct = [(stage, i) for stage in range(pipeline) for i in range(max(tensor, expert))]
     last_replica = (pipeline - 1, world_size // pipeline - 1)
     found: dict[str, dict[int, torch.Tensor]] = {}
@@ -110,7 +110,7 @@ def test_the_shards_of_every_rank_are_the_model(name, world_size, tensor, pipeli
 
 
 def _check_buffers(model, stage_ranks: int, layout: ParallelConfig) -> None:
-    """The distributed optimizer's own layout of its buffers is what the dry run counts."""
+    """Check that the distributed optimizer's layout of its buffers has the size that the dry run counts."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 

@@ -20,7 +20,7 @@ def _sequences(vocab_size: int) -> list[Sequence]:
 
 
 def _score(rank, world_size, model, parallel, dtype):
-    """(scores of this replica's samples, exported weights)."""
+    """Return (scores of this replica's samples, exported weights)."""
     from megatron_egrsd.engine.engine import Engine
 
     config = Config(
@@ -39,7 +39,7 @@ def _score(rank, world_size, model, parallel, dtype):
 
 
 def _reference(model, sequences):
-    """fp64 log-probs and entropies from Hugging Face's fp32 logits."""
+    """Compute fp64 log-probs and entropies from Hugging Face's fp32 logits."""
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()

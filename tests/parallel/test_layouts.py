@@ -74,7 +74,7 @@ EXPERT_LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def mixture(paths, tmp_path_factory):
-    """(model, its training on one rank)."""
+    """Return (model, its training on one rank)."""
     model = make_qwen3(tmp_path_factory.mktemp("experts") / "model", tied=False, vocab_size=VOCAB, **EXPERTS)
     return model, run_training(1, training_config(model), paths[1])
 
@@ -127,7 +127,7 @@ def test_the_kl_penalty_agrees_across_layouts(paths):
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["frozen", "live"])
 def test_the_kl_penalty_holds_the_policy_at_its_initial_weights(teacher, paths):
-    """The first update starts from them, so it is what it is without; the stronger, the nearer it stays."""
+    """The first update starts from them, so the penalty does not change it. A larger one keeps the policy nearer."""
     models, rollouts = paths
     kl = []
     for coefficient in (1e-9, 1.0, 30.0):

@@ -46,7 +46,7 @@ def test_grpo_runs_no_teacher_and_follows_the_schedule(model, tmp_path):
 
 
 def test_one_update_equals_one_update_scored_beforehand(model, tmp_path):
-    """pi_old from the training pass is pi_old from a pass of its own: the first of two updates sees the same policy."""
+    """pi_old from the training pass equals pi_old from a pass of its own: the first of two updates uses one policy."""
     rollouts = [r for r in made_up_rollouts() if r.group < 2]
     save_rollouts(rollouts, tmp_path / "two.jsonl")
     base = training_config(model, steps=1)
@@ -66,7 +66,7 @@ def test_one_update_equals_one_update_scored_beforehand(model, tmp_path):
 
 
 def _score_both(rank, world_size, config, path):
-    """(micro-batches of each pass, largest difference to passes of their own) for teacher and student in one pass."""
+    """Score teacher and student in one pass; returns (micro-batches per pass, largest difference to two passes)."""
     from megatron_egrsd.data.packing import Sequence
     from megatron_egrsd.data.samples import load_rollouts
     from megatron_egrsd.engine.engine import Engine

@@ -1,4 +1,4 @@
-"""The dry run's memory against the engine: what stays exactly, the peak of a step within a tenth, on every rank."""
+"""The dry run's memory against the engine: resident bytes exactly, a step's peak within a tenth, on every rank."""
 
 import dataclasses
 import weakref
@@ -22,7 +22,7 @@ SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_key_value_heads": 2,
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages alive, of those handed in and of those that operations make, and their peak."""
+    """Counter of the bytes of all live storages, given or made by operations, and of their peak."""
 
     def __init__(self, known: list[torch.Tensor]):
         super().__init__()
@@ -59,7 +59,7 @@ def _bytes(tensors) -> int:
 
 
 def _measure(rank, world_size, config, path):
-    """(resident bytes by name, peak bytes that the second step adds, longest micro-batch, stage) of this rank."""
+    """Return this rank's (resident bytes by name, peak bytes that step 2 adds, longest micro-batch, stage)."""
     from megatron.core import parallel_state
 
     from megatron_egrsd.engine.engine import Engine

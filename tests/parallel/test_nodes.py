@@ -1,4 +1,4 @@
-"""Several nodes on this machine: ranks that torchrun's variables put on different ones."""
+"""Several nodes on this machine: torchrun's variables put the ranks on different nodes."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 
 
 def _share(rank, world_size, config, per_node):
-    """(node led, names, shapes and types of the stream, what this rank was given for each size of a bucket)."""
+    """Return (node led, names, shapes and types of the stream, the rank's share for each size of a bucket)."""
     from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.fleet.nodes import Nodes
 
@@ -64,7 +64,7 @@ FAILURES = {
 
 
 def _fail(rank, world_size):
-    """What a rank sees where each of FAILURES ends the first use of a stream halfway, and of a next call."""
+    """Let each of FAILURES end the use of a stream halfway, then make another call; returns the outcome of each."""
     from megatron_egrsd.fleet.nodes import Nodes
 
     os.environ["LOCAL_RANK"] = str(rank % 2)

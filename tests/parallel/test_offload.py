@@ -1,4 +1,4 @@
-"""The engine's memory goes and comes back: nothing of it is left on the device, and training never notices."""
+"""The engine's memory is offloaded and restored: nothing is left on the device, and training is not changed."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from tests.training import made_up_rollouts, training_config
 
 
 def _held(engine) -> int:
-    """Bytes of all storages that parameters, gradients, optimizer and teacher have."""
+    """Return the bytes of all storages of parameters, gradients, optimizer and teacher."""
     from megatron_egrsd.engine.optimizer import parts
 
     optimizers = [part.optimizer for part in parts(engine.optimizer)]
@@ -26,7 +26,7 @@ def _held(engine) -> int:
 
 
 def _train(rank, world_size, config, path, turns):
-    """Final weights after three steps, with the engine off the device between them where `turns`."""
+    """Return the final weights after three steps, with the engine offloaded between them if `turns`."""
     from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.learn import learn
 
@@ -39,7 +39,7 @@ def _train(rank, world_size, config, path, turns):
                 assert full > _held(engine) > 0
                 engine.offload()
                 assert _held(engine) == 0
-                engine.offload()  # twice is once
+                engine.offload()  # a second call does nothing
                 engine.reload(only_weights=True)
                 for name, tensor in engine.export_weights():
                     assert torch.equal(tensor, weights[name]), name
@@ -101,7 +101,7 @@ def test_what_numpy_has_seen_stays():
 
 
 def test_a_tensor_made_in_the_place_of_another_gets_its_own_copy():
-    """A loaded checkpoint replaces Adam's moments, perhaps by others at the same address."""
+    """A loaded checkpoint replaces Adam's moments, perhaps by tensors at the same address."""
     tensors = [torch.zeros(1000)]
     shelf = Shelf(lambda: tensors)
     for size in (1000, 500, 2000, 500):

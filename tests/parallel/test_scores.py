@@ -1,4 +1,4 @@
-"""What `learn` records is what it trains with, and the same in every layout."""
+"""`learn` records the values that it trains with, and the same in every layout."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from tests.unit.test_scores import TOKENIZER
 
 
 def _step(rank, world_size, config, rollouts, output):
-    """The metrics of one step, recorded into `output` unless that is None."""
+    """Take one step and return its metrics; the scores go to `output` unless it is None."""
     from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.learn import learn
 

@@ -1,12 +1,12 @@
 """Transformer Engine's layers, built without a GPU: names, shapes, marks and checkpoint keys are those of our own.
 
-Runs where Transformer Engine's Python part is installed and there is no GPU:
+Runs if Transformer Engine's Python part is installed and there is no GPU:
 
     pip install --no-deps --target DIR transformer-engine==2.20.2 transformer-engine-cu13==2.20.2 \\
         onnxscript onnx onnx-ir ml-dtypes
     PYTHONPATH=DIR python -m pytest tests/parallel/test_transformer_engine.py
 
-In the environment itself it would break all else: megatron-core imports it, and it wants CUDA's libraries. Its compiled
+In the environment itself it would break all else: megatron-core imports it, and it needs CUDA's libraries. Its compiled
 part, which needs CUDA, is replaced by names without content: the layers can be built, filled and exported, but not run.
 """
 
@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not importlib.util.find_spec("transformer_engine"), reason="needs Transformer Engine's Python"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU"),
 ]
-# What only Transformer Engine's norms ask for; engine/checkpoint.py does without, hf/ writes it.
+# Keys that only Transformer Engine's norms request; engine/checkpoint.py does not need them, hf/ writes them.
 NORMS = {
     f"decoder.{name}._extra_state"
     for name in ("final_layernorm", "layers.self_attention.q_layernorm", "layers.self_attention.k_layernorm")
@@ -66,7 +66,7 @@ def test_layers_are_filled_exported_and_stored_alike(layout, tmp_path):
 
 
 def _build(rank, world_size, path, parallel):
-    """For both kinds of layers: tensors that do not come out as they went in, marks by parameter, places by key."""
+    """Return, for both kinds of layers: tensors that changed on the way, marks by parameter, places by key."""
     _stand_in()
     from megatron_egrsd.engine import distributed, model
     from megatron_egrsd.engine.weights import export_hf, load_hf
@@ -99,14 +99,14 @@ def _build(rank, world_size, path, parallel):
 
 
 def _marks(parameter):
-    """What decides how its gradient is reduced, beside its shape."""
+    """Return the attributes that determine the reduction of the parameter's gradient, besides its shape."""
     split = getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
     reduced = getattr(parameter, "sequence_parallel", False), getattr(parameter, "allreduce", True)
     return tuple(parameter.shape), split, *map(bool, reduced)
 
 
 def _collect(state: dict, stored: dict) -> None:
-    """(shape, offset) of every tensor, shape of every object, by key."""
+    """Collect the (shape, offset) of every tensor and the shape of every object, by key."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
     for part in state.values():
@@ -144,14 +144,14 @@ class _Value(metaclass=_Name):
 
 class _Extension(types.ModuleType):
     def __getattr__(self, name):
-        _value(name)  # refuses what importlib and inspect ask for
+        _value(name)  # raises for the names that importlib and inspect look up
         return _Name(name, (_Value,), {})
 
 
 def _stand_in() -> None:
-    """Import Transformer Engine with nothing behind `transformer_engine_torch`, on what it takes for an H100.
+    """Import Transformer Engine with an empty `transformer_engine_torch`, on a device that it takes for an H100.
 
-    Before megatron-core, which imports it as well.
+    This must happen before the import of megatron-core, which imports Transformer Engine too.
     """
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # no CUDA library is loaded
     extension = _Extension("transformer_engine_torch")

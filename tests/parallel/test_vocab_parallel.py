@@ -15,14 +15,14 @@ def _case(dtype):
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(*TOKENS, WIDTH, generator=g).to(dtype)
     weight = torch.randn(COLUMNS, WIDTH, generator=g).to(dtype)
-    weight[VOCAB:] = 3.0  # padded rows that would take part, if they were let
+    weight[VOCAB:] = 3.0  # padded rows that would change the results if they were not ignored
     target = torch.randint(0, VOCAB, TOKENS, generator=g)
     target[1, 2] = -100
     return hidden, weight, target, *torch.randn(2, *TOKENS, generator=g)
 
 
 def _count_collectives():
-    """A counter of calls to torch.distributed's collectives from here on."""
+    """Return a counter of calls to torch.distributed's collectives from now on."""
     import torch.distributed as dist
 
     counts = collections.Counter()
@@ -44,7 +44,7 @@ def _count_collectives():
 
 
 def _all_forms(rank, world_size, dtype, vocab_size, counted):
-    """Results and gradients of this rank in every form, and the collectives of each forward and backward."""
+    """Return this rank's results and gradients in every form, and the collectives of each forward and backward."""
     import torch.distributed as dist
 
     from megatron_egrsd.vocab_parallel import linear_log_prob_and_entropy, log_prob_and_entropy, log_ratio
@@ -87,7 +87,7 @@ def _all_forms(rank, world_size, dtype, vocab_size, counted):
     out["ratio collectives"], out["ratio"] = dict(counts), tuple(ratio)
     if world_size > 1:
         dist.destroy_process_group()
-    file = io.BytesIO()  # tensors sent as such are files of a process that has ended by then
+    file = io.BytesIO()  # a tensor sent directly is a file of a process that has ended by then
     torch.save(out, file)
     return file.getvalue()
 
@@ -133,7 +133,7 @@ def test_collectives_are_one_in_forward_and_none_in_backward():
         assert out["ratio collectives"] == {"all_gather": 1}
         assert out["linear forward collectives"] == {"all_gather": 1}
         assert out["linear backward collectives"] == {"all_reduce": 1}
-        # the sequence's own gather and scatter, which a column-parallel layer makes as well
+        # the sequence's gather and scatter, which a column-parallel layer makes too
         assert out["sequence parallel forward collectives"] == {"all_gather": 2}
         assert out["sequence parallel backward collectives"] == {"reduce_scatter": 1}
 

@@ -30,7 +30,7 @@ def rollout_config(**overrides) -> RolloutConfig:
 
 
 def processes_of_group(group: int) -> list[psutil.Process]:
-    """Processes of a group that still run; zombies that nobody has reaped yet do not count."""
+    """Return the running processes of a group; zombies do not count."""
     found = []
     for process in psutil.process_iter(["pid", "status"]):
         try:
@@ -77,20 +77,20 @@ def load_hf(directory: Path):
 
 
 def named_tensors(hf) -> list[tuple[str, torch.Tensor]]:
-    """The weights as the engine exports them: tied embeddings once."""
+    """Return the weights as the engine exports them: tied embeddings once."""
     return [(name, tensor.clone()) for name, tensor in hf.state_dict().items() if name != "lm_head.weight"]
 
 
 @torch.no_grad()
 def hf_log_probs(hf, prompt: list[int], response: list[int], temperature: float) -> torch.Tensor:
-    """log softmax(logits / temperature) of each response token, fp32 [len(response)]."""
+    """Compute log softmax(logits / temperature) of each response token, fp32 [len(response)]."""
     logits = hf(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].float()
     log_probs = torch.log_softmax(logits / temperature, -1)
     return log_probs.gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
 def largest_difference(hf, prompts, answers, temperature: float) -> float:
-    """Between SGLang's log-probabilities and HF's, over all responses."""
+    """Return the largest difference between SGLang's and HF's log-probabilities over all responses."""
     return max(
         (torch.tensor(a.log_probs) - hf_log_probs(hf, prompt, a.response_ids, temperature)).abs().max().item()
         for prompt, group in zip(prompts, answers, strict=True)

@@ -70,7 +70,7 @@ def rows(output: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(url, problems, tmp_path_factory) -> Path:
-    """An evaluation that nothing interrupted."""
+    """An evaluation without interruption."""
     output = tmp_path_factory.mktemp("whole")
     evaluate(parse_config(words(problems, output, *attached(url))))
     return output

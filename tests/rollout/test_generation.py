@@ -23,7 +23,7 @@ def test_log_probs_are_those_of_logits_over_temperature(client, servers, model_d
 
 @pytest.mark.slow
 def test_bf16_logits_are_not_rounded(tmp_path):
-    """Logits of a language model have a common offset of 10 to 30, where bf16 knows steps of 0.06 to 0.12."""
+    """Logits of a language model have a common offset of 10 to 30; bf16 has steps of 0.06 to 0.12 there."""
     make_qwen3(tmp_path / "model", num_hidden_layers=2, tied=False)
     hf = load_hf(tmp_path / "model")
     with torch.no_grad():  # the same for all tokens of the vocabulary: no probability changes

@@ -1,4 +1,4 @@
-"""Responses stopped by a real server and continued with other weights: every token, and whose it is."""
+"""Responses stopped by a real server and continued with other weights: every token, and its weight version."""
 
 import contextlib
 import os
@@ -42,7 +42,7 @@ def sync(servers):
 
 
 def weights(model_directory, version: int):
-    """Models as different as can be: a token by another version than its own is found out."""
+    """Return a very different model for each version, so that a token with a wrong version is detected."""
     hf = load_hf(model_directory)
     generator = torch.Generator().manual_seed(version)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def weights(model_directory, version: int):
 
 
 def check(response: Generation, prompt: list[int], models: dict, stop: set[int], longest: int) -> None:
-    """Whole, and every stretch has the log-probs of its version."""
+    """Check that the response is complete and that every segment has the log-probs of its version."""
     start, ids = 0, response.response_ids
     assert len(ids) == len(response.log_probs) == sum(tokens for _, tokens in response.segments)
     assert response.finish_reason == ("stop" if ids[-1] in stop else "length") and not stop & set(ids[:-1])
@@ -75,7 +75,7 @@ def test_every_token_is_of_the_weights_that_it_names(
     config = rollout_config(max_response_tokens=longest, max_concurrent_requests=concurrency)
     client = RolloutClient(servers, config, sorted(stop))
     versions, most = iter(range(100, 400)), 0
-    while most < 2:  # how far a stretch gets is the machine's business: until one ends within a response
+    while most < 2:  # the machine's speed decides how far a phase gets: repeat until one stops in a response
         responses, done, models = [[NOTHING] * n for _ in PROMPTS], [], {}
         while len(done) < len(PROMPTS):
             version = next(versions)
@@ -128,7 +128,7 @@ def test_batches_of_a_run_whose_sampling_goes_on(servers, sync, thread, model, m
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_beginnings_outlive_their_servers(model, model_directory, thread, tmp_path):
-    """Two servers: one is killed while it samples, and the other goes on; then both are."""
+    """Of two servers one is killed while it samples, and the other continues; then both are killed."""
     longest, stop = 450, {2}
     config = rollout_config(engines=2, max_response_tokens=longest, start_timeout=300)
     responses, done, models, lost = [[NOTHING] * 8 for _ in PROMPTS], [], {}, []

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(START_TIMEOUT + 60)
 
 @pytest.fixture(scope="module")
 def router(tmp_path_factory):
-    """Its URL; it knows no server yet."""
+    """The URL of a router that knows no server yet."""
     port, metrics = choose_ports("127.0.0.1", 0, 2)
     command = [sys.executable, "-m", "sglang_router.launch_router", "--port", str(port), "--prometheus-port",
                str(metrics), "--prometheus-host", "127.0.0.1", "--log-level", "warn"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Who can reach a launched server, and where its key appears."""
+"""Access to a launched server, and the places where its key appears."""
 
 import httpx
 import psutil

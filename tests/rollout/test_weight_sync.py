@@ -1,4 +1,4 @@
-"""Weights into a real server: they arrive bit by bit, and whatever keeps them from it is named in time."""
+"""Weight sync to a real server: weights arrive bit by bit, and every failure is reported in time."""
 
 import signal
 import subprocess
@@ -51,7 +51,7 @@ def test_new_weights_serve_the_next_rollouts(sync, client, model_directory):
 
 
 def test_what_a_client_gave_up_does_not_keep_weights_out(servers, model_directory):
-    """SGLang works on for a moment on a request whose client has gone, and refuses weights meanwhile."""
+    """SGLang continues a request for a moment after its client has gone, and refuses weights meanwhile."""
     tensors = named_tensors(load_hf(model_directory))
     hasty = rollout_config(request_timeout=0.05, request_retries=0, max_concurrent_requests=1000)
     impatient = RolloutClient(servers, hasty)

@@ -1,4 +1,4 @@
-"""Where an answer stands and what it equals: the formats that models write, and wrong answers that look alike."""
+"""Extraction and equality of answers: the formats that models write, and wrong answers that look alike."""
 
 import json
 from pathlib import Path
@@ -94,7 +94,7 @@ RIGHT = [
     (r"\boxed{5!}", "120"),
     (r"\boxed{-4,-1}", "-1,-4"),
     (r"\boxed{(-\infty, 2) \cup (3, \infty)}", r"(3,\infty)\cup(-\infty,2)"),
-    # Where the answer stands.
+    # The place of the answer.
     ("She makes 9 * 2 = 18 dollars.\nA: 18", "18 = <<9*2=18>>18 every day.\nA: 18"),
     ("It follows.\n\n# Answer\n\n3,456", "3456"),
     ("It follows.\n\n# Answer\n\nJune 20", r"\text{June 20}"),

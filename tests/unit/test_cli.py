@@ -21,7 +21,7 @@ TRAIN = ["train", "--model.path", "m", "--data.train", "t.jsonl"]
 
 @pytest.fixture
 def train(monkeypatch):
-    """A stand-in for megatron_egrsd.train that notes what it is asked."""
+    """A stand-in for megatron_egrsd.train that records its calls."""
     calls = []
     module = types.ModuleType("megatron_egrsd.train")
     module.main = lambda config: calls.append(("main", config))

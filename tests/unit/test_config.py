@@ -169,5 +169,5 @@ def test_every_key_is_on_the_command_line():
     ],
 )
 def test_every_rank_gets_the_rows_that_its_products_want(parallel, multiple):
-    """32 for FP8, on each of the context- and sequence-parallel ranks."""
+    """FP8 needs multiples of 32 rows on each of the context- and sequence-parallel ranks."""
     assert ParallelConfig(**parallel).token_multiple == multiple

@@ -97,7 +97,7 @@ def test_an_export_takes_its_tensors_in_any_order_but_each_once(tmp_path):
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("error", [RunError("the third"), KeyboardInterrupt()])
 def test_after_an_error_the_other_threads_end_at_their_next_step(error):
-    """The others would run for ever; KeyboardInterrupt stands for one in the waiting thread."""
+    """Without the error the other threads would never end; KeyboardInterrupt stands for one in the waiting thread."""
     begun, done, threads = threading.Barrier(2), [], threading.active_count()
 
     def endless():

@@ -32,13 +32,13 @@ def convert(*arguments) -> SimpleNamespace:
 
 
 def convert_apart(*arguments, **options) -> subprocess.CompletedProcess:
-    """Run tools/convert_hf.py, which is a promise, in a process of its own."""
+    """Run tools/convert_hf.py, an old name that must keep working, in a process of its own."""
     command = [sys.executable, str(TOOL), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
 def refused(result: subprocess.CompletedProcess, status: int, *words: str) -> None:
-    """One line on stderr that contains `words`, and that status."""
+    """Check the exit status, and that stderr is one line that contains `words`."""
     assert result.returncode == status, result.stderr
     assert re.fullmatch(r"(megatron-egrsd|convert_hf): error: .*\n", result.stderr), result.stderr
     for word in words:

@@ -22,7 +22,7 @@ SHARD = 4000
 
 @pytest.fixture(scope="module", params=[DENSE, MOE], ids=["dense", "moe"])
 def pair(request, tmp_path_factory):
-    """(Hugging Face in several shards, Megatron): the same model."""
+    """Return (Hugging Face checkpoint in several shards, Megatron checkpoint) of the same model."""
     root = tmp_path_factory.mktemp("pair")
     # hidden = heads x head_dim: transposing the output projection does not change its shape.
     hf = random_qwen3(root / "hf", base=request.param, shard_bytes=SHARD, hidden_size=24, tie_word_embeddings=False)
@@ -38,7 +38,7 @@ def copies(pair, tmp_path):
 
 
 def findings(hf, megatron) -> str:
-    """What verify says, whether it reports or refuses."""
+    """Return the findings of verify, or the error that it raises."""
     try:
         return " ".join(verify(hf, megatron)["problems"])
     except (BadArgument, RunError) as error:
@@ -52,7 +52,7 @@ def test_the_untouched_pair_has_no_findings(pair):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_flipped_bit_is_caught(pair, data):
-    """Any byte of any file on the Megatron side, any byte of a tensor on the Hugging Face side."""
+    """Flip any byte of any file on the Megatron side, any byte of a tensor on the Hugging Face side."""
     hf, megatron = pair
     file = data.draw(
         st.sampled_from(
@@ -156,7 +156,7 @@ def test_files_beside_the_weights(name, copies):
     assert name in findings(*copies)
 
 
-# What follows has no integrity.json, as after megatron-core's own save: the tensors alone must tell.
+# The checkpoints below have no integrity.json, as after megatron-core's own save: only the tensors show the damage.
 
 KEY = "decoder.layers.self_attention.linear_proj.weight"
 

@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron -> Hugging Face gives back every byte, whatever Qwen3 it is."""
+"""Hugging Face -> Megatron -> Hugging Face gives back every byte, for any Qwen3."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from megatron_egrsd.hf.mapping import hf_shapes
 from megatron_egrsd.hf.verify import verify
 from tests.random_checkpoints import DENSE, MOE, files, random_qwen3
 
-# Which of two shapes a family has: attention wider or narrower than the hidden size, tied or not.
+# Two shapes of each family: attention wider or narrower than the hidden size, tied or not.
 FAMILIES = {
     "0.6B": {"base": DENSE, "head_dim": 8, "num_hidden_layers": 5},
     "8B": {"base": DENSE, "head_dim": 4, "tie_word_embeddings": False},
@@ -29,7 +29,7 @@ FAMILIES = {
 
 
 def raw(path) -> dict[str, tuple]:
-    """Name -> (type, shape, bytes) of every tensor in every shard, read by safetensors itself."""
+    """Return {name: (type, shape, bytes)} of every tensor in every shard, read by safetensors itself."""
     found = {}
     for shard in path.glob("*.safetensors"):
         for name, tensor in load_file(shard).items():

@@ -11,7 +11,7 @@ PROMPTS = [Prompt(Problem(str(i), "p", "a"), [5], [5]) for i in range(40)]
 
 
 class Sampled:
-    """Stands where SGLang does: problems below `dull` are always answered wrongly, the others every other time."""
+    """A stand-in for SGLang: problems below `dull` are always answered wrongly, the others every other time."""
 
     def __init__(self, dull: int):
         self.dull, self.asked = dull, []
@@ -68,7 +68,7 @@ def test_an_objective_that_learns_from_any_outcome_needs_no_refill():
 
 @pytest.mark.parametrize("lost", range(3))
 def test_servers_lost_in_any_round_leave_the_batch_as_it_would_have_been(lost):
-    """Finished rounds stay, the round that was broken off goes on with what it had."""
+    """Finished rounds stay; the interrupted round continues with the responses that it had."""
 
     class Breaking(Sampled):
         def __call__(self, prompts, done):

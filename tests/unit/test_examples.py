@@ -75,7 +75,7 @@ def test_scripts_refuse_in_one_sentence(script, variables, reason):
 
 @pytest.fixture
 def started(tmp_path):
-    """What a script starts: torchrun's words, and the configuration that the training ranks would read."""
+    """Return a function that runs a script: torchrun's arguments, and the configuration of the training ranks."""
     stub = tmp_path / "torchrun"
     stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     stub.chmod(0o755)

@@ -1,4 +1,4 @@
-"""An objective of one's own, in one file: found, tried, dumped and shown; the family behind the same interface."""
+"""A user's objective in one file: found, tried, dumped and shown; the family behind the same interface."""
 
 import dataclasses
 import re

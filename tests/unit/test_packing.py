@@ -56,7 +56,7 @@ spans_of_tokens = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_
 
 
 def _numbered(spans: list[tuple[int, int]]) -> list[Sequence]:
-    """Sequences of (prompt, response) lengths whose tokens are numbered consecutively from 1, not to meet padding."""
+    """Make sequences of (prompt, response) lengths, with tokens numbered from 1: padding is 0."""
     token = iter(range(1, 1000))
     return [Sequence([next(token) for _ in range(p)], [next(token) for _ in range(r)]) for p, r in spans]
 
@@ -92,7 +92,7 @@ def test_context_parallel_ranks_share_every_sequence(spans, size, tensor):
     assert sorted(pairs) == sorted(zip(whole.tokens.tolist(), whole.position_ids.tolist(), strict=True))
     own = torch.cat([part.own for part in parts])
     assert own.sort().values.tolist() == list(range(whole.targets.numel()))
-    # A rank's rows predict its own targets, and every rank's scores put in their places are the batch's.
+    # A rank's rows predict its own targets, and the scores of all ranks together are the batch's.
     assert all(torch.equal(part.tokens[part.rows] + 1, part.targets[part.own]) for part in parts)
     scores = torch.zeros_like(whole.targets)
     scores[own] = torch.cat([part.tokens[part.rows] for part in parts]) + 1

@@ -29,7 +29,7 @@ GIB = 2**30
 
 @pytest.fixture
 def model(tmp_path):
-    """A function that makes a model directory as far as a plan reads it: sizes and a tokenizer."""
+    """Return a function that makes a model directory with the files that a plan reads: sizes and a tokenizer."""
 
     def make(name: str) -> Path:
         path = tmp_path / name
@@ -75,7 +75,7 @@ def test_other_ranks_say_nothing(model, monkeypatch, capsys):
 
 
 def refusals(plan, word: str) -> list[str]:
-    """Those for one reason: how much disk is free differs from machine to machine."""
+    """Return the refusals that contain `word`: others, as for disk space, depend on the machine."""
     return [reason for reason in plan.refusals if word in reason]
 
 
@@ -98,7 +98,7 @@ def test_too_little_memory_is_refused_with_a_change_that_fits(name, ranks, words
 
 
 def test_responses_too_long_for_a_rank(model):
-    """Where TP and PP are exhausted, context parallelism makes 121k tokens fit: 30k on each of four ranks."""
+    """If TP and PP are exhausted, context parallelism makes 121k tokens fit: 30k on each of four ranks."""
     words = ["--rollout.max_response_tokens", "120000", "--parallel.tensor", "8"]
     path = model("Qwen3-8B")
     plan = resolve(config_8b(path, *words), PROMPTS, [], 64, int(15.4 * GIB))

@@ -111,7 +111,7 @@ texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=60).filter(st
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(problem=texts, solution=texts, thought=texts, answer=texts, thinking=st.booleans(), stop=st.booleans())
 def test_alignment(tokenizer, problem, solution, thought, answer, thinking, stop):
-    """Whatever the texts: the same response tokens follow both prompts, predicted from prompt_len - 1 + t."""
+    """For all texts, the same response tokens follow both prompts, predicted from prompt_len - 1 + t."""
     config = DataConfig(enable_thinking=thinking)
     prompt = builder(tokenizer, config).build(Problem("h", problem, "1", solution))
     text = (f"<think>\n{thought}\n</think>\n\n" if thinking else "") + answer + ("<|im_end|>" if stop else "")
@@ -133,7 +133,7 @@ def test_alignment(tokenizer, problem, solution, thought, answer, thinking, stop
 
 @pytest.mark.parametrize("thinking", [True, False])
 def test_the_response_stands_where_the_template_puts_it(tokenizer, thinking):
-    """Prompt + sampled tokens + EOS are what the template renders for the finished conversation."""
+    """Prompt + sampled tokens + EOS equal the template's text of the finished conversation."""
     prompt = builder(tokenizer, DataConfig(enable_thinking=thinking)).build(LATEX)
     thought = "Cancel $a$." if thinking else ""
     response = ("<think>\nCancel $a$.\n</think>\n\n" if thinking else "") + r"It is \boxed{a}.<|im_end|>"

@@ -128,7 +128,7 @@ def test_the_last_row_of_a_step_counts_and_a_run_without_evaluation_has_a_page(t
 
 
 def test_interval():
-    """Wilson's interval, by the numbers of his paper's formula for 32 of 64, and the run's own where there is one."""
+    """Wilson's interval, by the numbers of his paper's formula for 32 of 64, and the run's own if there is one."""
     low, high = accuracy_interval(BEFORE)
     assert (low, high) == (pytest.approx(0.3810, abs=1e-4), pytest.approx(0.6190, abs=1e-4))
     low, high = accuracy_interval(BEFORE | {"accuracy": 1.0})

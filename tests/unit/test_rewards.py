@@ -162,7 +162,7 @@ def test_load_reward():
 
 
 def test_a_file_may_import_what_lies_beside_it(tmp_path, monkeypatch):
-    """Where the function is called too: in a worker process."""
+    """It can also import it in the worker process that calls the function."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "compared_for_a_test.py").write_text("def same(a, b):\n    return a == b\n")
     call = "def reward(response, answer):\n    return float(same(response, answer))\n"

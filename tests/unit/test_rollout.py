@@ -1,4 +1,4 @@
-"""The rollout room without a server: arguments, buckets, checksums, answers, logs."""
+"""The package rollout/ without a server: arguments, buckets, checksums, answers, logs."""
 
 import hashlib
 import math
@@ -187,7 +187,7 @@ def test_log_probs_that_json_cannot_spell_are_nan():
 
 
 def test_another_process_reads_the_same():
-    """From several threads; a ValueError is passed on; where the process is killed, this one reads."""
+    """Several threads may call it, a ValueError is passed on, and if the process is killed, this process parses."""
     raw = [
         orjson.dumps(answer(weight_version=str(i), output_token_logprobs=[[None, 5], [-i / 7, 2]])) for i in range(9)
     ]
@@ -210,7 +210,7 @@ def test_another_process_reads_the_same():
 
 
 def test_the_process_that_reads_ends_with_its_parent():
-    """However that ends."""
+    """The parent may end in any way."""
     code = (
         "import os, signal; from megatron_egrsd.rollout import generation\n"
         "try: generation.read_apart(b'')\n"
@@ -257,14 +257,14 @@ def test_last_error_is_the_cause_not_a_consequence(tmp_path):
 
 
 def test_torch_side_needs_no_sglang():
-    """The trainer's import of this room must not pull SGLang (and its seconds) in."""
+    """The trainer's import of this package must not import SGLang, which takes seconds."""
     code = ("import sys, megatron_egrsd.rollout.client, megatron_egrsd.rollout.weight_sync; "
             "sys.exit('sglang' in sys.modules)")  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
 
 
 def test_requests_in_flight_are_counted_by_server_and_fit_the_limit_of_files(tmp_path, monkeypatch):
-    """A shell's limit of 1,024 files is raised as far as it takes; where it cannot be, fewer requests are sent."""
+    """A shell's limit of 1,024 files is raised as far as needed; if it cannot be, fewer requests are sent."""
     config = RolloutConfig(urls=["http://a:1", "http://b:1", "http://c:1"], max_concurrent_requests=600)
     client = RolloutClient(RolloutServers(config, MODEL, 0, tmp_path, wait=False), config)
     limits = {}

@@ -13,7 +13,7 @@ from megatron_egrsd.hf.safe_pickle import MetadataUnpickler, check_metadata
 
 
 class OtherPython(pickle.Pickler):
-    """Writes members of enumerations as Python 3.11.2 does, or as 3.11.7 does."""
+    """A pickler that writes members of enumerations as Python 3.11.2 does, or as 3.11.7 does."""
 
     by_name = True
 

@@ -1,4 +1,4 @@
-"""Sampling and rewards side by side, with responses from a list in place of a server's."""
+"""Sampling and rewards at the same time, with responses from a list instead of a server."""
 
 import logging
 import threading
@@ -19,7 +19,7 @@ class Tokenizer:
 
 
 class Responses:
-    """In place of a RolloutClient: the j-th response to the i-th prompt is the token 10 i + j, the last one first."""
+    """A stand-in for RolloutClient: the j-th response to the i-th prompt is the token 10 i + j, the last one first."""
 
     def __init__(self, meanwhile=lambda key: None):
         self.meanwhile = meanwhile  # called before each response
@@ -34,7 +34,7 @@ class Responses:
 
 
 def test_a_response_is_rewarded_while_others_are_sampled():
-    """The last response does not come before the first one has its reward: else this would wait for ever."""
+    """The last response comes only after the first has its reward; otherwise the test would wait for ever."""
     rewarded = threading.Event()
 
     def reward(text, answer):

@@ -34,7 +34,7 @@ TOKENIZER = byte_level()
 
 
 def batch(objective: ObjectiveConfig, teacher: bool = True, text: str = "", problem: Problem | None = None):
-    """Six scored rollouts of 5 (or `text`), 1, 9, 4, 7 and 3 tokens in two groups, the second without advantage."""
+    """Make six rollouts of 5 (or `text`), 1, 9, 4, 7 and 3 tokens in two groups, the second without advantage."""
     g = np.random.default_rng(0)
     rollouts, student, scores = [], {}, {}
     for i, length in enumerate([5, 1, 9, 4, 7, 3]):

@@ -32,7 +32,7 @@ spec.loader.exec_module(plan_tool)
 
 @pytest.mark.parametrize("name", ["Qwen3-8B", "Qwen3-4B"])
 def test_operations_are_those_that_torch_counts(name):
-    """A forward pass of transformers' model on the meta device; torch counts the masked half of the scores as well."""
+    """Run transformers' model on the meta device; torch counts the masked half of the scores too."""
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -77,7 +77,7 @@ def test_one_step_off_hides_the_shorter_of_sampling_and_training():
     generate, train = torch.tensor([5.0, 1.0]).numpy(), torch.tensor([2.0, 2.0]).numpy()
     assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=0).tolist() == [7.75, 3.75]
     assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=1).tolist() == [5.25, 2.75]
-    # On one processor that both share, nothing is won; between the two, what overlaps takes that much longer.
+    # On one shared processor nothing is gained; in between, the overlapping part takes that much longer.
     assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=1, slowdown=(2, 2)).tolist() == [7.75, 3.75]
     assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=1, slowdown=(1.5, 1.5)).tolist() == [6.5, 3.25]
     # 2.5 s of training during which sampling does 1.25 of its 5 s; 1 s of sampling, which then waits for the training.
@@ -119,7 +119,7 @@ def test_turns_use_every_gpu_twice_and_pay_for_the_moves():
 
 
 def test_context_parallel_ranks_send_their_keys_and_values_round():
-    """On a machine that only its links slow down: bytes of each layer's ring, and where they leave the node."""
+    """On a machine that only its links slow down: bytes of each layer's ring, within and between nodes."""
     arch = Architecture.from_config(PUBLISHED["Qwen3-8B"])
     fast = dict.fromkeys(("flops", "memory_rate", "host"), 1e30)
     machine = step_time.Machine("links", 0, link=1e9, network=1e8, pass_seconds=0.0, **fast)
@@ -133,7 +133,7 @@ def test_context_parallel_ranks_send_their_keys_and_values_round():
 
 
 def _run(path: Path, prompts: int, longest: int, seed: int) -> None:
-    """A run whose phases took exactly what constants say: 3 ms a decoding step, 40 us a sequence, and so on."""
+    """Write a run whose phases took times given by constants: 3 ms a decoding step, 40 us a sequence, and so on."""
     config = parse_config(["--config", str(ROOT / "examples/configs/tiny_cpu.yaml"), "--model.path",
                            str(ROOT / "examples/tiny/model"), "--rollout.prompts_per_step", str(prompts)])  # fmt: skip
     path.mkdir()

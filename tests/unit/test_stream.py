@@ -1,4 +1,4 @@
-"""Which groups of partial rollouts a step trains: the bound on age is exact, none is lost, none is trained twice."""
+"""Choice of the groups that a step trains, with partial rollouts: age is bounded, none is lost or trained twice."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ ROLLOUT = Rollout(PROMPTS[0], 0, [7, 8, 9], [0.0] * 3, "stop", 4, segments=[[4, 
 
 
 def group(*responses: tuple[list[list[int]], bool]) -> Group:
-    """From the segments of its responses, and whether each is finished."""
+    """Make a group from each response's segments and whether it is finished."""
     made = [Generation([7] * sum(n for _, n in s), [], "stop" if end else "abort", s) for s, end in responses]
     return Group(PROMPTS[0], made, [ROLLOUT] if all(end for _, end in responses) else [])
 
@@ -51,7 +51,7 @@ def test_a_batch_waits_for_what_would_be_too_old_in_the_next_step():
 @settings(max_examples=200)
 @given(st.data(), st.integers(1, 4), st.integers(1, 4))
 def test_the_bound_is_exact_and_every_group_is_trained_once(data, size, staleness):
-    """An adversary lets any group begin, go on or finish at any time, while a batch is awaited and while it trains."""
+    """An adversary lets any group start, continue or finish at any time, while a batch is awaited and in training."""
     extra = data.draw(st.integers(0, size if staleness > 1 else 0))
     steps = data.draw(st.integers(1, 12))
     first = data.draw(st.integers(0, steps - 1))  # where the run resumes

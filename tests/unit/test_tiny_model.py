@@ -1,4 +1,4 @@
-"""The committed tiny model and its task: what the demo and the other tests rely on."""
+"""The committed tiny model and its task, on which the demo and the other tests rely."""
 
 import importlib.util
 import json

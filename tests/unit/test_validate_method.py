@@ -1,4 +1,4 @@
-"""The validation study's arithmetic and plan; its objectives. What it finds is docs/measurements/results.md."""
+"""The validation study's arithmetic, plan and objectives. docs/measurements/results.md has its results."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from tools.validate_method import paired, plan, results  # noqa: E402
 
-exact = st.integers(-1024, 1024).map(lambda n: n / 1024)  # sums have no rounding: what is equal is counted as equal
+exact = st.integers(-1024, 1024).map(lambda n: n / 1024)  # sums have no rounding, so equal values compare equal
 
 
 @given(st.lists(exact, min_size=2, max_size=9))

@@ -39,7 +39,7 @@ def use(implementation: str, monkeypatch: pytest.MonkeyPatch, kernels: cuda_on_c
 
 
 def fp64(logits, target, vocab_size=None, temperature=1.0, grad_log_prob=None, grad_entropy=None):
-    """(log_prob, entropy, gradient of the logits) from the definitions, in fp64; ignored rows are zero."""
+    """Compute (log_prob, entropy, gradient of the logits) by definition, in fp64; ignored rows are zero."""
     logits = logits.detach()
     valid = logits[..., :vocab_size].double().requires_grad_()
     log_p = (valid / temperature).log_softmax(-1)
@@ -85,7 +85,7 @@ def hard_rows(vocab: int, rows: int = 6, seed: int = 0) -> dict[str, torch.Tenso
 
 
 def assert_values(log_prob, entropy, expected_log_prob, expected_entropy, where):
-    """Log-prob within 1e-5 or 1e-6 relative (-inf exactly), entropy within 5e-6 and never negative."""
+    """Check log-probs within 1e-5 or 1e-6 relative (-inf exactly), entropies within 5e-6 and never negative."""
     unreachable = expected_log_prob == -math.inf
     assert torch.equal(log_prob == -math.inf, unreachable), f"{where}: log-prob -inf where it should not be, or not"
     error = (log_prob.double() - expected_log_prob).abs().masked_fill(unreachable, 0.0)
@@ -306,7 +306,7 @@ def test_fp32_logits_of_bf16_operands_are_accurate():
     wide = linear_log_prob_and_entropy(hidden, weight, target, logits_dtype=torch.float32)
     narrow = linear_log_prob_and_entropy(hidden, weight, target, logits_dtype=torch.bfloat16)
     assert (wide[0] - exact[0]).abs().max() < 1e-5
-    assert (narrow[0] - exact[0]).abs().max() > 1e-3  # what the option is for
+    assert (narrow[0] - exact[0]).abs().max() > 1e-3  # the purpose of the option
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (1,)])
@@ -431,7 +431,7 @@ needs_kernels = pytest.mark.skipif(not ops.compiled(torch.device("cpu")), reason
 @needs_kernels
 @pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_of_this_processor(instruction_set):
-    """The dispatch is decided once a process, so each is tested in one of its own."""
+    """A process chooses its instruction set once, so each set is tested in a process of its own."""
     environment = os.environ | {"MEGATRON_EGRSD_SIMD": instruction_set}
     probe = (
         "from megatron_egrsd.vocab_parallel import ops; import torch; print(torch.ops.megatron_egrsd.instruction_set())"
@@ -472,7 +472,7 @@ def test_compiles_without_graph_breaks():
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Remembers the size of the largest tensor made while it is on; views do not count."""
+    """Recorder of the size of the largest tensor made while it is active; views do not count."""
 
     def __init__(self):
         super().__init__()
@@ -531,7 +531,7 @@ def test_both_implementations_write_the_same_statistics():
         assert torch.allclose(x, y, atol=2e-6)
 
 
-# What -> (text of kernels.cu, what stands there instead).
+# Mistake -> (text of kernels.cu, its wrong replacement).
 MISTAKES = {
     "no barrier before the warps are merged": ("__syncthreads();\n  if (warp", "if (warp"),
     "no barrier before the coefficients are read": ("__syncthreads();\n  const Grad", "const Grad"),
@@ -551,7 +551,7 @@ MISTAKES = {
 @pytest.mark.skipif(not cuda_on_cpu.compiler(), reason="needs a C++ compiler")
 @pytest.mark.parametrize("mistake", ["none", *MISTAKES])
 def test_a_mistake_in_the_cuda_kernels_is_found(mistake, tmp_path, monkeypatch):
-    """Their tests above mean something only if wrong kernels fail them."""
+    """The tests above prove something only if wrong kernels fail them."""
     right, wrong = MISTAKES.get(mistake, ("", ""))
     source = cuda_on_cpu.source()
     assert mistake == "none" or source.count(right) == 1
