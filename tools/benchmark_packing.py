@@ -1,4 +1,4 @@
-"""What packing wastes on response lengths as they come: the table of docs/measurements/scaling.md.
+"""The waste of packing for realistic response lengths: the table of docs/measurements/scaling.md.
 
     python tools/benchmark_packing.py
 

@@ -67,7 +67,7 @@ def _read(run: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 
 
 def _terms(rollouts: list[Rollout], config: Config, arch: Architecture) -> dict[str, list[float]]:
-    """What multiplies each phase's constants, for one step on one data-parallel rank."""
+    """Return the factors of each phase's constants, for one step on one data-parallel rank."""
     import torch
 
     advantage = advantages(

@@ -61,7 +61,7 @@ class Result:
     runtime: int = 0
 
     def complaint(self) -> str:
-        """What is further off than it may be; "" where nothing is."""
+        """Return a sentence about the first value outside its limit, or "" if there is none."""
         if not self.differences[0] < LIMITS[self.dtype]:
             return f"log-probs differ from fp32's by {self.differences[0]:.1e} nats"
         # cuBLAS's workspace is larger than the tiny model

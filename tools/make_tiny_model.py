@@ -79,7 +79,7 @@ class Step:
     result: int
 
     def apply(self, value: int) -> int:
-        """What this step's operation really makes of ``value`` (modulo 100, to stay at two digits)."""
+        """Return the true result of this step's operation on ``value`` (modulo 100, to stay at two digits)."""
         return (value + self.operand if self.operator == "+" else value - self.operand) % 100
 
     def text(self) -> str:
@@ -113,7 +113,7 @@ def perturbed(steps: Steps, rng: random.Random) -> Steps:
 
 
 def torn(problem: Steps, reference: Steps, doubt: float, rng: random.Random) -> Steps:
-    """What a doubting teacher works out: where the reference lies, at times its result, the right one, or any."""
+    """Return a doubting teacher's solution: where the reference is wrong, its result, the right one or a random one."""
     value, worked = problem[0].left, []
     for step, said in zip(problem, reference, strict=True):
         result = step.apply(value)
@@ -231,7 +231,7 @@ class Chain:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """What the warm start shows the teacher; the defaults are the committed model's."""
+    """The mixture of examples in the warm start; the defaults are the committed model's."""
 
     doubt: float = 0.0  # where a reference lies, the share of responses that do not follow it
     answer_only: float = 0.0  # of the references that do not, those that give only the answer

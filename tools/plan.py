@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Where the GPUs of a cluster should go, and how long a step takes: the tables of docs/measurements/scaling.md.
+"""Plan the GPUs of a cluster and the duration of a step: the tables of docs/measurements/scaling.md.
 
     python tools/plan.py                                   # every table, H100 and H200
     python tools/plan.py --models Qwen3-8B --gpus 8 --machine H200 --rollouts 512

@@ -1,4 +1,4 @@
-"""Whether a problem to train on is one of the evaluation sets."""
+"""Detection of training problems that are in an evaluation set."""
 
 import re
 import unicodedata

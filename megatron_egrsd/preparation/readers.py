@@ -41,7 +41,7 @@ def plain(row: dict) -> tuple[str, str, str]:
     return row.get("problem") or row["question"], answer, solution
 
 
-def reader(row: dict, where: str) -> Callable[[dict], tuple[str, str, str]]:
+def reader(row: dict, location: str) -> Callable[[dict], tuple[str, str, str]]:
     """Return the reader whose fields `row` has; BadArgument naming the fields if there is none."""
     for fields, read in (
         ({"prompt", "reward_model"}, dapo),
@@ -54,7 +54,7 @@ def reader(row: dict, where: str) -> Callable[[dict], tuple[str, str, str]]:
         if fields <= row.keys():
             return read
     raise BadArgument(
-        f"{where} has the fields {', '.join(row)}; none of the known datasets does. "
+        f"{location} has the fields {', '.join(row)}; none of the known datasets does. "
         "Rename them to problem, answer and solution (docs/guides/data.md)"
     )
 
@@ -62,12 +62,12 @@ def reader(row: dict, where: str) -> Callable[[dict], tuple[str, str, str]]:
 def read_problems(source: str) -> Iterator[Problem]:
     """Yield every row of `source` as a Problem; an answer or a solution that the row does not have is empty."""
     read = None
-    for where, number, row in read_rows(source):
-        read = read or reader(row, where)
+    for location, number, row in read_rows(source):
+        read = read or reader(row, location)
         try:
             problem, answer, solution = ("" if v is None else str(v).strip() for v in read(row))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise BadArgument(f"{where} is not like the rows before it ({type(error).__name__}: {error})") from None
+            raise BadArgument(f"{location} is not like the rows before it ({type(error).__name__}: {error})") from None
         extra = row.get("extra_info")
         own = row.get("id", extra.get("index") if isinstance(extra, dict) else None)
         yield Problem(str(own) if own is not None else f"{Path(source).stem}-{number}", problem, answer, solution)

@@ -41,7 +41,7 @@ class ScoredRollout:
 
     Log-probs and entropies in nats; the four teacher arrays are None if the objective runs no teacher (GRPO).
     `normalized_entropy` is h_t, `lookahead_entropy` its minimum over the lookahead, `entropy_scale` the nats at which
-    h reaches 1: the batch's quantile, this response's maximum, or ln(vocabulary). `gate` is 1 where a user's own
+    h reaches 1: the batch's quantile, this response's maximum, or ln(vocabulary). `gate` is 1 if a user's own
     objective has none. `pieces` joined are the response.
     """
 
@@ -191,7 +191,7 @@ def _batch(rollout: ScoredRollout) -> tuple:
     return rollout.step, rollout.objective, rollout.vocab_size, rollout.teacher_log_prob is None
 
 
-def _parse(line: bytes, where: str) -> ScoredRollout:
+def _parse(line: bytes, location: str) -> ScoredRollout:
     try:
         row = orjson.loads(line)
         row |= {"problem": Problem(**row["problem"]), "objective": ObjectiveConfig(**row["objective"])}
@@ -202,7 +202,7 @@ def _parse(line: bytes, where: str) -> ScoredRollout:
         _check(rollout)
     except (ValueError, KeyError, TypeError) as error:
         detail = error if type(error) is BadArgument else "it is not an object that dump_scores writes"
-        raise BadArgument(f"{where} is no scored rollout: {detail}") from None
+        raise BadArgument(f"{location} is no scored rollout: {detail}") from None
     return rollout
 
 

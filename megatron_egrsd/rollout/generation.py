@@ -57,7 +57,7 @@ def read_answer(answer: bytes | memoryview, stopping: bool = False) -> Generatio
 
 
 def read_apart(answer: bytes, stopping: bool = False) -> Generation:
-    """`read_answer` by a process of its own; waits for it. Any thread may call.
+    """Run `read_answer` in another process and wait for it. Any thread may call.
 
     A million tokens take most of a second of Python (tools/benchmark_host.py): a step that trains meanwhile in this
     process would wait for Python's lock.

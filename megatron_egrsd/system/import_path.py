@@ -12,7 +12,7 @@ from megatron_egrsd.errors import BadArgument
 
 
 def load(path: str, key: str) -> Any:
-    """The object at the import path. BadArgument, beginning with the configuration key `key`, where there is none."""
+    """Return the object at the import path. Raises BadArgument, which begins with the key `key`, if there is none."""
     source, _, name = path.rpartition(":")
     if not (source and name):
         raise BadArgument(f'{key} is {path!r}; it must be an import path "module:name" or "file.py:name"')

@@ -20,7 +20,7 @@ START_SECONDS = 120  # for the child's imports on a busy machine
 class WorkerProcess:
     """A function of bytes that runs in a child process. Any thread may call `ask`; requests wait for each other.
 
-    The child ends if this process does, however that ends, because its connection closes.
+    The child ends if this process ends for any reason, because its connection closes.
 
     Args:
         target: Import path (import_path.py). The child calls it once, without arguments, and gives each request to the
@@ -44,7 +44,7 @@ class WorkerProcess:
         with self.lock:
             if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
                 self._start()
-            with contextlib.suppress(OSError):  # it ended after the check; _receive finds out
+            with contextlib.suppress(OSError):  # it ended after the check; _receive returns None then
                 self.connection.send_bytes(request)
             return self._receive(seconds)
 
@@ -79,7 +79,7 @@ class WorkerProcess:
 
 def main() -> None:
     """Answer requests in the child until the connection closes: `worker_process FILE_DESCRIPTOR TARGET`."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # are for the parent, which still awaits answers
+    for number in (signal.SIGINT, signal.SIGTERM):  # the signals are meant for the parent, which still awaits answers
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
     answer = import_path.load(sys.argv[2], "worker_process")()

@@ -1,4 +1,4 @@
-"""What the gate does: does the teacher read, where is it uncertain, which tokens carry signal and which noise.
+"""The effect of the gate: does the teacher use its reference, where is it uncertain, which tokens carry signal?
 
 Everything here is measured on the initial weights of a task, with transformers, apart from the entropies over training,
 which come from the runs that kept their scores.
@@ -28,7 +28,7 @@ UNCERTAIN = 0.5  # a token with a normalised teacher entropy above this counts a
 
 
 def token_types(pieces: list[str]) -> list[str]:
-    """What each token of a response is for: result, operation, filler, control or structure."""
+    """Return the role of each token of a response: result, operation, filler, control or structure."""
     types = []
     for index, piece in enumerate(pieces):
         since = next((k for k in (1, 2) if index >= k and pieces[index - k] == "="), 0)

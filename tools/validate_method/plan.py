@@ -1,4 +1,4 @@
-"""What is compared: settings, tasks, seeds, and the hypotheses, which were written down before the first run."""
+"""The comparisons: settings, tasks, seeds, and the hypotheses, which were written down before the first run."""
 
 from dataclasses import dataclass
 
