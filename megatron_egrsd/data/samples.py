@@ -1,11 +1,9 @@
 """The stages of the data: Problem -> Prompt -> Rollout (-> Sequence -> MicroBatch, data/packing.py)."""
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from megatron_egrsd.config import Config
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.system.files import atomic
 
@@ -110,24 +108,3 @@ def _rollout(row: dict) -> Rollout:
     if not rollout.prompt.student_ids or not 0 < len(rollout.response_ids) == len(rollout.rollout_log_probs):
         raise ValueError("an empty prompt or response, or not one log-prob a response token")
     return rollout
-
-
-def load_replay(path: Path, config: Config, vocab_size: int, *, privileged: bool) -> list[Rollout]:
-    """Load rollouts to train on as one batch of `config`; `privileged` if the objective needs a teacher.
-
-    Raises BadArgument if they do not fit the configuration or the model.
-    """
-    rollouts = load_rollouts(path)
-    prompts, n = config.rollout.prompts_per_step, config.rollout.rollouts_per_prompt
-    groups = Counter(r.group for r in rollouts)
-    if groups != Counter({group: n for group in range(prompts)}):
-        raise BadArgument(
-            f"{path} holds {len(rollouts)} rollouts in {len(groups)} groups, but rollout.prompts_per_step x "
-            f"rollout.rollouts_per_prompt = {prompts} x {n} are needed, in groups 0 to {prompts - 1}"
-        )
-    for number, r in enumerate(rollouts, 1):
-        if max(*r.prompt.student_ids, *r.prompt.teacher_ids, *r.response_ids) >= vocab_size:
-            raise BadArgument(f"{path}, line {number}: a token beyond the model's vocabulary of {vocab_size}")
-        if privileged and not r.prompt.teacher_ids:
-            raise BadArgument(f"{path}, line {number}: no teacher prompt, which this objective needs")
-    return rollouts

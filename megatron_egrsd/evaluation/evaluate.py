@@ -32,7 +32,7 @@ from megatron_egrsd.rewards.reward import Reward, grade, load_reward
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.deterministic import check_deterministic, deterministic
 from megatron_egrsd.rollout.generation import Generation
-from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
+from megatron_egrsd.rollout.servers import RolloutServers, ServersLost, retry_lost
 from megatron_egrsd.system.files import write_text
 
 Results = dict[str, dict[str, Estimate]]  # set name -> number's name -> estimate
@@ -138,21 +138,22 @@ class Evaluation:
                     gradings.popleft().result()
                 gradings.append(grader.submit(grade_and_write, i, j, generation))
 
-            while True:
-                try:
-                    client.generate(
-                        [p.student_ids for p in self.prompts],
-                        self.k,
-                        temperature=evaluation.temperature,
-                        done=done,
-                        finished=finished,
-                        sampling=sampling,
-                        seeds=self._seed if evaluation.deterministic else None,
-                    )
-                    break
-                except ServersLost:  # the servers are restarting, with the same weights
-                    servers.recover()
-                    servers.rejoin()
+            def generate() -> None:
+                client.generate(
+                    [p.student_ids for p in self.prompts],
+                    self.k,
+                    temperature=evaluation.temperature,
+                    done=done,
+                    finished=finished,
+                    sampling=sampling,
+                    seeds=self._seed if evaluation.deterministic else None,
+                )
+
+            def recover(_: ServersLost) -> None:  # the servers restart with the same weights
+                servers.recover()
+                servers.rejoin()
+
+            retry_lost(generate, recover)
             for grading in gradings:
                 grading.result()
 

@@ -1,91 +1,113 @@
-"""Engine and SGLang on the same GPUs, in turns: what one needs, the other has handed back.
+"""Which of engine and SGLang holds GPU memory, in each phase of a run.
 
 ```
-turn        the engine holds                       SGLang holds
-sampling    nothing (its copies wait on the host)  weights, KV cache, CUDA graphs
-transfer    weights                                weights
-training    weights, gradients, optimizer          nothing
+phase       the engine holds                        SGLang holds
+sampling    nothing (its copies wait on the host)   weights, KV cache, CUDA graphs
+transfer    weights                                 weights
+training    weights, gradients, optimizer           nothing
 ```
+
+This is so if both share the GPUs (`Colocated`); on GPUs of their own both hold everything in all phases (`Separate`).
 """
 
+from collections.abc import Callable
 from functools import cached_property
+from typing import Literal, Protocol
 
 from megatron_egrsd.engine.distributed import on_first_rank
 from megatron_egrsd.fleet.fleet import Fleet
 from megatron_egrsd.rollout.control import Control
 from megatron_egrsd.rollout.server_memory import CACHES, EVERYTHING, WEIGHTS, ServerMemory
-from megatron_egrsd.rollout.servers import ServersLost
+from megatron_egrsd.rollout.servers import retry_lost
+
+Phase = Literal["sampling", "transfer", "training"]
+Entry = Literal[Phase, "recovery", "end"]
 
 
-class Colocation:
-    """Whose turn it is. Every rank makes the same calls; the first one speaks to the servers.
+class Placement(Protocol):
+    """Moves a run from phase to phase. Every rank makes the same calls; rank 0 speaks to the servers.
 
-    It begins with sampling: make it before the fleet starts, so that the servers find the memory free.
+    Attributes:
+        phase: In "training" the servers hold no weights: push them before sampling.
     """
+
+    phase: Phase
+
+    def enter(self, phase: Entry) -> None:
+        """Hand over the memory that `phase` needs; return when it may begin.
+
+        "recovery" awaits servers that start again, with the memory that they expect to be free; the phase is
+        "sampling" then. "end" ends the servers for good, if the engine needs their memory.
+
+        Raises:
+            ServersLost: On the way to "transfer" or "sampling"; enter "recovery", and try again.
+        """
+
+
+class Separate:
+    """Engine and SGLang on GPUs of their own: every phase may begin at once. `fleet` is None without SGLang."""
+
+    def __init__(self, fleet: Fleet | None):
+        self.fleet = fleet
+        self.phase: Phase = "sampling"
+
+    def enter(self, phase: Entry) -> None:
+        if phase == "transfer":
+            self.fleet.recover()
+
+
+class Colocated:
+    """Engine and SGLang on the same GPUs. Made before the fleet starts, so that its servers find the memory free."""
 
     def __init__(self, fleet: Fleet):
         self.fleet, self.engine = fleet, fleet.engine
-        self.turn = "sampling"
+        self.phase: Phase = "sampling"
         self.engine.offload()
+        self._enter: dict[Entry, Callable[[], None]] = {
+            "sampling": self._enter_sampling,
+            "transfer": self._enter_transfer,
+            "training": self._enter_training,
+            "recovery": self._recover,
+            "end": self._end,
+        }
+
+    def enter(self, phase: Entry) -> None:
+        self._enter[phase]()
 
     @cached_property
     def memory(self) -> ServerMemory:
-        """The servers', on the first rank, once they have started."""
-        return ServerMemory(Control(self.fleet.servers, self.fleet.config.rollout.sync_timeout))
+        """The memory of the servers, on rank 0, once they have started."""
+        return ServerMemory(Control(self.fleet.servers, self.fleet.config.sync_timeout))
 
-    def sampling(self) -> None:
-        """SGLang may sample. From `transfer`, when it has the weights."""
+    def _enter_sampling(self) -> None:
+        """From "transfer", when SGLang has the weights."""
         self.engine.offload()
         on_first_rank(lambda: self.memory.resume(*CACHES))
-        self.turn = "sampling"
+        self.phase = "sampling"
 
-    def transfer(self) -> None:
-        """Both hold weights and nothing else. ServersLost: `give_way`, and once more."""
-        if self.turn == "training":
+    def _enter_transfer(self) -> None:
+        if self.phase == "training":
             self.engine.offload(keep_weights=True)
         else:
             self.fleet.recover()
             on_first_rank(lambda: self.memory.release(*CACHES))
             self.engine.reload(only_weights=True)
         on_first_rank(lambda: self.memory.resume(WEIGHTS))
-        self.turn = "transfer"
+        self.phase = "transfer"
 
-    def training(self) -> None:
-        """The engine may train. SGLang forgets its weights: they are pushed before it samples again."""
-        while self.turn != "training":
-            try:
-                on_first_rank(lambda: self.memory.release(*EVERYTHING))
-            except ServersLost:
-                self.give_way()  # those that start anew would take the memory
-                continue
+    def _enter_training(self) -> None:
+        if self.phase != "training":
+            # Servers that start again would take the memory: await them, then release it.
+            retry_lost(lambda: on_first_rank(lambda: self.memory.release(*EVERYTHING)), lambda _: self._recover())
             self.engine.reload()
-            self.turn = "training"
+            self.phase = "training"
 
-    def give_way(self) -> None:
-        """Await the servers that are starting anew, with the memory that they expect to be free."""
+    def _recover(self) -> None:
         self.engine.offload()
-        self.turn = "sampling"
+        self.phase = "sampling"
         self.fleet.recover()
 
-    def end(self) -> None:
-        """End the servers for good: all memory is the engine's."""
+    def _end(self) -> None:
         self.fleet.close()
         self.engine.reload()
-        self.turn = "training"
-
-
-class Apart:
-    """Engine and SGLang on GPUs of their own, both always in turn; `fleet` is None where there is no SGLang."""
-
-    turn = "sampling"
-
-    def __init__(self, fleet: Fleet | None):
-        self.fleet = fleet
-
-    def transfer(self) -> None:
-        self.fleet.recover()
-
-    def _carry_on(self) -> None:
-        pass
-
-    sampling = training = give_way = end = _carry_on
+        self.phase = "training"

@@ -1,4 +1,4 @@
-"""The first rank of every node, for what each node does for itself: starting SGLang, handing weights over."""
+"""The first rank of every node, for tasks that each node does for itself: starting SGLang, handing weights over."""
 
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -19,8 +19,8 @@ T = TypeVar("T")
 class Nodes:
     """The nodes of a job in the order of their ranks. Made by every rank, and every rank makes the same calls.
 
-    A node is what torchrun started together; a process that it did not start is a node of its own. `timeout` is the
-    seconds that one node waits for another.
+    The ranks that one torchrun started are a node; a process that torchrun did not start is a node of its own.
+    `timeout` is the seconds that one node waits for another.
     """
 
     def __init__(self, timeout: float):
@@ -36,14 +36,15 @@ class Nodes:
 
     @property
     def index(self) -> int | None:
-        """This rank's node where it is the first one there; None on all other ranks."""
+        """The number of this rank's node if it is the first rank there; None on all other ranks."""
         rank = dist.get_rank()
         return self.leaders.index(rank) if rank in self.leaders else None
 
     def each(self, function: Callable[[], T]) -> list[T]:
-        """Run `function` on the first rank of every node; its results, in the nodes' order, on every rank.
+        """Run `function` on the first rank of every node; return its results, in the nodes' order, on every rank.
 
-        An exception of one is raised on every rank; of several, one that the run does not survive.
+        If a function fails, its exception is raised on every rank. If several fail, a fatal error takes precedence
+        over ServersLost.
         """
         outcome = None
         if self.index is not None:
@@ -65,7 +66,7 @@ class Nodes:
         return on_first_rank(results)
 
     def each_while(self, function: Callable[[Iterator], T], stream: Iterator) -> list[T]:
-        """`each` for a `function` that consumes `stream`, an iterator every rank must exhaust."""
+        """Do as `each`, for a `function` that consumes `stream`, an iterator that every rank must exhaust."""
         if self.index is None:
             exhaust(stream)
         return self.each(to_the_end(function, stream))
@@ -76,7 +77,7 @@ class Nodes:
         Args:
             stream: (name, tensor) on the first rank; on all others the same names with tensors of the same shapes and
                 types, whose contents do not matter.
-            device: Where the tensors shall be.
+            device: Device of the tensors that are yielded.
             bucket_size: Bytes that travel together; a larger tensor travels alone.
         """
         for bucket in buckets(stream, bucket_size):

@@ -1,7 +1,7 @@
-"""Responses that outlive the weights they began with: stopped where they are, continued with the next ones.
+"""Partial responses: stopped when the weights change, continued with the next weights.
 
-What a response has so far is kept here and not in SGLang, where it would end with the server. It goes on as a prompt of
-its own: its first token is computed from scratch, like all others by the weights that are there then.
+The tokens of a partial response are kept here and not in SGLang, where they would end with the server. They are sent
+again as a part of the prompt: their KV cache is computed from scratch, by the weights that continue the response.
 """
 
 import asyncio
@@ -13,14 +13,14 @@ import aiohttp
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.generation import Generation
 
-_POLL = 0.02  # seconds between two looks at what was added, and whether to stop
+_POLL = 0.02  # seconds between two looks for added responses and for `stop`
 
 
-class Stretch:
-    """What is sampled between two changes of the weights: in `thread`, until `stop`. For one calling thread.
+class SamplingPhase:
+    """The sampling between two changes of the weights: in `thread`, until `stop`. For one calling thread.
 
     Args:
-        client: Its servers, and its slots, which the earliest responses get first.
+        client: Gives the servers, and the slots, which the earliest responses get first.
         temperature: Sampling temperature.
         thread: Free until `stop`.
     """
@@ -32,14 +32,14 @@ class Stretch:
         self.future: Future = thread.submit(lambda: asyncio.run(client.serve(self._run)))
 
     def add(self, prompt: list[int], responses: list[Generation], done: Callable[[], None]) -> None:
-        """Continue `responses` to `prompt` in place, NOTHING from the start; `done` is called when all are finished."""
+        """Continue `responses` to `prompt` in place, NOTHING from its start; call `done` when all are finished."""
         self._added.append((prompt, responses, done))
 
     def stop(self) -> None:
-        """Return when nothing is in flight: what is unfinished has become a beginning.
+        """Block until no request is in flight; unfinished responses are partial responses then.
 
         Raises:
-            ServersLost: No server was left; what they had sampled since the last stop is lost with them.
+            ServersLost: No server was left; the tokens that they had sampled since the last stop are lost with them.
             RunError: As RolloutClient.generate, or what `done` raised.
         """
         self._stop = True
@@ -59,7 +59,7 @@ class Stretch:
                     task.result()
                     tasks.remove(task)
         finally:
-            for task in tasks:  # what one meets, the others may meet as well
+            for task in tasks:  # an error of one may be the error of all
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 

@@ -15,7 +15,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import psutil
@@ -30,6 +32,7 @@ from megatron_egrsd.rollout.scratch import Scratch
 from megatron_egrsd.rollout.server_command import server_command
 from megatron_egrsd.system import torchrun
 
+T = TypeVar("T")
 _POLL = 0.5  # seconds between two checks of a starting server
 _KILL_TIMEOUT = 5.0  # seconds until the processes of a killed server must have ended
 # The last line of a traceback, uvicorn's error about its port, or argparse's error.
@@ -38,6 +41,18 @@ _ERROR = re.compile(r"(\[.*\] )?([\w.]*(Error|Exception): .|ERROR: +\[Errno|.*: 
 
 class ServersLost(RunError):
     """No server with complete weights is left: the servers must be recovered and the weights pushed again."""
+
+
+def retry_lost(action: Callable[[], T], recover: Callable[[ServersLost], object]) -> T:
+    """Return `action()`; each time that it raises ServersLost, call `recover` with the error and try again.
+
+    This ends: RolloutServers raises another RunError after `rollout.max_restarts` losses.
+    """
+    while True:
+        try:
+            return action()
+        except ServersLost as lost:
+            recover(lost)
 
 
 class Server:

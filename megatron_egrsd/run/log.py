@@ -1,7 +1,6 @@
-"""What the user sees of a run: one line a step, the same in metrics.jsonl and in TensorBoard.
+"""The log of a run: one line a step on the console, the same numbers in metrics.jsonl and in TensorBoard.
 
-`METRICS` is the one list of what is measured; the columns and docs/reference/metrics.md are made from it
-(`python -m megatron_egrsd.run.log > docs/reference/metrics.md`). Keys that are not in it are recorded, but not shown.
+The columns are those of metrics.METRICS; other keys are recorded, but not shown.
 """
 
 import json
@@ -10,70 +9,12 @@ import statistics
 import time
 from collections import deque
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from rich.console import Console
 from rich.text import Text
 
-
-class Metric(NamedTuple):
-    """A key, its column (empty: not on the line), the format of its value, and what it means with its unit."""
-
-    key: str
-    label: str
-    format: str
-    meaning: str
-
-
-METRICS = [
-    Metric("reward/mean", "reward", "6.3f", "Mean reward of the batch's rollouts."),
-    Metric("reward/failed", "", "5.0f", "Rollouts whose reward function raised or took too long; they count as 0."),
-    Metric("accuracy", "acc", "5.3f", "Share of rollouts with reward above 0.5."),
-    Metric("response/length", "len", "6.1f", "Mean response length in tokens, end-of-turn token included."),
-    Metric("response/truncated", "cut", "5.3f", "Share of responses cut off at rollout.max_response_tokens."),
-    Metric("student/entropy", "H_S", "5.3f", "Mean entropy of the student's next-token distribution, nats."),
-    Metric("teacher/entropy", "H_T", "5.3f", "The same of the privileged teacher, nats."),
-    Metric("gate/mean", "gate", "5.3f", "Mean confidence gate g = 1 - alpha h; 1 leaves every token its weight."),
-    Metric("gate/closed_share", "", "5.3f", "Share of tokens whose gate is below 1 - alpha / 2."),
-    Metric("weight/clip_share", "clip", "5.3f", "Share of tokens whose ratio is outside [1 - eps_w, 1 + eps_w]."),
-    Metric("weight/log_ratio", "", "7.3f", "Mean log pi_T - log pi_S of the sampled tokens, nats."),
-    Metric("weight/abs_mean", "", "6.3f", "Mean absolute token weight |W|."),
-    Metric("loss/policy", "", "8.4f", "Policy loss."),
-    Metric("loss/clip_share", "", "5.3f", "Share of tokens that the PPO clip stops; 0 with one update a batch."),
-    Metric("loss/kl", "", "6.4f", "Mean KL divergence to the initial weights, nats; 0 without objective.kl_coef."),
-    Metric("loss/importance", "", "6.3f", "Mean truncated importance weight c; 1 without objective.importance_cap."),
-    Metric("optimizer/grad_norm", "|grad|", "8.3g", "Global gradient norm before clipping."),
-    Metric("optimizer/lr", "", "8.2g", "Learning rate."),
-    Metric("optimizer/updates", "", "3.0f", "Optimizer steps taken on the batch; 0 where no rollout has a signal."),
-    Metric("optimizer/skipped", "", "3.0f", "Updates skipped: numbers not finite, or engine and SGLang disagree."),
-    Metric("sync/log_prob_difference", "dlogp", "7.1e", "Mean |log-prob(SGLang) - log-prob(engine)|, nats."),
-    Metric("batch/tokens", "", "8.0f", "Response tokens of the batch."),
-    Metric("batch/degenerate_share", "", "5.3f", "Share of rollouts without advantage: groups all right or wrong."),
-    Metric("batch/sampled", "", "5.0f", "Rollouts sampled for the batch; more than it holds under dynamic sampling."),
-    Metric("rollout/staleness", "", "5.2f", "Updates from the weights that sampled a token to those it trains: mean."),
-    Metric("rollout/staleness/max", "", "2.0f", "The same: largest."),
-    Metric("rollout/restarts", "", "3.0f", "Losses of SGLang servers so far; one that takes several counts once."),
-    Metric("batch/micro_batches", "", "4.0f", "Micro-batches of the last update, per data-parallel rank."),
-    Metric("perf/tokens_per_second", "tok/s", "6.0f", "Response tokens a second over the whole step, all devices."),
-    Metric("time/generate", "gen", "5.1f", "Seconds of sampling and rewarding the batch."),
-    Metric(
-        "time/wait", "", "5.1f", "Those that training waited for: all, but less where rollout.staleness is above 0."
-    ),
-    Metric("time/score", "score", "5.1f", "Seconds of scoring with the teacher (and the old policy)."),
-    Metric("time/train", "train", "5.1f", "Seconds of forward, backward and optimizer."),
-    Metric("time/sync", "sync", "5.1f", "Seconds of sending the new weights to SGLang."),
-    Metric("time/step", "", "6.1f", "Seconds of the whole step."),
-    Metric("evaluation/accuracy", "", "5.3f", "Held-out avg@k: share of right responses."),
-    Metric("evaluation/accuracy/low", "", "5.3f", "Its 95 % bootstrap interval over the problems: lower end."),
-    Metric("evaluation/accuracy/high", "", "5.3f", "The same: upper end."),
-    Metric("evaluation/pass", "", "5.3f", "Held-out pass@k: share of problems with a right response among k."),
-    Metric("evaluation/length/mean", "", "6.1f", "Held-out response length in tokens: mean."),
-    Metric("evaluation/length/median", "", "6.1f", "The same: median."),
-    Metric("evaluation/length/p95", "", "6.1f", "The same: 95th percentile."),
-    Metric("evaluation/truncated", "", "5.3f", "Held-out share of responses cut off."),
-    Metric("evaluation/k", "", "3.0f", "Responses per held-out problem."),
-    Metric("evaluation/problems", "", "5.0f", "Held-out problems."),
-]
+from megatron_egrsd.run.metrics import METRICS, Metric
 
 _BAR = 8  # characters of the progress bar
 _HEADER_EVERY = 25  # lines, on a terminal; a file gets the header once
@@ -186,23 +127,3 @@ def _duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{s:02}s" if minutes else f"{s}s"
-
-
-def metrics_page() -> str:
-    """docs/reference/metrics.md."""
-    rows = "\n".join(
-        f"| `{m.key}` | {'`' + m.label.replace('|', chr(92) + '|') + '`' if m.label else ''} "
-        f"| {m.meaning.replace('|', chr(92) + '|')} |"
-        for m in METRICS
-    )
-    return (
-        "# Metrics\n\n"
-        "Every step writes one object to `metrics.jsonl`, the same numbers to `tensorboard/`, and the columns below "
-        "to the console.\nA number that is not finite is `null` in the file. This page is made from the table in "
-        "`megatron_egrsd/run/log.py`:\n`python -m megatron_egrsd.run.log > docs/reference/metrics.md`.\n\n"
-        f"| key | column | meaning |\n|---|---|---|\n{rows}\n"
-    )
-
-
-if __name__ == "__main__":
-    print(metrics_page(), end="")

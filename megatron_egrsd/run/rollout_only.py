@@ -1,4 +1,4 @@
-"""Half a run, to look for a fault in: sampling and rewards alone. The other half is first_rank.Replay."""
+"""`debug: rollout-only`: sampling and rewards alone. The other half of a run is rollout_source.ReplayedRollouts."""
 
 import time
 from pathlib import Path
@@ -16,9 +16,9 @@ from megatron_egrsd.sampling.sampler import Sampler
 
 
 def rollout_only(config: Config, prompts: list[Prompt], tokenizer) -> None:
-    """Sample and reward every step's batch with the weights of model.path; all of it goes to output/rollouts.
+    """Sample and reward every step's batch with the weights of model.path; write it to output/rollouts.
 
-    One process, and neither torch.distributed nor megatron-core: what it writes, `debug: train-only` can train on.
+    Runs in one process, without torch.distributed and megatron-core. `debug: train-only` can train on its rollouts.
     """
     if config.parallel.model_parallel > 1:
         raise BadArgument("debug rollout-only starts no training engine; run it without torchrun and parallel sizes")

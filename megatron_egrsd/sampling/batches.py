@@ -1,11 +1,11 @@
-"""The rollouts of a step: which prompts, refilled how often; sampled when they are asked for, or ahead in a thread."""
+"""The batch of a step: draw prompts, sample and refill groups, when the batch is needed or ahead of it in a thread."""
 
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from megatron_egrsd.config import Config
+from megatron_egrsd.config import ObjectiveConfig, RolloutConfig
 from megatron_egrsd.data.problems import batch_indices
 from megatron_egrsd.data.samples import Prompt, Rollout
 from megatron_egrsd.errors import Preempted, RunError
@@ -15,13 +15,13 @@ from megatron_egrsd.objectives.signal import rollout_advantages
 from megatron_egrsd.rollout.servers import ServersLost
 from megatron_egrsd.sampling.sampler import Sampler
 
-# (prompts, what was sampled of them before, as in RolloutClient.generate) -> their rewarded rollouts
+# (prompts, their finished responses as in RolloutClient.generate) -> rewarded rollouts of the prompts
 Sample = Callable[[list[Prompt], dict], list[Rollout]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains, how many rollouts were sampled for it, and the seconds that took with their rewards."""
+    """The rollouts that a step trains, the number sampled for them, and the seconds of sampling and rewarding."""
 
     rollouts: list[Rollout]
     sampled: int
@@ -32,28 +32,30 @@ class BatchSampling:
     """The sampling of the batch of step `step` (from 0), on one process.
 
     Dynamic sampling: groups without a signal are replaced by groups of fresh prompts, `rollout.dynamic_sampling` times
-    at most. Which prompts follows from seed, step and round, as in the main order: a resumed run draws the same.
+    at most. The prompts follow from seed, step and round: a resumed run draws the same.
     """
 
-    def __init__(self, sample: Sample, prompts: list[Prompt], config: Config, step: int):
-        self.sample, self.prompts, self.config, self.step = sample, prompts, config, step
+    def __init__(self, sample: Sample, prompts: list[Prompt], config: RolloutConfig, objective: ObjectiveConfig,
+                 seed: int, step: int):  # fmt: skip
+        self.sample, self.prompts, self.config, self.objective = sample, prompts, config, objective
+        self.seed, self.step = seed, step
         self.rollouts: list[Rollout] = []
         self.rounds, self.sampled, self.seconds = 0, 0, 0.0
-        self.done: dict = {}  # of the round under way
+        self.done: dict = {}  # of the present round
         self.future: Future | None = None
 
     def start(self, thread: ThreadPoolExecutor) -> None:
-        """Sample in `thread`; returns at once."""
+        """Begin to sample in `thread`; return at once."""
         self.future = thread.submit(self._run)
 
     def wait(self) -> None:
-        """Return when nothing is sampled any more. Raises what `result` cannot mend either, but for Preempted."""
+        """Block until sampling has stopped; re-raise errors that `result` could not recover from, except Preempted."""
         error = self.future.exception() if self.future is not None else None
         if error is not None and not isinstance(error, ServersLost | Preempted):
             raise error
 
     def result(self) -> Batch:
-        """The batch, or the exception that its sampling met; after ServersLost another call samples what is missing."""
+        """Return the batch, or raise the error of its sampling; after ServersLost, call again to sample the rest."""
         future, self.future = self.future, None
         return future.result() if future is not None else self._run()
 
@@ -71,49 +73,52 @@ class BatchSampling:
         return Batch(self.rollouts, self.sampled, self.seconds)
 
     def _groups(self) -> list[int]:
-        """The groups to sample next: all, then those without a signal as long as there are rounds left."""
+        """Return the groups to sample next: all, then groups without a signal while there are rounds left."""
         if not self.rounds:
-            return list(range(self.config.rollout.prompts_per_step))
-        if self.rounds > self.config.rollout.dynamic_sampling:
+            return list(range(self.config.prompts_per_step))
+        if self.rounds > self.config.dynamic_sampling:
             return []
-        return groups_without_signal(self.rollouts, load_objective(self.config.objective))
+        return groups_without_signal(self.rollouts, load_objective(self.objective))
 
     def _prompts(self, groups: list[int]) -> list[Prompt]:
-        size, seed, step = self.config.rollout.prompts_per_step, self.config.seed, self.step
+        size, seed, step = self.config.prompts_per_step, self.seed, self.step
         if self.rounds:
-            step, seed = step * self.config.rollout.dynamic_sampling + self.rounds - 1, f"{seed}/refill"
+            step, seed = step * self.config.dynamic_sampling + self.rounds - 1, f"{seed}/refill"
         return [self.prompts[i] for i in batch_indices(len(self.prompts), size, step, seed)[: len(groups)]]
 
 
 class Batches:
     """The batches of a run, each sampled by one version of the weights; on one process."""
 
-    def __init__(self, sampler: Sampler, thread: ThreadPoolExecutor, config: Config):
-        self.sampler, self.thread, self.config = sampler, thread, config
+    def __init__(self, sampler: Sampler, thread: ThreadPoolExecutor, config: RolloutConfig, objective: ObjectiveConfig,
+                 seed: int):  # fmt: skip
+        self.sampler, self.thread, self.config, self.objective, self.seed = sampler, thread, config, objective, seed
         self.sampling: BatchSampling | None = None
 
     def batch(self, prompts: list[Prompt], step: int) -> Batch:
-        """The batch of `step` (from 0), sampled ahead or now, as BatchSampling.result."""
+        """Return the batch of `step` (from 0), sampled ahead or now, as BatchSampling.result."""
         if self.sampling is None:
             self.sampling = self._of(prompts, step)
         batch, self.sampling = self.sampling.result(), None
         return batch
 
     def ahead(self, prompts: list[Prompt], step: int) -> None:
-        """Begin the batch of `step`, with the weights that SGLang holds; returns at once."""
+        """Begin to sample the batch of `step` with the weights that SGLang holds; return at once."""
         self.sampling = self._of(prompts, step)
         self.sampling.start(self.thread)
 
     def wait(self) -> None:
-        """Return when no request is in flight, as BatchSampling.wait."""
+        """Block until no request is in flight, as BatchSampling.wait."""
         if self.sampling is not None:
             self.sampling.wait()
 
     def _of(self, prompts: list[Prompt], step: int) -> BatchSampling:
-        n, temperature = self.config.rollout.rollouts_per_prompt, self.config.rollout.temperature
-        return BatchSampling(
-            lambda some, done: self.sampler.sample(some, n, temperature, done), prompts, self.config, step
-        )
+        n, temperature = self.config.rollouts_per_prompt, self.config.temperature
+
+        def sample(some: list[Prompt], done: dict) -> list[Rollout]:
+            return self.sampler.sample(some, n, temperature, done)
+
+        return BatchSampling(sample, prompts, self.config, self.objective, self.seed, step)
 
 
 def groups_without_signal(rollouts: list[Rollout], objective: Objective) -> list[int]:
@@ -124,7 +129,7 @@ def groups_without_signal(rollouts: list[Rollout], objective: Objective) -> list
 
 
 def check_versions(rollouts: list[Rollout], step: int, staleness: int) -> None:
-    """RunError where a token is not of the weights after `step` updates, or of at most `staleness` updates before."""
+    """Raise RunError unless every token was sampled by the weights after `step` to `step - staleness` updates."""
     oldest = max(0, step - staleness)
     if wrong := {version for r in rollouts for version, _ in r.versions} - set(range(oldest, step + 1)):
         allowed = f"; rollout.staleness = {staleness} allows versions from {oldest} on" if staleness else ""

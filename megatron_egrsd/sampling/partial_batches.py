@@ -1,7 +1,7 @@
 """Partial rollouts: responses go on while the weights change (docs/guides/overlap.md).
 
-`prompts_per_step + extra_prompts` groups are outstanding at any time. A step takes those that are complete, the oldest
-first, and waits for every group that would be too old in the next one: nothing is thrown away, and the bound is exact.
+`prompts_per_step + extra_prompts` groups are outstanding at any time. A step takes complete groups, the oldest first,
+and waits for every group that would be too old in the next step: no response is thrown away, and the bound is exact.
 """
 
 import threading
@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from megatron_egrsd.config import Config
+from megatron_egrsd.config import RolloutConfig
 from megatron_egrsd.data.problems import batch_indices
 from megatron_egrsd.data.samples import Prompt, Rollout
 from megatron_egrsd.errors import Preempted
 from megatron_egrsd.rollout.generation import NOTHING, Generation
-from megatron_egrsd.rollout.partial import Stretch
+from megatron_egrsd.rollout.partial import SamplingPhase
 from megatron_egrsd.rollout.servers import ServersLost
 from megatron_egrsd.sampling.batches import Batch
 from megatron_egrsd.sampling.sampler import Sampler
@@ -31,16 +31,16 @@ class Group:
 
     @property
     def oldest(self) -> float:
-        """The version of the oldest token that has come back; infinity where none has."""
+        """The version of the oldest token that has come back; infinity if none has."""
         return min((r.weight_version for r in self.responses if r.segments), default=float("inf"))
 
 
-def choose(groups: list[Group], step: int, size: int, staleness: int) -> list[Group]:
-    """The batch of `step` (from 0) out of the outstanding groups, in their order; empty while it has to wait.
+def complete_batch(groups: list[Group], step: int, size: int, staleness: int) -> list[Group]:
+    """Return the batch of `step` (from 0) out of the outstanding groups, in their order; [] while it has to wait.
 
-    What has not come back yet is being sampled by version `step`, too new to matter here. Those that would be too old
-    in the next step always fit into the batch: one batch after the newest of them began, all but `extra_prompts` of
-    the outstanding groups were taken, which config.py keeps within `size`, and at 0 where staleness is 1.
+    Tokens that have not come back yet are sampled by version `step`, too new to matter here. Groups that would be too
+    old in the next step always fit into the batch: one batch after the newest of them began, all but `extra_prompts`
+    of the outstanding groups were taken, which config.py keeps within `size`, and at 0 if staleness is 1.
     """
     complete = sorted((g for g in groups if g.rollouts), key=lambda g: g.oldest)[:size]
     too_old_next = [g for g in groups if g.oldest < step + 1 - staleness]
@@ -48,72 +48,72 @@ def choose(groups: list[Group], step: int, size: int, staleness: int) -> list[Gr
     return [g for g in groups if g in complete] if ready else []
 
 
-class Stream:
-    """The batches of a run whose sampling is only stopped for new weights; as batches.Batches, on one process.
+class PartialBatches:
+    """The batches of a run of `steps` steps whose sampling stops only for new weights; used like batches.Batches.
 
-    Which problems are drawn follows from the seed, and from the step where a run begins or resumes.
+    The problems that are drawn follow from the seed, and from the step at which a run begins or resumes.
     """
 
-    def __init__(self, sampler: Sampler, thread: ThreadPoolExecutor, config: Config):
-        self.sampler, self.thread, self.config = sampler, thread, config
+    def __init__(self, sampler: Sampler, thread: ThreadPoolExecutor, config: RolloutConfig, steps: int, seed: int):
+        self.sampler, self.thread, self.config, self.steps, self.seed = sampler, thread, config, steps, seed
         self.groups: list[Group] = []  # outstanding, in the order of their problems
-        self.drawn: int | None = None  # problems of the endless order, trained ones included
-        self.stretch: Stretch | None = None
+        self.drawn: int | None = None  # number of problems drawn from the endless order, trained ones included
+        self.phase: SamplingPhase | None = None
         self.seconds, self.since = 0.0, 0.0
-        self.changed = threading.Condition()  # a group is complete, or the stretch has ended
+        self.changed = threading.Condition()  # a group is complete, or the phase has ended
 
     def batch(self, prompts: list[Prompt], step: int) -> Batch:
-        """The batch of `step`, or what its sampling met; after ServersLost another call goes on with what there is."""
-        self.drawn = step * self.config.rollout.prompts_per_step if self.drawn is None else self.drawn
+        """Return the batch of `step`, or raise the error of its sampling; after ServersLost, call again to go on."""
+        self.drawn = step * self.config.prompts_per_step if self.drawn is None else self.drawn
         self.ahead(prompts, step)
-        if self.stretch is None:
+        if self.phase is None:
             self._start()
         with self.changed:
-            self.changed.wait_for(lambda: self._choose(step) or self.stretch.future.done())
-            chosen = self._choose(step)
+            self.changed.wait_for(lambda: self._complete_batch(step) or self.phase.future.done())
+            chosen = self._complete_batch(step)
         self._count_seconds()
         if not chosen:
-            stretch, self.stretch = self.stretch, None
-            stretch.stop()  # raises
+            phase, self.phase = self.phase, None
+            phase.stop()  # raises
         self.groups = [group for group in self.groups if group not in chosen]
         rollouts = [replace(r, group=i) for i, group in enumerate(chosen) for r in group.rollouts]
         seconds, self.seconds = self.seconds, 0.0
         return Batch(rollouts, len(rollouts), seconds)
 
     def ahead(self, prompts: list[Prompt], step: int) -> None:
-        """Draw problems until there are as many groups as there should be, or as the rest of the run trains."""
-        settings = self.config.rollout
+        """Draw problems until all groups that may be outstanding are, or the rest of the run has its problems."""
+        settings = self.config
         while (
             len(self.groups) < settings.prompts_per_step + settings.extra_prompts
-            and self.drawn < self.config.steps * settings.prompts_per_step
+            and self.drawn < self.steps * settings.prompts_per_step
         ):
-            [index] = batch_indices(len(prompts), 1, self.drawn, self.config.seed)
+            [index] = batch_indices(len(prompts), 1, self.drawn, self.seed)
             self.groups.append(Group(prompts[index], [NOTHING] * settings.rollouts_per_prompt))
             self.drawn += 1
-            if self.stretch is not None:
+            if self.phase is not None:
                 self._add(self.groups[-1])
 
     def wait(self) -> None:
-        """Stop what is in flight. Raises what `batch` cannot mend either, but for Preempted."""
-        if self.stretch is not None:
-            stretch, self.stretch = self.stretch, None
+        """Stop the requests in flight; re-raise errors that `batch` could not recover from, except Preempted."""
+        if self.phase is not None:
+            phase, self.phase = self.phase, None
             with suppress(ServersLost, Preempted):
-                stretch.stop()
+                phase.stop()
             self._count_seconds()
 
-    def _choose(self, step: int) -> list[Group]:
-        return choose(self.groups, step, self.config.rollout.prompts_per_step, self.config.rollout.staleness)
+    def _complete_batch(self, step: int) -> list[Group]:
+        return complete_batch(self.groups, step, self.config.prompts_per_step, self.config.staleness)
 
     def _start(self) -> None:
         self.since = time.perf_counter()
-        self.stretch = Stretch(self.sampler.client, self.config.rollout.temperature, self.thread)
-        self.stretch.future.add_done_callback(lambda _: self._notify())
+        self.phase = SamplingPhase(self.sampler.client, self.config.temperature, self.thread)
+        self.phase.future.add_done_callback(lambda _: self._notify())
         for group in self.groups:
             if not group.rollouts:
                 self._add(group)
 
     def _add(self, group: Group) -> None:
-        self.stretch.add(group.prompt.student_ids, group.responses, lambda: self._reward(group))
+        self.phase.add(group.prompt.student_ids, group.responses, lambda: self._reward(group))
 
     def _reward(self, group: Group) -> None:
         group.rollouts = self.sampler.rewarded(group.prompt, group.responses)

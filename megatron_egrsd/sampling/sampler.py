@@ -1,4 +1,4 @@
-"""Prompts in, rewarded rollouts out: what training and evaluation share. Runs on the first rank only."""
+"""Prompts in, rewarded rollouts out: shared by training and held-out evaluation. Runs on rank 0 only."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,10 +17,10 @@ class Sampler:
         self.threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="reward")
 
     def sample(self, prompts: list[Prompt], n: int, temperature: float, done: dict | None = None) -> list[Rollout]:
-        """n rewarded rollouts of each prompt, those of one prompt together; `group` is the prompt's position.
+        """Return n rewarded rollouts of each prompt, in the order of the prompts; `group` is the prompt's position.
 
-        A response is rewarded as soon as it is finished, while others are still sampled. `done` as in
-        RolloutClient.generate: what is in it is not sampled again.
+        A response is rewarded as soon as it is finished, while others are still sampled. Responses in `done`, which is
+        filled as in RolloutClient.generate, are not sampled again.
         """
         rewards: dict[tuple[int, int], Future[Rollout]] = {}
 
@@ -38,7 +38,7 @@ class Sampler:
                 future.cancel()
 
     def rewarded(self, prompt: Prompt, generations: list[Generation]) -> list[Rollout]:
-        """The rollouts that finished responses to one prompt make, as group 0."""
+        """Return rewarded rollouts of finished responses to one prompt, as group 0."""
         return self._await([self._reward(prompt, 0, generation) for generation in generations])
 
     def _reward(self, prompt: Prompt, group: int, generation: Generation) -> "Future[Rollout]":

@@ -19,7 +19,7 @@ COLOCATED = {
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("transport", "parallel"), [("ipc", "tensor"), ("disk", "context")])
 def test_the_engine_is_away_while_sglang_samples(transport, parallel, tmp_path):
-    """With evaluations and checkpoints between the turns, every weight arrives and every log-prob agrees."""
+    """With evaluations and checkpoints between the phases, every weight arrives and every log-prob agrees."""
     settings = COLOCATED | {"rollout.weight_sync": transport, "rollout.engines": 2, f"parallel.{parallel}": 2}
     settings |= {"parallel.distributed_optimizer": "true", "teacher.weights": "ema", "objective.kl_coef": 0.01}
     settings |= {"checkpoint.every": 2, "evaluation.every": 2, "optimizer.updates_per_batch": 2}
@@ -42,37 +42,38 @@ def test_faults_end_or_continue(tmp_path):
     assert not descendants_with(str(tmp_path))
 
 
-def _kill_in_every_turn(rank, world_size, config) -> list[tuple[str, float]]:
-    """Return (turn in which the server was killed, difference of the log-probs sampled after it)."""
+def _kill_in_every_phase(rank, world_size, config) -> list[tuple[str, float]]:
+    """Return (phase in which the server was killed, difference of the log-probs sampled after it)."""
     from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.learn import learn
     from megatron_egrsd.planning.preflight import prepare
     from megatron_egrsd.run.preemption import Preemption
-    from megatron_egrsd.run.session import FirstRank
+    from megatron_egrsd.run.session import open_session
 
     prompts, _, tokenizer = prepare(config)
     seen = []
     with (
         Engine(config) as engine,
         Preemption() as preemption,
-        FirstRank(config, engine, tokenizer, preemption) as first,
+        open_session(config, engine, tokenizer, preemption) as session,
     ):
+        servers = session.rollouts.fleet.servers
 
         def step(number: int) -> float:
-            metrics = learn(engine, first.batch(prompts, number).rollouts, config)
+            metrics = learn(engine, session.batch(prompts, number).rollouts, config)
             return metrics["sync/log_prob_difference"]
 
-        assert step(0) < 1e-5  # afterwards it is training's turn
-        kill(first.servers.servers[0].process)
-        first.push_weights(1)
+        assert step(0) < 1e-5  # afterwards the phase is training
+        kill(servers.servers[0].process)
+        session.push_weights(1)
         seen.append(("training", step(1)))
-        first.turns.transfer()
-        kill(first.servers.servers[0].process)
-        first.push_weights(2)
-        kill(first.servers.servers[0].process)
+        session.rollouts.placement.enter("transfer")
+        kill(servers.servers[0].process)
+        session.push_weights(2)
+        kill(servers.servers[0].process)
         seen.append(("transfer, sampling", step(2)))
-        kill(first.servers.servers[0].process)
-        path = first.save(3)  # needs the device, which the servers that start again would take
+        kill(servers.servers[0].process)
+        path = session.save(3)  # needs the device, which the servers that start again would take
         assert path.is_dir()
         seen.append(("training, saved", step(3)))
     return seen
@@ -80,10 +81,10 @@ def _kill_in_every_turn(rank, world_size, config) -> list[tuple[str, float]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_server_is_killed_in_every_turn(tmp_path):
+def test_a_server_is_killed_in_every_phase(tmp_path):
     words = ["--config", str(ROOT / "examples/configs/tiny_cpu.yaml"), "--model.path", str(MODEL)]
     words += ["--data.train", str(ROOT / "examples/tiny/train.jsonl"), "--output", str(tmp_path / "run")]
     words += ["--rollout.prompts_per_step", "4", "--rollout.rollouts_per_prompt", "4", "--steps", "9"]
     config = parse_config(words + [word for key, value in COLOCATED.items() for word in (f"--{key}", value)])
-    [seen] = run_ranks(_kill_in_every_turn, 1, config, timeout=500)
+    [seen] = run_ranks(_kill_in_every_phase, 1, config, timeout=500)
     assert len(seen) == 3 and all(difference < 1e-5 for _, difference in seen), seen

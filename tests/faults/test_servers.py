@@ -29,7 +29,7 @@ HEALTH_TIMEOUT = 25.0  # SGLang itself takes 20 s to say that its scheduler is s
 
 
 class Fleet:
-    """Servers with a client and a weight sync, used as first_rank.py does."""
+    """Servers with a client and a weight sync, used as run/rollout_source.py does."""
 
     def __init__(self, model, model_directory, logs, engines: int, **overrides):
         self.config = rollout_config(engines=engines, health_timeout=HEALTH_TIMEOUT, **overrides)

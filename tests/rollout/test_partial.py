@@ -15,11 +15,11 @@ from megatron_egrsd.data.problems import batch_indices
 from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.generation import NOTHING, Generation
-from megatron_egrsd.rollout.partial import Stretch
+from megatron_egrsd.rollout.partial import SamplingPhase
 from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
 from megatron_egrsd.rollout.weight_sync import WeightSync
 from megatron_egrsd.sampling.batches import check_versions
-from megatron_egrsd.sampling.partial_batches import Stream
+from megatron_egrsd.sampling.partial_batches import PartialBatches
 from megatron_egrsd.sampling.sampler import Sampler
 from tests.rollout.conftest import hf_log_probs, load_hf, named_tensors, rollout_config, wait_until
 
@@ -81,12 +81,12 @@ def test_every_token_is_of_the_weights_that_it_names(
             version = next(versions)
             models[version] = weights(model_directory, version)
             sync.push(named_tensors(models[version]), version)
-            stretch = Stretch(client, TEMPERATURE, thread)
+            phase = SamplingPhase(client, TEMPERATURE, thread)
             for i, prompt in enumerate(PROMPTS):
                 if i not in done:
-                    stretch.add(prompt, responses[i], lambda i=i, done=done: done.append(i))
+                    phase.add(prompt, responses[i], lambda i=i, done=done: done.append(i))
             time.sleep(seconds * (1.0, 0.5, 1.5)[version % 3])
-            stretch.stop()
+            phase.stop()
         assert sorted(done) == list(range(len(PROMPTS)))  # once each
         for prompt, group in zip(PROMPTS, responses, strict=True):
             for response in group:
@@ -103,13 +103,14 @@ def test_batches_of_a_run_whose_sampling_goes_on(servers, sync, thread, model, m
     config = Config(model, DataConfig(train="d"), ObjectiveConfig(importance_cap=2.0), rollout=rollout, steps=steps)
     prompts = [Prompt(Problem(str(i), "p", "a"), [5 + i] * (1 + i), [5]) for i in range(size * steps)]
     tokenizer = AutoTokenizer.from_pretrained("examples/tiny/model")
-    stream = Stream(Sampler(RolloutClient(servers, rollout, sorted(stop)), tokenizer, lambda *_: 1.0), thread, config)
+    sampler = Sampler(RolloutClient(servers, rollout, sorted(stop)), tokenizer, lambda *_: 1.0)
+    batches = PartialBatches(sampler, thread, rollout, steps, config.seed)
     models, trained = {}, []
     for step in range(steps):
         models[step] = weights(model_directory, step)
         sync.push(named_tensors(models[step]), step)
-        batch = stream.batch(prompts, step).rollouts
-        stream.ahead(prompts, step + 1)
+        batch = batches.batch(prompts, step).rollouts
+        batches.ahead(prompts, step + 1)
         assert [r.group for r in batch] == [g for g in range(size) for _ in range(2)]
         check_versions(batch, step, rollout.staleness)
         for r in batch:
@@ -117,8 +118,8 @@ def test_batches_of_a_run_whose_sampling_goes_on(servers, sync, thread, model, m
                   models, stop, longest)  # fmt: skip
             assert r.reward == (r.finish_reason == "stop")
         trained += batch
-        stream.wait()
-    assert not stream.groups
+        batches.wait()
+    assert not batches.groups
     drawn = [int(r.prompt.problem.id) for r in trained[::2]]
     order = batch_indices(len(prompts), size * steps, 0, config.seed)
     assert sorted(drawn) == sorted(order) and drawn != order  # some were overtaken
@@ -140,18 +141,18 @@ def test_beginnings_outlive_their_servers(model, model_directory, thread, tmp_pa
             models[version] = weights(model_directory, version)
             sync.push(named_tensors(models[version]), version)
             before = [r for group in responses for r in group]
-            stretch = Stretch(client, TEMPERATURE, thread)
+            phase = SamplingPhase(client, TEMPERATURE, thread)
             for i, prompt in enumerate(PROMPTS):
                 if i not in done:
-                    stretch.add(prompt, responses[i], lambda i=i: done.append(i))
+                    phase.add(prompt, responses[i], lambda i=i: done.append(i))
             time.sleep(0.05)
             victims = servers.servers[: {202: 1, 203: 2}.get(version, 0)]
             for server in victims:
                 os.killpg(server.process.pid, signal.SIGKILL)
             assert wait_until(lambda dead=victims: all(server.lost for server in dead), 30)
-            assert len(victims) < 2 or wait_until(stretch.future.done, 30)
+            assert len(victims) < 2 or wait_until(phase.future.done, 30)
             try:
-                stretch.stop()
+                phase.stop()
             except ServersLost:
                 lost.append(version)
             after = [r for group in responses for r in group]

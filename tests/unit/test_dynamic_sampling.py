@@ -30,8 +30,12 @@ def config(rounds: int, **objective) -> Config:
     return Config(ModelConfig("m"), DataConfig(train="d"), ObjectiveConfig(**objective), rollout=rollout)
 
 
+def sampling_of(sample, config: Config, step: int) -> BatchSampling:
+    return BatchSampling(sample, PROMPTS, config.rollout, config.objective, config.seed, step)
+
+
 def batch(sample, config: Config, step: int) -> tuple[list[Rollout], int]:
-    result = BatchSampling(sample, PROMPTS, config, step).result()
+    result = sampling_of(sample, config, step).result()
     return result.rollouts, result.sampled
 
 
@@ -82,7 +86,7 @@ def test_servers_lost_in_any_round_leave_the_batch_as_it_would_have_been(lost):
     expected = batch(undisturbed, config(5), 1)
     assert len(undisturbed.asked) > 2
     first = Breaking(dull=25)
-    sampling = BatchSampling(first, PROMPTS, config(5), 1)
+    sampling = sampling_of(first, config(5), 1)
     with pytest.raises(ServersLost):
         sampling.result()
     result = sampling.result()

@@ -14,7 +14,7 @@ from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts,
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout.generation import Generation
 from megatron_egrsd.sampling.batches import check_versions
-from megatron_egrsd.sampling.partial_batches import Group, Stream, choose
+from megatron_egrsd.sampling.partial_batches import Group, PartialBatches, complete_batch
 
 PROMPTS = [Prompt(Problem(str(i), "p", "a"), [5], [5]) for i in range(7)]
 ROLLOUT = Rollout(PROMPTS[0], 0, [7, 8, 9], [0.0] * 3, "stop", 4, segments=[[4, 2], [6, 1]])
@@ -36,16 +36,16 @@ def finished(version: int) -> Group:
 
 def test_what_is_finished_is_taken_first_while_a_long_one_is_carried_over():
     groups = [LONG, new := finished(1), old := finished(0), WAITING]
-    assert choose(groups, 1, 2, 2) == [new, old]  # the batch, in the order of the problems
-    assert choose(groups, 1, 1, 2) == [old]  # the oldest first
-    assert choose(groups, 1, 3, 2) == []
+    assert complete_batch(groups, 1, 2, 2) == [new, old]  # the batch, in the order of the problems
+    assert complete_batch(groups, 1, 1, 2) == [old]  # the oldest first
+    assert complete_batch(groups, 1, 3, 2) == []
 
 
 def test_a_batch_waits_for_what_would_be_too_old_in_the_next_step():
     groups = [LONG, finished(1), finished(1), WAITING]
-    assert [len(choose(groups, step, 2, 2)) for step in (0, 1, 2)] == [2, 2, 0]
+    assert [len(complete_batch(groups, step, 2, 2)) for step in (0, 1, 2)] == [2, 2, 0]
     LONG_ENDED = group(*[([[0, 9], [1, 9], [2, 1]], True)] * 2)
-    assert choose([LONG_ENDED, *groups[1:]], 2, 2, 2) == [LONG_ENDED, groups[1]]
+    assert complete_batch([LONG_ENDED, *groups[1:]], 2, 2, 2) == [LONG_ENDED, groups[1]]
 
 
 @settings(max_examples=200)
@@ -61,8 +61,8 @@ def test_the_bound_is_exact_and_every_group_is_trained_once(data, size, stalenes
     config = Config(
         ModelConfig("m"), DataConfig(train="d"), ObjectiveConfig(importance_cap=2.0), rollout=rollout, steps=steps
     )
-    stream = Stream(None, None, config)
-    stream.drawn = first * size
+    batches = PartialBatches(None, None, rollout, config.steps, config.seed)
+    batches.drawn = first * size
 
     def sample(some: list[Group], version: int, finish: bool) -> None:
         for g in some:
@@ -76,27 +76,27 @@ def test_the_bound_is_exact_and_every_group_is_trained_once(data, size, stalenes
     finishing = data.draw(st.sampled_from([0.0, 0.2, 0.6]))
 
     def disturb(version: int) -> None:
-        for g in [g for g in stream.groups if not g.rollouts and chance.random() < 0.8]:
+        for g in [g for g in batches.groups if not g.rollouts and chance.random() < 0.8]:
             sample([g], version, finish=chance.random() < finishing)
 
     trained, oldest = [], []
     for step in range(first, steps):
-        stream.ahead(PROMPTS, step)
-        assert len(stream.groups) == min(size + extra, (steps - step) * size)
+        batches.ahead(PROMPTS, step)
+        assert len(batches.groups) == min(size + extra, (steps - step) * size)
         disturb(step)
-        while not (chosen := choose(stream.groups, step, size, staleness)):
-            unfinished = [g for g in stream.groups if not g.rollouts]
+        while not (chosen := complete_batch(batches.groups, step, size, staleness)):
+            unfinished = [g for g in batches.groups if not g.rollouts]
             assert unfinished
             sample(unfinished[-1:], step, finish=True)  # the youngest: the worst that can happen to the old ones
         assert len(chosen) == size
         check_versions([r for g in chosen for r in g.rollouts], step, staleness)
         oldest.append(step - min(g.oldest for g in chosen))
         trained += chosen
-        stream.groups = [g for g in stream.groups if g not in chosen]
+        batches.groups = [g for g in batches.groups if g not in chosen]
         if step + 1 < steps:
-            stream.ahead(PROMPTS, step + 1)
+            batches.ahead(PROMPTS, step + 1)
         disturb(step)
-    assert not stream.groups and len(trained) == len(set(map(id, trained)))
+    assert not batches.groups and len(trained) == len(set(map(id, trained)))
     expected = [batch_indices(len(PROMPTS), 1, p, config.seed)[0] for p in range(first * size, steps * size)]
     assert sorted(int(g.prompt.problem.id) for g in trained) == sorted(expected)
     assert max(oldest) <= staleness

@@ -1,0 +1,204 @@
+"""Where a step's rollouts come from: SGLang servers, or the dumps of another run (`debug: train-only`)."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from megatron_egrsd.config import Config
+from megatron_egrsd.data.samples import Prompt, Rollout, load_rollouts
+from megatron_egrsd.engine.distributed import on_first_rank
+from megatron_egrsd.engine.engine import Engine
+from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.fleet.colocation import Colocated, Placement, Separate
+from megatron_egrsd.fleet.fleet import Fleet
+from megatron_egrsd.objectives.load import needs_teacher
+from megatron_egrsd.rewards.reward import load_reward
+from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.servers import ServersLost, retry_lost
+from megatron_egrsd.run.preemption import Preemption
+from megatron_egrsd.run.stopwatch import Stopwatch
+from megatron_egrsd.sampling.batches import Batch, Batches, check_versions
+from megatron_egrsd.sampling.partial_batches import PartialBatches
+from megatron_egrsd.sampling.sampler import Sampler
+
+T = TypeVar("T")
+
+
+class RolloutSource(Protocol):
+    """Gives the batches that a run trains on. Every rank makes the same calls; rollouts and errors reach all ranks.
+
+    Attributes:
+        placement: Enter its phase "training" before the engine trains, loads, saves or exports.
+    """
+
+    placement: Placement
+
+    @property
+    def restarts(self) -> int:
+        """Losses of servers so far; known on rank 0."""
+
+    def batch(self, prompts: list[Prompt], step: int) -> Batch:
+        """Return the batch of `step` (from 0), and begin the sampling that the next step needs."""
+
+    def evaluation(self, prompts: list[Prompt], step: int) -> list[Rollout]:
+        """Return k rollouts of each held-out prompt with the weights after `step` updates; [] if none can be had."""
+
+    def push_weights(self, version: int, watch: Stopwatch) -> None:
+        """Sample with the engine's weights from now on. Takes "time/wait" and "time/sync"."""
+
+
+class LiveRollouts:
+    """Rollouts sampled by SGLang, which gets the engine's weights after every update.
+
+    Args:
+        preemption: Checked while requests are in flight; ends their sampling.
+        seed: Seed of the servers.
+        stack: Ends requests, servers and thread, in this order.
+    """
+
+    def __init__(self, config: Config, engine: Engine, tokenizer, preemption: Preemption, seed: int,
+                 stack: contextlib.ExitStack):  # fmt: skip
+        self.config, self.engine, self.tokenizer, self.preemption = config, engine, tokenizer, preemption
+        self.ending = False
+        rollout, output = config.rollout, Path(config.output)
+        self.fleet = Fleet(rollout, config.model, engine, output, config.parallel.timeout)
+        self.placement: Placement = (Colocated if rollout.colocated else Separate)(self.fleet)
+        if engine.is_first_rank:
+            on_nodes = f" on each of {nodes} nodes" if (nodes := len(self.fleet.nodes)) > 1 else ""
+            launched = f"{rollout.engines} SGLang server(s){on_nodes}, log in {output / 'logs'}"
+            print(f"rollouts: {', '.join(rollout.urls) or launched}; starting takes up to a minute", flush=True)
+        # The thread outlives the servers: a server that it starts again would die with it (rollout/launch_guard.py).
+        self.thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sample-ahead"))
+        stack.callback(self.fleet.close)
+        self.fleet.start(seed)
+        self.sampler: Sampler | None = None  # these two on rank 0 only
+        self.batches: Batches | PartialBatches | None = None
+        on_first_rank(self._prepare_sampling)
+        stack.callback(self._end_sampling)
+
+    def _prepare_sampling(self) -> None:
+        config, rollout = self.config, self.config.rollout
+        client = RolloutClient(self.fleet.servers, rollout, [self.tokenizer.eos_token_id], self._check)
+        self.sampler = Sampler(client, self.tokenizer, load_reward(config.data.reward, config.data.reward_timeout))
+        if rollout.partial:
+            self.batches = PartialBatches(self.sampler, self.thread, rollout, config.steps, config.seed)
+        else:
+            self.batches = Batches(self.sampler, self.thread, rollout, config.objective, config.seed)
+
+    def _check(self) -> None:
+        """Raise if the sampling shall end; called while requests are in flight."""
+        self.preemption.check()
+        if self.ending:
+            raise RunError("the run has ended")
+
+    def _end_sampling(self) -> None:
+        self.ending = True
+        if self.batches is not None:
+            with contextlib.suppress(Exception):
+                self.batches.wait()
+
+    @property
+    def restarts(self) -> int:
+        return self.fleet.servers.restarts
+
+    def batch(self, prompts: list[Prompt], step: int) -> Batch:
+        """Return the batch of `step`, sampled ahead or now; under `rollout.staleness`, begin to sample the next one.
+
+        Servers that die meanwhile are replaced; rollouts that are missing then are sampled with the weights of `step`.
+        """
+        staleness = self.config.rollout.staleness
+        batch = self._with_servers(lambda: self.batches.batch(prompts, step), step)
+        check_versions(batch.rollouts, step, staleness)
+        self.placement.enter("training")
+        if staleness and self.engine.is_first_rank and step + 1 < self.config.steps:
+            self.batches.ahead(prompts, step + 1)
+        return batch
+
+    def evaluation(self, prompts: list[Prompt], step: int) -> list[Rollout]:
+        settings, done = self.config.evaluation, {}  # finished rollouts outlive the servers that sampled them
+        return self._with_servers(
+            lambda: self.sampler.sample(prompts, settings.rollouts_per_problem, settings.temperature, done), step
+        )
+
+    def _with_servers(self, sample: Callable[[], T], version: int) -> T:
+        """Return `sample()` of rank 0, from servers that hold the weights of `version`."""
+        if self.placement.phase == "training":  # the servers gave up their weights, for a checkpoint
+            self._push(version)
+        # Servers that start again need the weights, and every rank has a part of them.
+        return retry_lost(lambda: on_first_rank(sample), lambda _: self._push(version))
+
+    def push_weights(self, version: int, watch: Stopwatch) -> None:
+        """Stop sampling, then send the engine's weights; every rank streams its part.
+
+        Raises:
+            RunError: The next batch cannot be sampled, or weights did not arrive. Errors of sampling that `batch` can
+                recover from, and those that end the run anyway, wait for `batch`.
+        """
+        with watch("time/wait"):
+            if self.config.rollout.staleness:  # weights never change under a request
+                on_first_rank(lambda: self.batches.wait())
+        with watch("time/sync"):
+            self._push(version)
+
+    def _push(self, version: int) -> None:
+        def send() -> None:
+            self.placement.enter("transfer")
+            self.fleet.push(version)
+            self.placement.enter("sampling")
+
+        def recover(lost: ServersLost) -> None:
+            self.fleet.mark_lost(str(lost))
+            self.placement.enter("recovery")
+            if self.engine.is_first_rank:
+                print(f"the weights did not arrive: {lost}; sending them again", flush=True)
+
+        retry_lost(send, recover)
+
+
+class ReplayedRollouts:
+    """Rollouts of `config.replay`: one file for every step, or a directory with a file for each. No SGLang runs."""
+
+    def __init__(self, config: Config, engine: Engine):
+        self.config, self.vocab_size = config, engine.arch.vocab_size
+        self.placement: Placement = Separate(None)
+        self.restarts = 0
+        if engine.is_first_rank:
+            print(f"rollouts: replayed from {config.replay}, without SGLang", flush=True)
+
+    def batch(self, prompts: list[Prompt], step: int) -> Batch:
+        path = Path(self.config.replay)
+        path = path / f"step_{step + 1:06d}.jsonl" if path.is_dir() else path
+        privileged = needs_teacher(self.config.objective)
+        rollouts = on_first_rank(lambda: load_replay(path, self.config, self.vocab_size, privileged=privileged))
+        return Batch(rollouts, len(rollouts))
+
+    def evaluation(self, prompts: list[Prompt], step: int) -> list[Rollout]:
+        return []
+
+    def push_weights(self, version: int, watch: Stopwatch) -> None:
+        watch.seconds["time/sync"] = 0.0  # no server takes them
+
+
+def load_replay(path: Path, config: Config, vocab_size: int, *, privileged: bool) -> list[Rollout]:
+    """Load rollouts that `config` can train on as one batch, with teacher prompts if `privileged`.
+
+    Raises:
+        BadArgument: They do not fit the batch, the vocabulary or the objective.
+    """
+    rollouts = load_rollouts(path)
+    prompts, n = config.rollout.prompts_per_step, config.rollout.rollouts_per_prompt
+    groups = Counter(r.group for r in rollouts)
+    if groups != Counter({group: n for group in range(prompts)}):
+        raise BadArgument(
+            f"{path} holds {len(rollouts)} rollouts in {len(groups)} groups, but rollout.prompts_per_step x "
+            f"rollout.rollouts_per_prompt = {prompts} x {n} are needed, in groups 0 to {prompts - 1}"
+        )
+    for number, r in enumerate(rollouts, 1):
+        if max(*r.prompt.student_ids, *r.prompt.teacher_ids, *r.response_ids) >= vocab_size:
+            raise BadArgument(f"{path}, line {number}: a token beyond the model's vocabulary of {vocab_size}")
+        if privileged and not r.prompt.teacher_ids:
+            raise BadArgument(f"{path}, line {number}: no teacher prompt, which this objective needs")
+    return rollouts

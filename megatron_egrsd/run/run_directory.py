@@ -1,0 +1,56 @@
+"""The output directory of a run: config.yaml, dumps, checkpoints, history. Rank 0 reads and writes it."""
+
+import contextlib
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from megatron_egrsd.config import Config
+from megatron_egrsd.engine import checkpoint
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.report import read_evaluations
+
+
+class RunDirectory:
+    """Names the files of a run and prepares the directory for a new or a resumed run."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.path = Path(config.output)
+        self.checkpoints = self.path / "checkpoints"
+        self.history = self.path / checkpoint.HISTORY
+        self.model = self.path / "hf"
+        self.frontier = self.path / "frontier.png"
+
+    def checkpoint_to_resume(self) -> Path | None:
+        """Return the checkpoint that `checkpoint.resume` asks for; BadArgument if no steps are left after it."""
+        wanted = self.config.checkpoint.resume
+        path = checkpoint.find(self.checkpoints, wanted) if wanted else None
+        if path is not None and checkpoint.step_of(path) >= self.config.steps:
+            raise BadArgument(f"{path} is the end of a run of {self.config.steps} steps; raise steps to train on")
+        return path
+
+    def move_stale_outputs(self, step: int) -> None:
+        """Rename outputs written after `step`, so that the resumed run can write them again. Nothing is deleted."""
+        dumps = [p for kind in ("rollouts", "scores", "skipped") for p in self.path.glob(f"{kind}/step_*.jsonl")]
+        stale = [p for p in dumps if int(p.stem.removeprefix("step_")) > step]
+        again = [p for pattern in ("hf", "metrics.jsonl", "logs/*.log") for p in self.path.glob(pattern)]
+        for left in [*stale, *again]:
+            left.rename(left.with_name(f"{left.name}.before-{time.time_ns()}"))
+
+    def begin(self, resumed: Path | None) -> list[dict[str, float]]:
+        """Write config.yaml, restore the metrics of a resumed run, and return the evaluations in them."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.yaml").write_text(yaml.safe_dump(asdict(self.config), sort_keys=False), encoding="utf-8")
+        if resumed and (resumed / checkpoint.HISTORY).is_file():
+            shutil.copyfile(resumed / checkpoint.HISTORY, self.history)
+            with contextlib.suppress(BadArgument):  # it may hold no evaluation
+                return read_evaluations(self.path)
+        return []
+
+    def dump(self, kind: str, step: int) -> Path:
+        """Return the file of `step` (from 1) among the dumps of a kind: "rollouts", "scores" or "skipped"."""
+        return self.path / kind / f"step_{step:06d}.jsonl"
