@@ -100,23 +100,23 @@ ROLLOUT_ARGS=(
 )
 if [[ -n "$ROLLOUT_URLS" ]]; then
     ROLLOUT_ARGS+=(
-        --rollout.urls "[\"${ROLLOUT_URLS//,/\",\"}\"]"
+        --rollout.servers.urls "[\"${ROLLOUT_URLS//,/\",\"}\"]"
     )
 elif ((COLOCATED)); then
     ROLLOUT_ARGS+=(
-        --rollout.colocated true
-        --rollout.weight_sync ipc                            # NCCL takes no two processes on one GPU
-        --rollout.engines "$((GPUS_PER_NODE / ENGINE_TENSOR))"
-        --rollout.engine_tensor_parallel "$ENGINE_TENSOR"
+        --rollout.servers.colocated true
+        --rollout.sync.transport ipc                            # NCCL takes no two processes on one GPU
+        --rollout.servers.engines "$((GPUS_PER_NODE / ENGINE_TENSOR))"
+        --rollout.servers.tensor_parallel "$ENGINE_TENSOR"
     )
 else
     serving=$((GPUS_PER_NODE - NPROC_PER_NODE))
     ((serving >= ENGINE_TENSOR)) || fail "NPROC_PER_NODE=$NPROC_PER_NODE of GPUS_PER_NODE=$GPUS_PER_NODE train, which \
 leaves no $ENGINE_TENSOR for SGLang; lower NPROC_PER_NODE, or set ROLLOUT_URLS"
     ROLLOUT_ARGS+=(
-        --rollout.engines "$((serving / ENGINE_TENSOR))"
-        --rollout.engine_tensor_parallel "$ENGINE_TENSOR"
-        --rollout.server_args.base_gpu_id "$NPROC_PER_NODE"  # the first GPU that no training rank uses
+        --rollout.servers.engines "$((serving / ENGINE_TENSOR))"
+        --rollout.servers.tensor_parallel "$ENGINE_TENSOR"
+        --rollout.servers.args.base_gpu_id "$NPROC_PER_NODE"  # the first GPU that no training rank uses
     )
 fi
 PARALLEL_ARGS=(

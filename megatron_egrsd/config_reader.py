@@ -9,6 +9,29 @@ from megatron_egrsd.config import Config, ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives import presets
 
+# Keys under an older name, on the command line and in YAML files, config.yaml of an older run among them.
+RENAMED = {
+    **{
+        f"rollout.{name}": f"rollout.servers.{name}"
+        for name in (
+            *("urls", "engines", "colocated", "host", "port", "cpu_threads", "max_concurrent_requests"),
+            *("max_total_tokens", "api_key_variable", "start_timeout", "health_timeout", "request_timeout"),
+            *("request_retries", "max_restarts"),
+        )
+    },
+    "rollout.engine_tensor_parallel": "rollout.servers.tensor_parallel",
+    "rollout.server_args": "rollout.servers.args",
+    "rollout.weight_sync": "rollout.sync.transport",
+    "rollout.sync_bucket_mib": "rollout.sync.bucket_mib",
+    "rollout.verify_sync": "rollout.sync.verify",
+    "rollout.sync_timeout": "rollout.sync.timeout",
+    **{
+        f"evaluation.{name}": f"evaluation.benchmarks.{name}"
+        for name in ("sets", "directory", "hub", "instruction", "deterministic", "like")
+    },
+}
+_OLD_OPTION = re.compile(f"--({'|'.join(map(re.escape, RENAMED))})(?=$|[.+=])")
+
 
 def valid_keys(cls: type = Config, prefix: str = "") -> list[str]:
     """Every dotted key of the configuration, sections included."""
@@ -23,7 +46,7 @@ def valid_keys(cls: type = Config, prefix: str = "") -> list[str]:
 def nearest_key(key: str) -> str:
     """ "; did you mean X?" for the valid key most like `key`, else an empty string."""
     keys = valid_keys()
-    by_leaf = {k.rpartition(".")[2]: k for k in reversed(keys)}
+    by_leaf = {old.rpartition(".")[2]: k for old, k in (*RENAMED.items(), *((k, k) for k in reversed(keys)))}
     leaf = key.rpartition(".")[2]
     match = (
         ([by_leaf[leaf]] if leaf in by_leaf else [])  # the right name in the wrong section
@@ -39,9 +62,12 @@ def parse_config(arguments: list[str]) -> Config:
 
     Raises BadArgument naming the key, with the nearest valid one where it is unknown.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    import yaml
+    from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 
-    parser = ArgumentParser(exit_on_error=False, prog="megatron-egrsd train")
+    set_loader("renamed", lambda text: _renamed(get_loader("yaml")(text)), exceptions=(yaml.YAMLError,))
+    arguments = [_OLD_OPTION.sub(lambda match: f"--{RENAMED[match[1]]}", word, count=1) for word in arguments]
+    parser = ArgumentParser(exit_on_error=False, prog="megatron-egrsd train", parser_mode="renamed")
     parser.add_argument("--config", action="config", help="YAML file with the keys below.")
     parser.add_class_arguments(Config, None)
     try:
@@ -55,6 +81,18 @@ def parse_config(arguments: list[str]) -> Config:
     except (ArgumentError, ValueError, TypeError) as error:
         raise BadArgument(_one_sentence(str(error))) from None
     return Config(**{f.name: namespace[f.name] for f in dataclasses.fields(Config)})
+
+
+def _renamed(tree: Any) -> Any:
+    """Return a parsed YAML file with the keys of RENAMED under their new names."""
+    for old, new in RENAMED.items() if isinstance(tree, dict) else ():
+        name, (section, subsection, new_name) = old.partition(".")[2], new.split(".")
+        keys = tree.get(section)
+        if isinstance(keys, dict) and name in keys:
+            keys[subsection] = (keys.get(subsection) or {}) | {new_name: keys.pop(name)}
+        if old in tree:
+            tree[new] = tree.pop(old)
+    return tree
 
 
 def preset_keys(name: str) -> dict[str, object]:

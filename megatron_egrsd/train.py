@@ -30,7 +30,7 @@ def main(config: Config) -> None:
     if config.debug == "rollout-only":
         rollout_only(config, prompts, tokenizer)
         return
-    if config.rollout.weight_sync == "distributed":
+    if config.rollout.sync.transport == "distributed":
         use_sglangs_nccl_settings()
     with (
         Engine(config, facts(config, prompts)) as engine,

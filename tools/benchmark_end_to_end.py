@@ -84,7 +84,7 @@ def settings(case: Case, checkpoint: Path, output: Path) -> dict:
         "model.path": checkpoint, "data.train": ROOT / "examples/tiny/train.jsonl", "data.evaluation": "",
         "data.reward": case.reward, "objective.mix": 0, "objective.attenuation": 0, "objective.lookahead": 0,
         "rollout.prompts_per_step": case.prompts, "rollout.rollouts_per_prompt": case.per_prompt,
-        "rollout.max_response_tokens": case.longest, "rollout.verify_sync": "false",
+        "rollout.max_response_tokens": case.longest, "rollout.sync.verify": "false",
         "parallel.max_tokens_per_microbatch": case.tokens, "optimizer.lr": case.lr, "steps": case.steps,
         "output": output,
     }  # fmt: skip

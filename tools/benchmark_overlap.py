@@ -54,7 +54,7 @@ def slowdown(more: list[str], rounds: int = 5) -> tuple[float, float]:
     passing: dict[bool, list[float]] = {False: [], True: []}  # passes a second, alone and beside the sampling
     with (
         tempfile.TemporaryDirectory() as logs,
-        RolloutServers(config.rollout, config.model, config.seed, Path(logs)) as servers,
+        RolloutServers(config.rollout.servers, config.model, config.seed, Path(logs)) as servers,
     ):
         client = RolloutClient(servers, config.rollout, [tokenizer.eos_token_id])
         client.generate(ids, config.rollout.rollouts_per_prompt)  # warms up

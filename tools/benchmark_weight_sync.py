@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from benchmark_convert import make_model
 
-from megatron_egrsd.config import ModelConfig, RolloutConfig
+from megatron_egrsd.config import ModelConfig, ServersConfig, SyncConfig
 from megatron_egrsd.hf.checkpoint import HFCheckpoint
 from megatron_egrsd.rollout.servers import RolloutServers
 from megatron_egrsd.rollout.weight_sync import WeightSync
@@ -47,12 +47,12 @@ def main() -> None:
         size = make_model(model, num_hidden_layers=arguments.layers)
         checkpoint = HFCheckpoint(model)
         tensors = [(name, checkpoint[name].to(device)) for name in checkpoint.names()]
-        base = RolloutConfig(max_total_tokens=1024, max_concurrent_requests=4, sync_bucket_mib=256)
+        base = ServersConfig(max_total_tokens=1024, max_concurrent_requests=4)
         seconds: dict[str, list[float]] = {name: [] for name in ("copy", *transports)}
         with RolloutServers(base, ModelConfig(str(model)), 0, Path(scratch, "logs")) as servers:
             syncs = {}
             for name in transports:
-                config = RolloutConfig(weight_sync=name, sync_bucket_mib=256)
+                config = SyncConfig(transport=name, bucket_mib=256)
                 syncs[name] = WeightSync(servers, config, device, Path(scratch))
             for version in range(1, arguments.rounds + 2):
                 seconds["copy"].append(seconds_of_a_copy([tensor for _, tensor in tensors]))

@@ -75,7 +75,7 @@ def _terms(rollouts: list[Rollout], config: Config, arch: Architecture) -> dict[
     ).tolist()
     trained = [r for r, a in zip(rollouts, advantage, strict=True) if a]
     responses = [len(r.response_ids) for r in rollouts]
-    slots = min(config.rollout.max_concurrent_requests, len(responses))
+    slots = min(config.rollout.servers.max_concurrent_requests, len(responses))
     decoding = [generate_seconds(step, responses, 0, slots) for step in (lambda n, _: 1.0, lambda n, _: float(n))]
     teachers = [len(r.prompt.teacher_ids) + len(r.response_ids) for r in rollouts]
     students = [len(r.prompt.student_ids) + len(r.response_ids) for r in trained]

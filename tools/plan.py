@@ -33,7 +33,7 @@ from step_time import (
     update_seconds,
 )
 
-from megatron_egrsd.config import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig
+from megatron_egrsd.config import Config, DataConfig, ModelConfig, ParallelConfig, SyncConfig
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.memory import Placement, RankMemory, rank_memory, shard_shapes
@@ -112,7 +112,7 @@ def best(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> Choic
 
 
 def best_in_turns(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> Choice | None:
-    """The fastest layout in which all `gpus` train and sample in turns (`rollout.colocated`), or None."""
+    """The fastest layout in which all `gpus` train and sample in turns (`rollout.servers.colocated`), or None."""
     timed = (replace(c, turns=turn_seconds(machine, c.kept)) for c in _choices(arch, machine, gpus, gpus, batch))
     return min(timed, key=lambda choice: choice.step, default=None)
 
@@ -134,7 +134,7 @@ def _choices(arch: Architecture, machine: Machine, serving: int, training: int, 
             for stage in (0, parallel.pipeline - 1)
         )
         train += update_seconds(machine, parallel, training, own)
-        sync = sync_seconds(machine, arch, parallel, RolloutConfig().sync_bucket_mib << 20)
+        sync = sync_seconds(machine, arch, parallel, SyncConfig().bucket_mib << 20)
         yield Choice(serving, served[1], training, parallel, memory.total, memory.kept, served[0], score, train, sync)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_egrsd.config import DataConfig, EvaluationConfig
+from megatron_egrsd.config import BenchmarksConfig, DataConfig
 from megatron_egrsd.data.problems import load_problems, read_rows
 from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.errors import BadArgument
@@ -31,19 +31,19 @@ class ProblemSet:
     problems: list[Problem]
 
 
-def load_sets(evaluation: EvaluationConfig, data: DataConfig) -> list[ProblemSet]:
-    """Load the sets that `evaluation.sets` names or, if it is empty, the set of `data.evaluation`.
+def load_sets(benchmarks: BenchmarksConfig, data: DataConfig) -> list[ProblemSet]:
+    """Load the sets that `evaluation.benchmarks.sets` names or, if it is empty, the set of `data.evaluation`.
 
     A set is a name of BENCHMARKS, a file, "NAME=FILE", or a dataset "name[:configuration]:split" of the hub. Raises
     BadArgument if a set is missing, if two sets have one name, or if two problems of a set have one id.
     """
-    words = evaluation.sets or [data.evaluation] * bool(data.evaluation)
+    words = benchmarks.sets or [data.evaluation] * bool(data.evaluation)
     if not words:
         raise BadArgument(
             f"no set to evaluate on: name {', '.join(BENCHMARKS)} or a file, or set data.evaluation "
             "(megatron-egrsd evaluate aime24 my.jsonl --model.path ...)"
         )
-    sets = [_load(word, evaluation, data) for word in words]
+    sets = [_load(word, benchmarks, data) for word in words]
     names = [s.name for s in sets]
     for name in names:
         if names.count(name) > 1:
@@ -51,14 +51,15 @@ def load_sets(evaluation: EvaluationConfig, data: DataConfig) -> list[ProblemSet
     return sets
 
 
-def _load(word: str, evaluation: EvaluationConfig, data: DataConfig) -> ProblemSet:
+def _load(word: str, benchmarks: BenchmarksConfig, data: DataConfig) -> ProblemSet:
     name, named, source = word.partition("=")
     if not named:
-        name, source = (word, _find(word, evaluation)) if word in BENCHMARKS else (_stem(word), word)
-    if not Path(source).suffix and ":" in source and not evaluation.hub:
+        name, source = (word, _find(word, benchmarks)) if word in BENCHMARKS else (_stem(word), word)
+    if not Path(source).suffix and ":" in source and not benchmarks.hub:
         raise BadArgument(
-            f"{word} would be downloaded from the Hugging Face hub ({source}): allow that with --evaluation.hub true, "
-            f"or name a file: {name}=FILE.jsonl" + (f", or put {name}.jsonl into evaluation.directory" * (not named))
+            f"{word} would be downloaded from the Hugging Face hub ({source}): allow that with "
+            f"--evaluation.benchmarks.hub true, or name a file: {name}=FILE.jsonl"
+            + (f", or put {name}.jsonl into evaluation.benchmarks.directory" * (not named))
         )
     problems = load_problems(source, _with_keys(source, data), privileged=False)
     seen: set[str] = set()
@@ -69,11 +70,11 @@ def _load(word: str, evaluation: EvaluationConfig, data: DataConfig) -> ProblemS
     return ProblemSet(name, source, problems)
 
 
-def _find(name: str, evaluation: EvaluationConfig) -> str:
+def _find(name: str, benchmarks: BenchmarksConfig) -> str:
     """Return the prepared file of a benchmark if there is one, else its dataset."""
-    if evaluation.directory:
+    if benchmarks.directory:
         for suffix in (".jsonl", ".parquet"):
-            if (path := Path(evaluation.directory) / (name + suffix)).is_file():
+            if (path := Path(benchmarks.directory) / (name + suffix)).is_file():
                 return str(path)
     return BENCHMARKS[name]
 

@@ -5,11 +5,12 @@ import json
 USAGE = """\
 megatron-egrsd evaluate SET... --model.path DIR --output DIR [--section.key VALUE ...] [--config FILE]
 
-  SET                   aime24, aime25, amc23, math500, minerva, gsm8k, hmmt25 (from evaluation.directory, or the hub
-                        with --evaluation.hub true), a .jsonl or .parquet file, or NAME=FILE.
+  SET                   aime24, aime25, amc23, math500, minerva, gsm8k, hmmt25 (from evaluation.benchmarks.directory, or
+                        the hub with --evaluation.benchmarks.hub true), a .jsonl or .parquet file, or NAME=FILE.
 
-  megatron-egrsd evaluate aime24 gsm8k mine.jsonl --evaluation.directory benchmarks --model.path runs/mine/hf \\
-      --evaluation.rollouts_per_problem 16 --evaluation.temperature 0.6 --evaluation.top_p 0.95 --output runs/evaluation
+  megatron-egrsd evaluate aime24 gsm8k mine.jsonl --model.path runs/mine/hf --output runs/evaluation \\
+      --evaluation.benchmarks.directory benchmarks --evaluation.rollouts_per_problem 16 --evaluation.temperature 0.6 \\
+      --evaluation.top_p 0.95
 
 The same command continues an interrupted evaluation. Keys: model, data, rollout, evaluation, seed and output of
 `megatron-egrsd train --help`; more in docs/guides/evaluation.md.
@@ -24,7 +25,7 @@ def main(arguments: list[str]) -> None:
     from megatron_egrsd.config_reader import parse_config
 
     options = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    sets = ["--evaluation.sets", json.dumps(arguments[:options])] if options else []
+    sets = ["--evaluation.benchmarks.sets", json.dumps(arguments[:options])] if options else []
     # Every configuration requires data.train; an evaluation does not read it.
     config = parse_config(["--data.train", "-", *arguments[options:], *sets])
     from megatron_egrsd.evaluation.evaluate import evaluate  # after the mistakes: it imports torch

@@ -1,8 +1,8 @@
 """Accuracy, pass@k, majority@k and lengths of a checkpoint on sets of problems.
 
 Every sample is written to output/samples.jsonl as soon as it is graded; the same command resumes from there. With
-evaluation.deterministic a sample depends only on its problem, its index and the seed, so an interrupted evaluation
-gives the same table as one without interruption.
+evaluation.benchmarks.deterministic a sample depends only on its problem, its index and the seed, so an interrupted
+evaluation gives the same table as one without interruption.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def evaluate(config: Config) -> Results:
 
     `model.path` is a Hugging Face or a Megatron checkpoint. Raises BadArgument before anything is started.
     """
-    sets = load_sets(config.evaluation, config.data)
+    sets = load_sets(config.evaluation.benchmarks, config.data)
     reward = load_reward(config.data.reward, config.data.reward_timeout)
     output = Path(config.output)
     with contextlib.ExitStack() as stack:
@@ -74,7 +74,7 @@ class Evaluation:
         self.config, self.sets, self.builder, self.reward = config, sets, builder, reward
         self.k = config.evaluation.rollouts_per_problem
         self.problems = [(s.name, problem) for s in sets for problem in s.problems]
-        instruction = config.evaluation.instruction
+        instruction = config.evaluation.benchmarks.instruction
         self.prompts = [
             builder.build(replace(p, problem=f"{p.problem}\n{instruction}") if instruction else p, privileged=False)
             for _, p in self.problems
@@ -111,19 +111,21 @@ class Evaluation:
             for j in range(self.k)
             if (name, p.id, j) in self.file.rows
         }
-        rollout = deterministic(config.rollout) if evaluation.deterministic else config.rollout
+        seeded = evaluation.benchmarks.deterministic
+        settings = deterministic(config.rollout.servers) if seeded else config.rollout.servers
         sampling = {"top_p": evaluation.top_p} | ({"top_k": evaluation.top_k} if evaluation.top_k else {})
-        source = ", ".join(rollout.urls) or f"{rollout.engines} SGLang server(s), log in {Path(config.output) / 'logs'}"
+        logs = Path(config.output) / "logs"
+        source = ", ".join(settings.urls) or f"{settings.engines} SGLang server(s), log in {logs}"
         print(f"{total - len(done)} of {total} samples to draw; {source}", flush=True)
         columns = BarColumn(), MofNCompleteColumn(), TextColumn("samples"), TimeRemainingColumn()
         with (
-            RolloutServers(rollout, model, config.seed, Path(config.output) / "logs") as servers,
+            RolloutServers(settings, model, config.seed, logs) as servers,
             Progress(*columns, disable=not os.isatty(1)) as progress,
             ThreadPoolExecutor(1) as grader,
         ):
-            if evaluation.deterministic:
+            if seeded:
                 check_deterministic(servers)
-            client = RolloutClient(servers, rollout, [self.builder.tokenizer.eos_token_id])
+            client = RolloutClient(servers, config.rollout, [self.builder.tokenizer.eos_token_id])
             task = progress.add_task("", total=total, completed=len(done))
 
             gradings: deque[Future] = deque()
@@ -146,7 +148,7 @@ class Evaluation:
                     done=done,
                     finished=finished,
                     sampling=sampling,
-                    seeds=self._seed if evaluation.deterministic else None,
+                    seeds=self._seed if seeded else None,
                 )
 
             def recover(_: ServersLost) -> None:  # the servers restart with the same weights
@@ -216,8 +218,9 @@ def _settings(config: Config) -> dict[str, Any]:
         "model": digest(Path(config.model.path)),
         "model.dtype": config.model.dtype,
         "rollout.max_response_tokens": config.rollout.max_response_tokens,
-        **{f"evaluation.{key}": getattr(e, key) for key in ("temperature", "top_p", "top_k", "instruction")},
-        "evaluation.deterministic": e.deterministic,
+        **{f"evaluation.{key}": getattr(e, key) for key in ("temperature", "top_p", "top_k")},
+        "evaluation.instruction": e.benchmarks.instruction,
+        "evaluation.deterministic": e.benchmarks.deterministic,
         **{f"data.{key}": getattr(d, key) for key in ("system_prompt", "enable_thinking", "reward")},
         "seed": config.seed,
     }

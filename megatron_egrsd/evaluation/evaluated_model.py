@@ -14,7 +14,7 @@ from megatron_egrsd.hf.convert import ToHF
 @contextlib.contextmanager
 def hugging_face(config: Config) -> Iterator[str]:
     """Yield the Hugging Face directory of `model.path`: itself, or a temporary conversion of a Megatron checkpoint."""
-    path, like = Path(config.model.path), config.evaluation.like or None
+    path, like = Path(config.model.path), config.evaluation.benchmarks.like or None
     if (path / "config.json").is_file() or not path.is_dir():
         yield config.model.path
         return
@@ -24,7 +24,7 @@ def hugging_face(config: Config) -> Iterator[str]:
         try:
             conversion = ToHF(path, Path(directory) / "hf", like)
         except BadArgument as error:
-            raise BadArgument(f"model.path: {error}".replace("--like", "evaluation.like")) from None
+            raise BadArgument(f"model.path: {error}".replace("--like", "evaluation.benchmarks.like")) from None
         print(f"converting {path} to a Hugging Face checkpoint for SGLang", flush=True)
         conversion.run()
         yield str(Path(directory) / "hf")

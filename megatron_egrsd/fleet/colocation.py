@@ -77,7 +77,7 @@ class Colocated:
     @cached_property
     def memory(self) -> ServerMemory:
         """The memory of the servers, on rank 0, once they have started."""
-        return ServerMemory(Control(self.fleet.servers, self.fleet.config.sync_timeout))
+        return ServerMemory(Control(self.fleet.servers, self.fleet.config.sync.timeout))
 
     def _enter_sampling(self) -> None:
         """From "transfer", when SGLang has the weights."""

@@ -19,7 +19,7 @@ class Fleet:
     """Servers, and the weights that they get. Every rank makes the same calls.
 
     `servers` holds all servers on rank 0, its own on the first rank of another node, and is None on all other ranks.
-    Servers that the user started (`rollout.urls`) are known to rank 0 alone.
+    Servers that the user started (`rollout.servers.urls`) are known to rank 0 alone.
 
     Args:
         config: Servers and weight transport.
@@ -36,15 +36,15 @@ class Fleet:
         self.sync: WeightSync | None = None
 
     def start(self, seed: int) -> None:
-        """Launch `rollout.engines` servers on every node, or attach to `rollout.urls`, and await their health.
+        """Launch `engines` servers on every node, or attach to `rollout.servers.urls`, and await their health.
 
         On several nodes each server listens on the address of its node that the first node reaches. A key that is made
-        here keeps others out, unless `rollout.api_key_variable` names one.
+        here keeps others out, unless `rollout.servers.api_key_variable` names one.
 
         Raises:
             BadArgument, RunError: On every rank, as RolloutServers says; `close` ends servers that were started.
         """
-        config, logs = self.config, self.output / "logs"
+        config, logs = self.config.servers, self.output / "logs"
         several = len(self.nodes) > 1 and not config.urls
         key = on_first_rank(lambda: secrets.token_hex(16)) if several and not config.api_key_variable else ""
 
@@ -62,15 +62,15 @@ class Fleet:
             self.servers.attach([url for urls in launched[1:] for url in urls])
 
         def connect() -> None:
-            self.sync = WeightSync(self.servers, config, self.engine.device, self.output)
+            self.sync = WeightSync(self.servers, self.config.sync, self.engine.device, self.output)
 
-        if config.weight_sync == "ipc":
+        if self.config.sync.transport == "ipc":
             self.nodes.each(connect)
         else:
             on_first_rank(connect)
 
     def push(self, version: int) -> None:
-        """Send the engine's weights to every server; compare them there if `rollout.verify_sync` is set.
+        """Send the engine's weights to every server; compare them there if `rollout.sync.verify` is set.
 
         Raises:
             ServersLost: A server did not get them; call `mark_lost` and `recover`, and try again.
@@ -80,14 +80,14 @@ class Fleet:
         if self.servers is not None:
             self.servers.abandoned = abandoned
         self._send(lambda weights: self.sync.push(weights, version))
-        if self.config.verify_sync:
+        if self.config.sync.verify:
             self._send(lambda weights: self.sync.verify(weights))
 
     def _send(self, receive: Callable[[NamedTensors], object]) -> None:
         """Stream the weights to `receive` on rank 0; by "ipc", on the first rank of every node."""
-        if self.config.weight_sync == "ipc":
+        if self.config.sync.transport == "ipc":
             weights = self.engine.export_weights(placeholders=True)
-            weights = self.nodes.share(weights, self.engine.device, self.config.sync_bucket_mib << 20)
+            weights = self.nodes.share(weights, self.engine.device, self.config.sync.bucket_mib << 20)
             self.nodes.each_while(receive, weights)
         else:
             on_first_rank_while(receive, self.engine.export_weights())

@@ -132,7 +132,7 @@ def rank_memory(
     rank = stage * (world_size // parallel.pipeline)
     if rank == 0:
         largest = arch.padded_vocab_size(parallel.tensor) * arch.hidden_size * b
-        bucket = min(config.rollout.sync_bucket_mib << 20, arch.num_parameters * b)
+        bucket = min(config.rollout.sync.bucket_mib << 20, arch.num_parameters * b)
         phases["weight sync"] = {"a bucket's tensors and the next one": bucket + largest,
                                  "flat copy": max(bucket, largest)}  # fmt: skip
     return RankMemory(rank, stage, resident, phases)

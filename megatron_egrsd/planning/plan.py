@@ -118,7 +118,7 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
         f"{r.prompts_per_step} prompts x {r.rollouts_per_prompt} rollouts = {r.rollouts_per_step} a step, "
         f"{per_update} an update, {per_rank} of them a data-parallel rank",
     )
-    longest = max(len(x.student_ids) for x in prompts) + r.max_response_tokens
+    longest = max(len(x.student_ids) for x in prompts) + config.rollout.max_response_tokens
     budget, share = p.max_tokens_per_microbatch, p.tokens_on_a_rank(longest)
     most = len(schedule([[share] * per_rank], budget, p.round_of_micro_batches)[0])
     bubble = f", {_bubble(p, most)} of the time in the pipeline's bubble" if p.pipeline > 1 else ""
@@ -176,7 +176,7 @@ def _add_memory(
         lightest = min(others, key=lambda m: m.total)
         plan.add("", f"  the other stages need less, rank {lightest.rank} (stage {lightest.stage}) the least: "
                      f"{readable(lightest.total)}")  # fmt: skip
-    if config.rollout.colocated:
+    if config.rollout.servers.colocated:
         plan.add("", f"  {'in host memory while SGLang samples':<45}{readable(worst.kept):>12}, "
                      f"{readable(worst.kept * ranks)} for {ranks} ranks")  # fmt: skip
     if gpu_memory and worst.total > gpu_memory:
@@ -226,40 +226,40 @@ def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, lo
 
 def _add_servers(plan: Plan, config: Config, arch: Architecture, prompts, gpu_memory: int | None) -> None:
     """Add the source of the responses: ports, GPUs, memory for weights and KV cache, and refusals."""
-    r = config.rollout
+    r = config.rollout.servers
     if r.urls:
         plan.add("rollouts", f"at {', '.join(r.urls)} (not asked)")
         return
     ports = [r.port + i for i in range(r.engines)] if r.port else []
     on = f"ports {ports[0]} to {ports[-1]}" if ports else "free ports"
     sharing = ", in turns with the training ranks on their GPUs" if r.colocated else ""
-    plan.add("rollouts", f"{r.engines} SGLang server(s) of TP {r.engine_tensor_parallel} on every node, {on}{sharing}")
+    plan.add("rollouts", f"{r.engines} SGLang server(s) of TP {r.tensor_parallel} on every node, {on}{sharing}")
     if ports and ports[-1] > 65535:
-        plan.refusals.append(f"rollout.port = {r.port} leaves no ports for {r.engines} servers")
+        plan.refusals.append(f"rollout.servers.port = {r.port} leaves no ports for {r.engines} servers")
         ports = []
     if ports:
         try:
             choose_ports(r.host, r.port, r.engines)
         except BadArgument as error:
             plan.refusals.append(str(error))
-    needed = int(r.server_args.get("base_gpu_id", 0)) + r.engines * r.engine_tensor_parallel
+    needed = int(r.args.get("base_gpu_id", 0)) + r.engines * r.tensor_parallel
     if torch.cuda.is_available() and needed > torch.cuda.device_count():
         plan.refusals.append(
             f"the servers need GPUs up to number {needed - 1}, and there are {torch.cuda.device_count()}"
         )
     if gpu_memory is None:
         return
-    b, tensor = getattr(torch, config.model.dtype).itemsize, r.engine_tensor_parallel
+    b, tensor = getattr(torch, config.model.dtype).itemsize, r.tensor_parallel
     weights = arch.num_parameters * b // tensor
     token = 2 * arch.num_layers * max(1, arch.num_kv_heads // tensor) * arch.head_dim * b
-    share = float(r.server_args.get("mem_fraction_static", _SERVER_SHARE))
-    longest = max(len(x.student_ids) for x in prompts) + r.max_response_tokens
+    share = float(r.args.get("mem_fraction_static", _SERVER_SHARE))
+    longest = max(len(x.student_ids) for x in prompts) + config.rollout.max_response_tokens
     held = int(max(0, share * gpu_memory - weights) // token)
     plan.add("", f"weights {readable(weights)} a GPU; the KV cache holds about {held:,} tokens of {readable(token)}, "
                  f"{held // longest} responses of full length")  # fmt: skip
     if held < longest:
         plan.refusals.append(
-            f"a server of rollout.engine_tensor_parallel = {tensor} has room for {held:,} tokens beside the weights, "
+            f"a server of rollout.servers.tensor_parallel = {tensor} has room for {held:,} tokens beside the weights, "
             f"less than the {longest:,} of one longest response; raise it"
         )
 
@@ -281,7 +281,7 @@ def _add_disk(plan: Plan, config: Config, arch: Architecture) -> None:
     needed = export + count * one_checkpoint
     parts = [f"final model {readable(export)}"]
     parts += [f"{count} checkpoints of {readable(one_checkpoint)}"] if count else []
-    if config.rollout.weight_sync == "disk":
+    if config.rollout.sync.transport == "disk":
         needed += export
         parts.append(f"weight sync {readable(export)}")
     output = Path(config.output).resolve()

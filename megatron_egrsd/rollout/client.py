@@ -76,7 +76,7 @@ class RolloutClient:
             BadArgument: A prompt is empty (it would kill SGLang's scheduler), or a size is not positive.
             ServersLost: No server is left. The servers that this run launched are being restarted.
             RunError: A server refused a prompt, a request failed on a healthy server more than
-                `config.request_retries` times, or too many servers were lost.
+                `config.servers.request_retries` times, or too many servers were lost.
         """
         for i, prompt in enumerate(prompts):
             if not prompt:
@@ -111,7 +111,7 @@ class RolloutClient:
 
     def slots(self) -> asyncio.Semaphore:
         """Return a semaphore with one slot for every request that may be in flight over all servers."""
-        wanted = self.config.max_concurrent_requests * len(self.servers.servers)
+        wanted = self.config.servers.max_concurrent_requests * len(self.servers.servers)
         soft, hard = (_UNLIMITED_FILES if limit < 0 else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
         number = max(1, min(wanted, hard - _OTHER_FILES))  # every request is a connection
         if soft < number + _OTHER_FILES:  # the soft limit is 1,024 in many shells
@@ -122,7 +122,7 @@ class RolloutClient:
         """Await `work`, which sends its requests by `sample`, and watch the servers meanwhile."""
         self.stopping = False
         self._requests = {server: set() for server in self.servers.servers}
-        timeout = aiohttp.ClientTimeout(total=self.config.request_timeout)
+        timeout = aiohttp.ClientTimeout(total=self.config.servers.request_timeout)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=self.servers.headers) as session:
             samples = asyncio.ensure_future(work(session))
@@ -160,9 +160,9 @@ class RolloutClient:
             except _RequestFailed as error:
                 self.servers.abandoned = True
                 failures += 1
-                if failures > self.config.request_retries:
+                if failures > self.config.servers.request_retries:
                     if await asyncio.to_thread(self.servers.is_healthy, server):
-                        raise RunError(f"{error}; {failures} attempts (rollout.request_retries)") from None
+                        raise RunError(f"{error}; {failures} attempts (rollout.servers.request_retries)") from None
                     self._lose(server, str(error))
                     failures = 0
                 await asyncio.sleep(0.1 * 2**failures)
@@ -195,8 +195,8 @@ class RolloutClient:
             await asyncio.sleep(_PROCESS_CHECK)
 
     async def _watch_health(self, session: aiohttp.ClientSession, server: Server) -> None:
-        """Lose `server` if it has not been healthy for `config.health_timeout` seconds."""
-        patience, last = self.config.health_timeout, time.monotonic()
+        """Lose `server` if it has not been healthy for `config.servers.health_timeout` seconds."""
+        patience, last = self.config.servers.health_timeout, time.monotonic()
         while not server.lost:
             await asyncio.sleep(min(_HEALTH_CHECK, patience / 4))
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
@@ -205,7 +205,7 @@ class RolloutClient:
                         last = time.monotonic()
             if time.monotonic() - last > patience and not server.lost:
                 self._lose(server, f"the SGLang server at {server.url} has not been healthy for {patience:g} s "
-                                   "(rollout.health_timeout)")  # fmt: skip
+                                   "(rollout.servers.health_timeout)")  # fmt: skip
 
     async def _request(self, session: aiohttp.ClientSession, server: Server, body: dict) -> Generation:
         url = f"{server.url}/generate"
@@ -221,7 +221,7 @@ class RolloutClient:
                 return await asyncio.to_thread(read_apart, answer, self.stopping)
             return read_answer(answer, self.stopping)
         except TimeoutError:
-            raise _RequestFailed(f"{url} did not answer within rollout.request_timeout = "
-                                 f"{self.config.request_timeout:g} s") from None  # fmt: skip
+            raise _RequestFailed(f"{url} did not answer within rollout.servers.request_timeout = "
+                                 f"{self.config.servers.request_timeout:g} s") from None  # fmt: skip
         except (aiohttp.ClientError, ValueError) as error:  # ValueError: the answer is no JSON, or not SGLang's
             raise _RequestFailed(f"{url} failed: {error or type(error).__name__}") from error

@@ -77,7 +77,7 @@ class Control:
         try:
             response = self._http.request(method, f"{url}/{endpoint}", json=body, timeout=max(0.1, remaining))
         except httpx.TimeoutException:
-            raise ServersLost(f"{url}/{endpoint} did not answer within rollout.sync_timeout = "
+            raise ServersLost(f"{url}/{endpoint} did not answer within rollout.sync.timeout = "
                               f"{self.timeout:g} s") from None  # fmt: skip
         except httpx.TransportError as error:
             reason = error or type(error).__name__

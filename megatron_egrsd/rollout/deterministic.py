@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import httpx
 
-from megatron_egrsd.config import RolloutConfig
+from megatron_egrsd.config import ServersConfig
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout.servers import RolloutServers
 
 _ARGUMENT = "enable_deterministic_inference"
 
 
-def deterministic(config: RolloutConfig) -> RolloutConfig:
+def deterministic(config: ServersConfig) -> ServersConfig:
     """Return `config` with the argument that makes launched servers use the seeds of requests."""
-    return replace(config, server_args={_ARGUMENT: True} | config.server_args)
+    return replace(config, args={_ARGUMENT: True} | config.args)
 
 
 def check_deterministic(servers: RolloutServers) -> None:
@@ -27,5 +27,5 @@ def check_deterministic(servers: RolloutServers) -> None:
             if not information.get(_ARGUMENT):
                 raise BadArgument(
                     f"the server at {url} ignores seeds: start it with --{_ARGUMENT.replace('_', '-')}, or set "
-                    "evaluation.deterministic false"
+                    "evaluation.benchmarks.deterministic false"
                 )

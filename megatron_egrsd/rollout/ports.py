@@ -17,7 +17,7 @@ def choose_ports(host: str, first: int, count: int) -> list[int]:
     if first:
         for port in range(first, first + count):
             if error := _bind_error(host, port):
-                raise BadArgument(f"rollout.port: port {port} on {host} cannot be used ({error}); "
+                raise BadArgument(f"rollout.servers.port: port {port} on {host} cannot be used ({error}); "
                                   "free it, choose another, or 0 for any free one")  # fmt: skip
         return list(range(first, first + count))
     free: list[int] = []
@@ -25,7 +25,9 @@ def choose_ports(host: str, first: int, count: int) -> list[int]:
         if len(free) < count and not _bind_error(host, port):
             free.append(port)
     if len(free) < count:
-        raise BadArgument(f"rollout.host: no free port on {host} ({_bind_error(host, 0) or 'a thousand were tried'})")
+        raise BadArgument(
+            f"rollout.servers.host: no free port on {host} ({_bind_error(host, 0) or 'a thousand were tried'})"
+        )
     return free
 
 

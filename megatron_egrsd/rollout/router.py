@@ -23,7 +23,7 @@ def servers_behind(http: httpx.Client, url: str, patience: float) -> list[str]:
     deadline = time.monotonic() + patience
     while (workers := _workers(http, url)) == []:
         if time.monotonic() > deadline:
-            raise RunError(f"the router at {url} knew no server within {patience:g} s (rollout.start_timeout)")
+            raise RunError(f"the router at {url} knew no server within {patience:g} s (rollout.servers.start_timeout)")
         time.sleep(_POLL)
     for worker, kind in workers or []:
         if kind != "regular" or not worker.startswith(("http://", "https://")):

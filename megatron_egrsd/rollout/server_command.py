@@ -1,16 +1,16 @@
 """The arguments that SGLang is launched with."""
 
-from megatron_egrsd.config import ModelConfig, RolloutConfig
+from megatron_egrsd.config import ModelConfig, ServersConfig
 
 
-def server_command(config: RolloutConfig, model: ModelConfig, seed: int, port: int, device: str) -> list[str]:
-    """Return SGLang's arguments. `config.server_args` overrides all others."""
+def server_command(config: ServersConfig, model: ModelConfig, seed: int, port: int, device: str) -> list[str]:
+    """Return SGLang's arguments. `config.args` overrides all others."""
     arguments = {
         "model-path": model.path,
         "host": config.host,
         "port": port,
         "dtype": model.dtype,
-        "tp-size": config.engine_tensor_parallel,
+        "tp-size": config.tensor_parallel,
         "random-seed": seed,
         "weight-version": "0",
         "skip-server-warmup": True,  # its English sentence kills the server if the vocabulary lacks such words
@@ -31,7 +31,7 @@ def server_command(config: RolloutConfig, model: ModelConfig, seed: int, port: i
         }
     elif config.colocated:
         arguments["enable-memory-saver"] = True  # required by release_memory_occupation
-    arguments |= {name.replace("_", "-"): value for name, value in config.server_args.items()}
+    arguments |= {name.replace("_", "-"): value for name, value in config.args.items()}
     if device == "cpu":
         arguments.pop("base-gpu-id", None)  # SGLang would use it as a NUMA node
     words = []

@@ -22,7 +22,7 @@ from typing import TypeVar
 import httpx
 import psutil
 
-from megatron_egrsd.config import ModelConfig, RolloutConfig
+from megatron_egrsd.config import ModelConfig, ServersConfig
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout import cpu_platform
 from megatron_egrsd.rollout.launch_guard import KEY_VARIABLE, PARENT_VARIABLE
@@ -46,7 +46,7 @@ class ServersLost(RunError):
 def retry_lost(action: Callable[[], T], recover: Callable[[ServersLost], object]) -> T:
     """Return `action()`; each time that it raises ServersLost, call `recover` with the error and try again.
 
-    This ends: RolloutServers raises another RunError after `rollout.max_restarts` losses.
+    This ends: RolloutServers raises another RunError after `rollout.servers.max_restarts` losses.
     """
     while True:
         try:
@@ -99,7 +99,7 @@ class RolloutServers:
         RunError: A server died or was not healthy within `config.start_timeout`; none is left running.
     """
 
-    def __init__(self, config: RolloutConfig, model: ModelConfig, seed: int, log_directory: Path, wait: bool = True,
+    def __init__(self, config: ServersConfig, model: ModelConfig, seed: int, log_directory: Path, wait: bool = True,
                  key: str = ""):  # fmt: skip
         self.config = config
         self.model = model
@@ -175,7 +175,9 @@ class RolloutServers:
             server.lost, server.released = reason, set()
         _kill(*(server.process for server in servers if server.process is not None))
         if self.restarts >= self.config.max_restarts:
-            raise RunError(f"{reason}; the run gives up after {self.restarts} lost servers (rollout.max_restarts)")
+            raise RunError(
+                f"{reason}; the run gives up after {self.restarts} lost servers (rollout.servers.max_restarts)"
+            )
         self.restarts += 1
         for server in servers:
             if server.process is not None:
@@ -252,7 +254,7 @@ class RolloutServers:
         if device == "cpu":
             environment |= {"OMP_NUM_THREADS": str(config.cpu_threads), "SGLANG_PLATFORM": cpu_platform.NAME}
         else:  # the servers take consecutive GPUs from the user's base_gpu_id on
-            first = int(config.server_args.get("base_gpu_id", 0)) + index * config.engine_tensor_parallel
+            first = int(config.args.get("base_gpu_id", 0)) + index * config.tensor_parallel
             command += ["--base-gpu-id", str(first)]
         with open(log, "wb") as output:
             server.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output,
@@ -275,9 +277,10 @@ class RolloutServers:
                     waiting.remove(server)
                 if waiting and time.monotonic() > deadline:
                     server = waiting[0]
-                    hint = f"; see {server.log}, or raise rollout.start_timeout" if server.log else ""
+                    limit = "rollout.servers.start_timeout"
+                    hint = f"; see {server.log}, or raise {limit}" if server.log else ""
                     raise RunError(f"the SGLang server at {server.url} was not healthy within "
-                                   f"{self.config.start_timeout:g} s (rollout.start_timeout){hint}")  # fmt: skip
+                                   f"{self.config.start_timeout:g} s ({limit}){hint}")  # fmt: skip
                 if waiting:
                     time.sleep(_POLL)
 
@@ -299,12 +302,14 @@ class RolloutServers:
         return children
 
 
-def api_key(config: RolloutConfig) -> str:
+def api_key(config: ServersConfig) -> str:
     """Return the key in `config.api_key_variable`, "" if no variable is named. Raises BadArgument if it is not set."""
     if not config.api_key_variable:
         return ""
     if not (key := os.environ.get(config.api_key_variable, "")):
-        raise BadArgument(f"rollout.api_key_variable names {config.api_key_variable}, but that variable is not set")
+        raise BadArgument(
+            f"rollout.servers.api_key_variable names {config.api_key_variable}, but that variable is not set"
+        )
     return key
 
 

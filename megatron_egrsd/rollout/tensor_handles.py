@@ -38,7 +38,7 @@ def share(bucket: Bucket, device: torch.device) -> tuple[str, torch.Tensor]:
     size, free = sum(t.nbytes for _, t in bucket), shutil.disk_usage(_SHARED_MEMORY).free
     if device.type == "cpu" and size > free:
         raise RunError(f"{_SHARED_MEMORY} has {free >> 20} MiB left for a weight bucket of {size >> 20} MiB; lower "
-                       "rollout.sync_bucket_mib, or give the container more (docker run --shm-size)")  # fmt: skip
+                       "rollout.sync.bucket_mib, or give the container more (docker run --shm-size)")  # fmt: skip
     flat = flatten(bucket, device)
     # By file name: a file descriptor can only be passed on to a child process.
     strategy = torch_mp.get_sharing_strategy()

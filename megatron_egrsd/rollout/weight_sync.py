@@ -2,7 +2,7 @@
 
 One sync is: begin_weight_update on every server; for each bucket a request that announces names, types and shapes,
 and one broadcast of the flattened bytes; end_weight_update; then the new version, which every server must report.
-With `weight_sync: ipc` a request holds handles instead, and the servers, on the same host, read the tensors where they
+With `transport: ipc` a request holds handles instead, and the servers, on the same host, read the tensors where they
 are; with `disk` they read a temporary checkpoint. Whatever can wait has a deadline.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_egrsd.config import RolloutConfig
+from megatron_egrsd.config import SyncConfig
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.rollout.control import Control
 from megatron_egrsd.rollout.process_group import BroadcastGroup, address_towards, is_local
@@ -30,7 +30,7 @@ NamedTensors = Iterable[tuple[str, torch.Tensor]]
 class WeightSync:
     """Pushes weights to the servers and checks that they arrived. Used by one process, with no generation running.
 
-    With `weight_sync: ipc` the servers are those of this node, and every node has a process that does it.
+    With `transport: ipc` the servers are those of this node, and every node has a process that does it.
 
     A failed push leaves the servers with a mixture of old and new weights: those we launched are started anew, and the
     next push, of the same weights, awaits them first.
@@ -43,13 +43,13 @@ class WeightSync:
             None takes the system's temporary directory.
     """
 
-    def __init__(self, servers: RolloutServers, config: RolloutConfig, device: torch.device | str,
+    def __init__(self, servers: RolloutServers, config: SyncConfig, device: torch.device | str,
                  output_directory: Path | None = None):  # fmt: skip
         self.servers = servers
         self.config = config
         self.device = torch.device(device)
         self.output_directory = output_directory
-        self.control = Control(servers, config.sync_timeout, only_here=config.weight_sync == "ipc")
+        self.control = Control(servers, config.timeout, only_here=config.transport == "ipc")
         self._group: BroadcastGroup | None = None
         # A run that was killed while it pushed left its session open in servers that outlive it.
         self.control.tell("end_weight_update", {}, timeout=5)
@@ -75,7 +75,7 @@ class WeightSync:
         try:
             self._connect()
             self.control.await_idle()
-            if self.config.weight_sync == "disk":
+            if self.config.transport == "disk":
                 self._push_by_disk(named_tensors)
             else:
                 self._push_by_bucket(named_tensors)
@@ -136,13 +136,13 @@ class WeightSync:
 
     def _connect(self) -> None:
         """Whatever the transport needs and is not there yet: a process group with all servers, their sizes."""
-        if self.config.weight_sync == "distributed" and self._group is None:
+        if self.config.transport == "distributed" and self._group is None:
             self._group = self._form_group()
-        elif self.config.weight_sync == "ipc":
+        elif self.config.transport == "ipc":
             for url in self.control.urls:
                 if not is_local(url):
-                    raise RunError(f'rollout.weight_sync is "ipc", which hands over memory of this host, but {url} is '
-                                   'another host; choose "distributed" or "disk"')  # fmt: skip
+                    raise RunError(f'rollout.sync.transport is "ipc", which hands over memory of this host, but {url} '
+                                   'is another host; choose "distributed" or "disk"')  # fmt: skip
             self._sizes = self._tensor_parallel_sizes()
 
     def _tensor_parallel_sizes(self) -> list[int]:
@@ -154,7 +154,7 @@ class WeightSync:
         address = max(map(address_towards, self.control.urls), key=lambda a: not a.startswith("127."))
         # A group that was abandoned, by a killed run or by ours, may still be there when the next one forms.
         name = f"megatron_egrsd_weights_{secrets.token_hex(4)}"
-        group = BroadcastGroup(name, address, 1 + sum(sizes), self.device, self.config.sync_timeout)
+        group = BroadcastGroup(name, address, 1 + sum(sizes), self.device, self.config.timeout)
         bodies = [{"master_address": address, "master_port": group.port, "rank_offset": 1 + sum(sizes[:i]),
                    "world_size": group.world_size, "group_name": name, "backend": group.backend}
                   for i in range(len(sizes))]  # fmt: skip
@@ -163,8 +163,8 @@ class WeightSync:
 
     def _push_by_bucket(self, named_tensors: NamedTensors) -> None:
         self.control.on_all("begin_weight_update", {})
-        send = self._broadcast if self.config.weight_sync == "distributed" else self._hand_over
-        for bucket in buckets(named_tensors, self.config.sync_bucket_mib << 20):
+        send = self._broadcast if self.config.transport == "distributed" else self._hand_over
+        for bucket in buckets(named_tensors, self.config.bucket_mib << 20):
             send(bucket)
         self.control.on_all("end_weight_update", {})
 
@@ -194,7 +194,7 @@ class WeightSync:
             self.output_directory.mkdir(parents=True, exist_ok=True)
         directory = tempfile.mkdtemp(prefix="weight-sync-", dir=self.output_directory)
         try:
-            for i, bucket in enumerate(buckets(named_tensors, self.config.sync_bucket_mib << 20)):
+            for i, bucket in enumerate(buckets(named_tensors, self.config.bucket_mib << 20)):
                 tensors = {name: t.detach().cpu().contiguous() for name, t in bucket}
                 save_file(tensors, f"{directory}/model-{i:05d}.safetensors", {"format": "pt"})
             self.control.on_all("update_weights_from_disk", {"model_path": directory, "flush_cache": True})

@@ -12,7 +12,7 @@ _REASONS = {
     "skipped/loss": "the loss is not finite",
     "skipped/gradient": "the gradient is not finite",
     "skipped/disagreement": "SGLang's log-probs differ from the engine's by {difference:.3g} nats on average "
-    "(max_log_prob_difference = {limit:g}): it holds other weights, which rollout.verify_sync true would name, "
+    "(max_log_prob_difference = {limit:g}): it holds other weights, which rollout.sync.verify true would name, "
     "computes differently or, under rollout.staleness, is further behind than its updates should leave it",
 }
 

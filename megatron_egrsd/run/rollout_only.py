@@ -23,7 +23,7 @@ def rollout_only(config: Config, prompts: list[Prompt], tokenizer) -> None:
     if config.parallel.model_parallel > 1:
         raise BadArgument("debug rollout-only starts no training engine; run it without torchrun and parallel sizes")
     output, settings = Path(config.output), config.rollout
-    with RolloutServers(settings, config.model, config.seed, output / "logs") as servers:
+    with RolloutServers(settings.servers, config.model, config.seed, output / "logs") as servers:
         client = RolloutClient(servers, settings, [tokenizer.eos_token_id])
         sampler = Sampler(client, tokenizer, load_reward(config.data.reward, config.data.reward_timeout))
         log = RunLog(output, config.steps)

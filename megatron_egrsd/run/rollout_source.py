@@ -65,11 +65,11 @@ class LiveRollouts:
         self.ending = False
         rollout, output = config.rollout, Path(config.output)
         self.fleet = Fleet(rollout, config.model, engine, output, config.parallel.timeout)
-        self.placement: Placement = (Colocated if rollout.colocated else Separate)(self.fleet)
+        self.placement: Placement = (Colocated if rollout.servers.colocated else Separate)(self.fleet)
         if engine.is_first_rank:
             on_nodes = f" on each of {nodes} nodes" if (nodes := len(self.fleet.nodes)) > 1 else ""
-            launched = f"{rollout.engines} SGLang server(s){on_nodes}, log in {output / 'logs'}"
-            print(f"rollouts: {', '.join(rollout.urls) or launched}; starting takes up to a minute", flush=True)
+            launched = f"{rollout.servers.engines} SGLang server(s){on_nodes}, log in {output / 'logs'}"
+            print(f"rollouts: {', '.join(rollout.servers.urls) or launched}; starting takes up to a minute", flush=True)
         # The thread outlives the servers: a server that it starts again would die with it (rollout/launch_guard.py).
         self.thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sample-ahead"))
         stack.callback(self.fleet.close)

@@ -76,7 +76,7 @@ class Session:
     def resume(self) -> int:
         """Return the step to continue from: 0, or that of the checkpoint to resume, after loading and serving it."""
         if self.resumed is None:
-            if self.config.rollout.urls:  # servers that the user started may hold any weights
+            if self.config.rollout.servers.urls:  # servers that the user started may hold any weights
                 self.push_weights(0)
             return 0
         self.rollouts.placement.enter("training")

@@ -85,7 +85,7 @@ def test_busy_port(refused):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert str(port) in refused("--rollout.port", port)
+        assert str(port) in refused("--rollout.servers.port", port)
 
 
 def test_output_of_another_run(tmp_path, monkeypatch, capsys):

@@ -9,9 +9,9 @@ from tests.processes import kill
 from tests.ranks import run_ranks
 
 COLOCATED = {
-    "rollout.colocated": "true",
-    "rollout.weight_sync": "ipc",
-    "rollout.verify_sync": "true",
+    "rollout.servers.colocated": "true",
+    "rollout.sync.transport": "ipc",
+    "rollout.sync.verify": "true",
 }
 
 
@@ -20,7 +20,11 @@ COLOCATED = {
 @pytest.mark.parametrize(("transport", "parallel"), [("ipc", "tensor"), ("disk", "context")])
 def test_the_engine_is_away_while_sglang_samples(transport, parallel, tmp_path):
     """With evaluations and checkpoints between the phases, every weight arrives and every log-prob agrees."""
-    settings = COLOCATED | {"rollout.weight_sync": transport, "rollout.engines": 2, f"parallel.{parallel}": 2}
+    settings = COLOCATED | {
+        "rollout.sync.transport": transport,
+        "rollout.servers.engines": 2,
+        f"parallel.{parallel}": 2,
+    }
     settings |= {"parallel.distributed_optimizer": "true", "teacher.weights": "ema", "objective.kl_coef": 0.01}
     settings |= {"checkpoint.every": 2, "evaluation.every": 2, "optimizer.updates_per_batch": 2}
     done = run(tmp_path / "run", ranks=2, timeout=500, steps=4, **settings)

@@ -29,10 +29,10 @@ OVERRIDES = {
     "rollout.prompts_per_step": 8,
     "rollout.rollouts_per_prompt": 8,
     "rollout.max_response_tokens": 120,
-    "rollout.max_total_tokens": 16384,
-    "rollout.verify_sync": "true",
+    "rollout.servers.max_total_tokens": 16384,
+    "rollout.sync.verify": "true",
     "evaluation.rollouts_per_problem": 1,
-    "rollout.health_timeout": 30,  # after which the first host gives up the other one's server
+    "rollout.servers.health_timeout": 30,  # after which the first host gives up the other one's server
     "parallel.timeout": TIMEOUT,
 }
 
@@ -177,7 +177,7 @@ def test_two_hosts_give_the_numbers_of_one(hosts, tmp_path):
     steps = 3
     overrides = {
         **replayed(write_replay(tmp_path / "replay", steps)), "data.evaluation": "", "checkpoint.every": 1,
-        "rollout.prompts_per_step": PROMPTS, "rollout.rollouts_per_prompt": PER_PROMPT, "rollout.verify_sync": "false",
+        "rollout.prompts_per_step": PROMPTS, "rollout.rollouts_per_prompt": PER_PROMPT, "rollout.sync.verify": "false",
     }  # fmt: skip
     two = tmp_path / "two"
     for host in hosts:
@@ -220,7 +220,7 @@ def test_the_server_is_on_the_other_host(hosts, tmp_path):
 def test_every_host_serves_and_one_loses_its_server(hosts, placement, tmp_path):
     """The second host's server is killed; its host starts it again, and it takes part again."""
     output, steps = tmp_path / "run", 5
-    in_turns = {"rollout.colocated": "true", "rollout.weight_sync": "ipc"} if placement == "in turns" else {}
+    in_turns = {"rollout.servers.colocated": "true", "rollout.sync.transport": "ipc"} if placement == "in turns" else {}
     for host in hosts:
         host.train(output, steps, in_turns, TENSOR="2", NPROC_PER_NODE="2", GPUS_PER_NODE="3")
     wait_for(lambda: len(metrics(output)) == 1, hosts, 200)

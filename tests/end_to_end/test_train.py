@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = "examples/configs/tiny_cpu.yaml"
 SMALL = {
     "steps": 3, "rollout.prompts_per_step": 4, "rollout.rollouts_per_prompt": 4, "evaluation.rollouts_per_problem": 1,
-    "rollout.max_total_tokens": 16384, "dump_rollouts": "true", "rollout.max_response_tokens": 120,
+    "rollout.servers.max_total_tokens": 16384, "dump_rollouts": "true", "rollout.max_response_tokens": 120,
     "dump_scores": "true",
 }  # fmt: skip
 
@@ -126,9 +126,9 @@ def test_stopped_run_continues(tmp_path):
 def test_servers_given_by_url_serve_one_run_after_another(tmp_path):
     """They hold the last run's weights when the next one begins, which sends its own first."""
     config = parse_config(["--config", str(ROOT / CONFIG), "--model.path", str(ROOT / "examples/tiny/model")])
-    with RolloutServers(config.rollout, config.model, 0, tmp_path / "logs") as servers:
+    with RolloutServers(config.rollout.servers, config.model, 0, tmp_path / "logs") as servers:
         for name in ("first", "second"):
-            done = run(tmp_path / name, **{"rollout.urls": servers.urls, "evaluation.at_start": "false"})
+            done = run(tmp_path / name, **{"rollout.servers.urls": servers.urls, "evaluation.at_start": "false"})
             assert done.returncode == 0, done.stderr[-3000:]
             steps = [m for m in metrics(tmp_path / name) if "time/step" in m]
             trained = [m["sync/log_prob_difference"] for m in steps if "loss/policy" in m]
@@ -143,7 +143,7 @@ def test_tensor_and_pipeline_parallel_ranks_with_a_server_and_disk_sync(tmp_path
         "parallel.tensor": 2,
         "parallel.pipeline": 2,
         "parallel.sequence_parallel": "true",
-        "rollout.weight_sync": "disk",
+        "rollout.sync.transport": "disk",
     }
     done = run(tmp_path / "run", ranks=4, timeout=500, steps=2, **overrides)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -167,7 +167,7 @@ def test_mixture_of_experts_on_expert_parallel_ranks(tmp_path):
         "data.reward": "tests.end_to_end.test_train:even_length",
         "parallel.expert": 2,
         "parallel.distributed_optimizer": "true",
-        "rollout.verify_sync": "true",
+        "rollout.sync.verify": "true",
     }
     done = run(tmp_path / "run", ranks=2, timeout=500, steps=2, **overrides)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -182,7 +182,7 @@ def even_length(response: str, answer: str) -> float:
 
 @pytest.mark.timeout(200)
 def test_server_that_dies_at_start(tmp_path):
-    done = run(tmp_path / "run", timeout=150, **{"rollout.server_args": '{"no-such-flag": true}'})
+    done = run(tmp_path / "run", timeout=150, **{"rollout.servers.args": '{"no-such-flag": true}'})
     assert done.returncode == 1
     reason = [line for line in done.stderr.splitlines() if line.startswith("megatron-egrsd: error:")]
     assert len(reason) == 1 and "no-such-flag" in reason[0], done.stderr[-2000:]

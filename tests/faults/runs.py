@@ -27,7 +27,8 @@ class Run:
             "config": ROOT / "examples/configs/tiny_cpu.yaml", "model.path": MODEL, "output": output,
             "data.train": ROOT / "examples/tiny/train.jsonl", "data.evaluation": "",
             "rollout.prompts_per_step": PROMPTS, "rollout.rollouts_per_prompt": PER_PROMPT,
-            "rollout.max_total_tokens": 16384, "rollout.max_response_tokens": 100, "rollout.start_timeout": 150,
+            "rollout.servers.max_total_tokens": 16384, "rollout.max_response_tokens": 100,
+            "rollout.servers.start_timeout": 150,
             "checkpoint.every": 1, "resume": "auto", **overrides,
         }  # fmt: skip
         launcher = [sys.executable, "-m"]
@@ -156,7 +157,7 @@ def survive(output: Path, settings: dict) -> tuple[int, int, int]:
 
     Each start continues the last one. Returns the last steps before the kill, before the second and the third start.
     """
-    settings = {**settings, "parallel.tensor": 2, "dump_rollouts": "true", "rollout.start_timeout": 300}
+    settings = {**settings, "parallel.tensor": 2, "dump_rollouts": "true", "rollout.servers.start_timeout": 300}
     with Run(output, ranks=2, steps=40, **settings) as first:
         first.await_step(2, timeout=400)
         for process in first.find("rollout.launch")[:1]:
@@ -166,12 +167,12 @@ def survive(output: Path, settings: dict) -> tuple[int, int, int]:
         kill(first.ranks()[1], signal.SIGTERM)
         assert first.finish(120) == 0 and "resumable" in first.last_word(), first.text()
     stopped = max(steps(output))
-    with Run(output, ranks=2, steps=stopped + 30, **settings, **{"rollout.max_restarts": 0}) as second:
+    with Run(output, ranks=2, steps=stopped + 30, **settings, **{"rollout.servers.max_restarts": 0}) as second:
         second.await_step(stopped + 3, timeout=400)
         for process in second.find("rollout.launch")[:1]:
             kill(process)
         assert second.finish(120) == 1, second.text()
-        assert "rollout.max_restarts); resumable: step" in second.text()
+        assert "rollout.servers.max_restarts); resumable: step" in second.text()
         assert "never retrieved" not in second.log.read_text()
     ended = max(steps(output))
     with Run(output, ranks=2, steps=ended + 2, **settings) as third:

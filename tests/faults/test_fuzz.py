@@ -103,8 +103,9 @@ def scratch(tmp_path_factory):
 
 
 TINY = (ROOT / "examples/configs/tiny_cpu.yaml").read_bytes()
-WORDS = ["--seed", "--steps", "--output", "--rollout.urls", "--objective.mix", "--model", "--rollout.server_args",
-         "--x.y", "--resume", "--data", "--config", "--teacher.weights", "--help_", "--",
+WORDS = ["--seed", "--steps", "--output", "--rollout.servers.urls", "--objective.mix", "--model",
+         "--rollout.servers.args", "--rollout.server_args", "--x.y", "--resume",
+          "--data", "--config", "--teacher.weights", "--help_", "--",
          "--optimizer.lr+"]  # fmt: skip
 
 

@@ -8,15 +8,15 @@ from megatron_egrsd.errors import RunError
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import RolloutServers
 from tests.faults.proxy import FAULTS, FaultyProxy
-from tests.rollout.conftest import largest_difference, load_hf, rollout_config
+from tests.rollout.conftest import largest_difference, load_hf, rollout_config, servers_config
 
 pytestmark = pytest.mark.timeout(300)
 PROMPTS = [[5 + i] * (1 + 3 * i) for i in range(10)]
 
 
 def through(proxy, model, tmp_path, **overrides) -> RolloutClient:
-    config = rollout_config(urls=[proxy.url], request_timeout=20.0, **overrides)
-    return RolloutClient(RolloutServers(config, model, 0, tmp_path), config)
+    config = rollout_config(servers_config(urls=[proxy.url], request_timeout=20.0, **overrides))
+    return RolloutClient(RolloutServers(config.servers, model, 0, tmp_path), config)
 
 
 def test_every_response_arrives_once_whatever_happens_to_requests(servers, model, model_directory, chance, tmp_path):
@@ -35,16 +35,20 @@ def test_every_response_arrives_once_whatever_happens_to_requests(servers, model
 def test_a_fault_that_does_not_end_is_one_sentence(fault, servers, model, chance, tmp_path):
     with FaultyProxy(servers.urls[0], chance, 1.0, [fault]) as proxy:
         client = through(proxy, model, tmp_path, request_retries=2)
-        with pytest.raises(RunError, match=r"/generate failed.*3 attempts \(rollout.request_retries\)") as error:
+        with pytest.raises(
+            RunError, match=r"/generate failed.*3 attempts \(rollout.servers.request_retries\)"
+        ) as error:
             client.generate(PROMPTS[:2], 2)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 def test_a_server_that_never_answers_in_time(servers, model, chance, tmp_path):
     with FaultyProxy(servers.urls[0], chance, 1.0, ["delay"], patience=5.0) as proxy:
-        config = rollout_config(urls=[proxy.url], request_timeout=0.5, request_retries=1)
-        client = RolloutClient(RolloutServers(config, model, 0, tmp_path), config)
-        with pytest.raises(RunError, match=r"did not answer within rollout.request_timeout = 0.5 s; 2 attempts"):
+        config = rollout_config(servers_config(urls=[proxy.url], request_timeout=0.5, request_retries=1))
+        client = RolloutClient(RolloutServers(config.servers, model, 0, tmp_path), config)
+        with pytest.raises(
+            RunError, match=r"did not answer within rollout.servers.request_timeout = 0.5 s; 2 attempts"
+        ):
             client.generate(PROMPTS[:2], 2)
 
 

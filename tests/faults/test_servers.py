@@ -22,6 +22,7 @@ from tests.rollout.conftest import (
     named_tensors,
     processes_of_group,
     rollout_config,
+    servers_config,
 )
 
 PROMPTS = [[5 + i] * (1 + i) for i in range(8)]
@@ -32,9 +33,9 @@ class Fleet:
     """Servers with a client and a weight sync, used as run/rollout_source.py does."""
 
     def __init__(self, model, model_directory, logs, engines: int, **overrides):
-        self.config = rollout_config(engines=engines, health_timeout=HEALTH_TIMEOUT, **overrides)
-        self.servers = RolloutServers(self.config, model, 0, logs)
-        self.sync = WeightSync(self.servers, self.config, "cpu")
+        self.config = rollout_config(servers_config(engines=engines, health_timeout=HEALTH_TIMEOUT, **overrides))
+        self.servers = RolloutServers(self.config.servers, model, 0, logs)
+        self.sync = WeightSync(self.servers, self.config.sync, "cpu")
         self.client = RolloutClient(self.servers, self.config)
         self.hf = load_hf(model_directory)
         self.version = 0

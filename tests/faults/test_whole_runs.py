@@ -18,7 +18,7 @@ KINDS = (
     "kill trainer",
     "kill trainer, damage checkpoint",
 )
-SETTINGS = {"dump_rollouts": "true", "rollout.health_timeout": 25, "rollout.verify_sync": "true"}
+SETTINGS = {"dump_rollouts": "true", "rollout.servers.health_timeout": 25, "rollout.sync.verify": "true"}
 
 
 def strike(run: Run, kind: str) -> None:
@@ -90,12 +90,12 @@ def test_runs_survive_whatever_happens(chance, tmp_path):
 @pytest.mark.usefixtures("nothing_left")
 def test_too_many_lost_servers_end_the_run_with_a_checkpoint(tmp_path):
     output = tmp_path / "run"
-    with Run(output, steps=50, **SETTINGS, **{"rollout.max_restarts": 0, "checkpoint.every": 0}) as run:
+    with Run(output, steps=50, **SETTINGS, **{"rollout.servers.max_restarts": 0, "checkpoint.every": 0}) as run:
         run.await_step(2)
         strike(run, "kill server")
         assert run.finish(60) == 1
         word = run.last_word()
-    assert "the run gives up after 0 lost servers (rollout.max_restarts); resumable: step" in word
+    assert "the run gives up after 0 lost servers (rollout.servers.max_restarts); resumable: step" in word
     last = max(steps(output))
     with Run(output, steps=last + 1, **SETTINGS) as run:
         assert run.finish() == 0, run.text()

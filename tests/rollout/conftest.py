@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_egrsd.config import ModelConfig, RolloutConfig
+from megatron_egrsd.config import ModelConfig, RolloutConfig, ServersConfig, SyncConfig
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import RolloutServers
 from tests.models import make_qwen3
@@ -16,17 +16,23 @@ from tests.models import make_qwen3
 START_TIMEOUT = 150.0  # seconds; 20 on two idle cores
 
 
-def rollout_config(**overrides) -> RolloutConfig:
+def servers_config(**overrides) -> ServersConfig:
     defaults = {
         "max_total_tokens": 16384,
         "max_concurrent_requests": 64,
-        "max_response_tokens": 40,
         "start_timeout": START_TIMEOUT,
         "request_timeout": 60.0,
-        "sync_timeout": 20.0,
-        "sync_bucket_mib": 1,
     }
-    return RolloutConfig(**{**defaults, **overrides})
+    return ServersConfig(**{**defaults, **overrides})
+
+
+def sync_config(**overrides) -> SyncConfig:
+    return SyncConfig(**{"timeout": 20.0, "bucket_mib": 1, **overrides})
+
+
+def rollout_config(servers: ServersConfig | None = None, **overrides) -> RolloutConfig:
+    sections = {"servers": servers or servers_config(), "sync": sync_config()}
+    return RolloutConfig(**{"max_response_tokens": 40, **sections, **overrides})
 
 
 def processes_of_group(group: int) -> list[psutil.Process]:
@@ -61,7 +67,7 @@ def model(model_directory) -> ModelConfig:
 
 @pytest.fixture(scope="package")
 def servers(model, tmp_path_factory):
-    with RolloutServers(rollout_config(), model, 0, tmp_path_factory.mktemp("logs")) as running:
+    with RolloutServers(servers_config(), model, 0, tmp_path_factory.mktemp("logs")) as running:
         yield running
 
 

@@ -18,7 +18,7 @@ from megatron_egrsd.evaluation.evaluate import evaluate
 from megatron_egrsd.hf.convert import ToMegatron
 from megatron_egrsd.rollout.servers import RolloutServers
 
-from .conftest import START_TIMEOUT, rollout_config, wait_until
+from .conftest import START_TIMEOUT, servers_config, wait_until
 
 TINY = Path(__file__).parents[2] / "examples/tiny"
 PROBLEMS, K = 24, 4
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.timeout(600)
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     """A deterministic server with the tiny model."""
-    config = rollout_config(
-        max_total_tokens=65536, max_concurrent_requests=128, server_args={"enable_deterministic_inference": True}
+    config = servers_config(
+        max_total_tokens=65536, max_concurrent_requests=128, args={"enable_deterministic_inference": True}
     )
     logs = tmp_path_factory.mktemp("logs")
     with RolloutServers(config, ModelConfig(str(TINY / "model"), "float32"), 0, logs) as servers:
@@ -48,11 +48,11 @@ def problems(tmp_path_factory) -> Path:
 def words(problems: Path, output: Path, *more: str) -> list[str]:
     options = {
         "data.train": "-",
-        "evaluation.sets": json.dumps([str(problems)]),
+        "evaluation.benchmarks.sets": json.dumps([str(problems)]),
         "model.path": str(TINY / "model"),
         "model.dtype": "float32",
         "rollout.max_response_tokens": "240",
-        "rollout.start_timeout": str(START_TIMEOUT),
+        "rollout.servers.start_timeout": str(START_TIMEOUT),
         "evaluation.rollouts_per_problem": str(K),
         "output": str(output),
     }
@@ -60,7 +60,7 @@ def words(problems: Path, output: Path, *more: str) -> list[str]:
 
 
 def attached(url: str) -> list[str]:
-    return ["--rollout.urls", json.dumps([url])]
+    return ["--rollout.servers.urls", json.dumps([url])]
 
 
 def rows(output: Path) -> dict:
@@ -82,7 +82,7 @@ def numbers(output: Path) -> dict:
 
 def test_a_second_evaluation_gives_the_same_samples_and_scores(url, problems, whole, tmp_path):
     # Fewer requests at a time: other batches, the same samples.
-    evaluate(parse_config(words(problems, tmp_path, *attached(url), "--rollout.max_concurrent_requests", "7")))
+    evaluate(parse_config(words(problems, tmp_path, *attached(url), "--rollout.servers.max_concurrent_requests", "7")))
     assert rows(tmp_path) == rows(whole) and len(rows(whole)) == PROBLEMS * K
     assert numbers(tmp_path) == numbers(whole)
     few = numbers(whole)["few"]
@@ -102,7 +102,7 @@ def test_another_seed_gives_other_samples(url, problems, whole, tmp_path):
 
 def test_killed_and_resumed_it_gives_the_same_table(url, problems, whole, tmp_path, capsys):
     command = [sys.executable, "-m", "megatron_egrsd.cli", "evaluate", *words(problems, tmp_path, *attached(url))]
-    command += ["--rollout.max_concurrent_requests", "2"]
+    command += ["--rollout.servers.max_concurrent_requests", "2"]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
     file = tmp_path / "samples.jsonl"
     try:
@@ -120,7 +120,9 @@ def test_killed_and_resumed_it_gives_the_same_table(url, problems, whole, tmp_pa
     evaluate(parse_config(words(problems, tmp_path, *attached(url))))
     assert rows(tmp_path) == rows(whole) and numbers(tmp_path) == numbers(whole)
     table = capsys.readouterr().out
-    evaluate(parse_config(words(problems, tmp_path, "--rollout.urls", '["http://127.0.0.1:9"]')))  # needs no server
+    evaluate(
+        parse_config(words(problems, tmp_path, "--rollout.servers.urls", '["http://127.0.0.1:9"]'))
+    )  # needs no server
     assert capsys.readouterr().out.splitlines() == table.splitlines()[1:]
     evaluate(parse_config(words(problems, tmp_path, *attached(url), "--evaluation.rollouts_per_problem", "2")))
     assert numbers(tmp_path)["few"]["k"] == 2
@@ -148,8 +150,8 @@ def test_a_megatron_checkpoint_through_the_command_gives_what_the_original_gives
     output = tmp_path / "out"
     command = [sys.executable, "-m", "megatron_egrsd.cli", "evaluate", f"few={problems}"]
     options = words(problems, output, "--model.path", str(tmp_path / "megatron"))
-    at = options.index("--evaluation.sets")
-    options[at : at + 2] = ["--rollout.max_total_tokens", "65536"]
+    at = options.index("--evaluation.benchmarks.sets")
+    options[at : at + 2] = ["--rollout.servers.max_total_tokens", "65536"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "converting" in done.stdout and "accuracy (avg@k)" in done.stdout

@@ -8,7 +8,7 @@ from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import RolloutServers
 from tests.models import make_qwen3
-from tests.rollout.conftest import largest_difference, load_hf, rollout_config
+from tests.rollout.conftest import largest_difference, load_hf, rollout_config, servers_config
 
 pytestmark = pytest.mark.timeout(200)
 PROMPTS = [[5 + i] * (1 + 3 * i) for i in range(12)]  # ragged
@@ -30,7 +30,7 @@ def test_bf16_logits_are_not_rounded(tmp_path):
         direction = torch.randn(hf.config.hidden_size, generator=torch.Generator().manual_seed(0))
         hf.lm_head.weight += 20 * direction / direction.norm()
     hf.bfloat16().save_pretrained(tmp_path / "model")
-    with RolloutServers(rollout_config(), ModelConfig(str(tmp_path / "model"), "bfloat16"), 0, tmp_path) as servers:
+    with RolloutServers(servers_config(), ModelConfig(str(tmp_path / "model"), "bfloat16"), 0, tmp_path) as servers:
         answers = RolloutClient(servers, rollout_config()).generate(PROMPTS, 6)
     errors = []
     for prompt, group in zip(PROMPTS, answers, strict=True):
@@ -85,7 +85,7 @@ def test_a_refused_request_is_one_sentence(client):
 
 
 def test_request_timeout_is_an_error_and_the_server_lives_on(servers, client):
-    impatient = RolloutClient(servers, rollout_config(request_timeout=0.05))
-    with pytest.raises(RunError, match=r"did not answer within rollout.request_timeout = 0.05 s"):
+    impatient = RolloutClient(servers, rollout_config(servers_config(request_timeout=0.05)))
+    with pytest.raises(RunError, match=r"did not answer within rollout.servers.request_timeout = 0.05 s"):
         impatient.generate(PROMPTS, 4, max_new_tokens=400)
     assert client.generate([[5]], 1)

@@ -21,7 +21,15 @@ from megatron_egrsd.rollout.weight_sync import WeightSync
 from megatron_egrsd.sampling.batches import check_versions
 from megatron_egrsd.sampling.partial_batches import PartialBatches
 from megatron_egrsd.sampling.sampler import Sampler
-from tests.rollout.conftest import hf_log_probs, load_hf, named_tensors, rollout_config, wait_until
+from tests.rollout.conftest import (
+    hf_log_probs,
+    load_hf,
+    named_tensors,
+    rollout_config,
+    servers_config,
+    sync_config,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(200)
 PROMPTS = [[5 + i] * (1 + 3 * i) for i in range(8)]
@@ -36,7 +44,7 @@ def thread():
 
 @pytest.fixture(scope="module")
 def sync(servers):
-    sync = WeightSync(servers, rollout_config(), "cpu")
+    sync = WeightSync(servers, sync_config(), "cpu")
     yield sync
     sync.close()
 
@@ -72,7 +80,7 @@ def check(response: Generation, prompt: list[int], models: dict, stop: set[int],
 def test_every_token_is_of_the_weights_that_it_names(
     servers, sync, thread, model_directory, concurrency, stop, longest, n, seconds
 ):
-    config = rollout_config(max_response_tokens=longest, max_concurrent_requests=concurrency)
+    config = rollout_config(servers_config(max_concurrent_requests=concurrency), max_response_tokens=longest)
     client = RolloutClient(servers, config, sorted(stop))
     versions, most = iter(range(100, 400)), 0
     while most < 2:  # the machine's speed decides how far a phase gets: repeat until one stops in a response
@@ -131,11 +139,11 @@ def test_batches_of_a_run_whose_sampling_goes_on(servers, sync, thread, model, m
 def test_beginnings_outlive_their_servers(model, model_directory, thread, tmp_path):
     """Of two servers one is killed while it samples, and the other continues; then both are killed."""
     longest, stop = 450, {2}
-    config = rollout_config(engines=2, max_response_tokens=longest, start_timeout=300)
+    config = rollout_config(servers_config(engines=2, start_timeout=300), max_response_tokens=longest)
     responses, done, models, lost = [[NOTHING] * 8 for _ in PROMPTS], [], {}, []
     with contextlib.ExitStack() as stack:
-        servers = stack.enter_context(RolloutServers(config, model, 0, tmp_path))
-        sync = stack.enter_context(contextlib.closing(WeightSync(servers, config, "cpu")))
+        servers = stack.enter_context(RolloutServers(config.servers, model, 0, tmp_path))
+        sync = stack.enter_context(contextlib.closing(WeightSync(servers, config.sync, "cpu")))
         client = RolloutClient(servers, config, sorted(stop))
         for version in range(200, 260):
             models[version] = weights(model_directory, version)

@@ -13,7 +13,7 @@ from megatron_egrsd.rollout.ports import choose_ports
 from megatron_egrsd.rollout.router import servers_behind
 from megatron_egrsd.rollout.servers import RolloutServers
 from megatron_egrsd.rollout.weight_sync import WeightSync
-from tests.rollout.conftest import START_TIMEOUT, load_hf, named_tensors, rollout_config, wait_until
+from tests.rollout.conftest import START_TIMEOUT, load_hf, named_tensors, rollout_config, servers_config, wait_until
 
 pytestmark = pytest.mark.timeout(START_TIMEOUT + 60)
 
@@ -44,17 +44,17 @@ def _answers(url: str) -> bool:
 
 def test_a_router_without_servers_is_waited_for_and_then_named(router, model, tmp_path):
     with pytest.raises(RunError, match=f"the router at {router} knew no server within 1 s"):
-        RolloutServers(rollout_config(urls=[router], start_timeout=1.0), model, 0, tmp_path)
+        RolloutServers(servers_config(urls=[router], start_timeout=1.0), model, 0, tmp_path)
 
 
 def test_the_servers_behind_a_router_get_weights_and_requests(router, servers, model, model_directory, tmp_path):
-    config = rollout_config(urls=[router + "/", servers.urls[0]])
+    config = rollout_config(servers_config(urls=[router + "/", servers.urls[0]]))
     later = threading.Timer(1.0, lambda: httpx.post(f"{router}/workers", json={"url": servers.urls[0]}))
     later.start()
-    with RolloutServers(config, model, 0, tmp_path) as attached:
+    with RolloutServers(config.servers, model, 0, tmp_path) as attached:
         later.join()
         assert attached.urls == servers.urls  # once, though it was also named itself
-        WeightSync(attached, config, "cpu").push(named_tensors(load_hf(model_directory)), 3)
+        WeightSync(attached, config.sync, "cpu").push(named_tensors(load_hf(model_directory)), 3)
         answers = RolloutClient(attached, config).generate([[5, 6, 7]], 4)[0]
         assert [a.weight_version for a in answers] == [3] * 4
 

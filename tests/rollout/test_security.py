@@ -8,14 +8,21 @@ from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import RolloutServers
 from megatron_egrsd.rollout.weight_sync import WeightSync
-from tests.rollout.conftest import START_TIMEOUT, load_hf, named_tensors, processes_of_group, rollout_config
+from tests.rollout.conftest import (
+    START_TIMEOUT,
+    load_hf,
+    named_tensors,
+    processes_of_group,
+    rollout_config,
+    servers_config,
+)
 
 KEY = "sk-not-to-be-seen-anywhere"
 
 
 def test_a_key_variable_that_is_not_set_is_refused(model, tmp_path, monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
-    config = rollout_config(urls=["http://127.0.0.1:9"], api_key_variable="NO_SUCH_KEY")
+    config = servers_config(urls=["http://127.0.0.1:9"], api_key_variable="NO_SUCH_KEY")
     with pytest.raises(BadArgument, match="names NO_SUCH_KEY, but that variable is not set"):
         RolloutServers(config, model, 0, tmp_path)
 
@@ -24,12 +31,12 @@ def test_a_key_variable_that_is_not_set_is_refused(model, tmp_path, monkeypatch)
 def test_the_key_is_needed_and_stays_unseen_and_only_this_host_gets_in(model, model_directory, tmp_path, monkeypatch):
     monkeypatch.setenv("EGRSD_TEST_KEY", KEY)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")  # the training ranks', not the server's
-    config = rollout_config(api_key_variable="EGRSD_TEST_KEY")
-    with RolloutServers(config, model, 0, tmp_path) as servers:
+    config = rollout_config(servers_config(api_key_variable="EGRSD_TEST_KEY"))
+    with RolloutServers(config.servers, model, 0, tmp_path) as servers:
         url, group = servers.urls[0], processes_of_group(servers.servers[0].process.pid)
         assert all(process.environ().get("OMP_NUM_THREADS", "1") == "1" for process in group)
         assert len(RolloutClient(servers, config).generate([[5, 6]], 2)[0]) == 2
-        WeightSync(servers, config, "cpu").push(named_tensors(load_hf(model_directory)), 1)
+        WeightSync(servers, config.sync, "cpu").push(named_tensors(load_hf(model_directory)), 1)
         body = {"input_ids": [5], "sampling_params": {"max_new_tokens": 1}}
         assert httpx.post(f"{url}/generate", json=body, timeout=20).status_code == 401
         assert not any(KEY in " ".join(process.cmdline()) for process in group)

@@ -15,7 +15,7 @@ from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import RolloutServers
 from megatron_egrsd.rollout.weight_sync import WeightSync
-from tests.rollout.conftest import START_TIMEOUT, processes_of_group, rollout_config, wait_until
+from tests.rollout.conftest import START_TIMEOUT, processes_of_group, rollout_config, servers_config, wait_until
 
 pytestmark = pytest.mark.timeout(START_TIMEOUT + 60)
 
@@ -25,8 +25,8 @@ import sys, time
 from pathlib import Path
 from megatron_egrsd.config import ModelConfig
 from megatron_egrsd.rollout.servers import RolloutServers
-from tests.rollout.conftest import rollout_config
-with RolloutServers(rollout_config(), ModelConfig(sys.argv[1], "float32"), 0, Path(sys.argv[2]), wait=False) as servers:
+from tests.rollout.conftest import servers_config
+with RolloutServers(servers_config(), ModelConfig(sys.argv[1], "float32"), 0, Path(sys.argv[2]), wait=False) as servers:
     print(servers.servers[0].process.pid, flush=True)
     servers.await_health()
     print("healthy", flush=True)
@@ -65,11 +65,11 @@ def test_sigkill_of_the_trainer_leaves_nothing(trainer):
 
 
 def test_a_dying_server_is_noticed_and_close_leaves_nothing(model, tmp_path):
-    config = rollout_config(request_timeout=120.0, max_restarts=0)
-    with RolloutServers(config, model, 0, tmp_path) as servers:
+    config = rollout_config(servers_config(request_timeout=120.0, max_restarts=0))
+    with RolloutServers(config.servers, model, 0, tmp_path) as servers:
         server = servers.servers[0]
         group = server.process.pid
-        sync = WeightSync(servers, config, "cpu")
+        sync = WeightSync(servers, config.sync, "cpu")
         scheduler = next(p for p in processes_of_group(group) if "scheduler" in " ".join(p.cmdline()))
         threading.Timer(1.0, os.kill, (scheduler.pid, signal.SIGKILL)).start()
         start = time.monotonic()
@@ -87,23 +87,25 @@ def test_a_dying_server_is_noticed_and_close_leaves_nothing(model, tmp_path):
 
 
 def test_a_server_that_dies_at_start_says_why(model, tmp_path):
-    config = rollout_config(server_args={"load_format": "no_such_format"})
+    config = servers_config(args={"load_format": "no_such_format"})
     with pytest.raises(RunError, match=r"has ended \(exit code 2\): .*load-format.*invalid choice.*sglang-0\.log"):
         RolloutServers(config, model, 0, tmp_path)
 
 
 def test_start_timeout(model, tmp_path):
-    with pytest.raises(RunError, match=r"not healthy within 0.5 s \(rollout.start_timeout\); see .*sglang-0\.log"):
-        RolloutServers(rollout_config(start_timeout=0.5), model, 0, tmp_path)
+    with pytest.raises(
+        RunError, match=r"not healthy within 0.5 s \(rollout.servers.start_timeout\); see .*sglang-0\.log"
+    ):
+        RolloutServers(servers_config(start_timeout=0.5), model, 0, tmp_path)
 
 
 def test_missing_model_and_busy_port_start_nothing(model, tmp_path):
     with pytest.raises(BadArgument, match=r"model.path is '/no/such/model', but there is no config.json"):
-        RolloutServers(rollout_config(), ModelConfig("/no/such/model"), 0, tmp_path)
+        RolloutServers(servers_config(), ModelConfig("/no/such/model"), 0, tmp_path)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(BadArgument, match=rf"port {port} on 127.0.0.1 cannot be used"):
-            RolloutServers(rollout_config(port=port), model, 0, tmp_path)
+            RolloutServers(servers_config(port=port), model, 0, tmp_path)
     assert not list(tmp_path.iterdir())

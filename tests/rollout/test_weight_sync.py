@@ -16,7 +16,15 @@ from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.control import Control
 from megatron_egrsd.rollout.process_group import BroadcastGroup
 from megatron_egrsd.rollout.weight_sync import WeightSync
-from tests.rollout.conftest import largest_difference, load_hf, named_tensors, rollout_config, wait_until
+from tests.rollout.conftest import (
+    largest_difference,
+    load_hf,
+    named_tensors,
+    rollout_config,
+    servers_config,
+    sync_config,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(200)
 PROMPTS = [[7, 8, 9], [10] * 20, [11]]
@@ -25,7 +33,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture(scope="module")
 def sync(servers):
-    sync = WeightSync(servers, rollout_config(), "cpu")
+    sync = WeightSync(servers, sync_config(), "cpu")
     yield sync
     sync.close()
 
@@ -53,9 +61,9 @@ def test_new_weights_serve_the_next_rollouts(sync, client, model_directory):
 def test_what_a_client_gave_up_does_not_keep_weights_out(servers, model_directory):
     """SGLang continues a request for a moment after its client has gone, and refuses weights meanwhile."""
     tensors = named_tensors(load_hf(model_directory))
-    hasty = rollout_config(request_timeout=0.05, request_retries=0, max_concurrent_requests=1000)
+    hasty = rollout_config(servers_config(request_timeout=0.05, request_retries=0, max_concurrent_requests=1000))
     impatient = RolloutClient(servers, hasty)
-    sync = WeightSync(servers, rollout_config(), "cpu")
+    sync = WeightSync(servers, sync_config(), "cpu")
     for version in (1, 2, 3):
         with pytest.raises(RunError, match="did not answer within"):
             impatient.generate(PROMPTS * 4, 32, max_new_tokens=400)
@@ -69,7 +77,7 @@ from pathlib import Path
 from megatron_egrsd.rollout import weight_sync
 from megatron_egrsd.rollout.process_group import BroadcastGroup
 from megatron_egrsd.rollout.servers import RolloutServers
-from tests.rollout.conftest import load_hf, named_tensors, rollout_config
+from tests.rollout.conftest import load_hf, named_tensors, servers_config, sync_config
 
 url, model, transport, when = sys.argv[1:]
 
@@ -85,8 +93,8 @@ def one_by_one(tensors, size):
 weight_sync.buckets = one_by_one
 if when == "in a broadcast":
     BroadcastGroup.broadcast = die
-config = rollout_config(urls=[url], weight_sync=transport)
-weight_sync.WeightSync(RolloutServers(config, None, 0, Path()), config, "cpu").push(named_tensors(load_hf(model)), 9)
+servers = RolloutServers(servers_config(urls=[url]), None, 0, Path())
+weight_sync.WeightSync(servers, sync_config(transport=transport), "cpu").push(named_tensors(load_hf(model)), 9)
 """
 
 
@@ -96,7 +104,7 @@ def test_a_run_that_was_killed_while_it_pushed_can_be_continued(servers, model_d
     command = [sys.executable, "-c", _PUSH_AND_DIE, servers.urls[0], str(model_directory), transport, when]
     assert subprocess.run(command, cwd=Path(__file__).parents[2], timeout=100).returncode == -signal.SIGKILL
     hf = changed(model_directory, 9)
-    sync = WeightSync(servers, rollout_config(weight_sync=transport), "cpu")
+    sync = WeightSync(servers, sync_config(transport=transport), "cpu")
     sync.push(named_tensors(hf), 9)
     sync.verify(named_tensors(hf))
     sync.close()
@@ -104,7 +112,7 @@ def test_a_run_that_was_killed_while_it_pushed_can_be_continued(servers, model_d
 
 def test_disk_transport(servers, client, model_directory, tmp_path):
     hf = changed(model_directory, 3)
-    disk = WeightSync(servers, rollout_config(weight_sync="disk"), "cpu", tmp_path)
+    disk = WeightSync(servers, sync_config(transport="disk"), "cpu", tmp_path)
     disk.push(iter(named_tensors(hf)), 3)
     disk.verify(named_tensors(hf))
     disk.close()
@@ -117,7 +125,7 @@ def test_handles_to_shared_memory(servers, client, model_directory, monkeypatch)
     before, bodies = shared_memory(), []
     request = Control.request
     monkeypatch.setattr(Control, "request", lambda self, *a: bodies.append(str(a)) or request(self, *a))
-    ipc = WeightSync(servers, rollout_config(weight_sync="ipc"), "cpu")
+    ipc = WeightSync(servers, sync_config(transport="ipc"), "cpu")
     for version in (3, 4):
         hf = changed(model_directory, version)
         tensors = named_tensors(hf)
@@ -132,14 +140,14 @@ def test_handles_to_shared_memory(servers, client, model_directory, monkeypatch)
 def test_handles_for_another_host_are_refused(servers, monkeypatch):
     monkeypatch.setattr(weight_sync, "is_local", lambda url: False)
     with pytest.raises(RunError, match=r'weight_sync is "ipc", .* is another host; choose "distributed" or "disk"'):
-        WeightSync(servers, rollout_config(weight_sync="ipc"), "cpu")
+        WeightSync(servers, sync_config(transport="ipc"), "cpu")
 
 
 def test_too_little_shared_memory_is_one_sentence(servers, model_directory, monkeypatch):
     """Writing beyond it would end the process with SIGBUS."""
-    ipc = WeightSync(servers, rollout_config(weight_sync="ipc"), "cpu")
+    ipc = WeightSync(servers, sync_config(transport="ipc"), "cpu")
     monkeypatch.setattr(tensor_handles.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(RunError, match=r"/dev/shm has 0 MiB left .* lower rollout.sync_bucket_mib"):
+    with pytest.raises(RunError, match=r"/dev/shm has 0 MiB left .* lower rollout.sync.bucket_mib"):
         ipc.push(named_tensors(load_hf(model_directory)), 5)
     ipc.control.on_all("end_weight_update", {})
     ipc.close()
@@ -213,5 +221,5 @@ def test_servers_that_do_not_join_are_an_error_within_the_timeout(servers, monke
     monkeypatch.setattr(Control, "request", deaf)
     start = time.monotonic()
     with pytest.raises(RunError, match=r"weight group of 2 ranks did not form"):
-        WeightSync(servers, rollout_config(sync_timeout=3.0), "cpu")
+        WeightSync(servers, sync_config(timeout=3.0), "cpu")
     assert time.monotonic() - start < 10

@@ -1,9 +1,13 @@
 """parse_config: YAML and overrides, and one clear sentence for every mistake."""
 
+import functools
+import json
+
 import pytest
+import yaml
 
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig
-from megatron_egrsd.config_reader import parse_config, preset_objective, valid_keys
+from megatron_egrsd.config_reader import RENAMED, parse_config, preset_objective, valid_keys
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.load import needs_teacher
 
@@ -21,9 +25,11 @@ def parse_error(arguments):
 def test_yaml_with_overrides_the_later_one_wins(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("model: {path: a}\ndata: {train: b}\noptimizer:\n  lr: 1e-5\nsteps: 7\nobjective: {lookahead: 1}\n")
-    config = parse_config(["--config", str(file), "--objective.lookahead", "4", "--rollout.urls", "[http://h:1]"])
+    config = parse_config(
+        ["--config", str(file), "--objective.lookahead", "4", "--rollout.servers.urls", "[http://h:1]"]
+    )
     assert (config.steps, config.optimizer.lr, config.objective.lookahead) == (7, 1e-5, 4)
-    assert config.objective.mix == 0.5 and config.rollout.urls == ["http://h:1"]
+    assert config.objective.mix == 0.5 and config.rollout.servers.urls == ["http://h:1"]
     assert isinstance(config, Config) and isinstance(config.model, ModelConfig)
     assert parse_config(["--objective.lookahead", "4", "--config", str(file)]).objective.lookahead == 1
 
@@ -52,8 +58,8 @@ def test_yaml_with_overrides_the_later_one_wins(tmp_path):
         ([*PARTIAL, "--rollout.staleness", "-1"], ["rollout.staleness is -1"]),
         ([*PARTIAL, "--rollout.staleness", "1", "--rollout.dynamic_sampling", "1"], ["do not go together"]),
         (
-            [*PARTIAL, "--rollout.staleness", "1", "--rollout.server_args", '{"speculative-algorithm": "NGRAM"}'],
-            ["with speculative decoding", "rollout.server_args"],
+            [*PARTIAL, "--rollout.staleness", "1", "--rollout.servers.args", '{"speculative-algorithm": "NGRAM"}'],
+            ["with speculative decoding", "rollout.servers.args"],
         ),
         (["--rollout.extra_prompts", "1"], ["rollout.extra_prompts is 1", "0 without rollout.partial"]),
         ([*PARTIAL, "--rollout.staleness", "1", "--rollout.extra_prompts", "1"], ["extra_prompts is 1", "2 or more"]),
@@ -62,10 +68,13 @@ def test_yaml_with_overrides_the_later_one_wins(tmp_path):
             ["between 0 and rollout.prompts_per_"],
         ),
         (["--rollout.staleness", "1"], ["older weights", "set objective.importance_cap"]),
-        (["--rollout.colocated", "true"], ["rollout.weight_sync", "no two processes on one GPU"]),
-        (["--rollout.colocated", "true", "--rollout.urls", '["http://a:1"]'], ["empty rollout.urls"]),
+        (["--rollout.servers.colocated", "true"], ["rollout.sync.transport", "no two processes on one GPU"]),
         (
-            ["--rollout.colocated", "true", "--rollout.weight_sync", "ipc", "--rollout.staleness", "1"],
+            ["--rollout.servers.colocated", "true", "--rollout.servers.urls", '["http://a:1"]'],
+            ["empty rollout.servers.urls"],
+        ),
+        (
+            ["--rollout.servers.colocated", "true", "--rollout.sync.transport", "ipc", "--rollout.staleness", "1"],
             ["takes turns", "one of the two"],
         ),
         (["--parallel.context", "0"], ["parallel.context is 0; it must be positive"]),
@@ -153,7 +162,7 @@ def test_world_size_arithmetic(world, tensor, pipeline, context, prompts, expect
 
 def test_every_key_is_on_the_command_line():
     keys = valid_keys()
-    assert {"steps", "objective.lookahead", "rollout.server_args", "data.reward"} <= set(keys)
+    assert {"steps", "objective.lookahead", "rollout.servers.args", "data.reward"} <= set(keys)
     assert Config(ModelConfig("m"), DataConfig(train="t.jsonl")) == parse_config(BASE)
 
 
@@ -171,3 +180,30 @@ def test_every_key_is_on_the_command_line():
 def test_every_rank_gets_the_rows_that_its_products_want(parallel, multiple):
     """FP8 needs multiples of 32 rows on each of the context- and sequence-parallel ranks."""
     assert ParallelConfig(**parallel).token_multiple == multiple
+
+
+def test_old_keys_work_on_the_command_line_and_in_yaml(tmp_path):
+    default, values = parse_config(BASE), {}
+    for old, new in RENAMED.items():
+        kind = type(functools.reduce(getattr, new.split("."), default))
+        values[old] = {bool: True, int: 2, float: 7.5, list: ["x"], dict: {"x": 1}, str: "x"}[kind]
+    values |= {"rollout.weight_sync": "ipc", "evaluation.deterministic": False, "rollout.urls": []}
+    values["rollout.temperature"] = 0.5  # a key that keeps its name
+    tree = {section: {k.partition(".")[2]: v for k, v in values.items() if k.startswith(section)}
+            for section in ("rollout", "evaluation")}  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    words = [w for k, v in values.items() for w in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
+    config = parse_config(BASE + words)
+    assert config == parse_config([*BASE, "--config", str(tmp_path / "config.yaml")])
+    for old, value in values.items():
+        assert functools.reduce(getattr, RENAMED.get(old, old).split("."), config) == value
+
+
+def test_old_keys_stand_beside_new_ones_and_mistakes_name_the_new(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("rollout: {server_args: {a: 1}, port: 5, servers: {host: h}}\n")
+    servers = parse_config([*BASE, "--config", str(file), "--rollout.server_args.b", "2", "--rollout.urls=[u]"])
+    servers = servers.rollout.servers
+    assert (servers.args, servers.host, servers.port, servers.urls) == ({"a": 1, "b": 2}, "h", 5, ["u"])
+    assert parse_error([*BASE, "--rollout.port", "x"]).startswith("rollout.servers.port is 'x'")
+    assert "did you mean rollout.servers.args?" in parse_error([*BASE, "--parallel.server_args", "1"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_egrsd.cli import main
-from megatron_egrsd.config import DataConfig, EvaluationConfig
+from megatron_egrsd.config import BenchmarksConfig, DataConfig
 from megatron_egrsd.data import problems
 from megatron_egrsd.data.benchmarks import BENCHMARKS, load_sets
 from megatron_egrsd.errors import BadArgument, RunError
@@ -23,7 +23,7 @@ def row(index=0, **more):
 
 
 def load(*sets, data=None, **more):
-    return load_sets(EvaluationConfig(sets=list(sets), **more), data or DataConfig())
+    return load_sets(BenchmarksConfig(sets=list(sets), **more), data or DataConfig())
 
 
 def test_named_sets_come_from_the_directory():

@@ -34,7 +34,7 @@ def test_configurations_parse_and_their_batches_divide(path):
     for world in WORLDS[path.name]:
         assert config.check_world(world) * config.parallel.model_parallel == world
     # Every other rank waits in a collective for the first one's requests.
-    assert config.parallel.timeout > max(config.rollout.request_timeout, config.rollout.start_timeout)
+    assert config.parallel.timeout > max(config.rollout.servers.request_timeout, config.rollout.servers.start_timeout)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     assert path.name == "tiny_cpu.yaml" or longest <= config.parallel.max_tokens_per_microbatch
 
@@ -95,28 +95,32 @@ def test_a_node_of_eight_gpus(script, tensor, data_parallel, started):
     assert launch[:6] == ["--nnodes", "1", "--node-rank", "0", "--nproc-per-node", "4"]
     assert config.parallel.tensor == tensor and config.parallel.sequence_parallel
     assert config.check_world(4) == data_parallel
-    assert config.rollout.engines == 4 and config.rollout.server_args == {"base_gpu_id": 4}
+    assert config.rollout.servers.engines == 4 and config.rollout.servers.args == {"base_gpu_id": 4}
     assert (config.steps, config.objective.mix, config.objective.lookahead) == (7, 0.25, 5)
     assert config.model.path == TINY["MODEL"] and config.data.evaluation == ""
 
 
 def test_servers_of_two_gpus(started):
     _, config = started(RUN_8B, ENGINE_TENSOR="2")
-    assert config.rollout.engines == 2 and config.rollout.engine_tensor_parallel == 2
+    assert config.rollout.servers.engines == 2 and config.rollout.servers.tensor_parallel == 2
 
 
 def test_external_servers_leave_every_gpu_to_training(started):
     nodes = {"NNODES": "2", "SLURM_NODEID": "1", "MASTER_ADDR": "10.0.0.1", "PIPELINE": "2"}
     launch, config = started(RUN_8B, ROLLOUT_URLS="http://a:1,http://b:2", **nodes)
     assert launch[launch.index("--node-rank") + 1] == "1" and launch[launch.index("--nproc-per-node") + 1] == "8"
-    assert config.rollout.urls == ["http://a:1", "http://b:2"] and config.rollout.server_args == {}
+    assert config.rollout.servers.urls == ["http://a:1", "http://b:2"] and config.rollout.servers.args == {}
     assert config.check_world(16) == 2
 
 
 def test_colocated_servers_share_every_gpu_with_the_training_ranks(started):
     launch, config = started(RUN_8B, COLOCATED="1", ENGINE_TENSOR="2")
-    assert launch[launch.index("--nproc-per-node") + 1] == "8" and config.rollout.engines == 4
-    assert config.rollout.colocated and config.rollout.weight_sync == "ipc" and config.rollout.server_args == {}
+    assert launch[launch.index("--nproc-per-node") + 1] == "8" and config.rollout.servers.engines == 4
+    assert (
+        config.rollout.servers.colocated
+        and config.rollout.sync.transport == "ipc"
+        and config.rollout.servers.args == {}
+    )
 
 
 def test_long_responses_on_two_nodes(started):

@@ -138,7 +138,7 @@ def test_servers_that_cannot_hold_one_response(model):
 
 
 def test_colocated_ranks_say_what_waits_in_host_memory(model):
-    words = ["--rollout.colocated", "true", "--rollout.weight_sync", "ipc"]
+    words = ["--rollout.servers.colocated", "true", "--rollout.sync.transport", "ipc"]
     plan = resolve(config_8b(model("Qwen3-8B"), *words), PROMPTS, [], 8, 80 * GIB)
     [line] = [line for line in plan.lines if "in host memory" in line]
     held = 8_190_735_360 / 4 * (2 + 12 / 2) / GIB  # TP 4, DP 2: bf16 weights, a half of fp32 weights and moments
@@ -151,9 +151,9 @@ def test_ports_that_are_taken(model):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        plan = resolve(config_8b(model("Qwen3-8B"), "--rollout.port", str(port)), PROMPTS, [], 4)
+        plan = resolve(config_8b(model("Qwen3-8B"), "--rollout.servers.port", str(port)), PROMPTS, [], 4)
         assert any(f"port {port} on 127.0.0.1 cannot be used" in reason for reason in plan.refusals)
-    last = config_8b(model("Qwen3-4B"), "--rollout.port", "65535", "--rollout.engines", "2")
+    last = config_8b(model("Qwen3-4B"), "--rollout.servers.port", "65535", "--rollout.servers.engines", "2")
     assert any("leaves no ports for 2 servers" in reason for reason in resolve(last, PROMPTS, [], 4).refusals)
 
 

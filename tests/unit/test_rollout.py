@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_egrsd.config import ModelConfig, RolloutConfig
+from megatron_egrsd.config import ModelConfig, RolloutConfig, ServersConfig
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout import client as client_module
 from megatron_egrsd.rollout import generation
@@ -34,7 +34,7 @@ MODEL = ModelConfig("/models/tiny", "float32")
 
 
 def test_server_args_override_and_bare_flags():
-    config = RolloutConfig(server_args={"mem_fraction_static": 0.5, "random-seed": 9, "skip-server-warmup": False,
+    config = ServersConfig(args={"mem_fraction_static": 0.5, "random-seed": 9, "skip-server-warmup": False,
                                         "enable_metrics": True, "cuda_graph_bs": [1, 2]})  # fmt: skip
     words = server_command(config, MODEL, 3, 1234, "cuda")
     assert words[words.index("--mem-fraction-static") + 1] == "0.5"
@@ -57,20 +57,20 @@ def test_nccl_works_as_in_sglang_unless_the_user_says_otherwise(monkeypatch):
 
 def test_a_bf16_model_has_an_fp32_head():
     bf16 = ModelConfig("/models/tiny", "bfloat16")
-    assert "--enable-fp32-lm-head" in server_command(RolloutConfig(), bf16, 0, 1234, "cuda")
-    assert "--enable-fp32-lm-head" not in server_command(RolloutConfig(), MODEL, 0, 1234, "cuda")
-    without = RolloutConfig(server_args={"enable_fp32_lm_head": False})
+    assert "--enable-fp32-lm-head" in server_command(ServersConfig(), bf16, 0, 1234, "cuda")
+    assert "--enable-fp32-lm-head" not in server_command(ServersConfig(), MODEL, 0, 1234, "cuda")
+    without = ServersConfig(args={"enable_fp32_lm_head": False})
     assert "--enable-fp32-lm-head" not in server_command(without, bf16, 0, 1234, "cuda")
 
 
 def test_cpu_arguments():
-    words = server_command(RolloutConfig(max_total_tokens=100), MODEL, 0, 1234, "cpu")
+    words = server_command(ServersConfig(max_total_tokens=100), MODEL, 0, 1234, "cpu")
     assert words[words.index("--device") + 1] == "cpu"
     assert words[words.index("--max-total-tokens") + 1] == "100"
 
 
 def test_what_a_failed_push_leaves_half_done_is_one_loss(tmp_path):
-    config = RolloutConfig(urls=["http://a:1", "http://b:1"], max_restarts=2)
+    config = ServersConfig(urls=["http://a:1", "http://b:1"], max_restarts=2)
     servers = RolloutServers(config, MODEL, 0, tmp_path, wait=False)
     servers.attach(["http://c:1", "http://d:1"])
     servers.mark_lost(servers.servers[2], "c hangs")
@@ -80,7 +80,9 @@ def test_what_a_failed_push_leaves_half_done_is_one_loss(tmp_path):
     servers.mark_all_lost("nobody is left to lose")
     assert servers.restarts == 2 and servers.take_due() == []
     servers.rejoin()
-    with pytest.raises(RunError, match=r"b hangs; the run gives up after 2 lost servers \(rollout.max_restarts\)"):
+    with pytest.raises(
+        RunError, match=r"b hangs; the run gives up after 2 lost servers \(rollout.servers.max_restarts\)"
+    ):
         servers.mark_lost(servers.servers[1], "b hangs")
 
 
@@ -265,8 +267,8 @@ def test_torch_side_needs_no_sglang():
 
 def test_requests_in_flight_are_counted_by_server_and_fit_the_limit_of_files(tmp_path, monkeypatch):
     """A shell's limit of 1,024 files is raised as far as needed; if it cannot be, fewer requests are sent."""
-    config = RolloutConfig(urls=["http://a:1", "http://b:1", "http://c:1"], max_concurrent_requests=600)
-    client = RolloutClient(RolloutServers(config, MODEL, 0, tmp_path, wait=False), config)
+    config = ServersConfig(urls=["http://a:1", "http://b:1", "http://c:1"], max_concurrent_requests=600)
+    client = RolloutClient(RolloutServers(config, MODEL, 0, tmp_path, wait=False), RolloutConfig(servers=config))
     limits = {}
     monkeypatch.setattr(client_module.resource, "setrlimit", lambda kind, values: limits.update({kind: values}))
     for soft, hard, slots, raised in [

@@ -74,7 +74,7 @@ def _lane(
 ) -> None:
     """Runs from the queue until it is empty, all against one server: every run starts by sending it its weights."""
     try:
-        with RolloutServers(config.rollout, config.model, lane, output / "logs" / f"lane-{lane}") as servers:
+        with RolloutServers(config.rollout.servers, config.model, lane, output / "logs" / f"lane-{lane}") as servers:
             while not stop.is_set():
                 try:
                     setting, seed = todo.get_nowait()
@@ -107,7 +107,7 @@ def _train(setting: Setting, seed: int, path: Path, urls: list[str], stop: threa
     shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     words = ["--config", CONFIG, *setting.options, "--seed", str(seed), "--steps", str(STEPS)]
-    words += ["--output", str(path), "--rollout.urls", str(urls)]
+    words += ["--output", str(path), "--rollout.servers.urls", str(urls)]
     if seed == 0 and setting.name in DUMPED:
         words += ["--dump_scores", "true"]
     log = path.parent / f"seed-{seed}.log"

@@ -1,0 +1,58 @@
+"""Held-out evaluation, during training and by `megatron-egrsd evaluate`."""
+
+from dataclasses import dataclass, field
+
+from megatron_egrsd.config.check import require
+
+
+@dataclass(frozen=True)
+class BenchmarksConfig:
+    """Evaluation of a checkpoint by `megatron-egrsd evaluate`, which alone reads these keys.
+
+    Args:
+        sets: Names of benchmarks, files, or NAME=FILE (docs/guides/evaluation.md).
+        directory: Directory with the files of benchmarks: aime24.jsonl, gsm8k.parquet, ...
+        hub: Download a benchmark that is not in `directory` from the Hugging Face hub.
+        instruction: Text below every problem, such as "Please reason step by step, and put your final answer within
+            \\boxed{}."
+        deterministic: A seed for every sample, and SGLang's deterministic inference: an evaluation repeats itself,
+            interrupted or not. Slower on a GPU.
+        like: Hugging Face directory with config.json and tokenizer, if model.path is a Megatron checkpoint without.
+    """
+
+    sets: list[str] = field(default_factory=list)
+    directory: str = ""
+    hub: bool = False
+    instruction: str = ""
+    deterministic: bool = True
+    like: str = ""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation: avg@k at `temperature`, during training and by `megatron-egrsd evaluate`.
+
+    Args:
+        every: Steps between evaluations; the end is always evaluated. 0: only the end and, with `at_start`, the start.
+        at_start: Evaluate before the first step, too.
+        rollouts_per_problem: k of avg@k.
+        temperature: Sampling temperature.
+        top_p: Sample from the smallest set of tokens of this probability. This key and `top_k` are for `evaluate`.
+        top_k: Sample from the k most likely tokens; 0 from all.
+        benchmarks: The problems of `megatron-egrsd evaluate`, and how it samples.
+    """
+
+    every: int = 0
+    at_start: bool = True
+    rollouts_per_problem: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    benchmarks: BenchmarksConfig = field(default_factory=BenchmarksConfig)
+
+    def __post_init__(self):
+        require(self.every >= 0, "evaluation.every must not be negative")
+        require(self.rollouts_per_problem > 0, "evaluation.rollouts_per_problem must be positive")
+        require(self.temperature >= 0, "evaluation.temperature must not be negative")
+        require(0 < self.top_p <= 1, f"evaluation.top_p is {self.top_p}; it must lie in (0, 1]")
+        require(self.top_k >= 0, "evaluation.top_k must not be negative")

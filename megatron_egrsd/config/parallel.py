@@ -1,0 +1,100 @@
+"""The parallel layout of the training ranks."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_egrsd.config.check import require
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the training ranks split the model and the batch.
+
+    Args:
+        tensor: Tensor-parallel size (TP).
+        pipeline: Pipeline-parallel size (PP).
+        virtual_pipeline: Chunks of layers that a stage holds (VPP). With more than one, stages take turns more often
+            and wait less, for more communication and activations (interleaved 1F1B, Narayanan et al. 2021).
+        context: Context-parallel size (CP): as many ranks share each sequence of a micro-batch, for long responses.
+        expert: Expert-parallel size (EP): as many ranks of a stage share the experts of a mixture; TP splits none.
+        sequence_parallel: Split the activations outside attention and MLP over the TP ranks (SP).
+        distributed_optimizer: Shard the optimizer state over the data-parallel and context-parallel ranks.
+        max_tokens_per_microbatch: Token budget of one packed micro-batch on each context-parallel rank; a longer single
+            sample gets its own.
+        transformer_engine: Use Transformer Engine layers: always, never, or in bfloat16 where installed on a GPU. It
+            has no fused attention for fp32: all attention probabilities would be kept.
+        recompute: Recompute the activations of every layer in the backward pass.
+        overlap_grad_reduce: Reduce gradients over the data-parallel ranks while the last backward pass still runs.
+        megatron: Further fields of megatron-core's TransformerConfig that change how, not what it computes: fp8*,
+            recompute_*, cpu_offloading*, *_fusion. The plan does not count them.
+        timeout: Seconds a collective may take.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    max_tokens_per_microbatch: int = 16384
+    transformer_engine: Literal["auto", "always", "never"] = "auto"
+    recompute: bool = False
+    overlap_grad_reduce: bool = False
+    megatron: dict[str, Any] = field(default_factory=dict)
+    timeout: float = 1800.0
+
+    def __post_init__(self):
+        sizes = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
+        for name in (*sizes, "max_tokens_per_microbatch", "timeout"):
+            require(getattr(self, name) > 0, f"parallel.{name} is {getattr(self, name)}; it must be positive")
+        require(
+            not self.sequence_parallel or self.tensor > 1,
+            "parallel.sequence_parallel needs parallel.tensor > 1; set one of them",
+        )
+        require(
+            self.virtual_pipeline == 1 or self.pipeline > 1,
+            "parallel.virtual_pipeline divides the stages of a pipeline, but parallel.pipeline is 1; set one of them",
+        )
+
+    def wants_transformer_engine(self, dtype: str) -> bool:
+        """Whether to use Transformer Engine for a model of this type where it can be had."""
+        return self.transformer_engine == "always" or (self.transformer_engine == "auto" and dtype != "float32")
+
+    @property
+    def model_parallel(self) -> int:
+        """Ranks of one replica: they work on the same samples."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What a sequence's length is padded to a multiple of: each CP rank holds two chunks of it (data/zigzag.py)."""
+        return 2 * self.context if self.context > 1 else 1
+
+    @property
+    def token_multiple(self) -> int:
+        """What a micro-batch's tokens are padded to a multiple of, those of all context-parallel ranks together.
+
+        Sequence parallelism splits them over TP; FP8 products want 16 rows on every rank, in the MXFP8 recipe 32.
+        """
+        share = self.tensor if self.sequence_parallel else 1
+        return self.sequence_multiple * share * (32 if self.megatron.get("fp8") else 1)
+
+    def tokens_on_a_rank(self, length: int) -> int:
+        """What a context-parallel rank holds of a sequence of `length` tokens, padding included."""
+        return -(-length // self.sequence_multiple) * self.sequence_multiple // self.context
+
+    @property
+    def layer_chunks(self) -> int:
+        """Parts of equal size that the layers are divided into: the chunks of all stages."""
+        return self.pipeline * self.virtual_pipeline
+
+    @property
+    def interleaved(self) -> int | None:
+        """`virtual_pipeline` as megatron-core takes it: None for the plain 1F1B schedule, which has no chunks."""
+        return self.virtual_pipeline if self.virtual_pipeline > 1 else None
+
+    @property
+    def round_of_micro_batches(self) -> int:
+        """What their number is a multiple of: the interleaved schedule fills whole rounds."""
+        return self.pipeline if self.interleaved else 1

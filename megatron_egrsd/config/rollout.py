@@ -1,0 +1,178 @@
+"""Sampling, the SGLang servers that do it, and the weights that are sent to them."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_egrsd.config.check import require
+
+
+@dataclass(frozen=True)
+class ServersConfig:
+    """The SGLang servers, launched by the run or by the user.
+
+    Args:
+        urls: Servers that already run, or a router (sglang-router) for those behind it; empty launches `engines`
+            servers on every node.
+        engines: Servers to launch on each node.
+        tensor_parallel: Tensor-parallel size of each launched server.
+        colocated: The launched servers run on the GPUs of the training ranks, and the two take turns: what one needs
+            the other has moved to host memory, or freed, meanwhile. With sync.transport ipc or disk
+            (docs/guides/cluster.md).
+        host: Address the launched servers listen on; on other nodes than the first one, theirs towards it.
+        port: First port of the launched servers; 0 picks free ones.
+        cpu_threads: Threads of a launched server on CPU, whatever OMP_NUM_THREADS gives the training ranks. More than
+            there are idle cores make it many times slower.
+        max_concurrent_requests: Requests in flight for each server; what its memory does not hold waits there.
+        max_total_tokens: Size of a launched server's KV cache in tokens; 0 leaves it to SGLang.
+        args: Further SGLang launch arguments, without the leading dashes; true means a bare flag.
+        api_key_variable: Environment variable that holds the servers' API key; it is never written anywhere.
+        start_timeout: Seconds until a launched server must be healthy.
+        health_timeout: A server that has not been healthy for so many seconds while it generates counts as hung.
+        request_timeout: Seconds a generation request may take; less than parallel.timeout.
+        request_retries: Further attempts after a request that failed on a healthy server.
+        max_restarts: Server restarts allowed per run. A failed weight sync that takes down several servers counts as
+            one.
+    """
+
+    urls: list[str] = field(default_factory=list)
+    engines: int = 1
+    tensor_parallel: int = 1
+    colocated: bool = False
+    host: str = "127.0.0.1"
+    port: int = 0
+    cpu_threads: int = 1
+    max_concurrent_requests: int = 512
+    max_total_tokens: int = 0
+    args: dict[str, Any] = field(default_factory=dict)
+    api_key_variable: str = ""
+    start_timeout: float = 600.0
+    health_timeout: float = 120.0
+    request_timeout: float = 3600.0
+    request_retries: int = 3
+    max_restarts: int = 10
+
+    def __post_init__(self):
+        for name in (
+            "engines",
+            "tensor_parallel",
+            "cpu_threads",
+            "max_concurrent_requests",
+            "start_timeout",
+            "health_timeout",
+            "request_timeout",
+        ):
+            require(getattr(self, name) > 0, f"rollout.servers.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("max_restarts", "request_retries"):
+            require(getattr(self, name) >= 0, f"rollout.servers.{name} must not be negative")
+        require(
+            not (self.colocated and self.urls),
+            "rollout.servers.colocated shares GPUs with servers that the run launches; empty rollout.servers.urls",
+        )
+        require(0 <= self.port < 65536, f"rollout.servers.port is {self.port}; it must lie in [0, 65535]")
+
+
+@dataclass(frozen=True)
+class SyncConfig:
+    """How the servers get the weights.
+
+    Args:
+        transport: Over a process group from the first training rank; by handles to memory of a node's first rank,
+            which the servers of the same node open (CUDA IPC, shared memory on CPU); or through a directory on disk.
+        bucket_mib: Size of one broadcast bucket.
+        verify: Compare every weight in SGLang with the engine's after each synchronisation, bit by bit.
+        timeout: Seconds one weight synchronisation may take.
+    """
+
+    transport: Literal["distributed", "ipc", "disk"] = "distributed"
+    bucket_mib: int = 512
+    verify: bool = False
+    timeout: float = 600.0
+
+    def __post_init__(self):
+        for name in ("bucket_mib", "timeout"):
+            require(getattr(self, name) > 0, f"rollout.sync.{name} is {getattr(self, name)}; it must be positive")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling.
+
+    Args:
+        prompts_per_step: Prompts in one batch.
+        rollouts_per_prompt: Responses sampled for each prompt: the group of the advantage.
+        temperature: Sampling temperature; student and teacher are scored at the same one.
+        max_response_tokens: A response is cut here and then counts as unfinished.
+        dynamic_sampling: Rounds in which groups without a signal (all right or all wrong) are replaced by fresh
+            prompts before a batch is trained; 0 trains the batch as it came.
+        staleness: Updates that may lie between the weights that sample a token and those that it trains. 0 is exactly
+            on-policy; 1 samples the next batch while this one trains (docs/guides/overlap.md); more needs
+            `partial`.
+        partial: Partial rollouts: new weights do not wait for the responses in flight, which go on with them.
+        extra_prompts: Prompts in flight beyond one batch: as many may be carried over while others are trained. At most
+            `prompts_per_step`, and only if `partial` is set and `staleness` is 2 or more.
+        servers: The SGLang servers.
+        sync: How they get the weights.
+    """
+
+    prompts_per_step: int = 32
+    rollouts_per_prompt: int = 8
+    temperature: float = 1.0
+    max_response_tokens: int = 8192
+    dynamic_sampling: int = 0
+    staleness: int = 0
+    partial: bool = False
+    extra_prompts: int = 0
+    servers: ServersConfig = field(default_factory=ServersConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+
+    def __post_init__(self):
+        for name in ("prompts_per_step", "max_response_tokens"):
+            require(getattr(self, name) > 0, f"rollout.{name} is {getattr(self, name)}; it must be positive")
+        require(self.dynamic_sampling >= 0, "rollout.dynamic_sampling must not be negative")
+        require(
+            self.rollouts_per_prompt > 1,
+            "rollout.rollouts_per_prompt must be at least 2: the advantage compares the rollouts of one prompt",
+        )
+        require(self.temperature > 0, "rollout.temperature must be positive: on-policy sampling needs T > 0")
+        require(
+            self.staleness in (0, 1) or (self.partial and self.staleness > 1),
+            f"rollout.staleness is {self.staleness}; it must be 0 (on-policy) or 1 (the next batch is sampled while "
+            "this one trains), or more with rollout.partial",
+        )
+        require(
+            not self.partial or self.staleness > 0,
+            "rollout.partial continues responses with newer weights, but rollout.staleness is 0 and allows no older "
+            "ones; set rollout.staleness to 1 or more",
+        )
+        require(
+            not (self.partial and self.dynamic_sampling),
+            "rollout.partial and rollout.dynamic_sampling do not go together; set one of them",
+        )
+        require(
+            not (self.partial and any("speculative" in name for name in self.servers.args)),
+            "rollout.partial stops a response before SGLang has looked for its end among the tokens of its last step; "
+            "with speculative decoding those are many, so take it out of rollout.servers.args",
+        )
+        most = self.prompts_per_step if self.partial and self.staleness > 1 else 0
+        require(
+            0 <= self.extra_prompts <= most,
+            f"rollout.extra_prompts is {self.extra_prompts}; it must lie between 0 and rollout.prompts_per_step, and "
+            "be 0 without rollout.partial and a rollout.staleness of 2 or more, so that what is carried over fits into "
+            "one batch before it is too old",
+        )
+        if self.servers.colocated:
+            require(
+                self.sync.transport != "distributed",
+                'rollout.servers.colocated needs rollout.sync.transport "ipc" or "disk": NCCL takes no two processes '
+                "on one GPU",
+            )
+            require(
+                not self.staleness,
+                "rollout.servers.colocated takes turns on one set of GPUs, rollout.staleness samples while they train; "
+                "choose one of the two",
+            )
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """Responses in one batch."""
+        return self.prompts_per_step * self.rollouts_per_prompt

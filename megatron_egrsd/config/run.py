@@ -1,0 +1,133 @@
+"""The whole configuration of a run."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_egrsd.config.check import require
+from megatron_egrsd.config.evaluation import EvaluationConfig
+from megatron_egrsd.config.model import DataConfig, ModelConfig
+from megatron_egrsd.config.objective import ObjectiveConfig, TeacherConfig
+from megatron_egrsd.config.optimizer import OptimizerConfig
+from megatron_egrsd.config.parallel import ParallelConfig
+from megatron_egrsd.config.rollout import RolloutConfig
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Training checkpoints under output/checkpoints; any parallel layout can continue from them.
+
+    Args:
+        every: Steps between checkpoints, the last step included; 0 writes one only when the run is stopped.
+        keep: Newest checkpoints that are kept, besides the one with the best evaluation.
+        resume: "auto" continues from the newest intact checkpoint in output, from the start where there is none; a
+            directory continues from that checkpoint; empty starts a new run. `--resume` is short for it.
+    """
+
+    every: int = 0
+    keep: int = 2
+    resume: str = ""
+
+    def __post_init__(self):
+        require(self.every >= 0, "checkpoint.every must not be negative")
+        require(self.keep > 0, "checkpoint.keep must be positive")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run.
+
+    Args:
+        model: The student.
+        data: Problems and prompts.
+        objective: Token weights and loss.
+        teacher: Whose weights the teacher scores with.
+        rollout: Sampling and SGLang.
+        parallel: How the training ranks split model and batch.
+        optimizer: AdamW.
+        evaluation: Held-out evaluation.
+        checkpoint: Saving and resuming.
+        steps: Rollout batches to train on.
+        seed: Seed of the data order, of sampling and of the initial state of every random generator.
+        output: Directory of the run: metrics, logs, final Hugging Face checkpoint. Must not hold another run.
+        max_log_prob_difference: Largest mean |log-prob(engine) - log-prob(SGLang)| over a batch, in nats; beyond it the
+            two disagree and the update is skipped. null is 0.1, and 0.1 more for every update that rollout.staleness
+            lets lie between the two.
+        max_skipped_steps: Steps in a row that may be skipped (numbers that are not finite, or the disagreement above)
+            before the run ends; the rollouts of each are kept under output/skipped.
+        debug: "rollout-only" samples and rewards with the weights of model.path, without a training engine;
+            "train-only" trains on `replay`, without SGLang.
+        replay: Rollouts for "train-only", as dump_rollouts writes them: one file for every step, or a directory of
+            step_NNNNNN.jsonl.
+        dump_rollouts: Write every step's rollouts under output/rollouts.
+        dump_scores: Write what the objective saw and decided at every token under output/scores, for the token page
+            (docs/guides/report.md). Costs one more student pass a step and about 130 bytes a response token.
+    """
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    steps: int = 100
+    seed: int = 0
+    output: str = "runs/egrsd"
+    max_log_prob_difference: float | None = None
+    max_skipped_steps: int = 3
+    debug: Literal["", "rollout-only", "train-only"] = ""
+    replay: str = ""
+    dump_rollouts: bool = False
+    dump_scores: bool = False
+
+    def __post_init__(self):
+        require(self.steps > 0, f"steps is {self.steps}; it must be positive")
+        require(self.max_skipped_steps >= 0, "max_skipped_steps must not be negative")
+        require(
+            bool(self.replay) == (self.debug == "train-only"),
+            "replay and debug train-only go together: the one names the rollouts that the other trains on",
+        )
+        require(bool(self.data.train), "data.train is not set; give a .jsonl or .parquet file of problems")
+        require(
+            self.rollout.prompts_per_step % self.optimizer.updates_per_batch == 0,
+            f"rollout.prompts_per_step = {self.rollout.prompts_per_step} does not divide into "
+            f"optimizer.updates_per_batch = {self.optimizer.updates_per_batch} equal shares",
+        )
+        require(
+            not self.rollout.staleness or self.objective.importance_cap is not None,
+            "rollout.staleness trains on samples of older weights and needs the truncated importance weight that "
+            "corrects for it; set objective.importance_cap, for example to 2",
+        )
+
+    @property
+    def log_prob_limit(self) -> float:
+        """`max_log_prob_difference` in nats, or its default."""
+        if self.max_log_prob_difference is not None:
+            return self.max_log_prob_difference
+        return 0.1 * (1 + self.rollout.staleness)
+
+    def check_world(self, world_size: int) -> int:
+        """The data-parallel size for `world_size` ranks; BadArgument where the sizes do not divide."""
+        model_parallel = self.parallel.model_parallel
+        require(
+            world_size % model_parallel == 0,
+            f"{world_size} training ranks do not divide into replicas of parallel.tensor x parallel.pipeline x "
+            f"parallel.context = {self.parallel.tensor} x {self.parallel.pipeline} x {self.parallel.context} = "
+            f"{model_parallel} ranks; "
+            f"start a multiple of {model_parallel} with torchrun --nproc-per-node",
+        )
+        data_parallel = world_size // model_parallel
+        stage = world_size // self.parallel.pipeline
+        require(
+            stage % self.parallel.expert == 0,
+            f"parallel.expert = {self.parallel.expert} does not divide the {stage} ranks of a pipeline stage",
+        )
+        rollouts = self.rollout.rollouts_per_step // self.optimizer.updates_per_batch
+        require(
+            rollouts % data_parallel == 0,
+            f"one update trains {rollouts} rollouts (prompts x rollouts per prompt / updates per batch), which "
+            f"do not divide over {data_parallel} data-parallel ranks",
+        )
+        return data_parallel
