@@ -140,7 +140,7 @@ def test_samples_of_other_settings_are_refused(url, problems, whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_server_that_is_not_deterministic_is_refused(servers, problems, tmp_path):
-    with pytest.raises(BadArgument, match=r"evaluation\.deterministic false"):
+    with pytest.raises(BadArgument, match=r"evaluation\.benchmarks\.deterministic false"):
         evaluate(parse_config(words(problems, tmp_path, *attached(servers.urls[0]))))
 
 

@@ -49,7 +49,9 @@ def test_the_users_own_keys_come_first(tmp_path):
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_nothing_is_downloaded_unasked(name, monkeypatch, tmp_path):
     monkeypatch.setattr(problems, "_hub_rows", None)
-    with pytest.raises(BadArgument, match=r"would be downloaded .*--evaluation\.hub true, or name a file: \w+=FILE"):
+    with pytest.raises(
+        BadArgument, match=r"would be downloaded .*--evaluation\.benchmarks\.hub true, or name a file: \w+=FILE"
+    ):
         load(name, directory=str(tmp_path))
 
 

@@ -95,7 +95,7 @@ def test_free_ports_are_free_and_no_connection_takes_them():
         choose_ports("127.0.0.1", ports[7] - 2, 4)
     with pytest.raises(BadArgument, match=r"port 80 on 203\.0\.113\.1 cannot be used"):
         choose_ports("203.0.113.1", 80, 1)  # an address that no host here has
-    with pytest.raises(BadArgument, match=r"rollout\.host: no free port on 203\.0\.113\.1 \(Cannot assign"):
+    with pytest.raises(BadArgument, match=r"rollout\.servers\.host: no free port on 203\.0\.113\.1 \(Cannot assign"):
         choose_ports("203.0.113.1", 0, 1)
 
 
