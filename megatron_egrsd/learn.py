@@ -124,7 +124,7 @@ def score_teacher_and_student(
 
     One pass fills and drains the pipeline once instead of twice.
     """
-    if not (teachers and students and engine.config.teacher.weights == "live"):
+    if not (teachers and students and engine.teacher.weights == "live"):
         return BatchScores(
             engine.score(teachers, partition, "teacher") if teachers else None,
             engine.score(students, partition) if students else None,

@@ -6,9 +6,10 @@ into SGLang, checked by version (run/rollout_source.py). One step off, the next 
 """
 
 from megatron_egrsd.config import Config
-from megatron_egrsd.engine.engine import Engine
+from megatron_egrsd.engine.build import build_engine
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.learn import learn
+from megatron_egrsd.objectives.load import needs_teacher
 from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.rollout.process_group import use_sglangs_nccl_settings
 from megatron_egrsd.run.agreement import facts
@@ -33,7 +34,7 @@ def main(config: Config) -> None:
     if config.rollout.sync.transport == "distributed":
         use_sglangs_nccl_settings()
     with (
-        Engine(config, facts(config, prompts)) as engine,
+        build_engine(config, facts(config, prompts), needs_teacher=needs_teacher(config.objective)) as engine,
         Preemption() as preemption,
         open_session(config, engine, tokenizer, preemption) as session,
     ):

@@ -15,6 +15,7 @@ from megatron_egrsd.config import (
     RolloutConfig,
 )
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts
+from megatron_egrsd.objectives.load import needs_teacher
 from tests.ranks import run_ranks
 
 VOCAB = 61  # not a multiple of 8 x TP, so that every layout pads
@@ -56,13 +57,19 @@ def made_up_rollouts(seed: int = 0) -> list[Rollout]:
     return rollouts
 
 
+def open_engine(config, facts=None):
+    """Build the engine of `config`; only the processes of the ranks import megatron-core."""
+    from megatron_egrsd.engine.build import build_engine
+
+    return build_engine(config, facts, needs_teacher=needs_teacher(config.objective))
+
+
 def _train_on_rank(rank, world_size, config, path):
     """Take `config.steps` steps; (metrics of each step, final weights) on rank 0, None on the others."""
-    from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.learn import learn
 
     rollouts = load_rollouts(path)
-    with Engine(config) as engine:
+    with open_engine(config) as engine:
         metrics = [learn(engine, rollouts, config) for _ in range(config.steps)]
         weights = {name: tensor.clone().numpy() for name, tensor in engine.export_weights()}
     return (metrics, weights) if rank == 0 else None

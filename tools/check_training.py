@@ -25,7 +25,7 @@ import torch
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig, RolloutConfig
 from megatron_egrsd.data.packing import schedule
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout
-from megatron_egrsd.engine.engine import Engine
+from megatron_egrsd.engine.build import build_engine
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.learn import learn
 from megatron_egrsd.planning.memory import rank_memory
@@ -142,7 +142,7 @@ def check(name: str, dtype: str, directory: Path) -> Result:
     )
     gc.collect()
     differences, seconds = [], []
-    with Engine(config) as engine:
+    with build_engine(config, needs_teacher=True) as engine:
         for _ in range(STEPS):
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()

@@ -98,3 +98,25 @@ class ParallelConfig:
     def round_of_micro_batches(self) -> int:
         """What their number is a multiple of: the interleaved schedule fills whole rounds."""
         return self.pipeline if self.interleaved else 1
+
+    def check_world(self, world_size: int, rollouts_per_update: int) -> int:
+        """Return the data-parallel size for `world_size` ranks. Raises BadArgument if the sizes do not divide."""
+        require(
+            world_size % self.model_parallel == 0,
+            f"{world_size} training ranks do not divide into replicas of parallel.tensor x parallel.pipeline x "
+            f"parallel.context = {self.tensor} x {self.pipeline} x {self.context} = "
+            f"{self.model_parallel} ranks; "
+            f"start a multiple of {self.model_parallel} with torchrun --nproc-per-node",
+        )
+        data_parallel = world_size // self.model_parallel
+        stage = world_size // self.pipeline
+        require(
+            stage % self.expert == 0,
+            f"parallel.expert = {self.expert} does not divide the {stage} ranks of a pipeline stage",
+        )
+        require(
+            rollouts_per_update % data_parallel == 0,
+            f"one update trains {rollouts_per_update} rollouts (prompts x rollouts per prompt / updates per batch), "
+            f"which do not divide over {data_parallel} data-parallel ranks",
+        )
+        return data_parallel

@@ -108,26 +108,10 @@ class Config:
             return self.max_log_prob_difference
         return 0.1 * (1 + self.rollout.staleness)
 
+    @property
+    def rollouts_per_update(self) -> int:
+        return self.rollout.rollouts_per_step // self.optimizer.updates_per_batch
+
     def check_world(self, world_size: int) -> int:
-        """The data-parallel size for `world_size` ranks; BadArgument where the sizes do not divide."""
-        model_parallel = self.parallel.model_parallel
-        require(
-            world_size % model_parallel == 0,
-            f"{world_size} training ranks do not divide into replicas of parallel.tensor x parallel.pipeline x "
-            f"parallel.context = {self.parallel.tensor} x {self.parallel.pipeline} x {self.parallel.context} = "
-            f"{model_parallel} ranks; "
-            f"start a multiple of {model_parallel} with torchrun --nproc-per-node",
-        )
-        data_parallel = world_size // model_parallel
-        stage = world_size // self.parallel.pipeline
-        require(
-            stage % self.parallel.expert == 0,
-            f"parallel.expert = {self.parallel.expert} does not divide the {stage} ranks of a pipeline stage",
-        )
-        rollouts = self.rollout.rollouts_per_step // self.optimizer.updates_per_batch
-        require(
-            rollouts % data_parallel == 0,
-            f"one update trains {rollouts} rollouts (prompts x rollouts per prompt / updates per batch), which "
-            f"do not divide over {data_parallel} data-parallel ranks",
-        )
-        return data_parallel
+        """Return the data-parallel size for `world_size` ranks. Raises BadArgument if the sizes do not divide."""
+        return self.parallel.check_world(world_size, self.rollouts_per_update)

@@ -160,7 +160,7 @@ def load(engine: Engine, path: Path) -> int:
 
     Raises BadArgument where `path` does not belong to this model.
     """
-    sharded = engine.config.parallel.distributed_optimizer
+    sharded = engine.parallel.distributed_optimizer
     for optimizer in _distributed_optimizers(engine):
         _prepare_torch_adam(optimizer)
     try:
@@ -223,9 +223,9 @@ def _state(engine: Engine, step: int, *, loading: bool) -> dict:
         "optimizer": engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
         "scheduler": engine.scheduler.state_dict(),
         "step": step,
-        "distributed_optimizer": engine.config.parallel.distributed_optimizer,
+        "distributed_optimizer": engine.parallel.distributed_optimizer,
     }
-    if engine.config.teacher.weights == "ema" and engine.teacher_weights is not None:
+    if engine.teacher.weights == "ema" and engine.teacher_weights is not None:
         state["teacher"] = {i: {} for i in model}
         sharded = _sharded_chunks(engine, metadata, "teacher.")
         for (i, name), teacher in zip(_names(engine), engine.teacher_weights, strict=True):

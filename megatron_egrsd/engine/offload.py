@@ -1,28 +1,28 @@
-"""Device memory that is handed back while its contents wait in host memory: what colocated servers take turns with."""
+"""Hand device memory back while its contents wait in host memory, so that colocated servers can use it."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 
 
-class Shelf:
-    """Storages that are on their device or, between `put` and `take`, in host memory.
+class OffloadedStorages:
+    """Storages that are on their device or, between `offload` and `restore`, in host memory.
 
     Tensors and views keep their identity: a parameter, its slice in the optimizer and its place in a gradient buffer
     share one storage, which only loses its bytes for a while. Nothing may touch them meanwhile.
 
     Args:
-        tensors: What to put away, asked each time: Adam makes its moments at the first step.
-        contents: False for what is overwritten before it is read: its bytes are not kept.
+        tensors: Returns the tensors to offload; called each time, because Adam makes its moments at the first step.
+        contents: Whether to keep the bytes; not if they are overwritten before they are read.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[torch.Tensor]], contents: bool = True):
         self._tensors, self._contents = tensors, contents
-        self._hosts: dict[int, torch.Tensor] = {}  # kept from turn to turn: pinning memory takes longer than copying
-        self._put: list[tuple[torch.UntypedStorage, int]] = []
+        self._hosts: dict[int, torch.Tensor] = {}  # kept for the next time: pinning memory takes longer than copying
+        self._offloaded: list[tuple[torch.UntypedStorage, int]] = []
 
-    def put(self) -> None:
-        """Free the device memory. What is on the shelf already stays there."""
+    def offload(self) -> None:
+        """Free the device memory. Storages that are offloaded already stay so."""
         found = _storages(self._tensors())
         self._hosts = {key: host for key, host in self._hosts.items() if key in found}
         # One that numpy has looked at, which happens on CPU alone, can never be resized again: it stays.
@@ -32,18 +32,18 @@ class Shelf:
                 self._host(storage).copy_(_bytes(storage), non_blocking=True)
         _synchronize()  # the copies above, and whatever still reads what is about to be freed
         for storage in storages:
-            self._put.append((storage, storage.nbytes()))
+            self._offloaded.append((storage, storage.nbytes()))
             storage.resize_(0)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def take(self) -> None:
+    def restore(self) -> None:
         """Allocate the device memory again, with its contents."""
-        for storage, size in self._put:
+        for storage, size in self._offloaded:
             storage.resize_(size)
             if self._contents:
                 _bytes(storage).copy_(self._host(storage), non_blocking=True)
-        self._put.clear()
+        self._offloaded.clear()
         _synchronize()
 
     def _host(self, storage: torch.UntypedStorage) -> torch.Tensor:

@@ -1,6 +1,19 @@
-"""What one optimizer step reports: sums over the response tokens that it trained, and whether it was applied."""
+"""The result of an optimizer step: sums over the response tokens that it trained, and whether it was applied."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_egrsd.data.packing import MicroBatch
+
+# (log_prob [R], entropy [R], micro-batch) -> (loss to differentiate, TokenSums.values as detached scalars)
+LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+# A micro-batch's (loss, response tokens, sums), still on the device
+Output = tuple[torch.Tensor | float, int, dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -26,3 +39,27 @@ class Update:
     grad_norm: float = 0.0
     lr: float = 0.0
     micro_batches: int = 0
+
+
+def differentiate(
+    loss: LossFunction, output: torch.Tensor, batch: MicroBatch
+) -> tuple[torch.Tensor, torch.Tensor, Output]:
+    """Return the loss of a micro-batch, its number of tokens for megatron-core, and the values to sum later."""
+    tokens = batch.targets.numel()
+    if not batch.samples:  # padding alone: no loss, but this rank's backward pass must run in step with the others
+        return output.sum(), torch.tensor(0, dtype=torch.int), (0.0, 0, {})
+    value, sums = loss(output[0], output[1], batch)
+    return value, torch.tensor(tokens, dtype=torch.int), (value.detach(), tokens, sums)
+
+
+def sum_over_ranks(outputs: list[Output]) -> TokenSums:
+    """Sum over micro-batches and data-parallel ranks; the same result on every rank."""
+    own = TokenSums()
+    if parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0:
+        for loss, tokens, values in outputs:
+            own += TokenSums(float(loss), float(tokens), {name: float(value) for name, value in values.items()})
+    gathered = [own]
+    if dist.get_world_size() > 1:
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, own)
+    return sum(gathered, TokenSums())

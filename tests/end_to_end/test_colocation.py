@@ -7,6 +7,7 @@ from tests.end_to_end.test_train import descendants_with, metrics, run
 from tests.faults.runs import MODEL, ROOT, survive
 from tests.processes import kill
 from tests.ranks import run_ranks
+from tests.training import open_engine
 
 COLOCATED = {
     "rollout.servers.colocated": "true",
@@ -48,7 +49,6 @@ def test_faults_end_or_continue(tmp_path):
 
 def _kill_in_every_phase(rank, world_size, config) -> list[tuple[str, float]]:
     """Return (phase in which the server was killed, difference of the log-probs sampled after it)."""
-    from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.learn import learn
     from megatron_egrsd.planning.preflight import prepare
     from megatron_egrsd.run.preemption import Preemption
@@ -57,7 +57,7 @@ def _kill_in_every_phase(rank, world_size, config) -> list[tuple[str, float]]:
     prompts, _, tokenizer = prepare(config)
     seen = []
     with (
-        Engine(config) as engine,
+        open_engine(config) as engine,
         Preemption() as preemption,
         open_session(config, engine, tokenizer, preemption) as session,
     ):

@@ -15,6 +15,7 @@ from tests.end_to_end.test_overlap import CAP, assert_importance
 from tests.end_to_end.test_train import descendants_with, metrics, run
 from tests.faults.runs import PER_PROMPT, PROMPTS, rows, survive
 from tests.ranks import run_ranks
+from tests.training import open_engine
 
 PARTIAL = {
     "rollout.partial": "true", "rollout.staleness": 2, "rollout.extra_prompts": 3, "objective.importance_cap": CAP,
@@ -29,11 +30,10 @@ def dumped(output, step: int) -> list[Rollout]:
 def _log_probs(rank, world_size, output, versions: int) -> list[list[np.ndarray]]:
     """Return the engine's log-probs of every dumped response, by version: 0 the model, then the checkpoints."""
     from megatron_egrsd.engine import checkpoint
-    from megatron_egrsd.engine.engine import Engine
 
     rollouts = [r for step in range(1, versions + 1) for r in dumped(output, step)]
     sequences, found = [Sequence(r.prompt.student_ids, r.response_ids) for r in rollouts], []
-    with Engine(parse_config(["--config", str(output / "config.yaml")])) as engine:
+    with open_engine(parse_config(["--config", str(output / "config.yaml")])) as engine:
         for version in range(versions):
             if version:
                 checkpoint.load(engine, output / "checkpoints" / f"step_{version:06d}")

@@ -10,7 +10,7 @@ from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
-from tests.training import VOCAB, made_up_rollouts, training_config
+from tests.training import VOCAB, made_up_rollouts, open_engine, training_config
 
 LAYOUTS = {
     "TP1": (1, ParallelConfig(max_tokens_per_microbatch=256)),
@@ -30,11 +30,10 @@ def _spoiled(kind: str):
 
 
 def _train(rank, world_size, config, path, kind):
-    from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.learn import learn
 
     good, bad = load_rollouts(path / "good.jsonl"), load_rollouts(path / "bad.jsonl")
-    with Engine(config) as engine:
+    with open_engine(config) as engine:
         hook = None
         if kind == "gradient":  # the result of an overflow in one rank's backward pass
             first = next(p for p in engine.parameters() if p.requires_grad)
@@ -84,10 +83,9 @@ def test_a_bad_number_skips_the_update_on_all_ranks(kind, layout, tmp_path):
 
 
 def _poisoned(rank, world_size, config, path):
-    from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.learn import learn
 
-    with Engine(config) as engine:
+    with open_engine(config) as engine:
         with torch.no_grad():
             next(engine.parameters()).fill_(math.nan)
         return learn(engine, load_rollouts(path / "good.jsonl"), config)

@@ -9,13 +9,12 @@ from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.run.agreement import HINTS, facts
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
-from tests.training import VOCAB, training_config
+from tests.training import VOCAB, open_engine, training_config
 
 PROMPTS = [Prompt(Problem("a", "1 + 1", "2"), [1, 2], [1, 3, 2])]
 
 
 def _start(rank, world_size, config, name):
-    from megatron_egrsd.engine.engine import Engine
 
     own = facts(config, PROMPTS)
     if rank == 1 and name == "configuration":
@@ -25,7 +24,7 @@ def _start(rank, world_size, config, name):
     elif rank == 1 and name:
         own[name] = ("other", HINTS[name])
     try:
-        with Engine(config, own):
+        with open_engine(config, own):
             return ""
     except BadArgument as error:
         return str(error)

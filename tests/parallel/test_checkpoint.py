@@ -15,17 +15,16 @@ from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.errors import BadArgument
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
-from tests.training import VOCAB, assert_same_training, made_up_rollouts, training_config
+from tests.training import VOCAB, assert_same_training, made_up_rollouts, open_engine, training_config
 
 
 def _train(rank, world_size, config, rollouts, directory, start, stop):
     """Train steps start .. stop - 1 from a checkpoint to a checkpoint; returns (metrics, weights) of rank 0."""
     from megatron_egrsd.engine import checkpoint
-    from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.learn import learn
 
     rollouts = load_rollouts(rollouts)
-    with Engine(config) as engine:
+    with open_engine(config) as engine:
         if start:
             assert checkpoint.load(engine, checkpoint.complete(directory)[0]) == start
         metrics = [learn(engine, rollouts, config) for _ in range(start, stop)]
@@ -133,9 +132,8 @@ def test_old_checkpoints_go_and_the_best_stays(setting):
 
 def _save_four(rank, world_size, config, root):
     from megatron_egrsd.engine import checkpoint
-    from megatron_egrsd.engine.engine import Engine
 
-    with Engine(config) as engine:
+    with open_engine(config) as engine:
         for step in (1, 2, 3, 4):
             checkpoint.save(engine, root / "newest", step, keep=2)
             checkpoint.save(engine, root / "best", step, keep=2, best=step in (1, 2))
@@ -161,7 +159,6 @@ def test_the_other_optimizer_is_refused(saved):
 def _load_with_extra_states(rank, world_size, config, path):
     """Load a checkpoint without extra state into norms that ask for it, as Transformer Engine's do."""
     from megatron_egrsd.engine import checkpoint, model
-    from megatron_egrsd.engine.engine import Engine
 
     class Norm(model.RMSNorm):
         given = "nothing"
@@ -173,7 +170,7 @@ def _load_with_extra_states(rank, world_size, config, path):
             self.given = state
 
     model.RMSNorm = Norm
-    with Engine(config) as engine:
+    with open_engine(config) as engine:
         step = checkpoint.load(engine, path)
         return step, [m.given for m in engine.chunks[0].modules() if isinstance(m, Norm)]
 

@@ -21,6 +21,7 @@ from megatron_egrsd.data.packing import Sequence
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.mapping import hf_shapes
 from tests.published import PUBLISHED
+from tests.training import open_engine
 
 NARROW = {"hidden_size": 32, "head_dim": 8, "intermediate_size": 64, "moe_intermediate_size": 8, "vocab_size": 128}
 MICRO_BATCHES, LENGTH = 8, 16
@@ -76,7 +77,6 @@ def narrow(path: Path, name: str) -> Path:
 
 def run_one(config: Config, world_size: int, rank: int, monkeypatch) -> tuple[Calls, int]:
     """Score and train on one rank; returns (calls, micro-batches)."""
-    from megatron_egrsd.engine.engine import Engine
 
     init, new_group = dist.init_process_group, dist.new_group
     with monkeypatch.context() as patch:
@@ -84,7 +84,7 @@ def run_one(config: Config, world_size: int, rank: int, monkeypatch) -> tuple[Ca
         patch.setattr(dist, "rendezvous", lambda *_, **__: iter([(FakeStore(), rank, world_size)]))
         patch.setattr(dist, "init_process_group", lambda _, **kw: init("fake", **kw | {"store": FakeStore()}))
         patch.setattr(dist, "new_group", lambda *a, **kw: new_group(*a, **kw | {"backend": None}))
-        with Engine(config) as engine:
+        with open_engine(config) as engine:
             samples = MICRO_BATCHES * engine.data_parallel
             sequences = [Sequence([1] * 4, [2 + i % 7] * (LENGTH - 4)) for i in range(samples)]
             partition = engine.partition([len(s) for s in sequences])

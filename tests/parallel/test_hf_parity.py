@@ -8,6 +8,7 @@ from megatron_egrsd.config import Config, DataConfig, ModelConfig, ParallelConfi
 from megatron_egrsd.data.packing import Sequence
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
+from tests.training import open_engine
 
 TEMPERATURE = 0.7
 
@@ -21,7 +22,6 @@ def _sequences(vocab_size: int) -> list[Sequence]:
 
 def _score(rank, world_size, model, parallel, dtype):
     """Return (scores of this replica's samples, exported weights)."""
-    from megatron_egrsd.engine.engine import Engine
 
     config = Config(
         model=ModelConfig(path=str(model), dtype=dtype),
@@ -29,7 +29,7 @@ def _score(rank, world_size, model, parallel, dtype):
         rollout=RolloutConfig(temperature=TEMPERATURE),
         parallel=parallel,
     )
-    with Engine(config) as engine:
+    with open_engine(config) as engine:
         sequences = _sequences(engine.arch.vocab_size)
         scores = engine.score(sequences, engine.partition([len(s) for s in sequences]))
         weights = {k: v.clone() for k, v in engine.export_weights()}

@@ -10,7 +10,7 @@ from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.data.samples import save_rollouts
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
-from tests.training import VOCAB, assert_same_training, made_up_rollouts, run_training, training_config
+from tests.training import VOCAB, assert_same_training, made_up_rollouts, open_engine, run_training, training_config
 
 
 @pytest.fixture
@@ -69,15 +69,16 @@ def _score_both(rank, world_size, config, path):
     """Score teacher and student in one pass; returns (micro-batches per pass, largest difference to two passes)."""
     from megatron_egrsd.data.packing import Sequence
     from megatron_egrsd.data.samples import load_rollouts
-    from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.learn import score_teacher_and_student
 
     rollouts = load_rollouts(path)
     teachers = [Sequence(r.prompt.teacher_ids, r.response_ids) for r in rollouts]
     students = [Sequence(r.prompt.student_ids, r.response_ids) for r in rollouts]
-    with Engine(config) as engine:
-        passes, run = [], engine._run
-        engine._run = lambda batches, *args, **kwargs: passes.append(len(batches)) or run(batches, *args, **kwargs)
+    with open_engine(config) as engine:
+        passes, run = [], engine.passes.run
+        engine.passes.run = lambda batches, *args, **kwargs: (
+            passes.append(len(batches)) or run(batches, *args, **kwargs)
+        )
         partition = engine.partition([len(t) for t in teachers])
         found = score_teacher_and_student(engine, teachers, students, partition)
         found = found.teacher, found.student

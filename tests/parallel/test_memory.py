@@ -15,7 +15,7 @@ from megatron_egrsd.planning.memory import Placement, rank_memory
 from megatron_egrsd.planning.plan import checkpoint_bytes
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
-from tests.training import made_up_rollouts, training_config
+from tests.training import made_up_rollouts, open_engine, training_config
 
 # Sizes in multiples of 64, so that the distributed optimizer pads nothing but the end of its buffer.
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000}
@@ -62,12 +62,11 @@ def _measure(rank, world_size, config, path):
     """Return this rank's (resident bytes by name, peak bytes that step 2 adds, longest micro-batch, stage)."""
     from megatron.core import parallel_state
 
-    from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.engine.optimizer import parts
     from megatron_egrsd.learn import learn
 
     rollouts = load_rollouts(path)
-    with Engine(config) as engine:
+    with open_engine(config) as engine:
         learn(engine, rollouts, config)
         weights = list(engine.parameters())
         gradients = list(engine.gradients())
@@ -77,14 +76,14 @@ def _measure(rank, world_size, config, path):
         main = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         state += [p for p in main if p.untyped_storage().data_ptr() not in own]
         teacher = (engine.teacher_weights or []) + (engine.reference_weights or [])
-        lengths, micro_batches = [], engine._micro_batches
+        lengths, micro_batches = [], engine.passes.micro_batches
 
         def note(*args):
             batches = micro_batches(*args)
             lengths[:] = [batch.tokens.numel() for batch in batches]
             return batches
 
-        engine._micro_batches = note
+        engine.passes.micro_batches = note
         with LiveBytes([*weights, *gradients, *state, *teacher]) as live:
             learn(engine, rollouts, config)
         resident = {"weights": _bytes(weights), "gradients (fp32)": _bytes(gradients), "optimizer": _bytes(state),
@@ -165,10 +164,9 @@ def test_context_parallelism_divides_what_a_long_response_adds(tmp_path):
 
 def _checkpoint_bytes(rank, world_size, config, path, directory):
     from megatron_egrsd.engine import checkpoint
-    from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.learn import learn
 
-    with Engine(config) as engine:
+    with open_engine(config) as engine:
         learn(engine, load_rollouts(path), config)
         saved = checkpoint.save(engine, directory, 1, 2)
     return sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())

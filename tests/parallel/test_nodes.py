@@ -13,15 +13,15 @@ from megatron_egrsd.errors import RunError
 from megatron_egrsd.rollout.servers import ServersLost
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
+from tests.training import open_engine
 
 
 def _share(rank, world_size, config, per_node):
     """Return (node led, names, shapes and types of the stream, the rank's share for each size of a bucket)."""
-    from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.fleet.nodes import Nodes
 
     os.environ["LOCAL_RANK"] = str(rank % per_node)
-    with Engine(config) as engine:
+    with open_engine(config) as engine:
         nodes = Nodes(timeout=60)
         stream = [(n, tuple(t.shape), str(t.dtype)) for n, t in engine.export_weights(placeholders=True)]
         given = []

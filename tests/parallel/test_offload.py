@@ -7,10 +7,10 @@ import torch
 
 from megatron_egrsd.config import ModelConfig, ObjectiveConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
-from megatron_egrsd.engine.offload import Shelf, without
+from megatron_egrsd.engine.offload import OffloadedStorages, without
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
-from tests.training import made_up_rollouts, training_config
+from tests.training import made_up_rollouts, open_engine, training_config
 
 
 def _held(engine) -> int:
@@ -27,11 +27,10 @@ def _held(engine) -> int:
 
 def _train(rank, world_size, config, path, turns):
     """Return the final weights after three steps, with the engine offloaded between them if `turns`."""
-    from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.learn import learn
 
     rollouts = load_rollouts(path)
-    with Engine(config) as engine:
+    with open_engine(config) as engine:
         for _ in range(config.steps):
             if turns:
                 full, weights = _held(engine), {name: t.clone() for name, t in engine.export_weights()}
@@ -82,10 +81,10 @@ def test_training_is_the_same_bit_for_bit(name, tmp_path):
 def test_views_share_what_comes_back():
     whole = torch.arange(10.0)
     part = whole[2:5]
-    shelf = Shelf(lambda: [whole, part])
-    shelf.put()
+    storages = OffloadedStorages(lambda: [whole, part])
+    storages.offload()
     assert whole.untyped_storage().nbytes() == 0
-    shelf.take()
+    storages.restore()
     part += 1
     assert whole.tolist() == [0, 1, 3, 4, 5, 5, 6, 7, 8, 9]
     assert not without([part], [whole])
@@ -94,19 +93,19 @@ def test_views_share_what_comes_back():
 def test_what_numpy_has_seen_stays():
     whole = torch.arange(10.0)
     assert whole.numpy().sum() == 45
-    shelf = Shelf(lambda: [whole])
-    shelf.put()
-    shelf.take()
+    storages = OffloadedStorages(lambda: [whole])
+    storages.offload()
+    storages.restore()
     assert whole.sum() == 45
 
 
 def test_a_tensor_made_in_the_place_of_another_gets_its_own_copy():
     """A loaded checkpoint replaces Adam's moments, perhaps by tensors at the same address."""
     tensors = [torch.zeros(1000)]
-    shelf = Shelf(lambda: tensors)
+    storages = OffloadedStorages(lambda: tensors)
     for size in (1000, 500, 2000, 500):
         tensors[0] = None
         tensors[0] = torch.full((size,), float(size))
-        shelf.put()
-        shelf.take()
+        storages.offload()
+        storages.restore()
         assert torch.equal(tensors[0], torch.full((size,), float(size)))

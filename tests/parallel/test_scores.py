@@ -11,13 +11,12 @@ from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.report.scored_dump import gather_scores, load_scores, save_scores, scored_rollouts
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
-from tests.training import VOCAB, made_up_rollouts, training_config
+from tests.training import VOCAB, made_up_rollouts, open_engine, training_config
 from tests.unit.test_scores import TOKENIZER
 
 
 def _step(rank, world_size, config, rollouts, output):
     """Take one step and return its metrics; the scores go to `output` unless it is None."""
-    from megatron_egrsd.engine.engine import Engine
     from megatron_egrsd.learn import learn
 
     rollouts = load_rollouts(rollouts)
@@ -31,7 +30,7 @@ def _step(rank, world_size, config, rollouts, output):
             )
             save_scores(scored, output)
 
-    with Engine(config) as engine:
+    with open_engine(config) as engine:
         return learn(engine, rollouts, config, record if output else None)
 
 
