@@ -11,7 +11,8 @@ from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.fleet.nodes import Nodes
 from megatron_egrsd.rollout.process_group import address_towards
 from megatron_egrsd.rollout.servers import RolloutServers
-from megatron_egrsd.rollout.weight_sync import NamedTensors, WeightSync
+from megatron_egrsd.rollout.transports import NamedTensors
+from megatron_egrsd.rollout.weight_sync import WeightSync
 from megatron_egrsd.system import torchrun
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_egrsd.engine.distributed import exhaust, on_first_rank, to_the_end
 from megatron_egrsd.rollout.servers import ServersLost
 from megatron_egrsd.rollout.tensor_handles import flatten, unflatten
-from megatron_egrsd.rollout.weight_sync import NamedTensors, buckets
+from megatron_egrsd.rollout.transports import NamedTensors, buckets
 from megatron_egrsd.system import torchrun
 
 T = TypeVar("T")

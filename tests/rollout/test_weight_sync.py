@@ -74,9 +74,10 @@ def test_what_a_client_gave_up_does_not_keep_weights_out(servers, model_director
 _PUSH_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
-from megatron_egrsd.rollout import weight_sync
+from megatron_egrsd.rollout import transports
 from megatron_egrsd.rollout.process_group import BroadcastGroup
 from megatron_egrsd.rollout.servers import RolloutServers
+from megatron_egrsd.rollout.weight_sync import WeightSync
 from tests.rollout.conftest import load_hf, named_tensors, servers_config, sync_config
 
 url, model, transport, when = sys.argv[1:]
@@ -90,11 +91,11 @@ def one_by_one(tensors, size):
             die()
         yield [tensor]
 
-weight_sync.buckets = one_by_one
+transports.buckets = one_by_one
 if when == "in a broadcast":
     BroadcastGroup.broadcast = die
 servers = RolloutServers(servers_config(urls=[url]), None, 0, Path())
-weight_sync.WeightSync(servers, sync_config(transport=transport), "cpu").push(named_tensors(load_hf(model)), 9)
+WeightSync(servers, sync_config(transport=transport), "cpu").push(named_tensors(load_hf(model)), 9)
 """
 
 

@@ -26,8 +26,8 @@ from megatron_egrsd.rollout.process_group import use_sglangs_nccl_settings
 from megatron_egrsd.rollout.scratch import Scratch
 from megatron_egrsd.rollout.server_command import server_command
 from megatron_egrsd.rollout.servers import RolloutServers, Server, last_error
+from megatron_egrsd.rollout.transports import buckets
 from megatron_egrsd.rollout.weight_checksums import checksum, expected_checksums
-from megatron_egrsd.rollout.weight_sync import buckets
 from tests.processes import kill, kill_tree, tree
 
 MODEL = ModelConfig("/models/tiny", "float32")

@@ -1,0 +1,150 @@
+"""Transports of weights to the servers: a process group, handles to memory of this host, a temporary checkpoint."""
+
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from megatron_egrsd.errors import RunError
+from megatron_egrsd.rollout.control import Control
+from megatron_egrsd.rollout.process_group import BroadcastGroup, address_towards, is_local
+from megatron_egrsd.rollout.tensor_handles import Bucket, flatten, share
+
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
+
+
+class Transport:
+    """Sends weights to the servers of `control`, in buckets. The methods raise the errors of `Control.on_all`.
+
+    Args:
+        control: The servers, with the deadline of all requests.
+        bucket_bytes: Size of the buckets.
+        device: Device of the tensors when they are sent.
+        directory: Parent of temporary files; None for the system's temporary directory.
+    """
+
+    only_here: ClassVar[bool] = False  # whether it reaches only the servers that were launched on this node
+
+    def __init__(self, control: Control, bucket_bytes: int, device: torch.device, directory: Path | None):
+        self.control, self.bucket_bytes, self.device, self.directory = control, bucket_bytes, device, directory
+
+    def connect(self) -> None:
+        """Set up the connections that are missing; called before each push."""
+
+    def disconnect(self) -> None:
+        """Close the connections. Idempotent; raises nothing."""
+
+    def send(self, named_tensors: NamedTensors) -> None:
+        """Send all weights; every server holds them when this returns."""
+        self.control.on_all("begin_weight_update", {})
+        for bucket in buckets(named_tensors, self.bucket_bytes):
+            self._send_bucket(bucket)
+        self.control.on_all("end_weight_update", {})
+
+    def _send_bucket(self, bucket: Bucket) -> None:
+        raise NotImplementedError
+
+    def _tensor_parallel_sizes(self) -> list[int]:
+        return [self.control.request("GET", url, "server_info")["tp_size"] for url in self.control.urls]
+
+
+class Distributed(Transport):
+    """A process group of this process and all servers: one broadcast of flattened bytes per bucket."""
+
+    _group: BroadcastGroup | None = None
+
+    def connect(self) -> None:
+        self._group = self._group or self._form_group()
+
+    def disconnect(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            # First the servers' ends: it also ends a broadcast that was abandoned, which our end would wait for.
+            self.control.tell("destroy_weights_update_group", {"group_name": group.name}, timeout=5)
+            group.close()
+
+    def _form_group(self) -> BroadcastGroup:
+        sizes = self._tensor_parallel_sizes()
+        # One address for all servers: if one is elsewhere, not this host's loopback.
+        address = max(map(address_towards, self.control.urls), key=lambda a: not a.startswith("127."))
+        # A group that was abandoned, by a killed run or by ours, may still be there when the next one forms.
+        name = f"megatron_egrsd_weights_{secrets.token_hex(4)}"
+        group = BroadcastGroup(name, address, 1 + sum(sizes), self.device, self.control.timeout)
+        bodies = [{"master_address": address, "master_port": group.port, "rank_offset": 1 + sum(sizes[:i]),
+                   "world_size": group.world_size, "group_name": name, "backend": group.backend}
+                  for i in range(len(sizes))]  # fmt: skip
+        self.control.on_all("init_weights_update_group", bodies, meanwhile=lambda check: group.join())
+        return group
+
+    def _send_bucket(self, bucket: Bucket) -> None:
+        flat = flatten(bucket, self.device).view(torch.uint8)
+        announcement = {
+            "names": [name for name, _ in bucket],
+            "dtypes": [str(t.dtype).removeprefix("torch.") for _, t in bucket],
+            "shapes": [list(t.shape) for _, t in bucket],
+            "group_name": self._group.name,
+            "load_format": "flattened_bucket",
+            "flush_cache": True,  # the KV cache belongs to the old weights
+        }
+        send = partial(self._group.broadcast, flat, self.control.deadline)
+        self.control.on_all("update_weights_from_distributed", announcement, meanwhile=send)
+
+
+class Handles(Transport):
+    """Handles to memory of this host: the servers, on the same host, copy the tensors of each bucket themselves."""
+
+    only_here = True
+    _sizes: Sequence[int] = ()  # tensor-parallel size of each server
+
+    def connect(self) -> None:
+        for url in self.control.urls:
+            if not is_local(url):
+                raise RunError(f'rollout.sync.transport is "ipc", which hands over memory of this host, but {url} '
+                               'is another host; choose "distributed" or "disk"')  # fmt: skip
+        self._sizes = self._tensor_parallel_sizes()
+
+    def _send_bucket(self, bucket: Bucket) -> None:
+        handles, _buffer = share(bucket, self.device)  # the buffer lives until all servers have copied it
+        # Every tensor-parallel rank opens the same tensors and keeps its part of them.
+        bodies = [{"serialized_named_tensors": [handles] * size, "flush_cache": True} for size in self._sizes]
+        self.control.on_all("update_weights_from_tensor", bodies)
+
+
+class Disk(Transport):
+    """A temporary checkpoint, which the servers read; they must see its directory."""
+
+    def send(self, named_tensors: NamedTensors) -> None:
+        from safetensors.torch import save_file
+
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        directory = tempfile.mkdtemp(prefix="weight-sync-", dir=self.directory)
+        try:
+            for i, bucket in enumerate(buckets(named_tensors, self.bucket_bytes)):
+                tensors = {name: t.detach().cpu().contiguous() for name, t in bucket}
+                save_file(tensors, f"{directory}/model-{i:05d}.safetensors", {"format": "pt"})
+            self.control.on_all("update_weights_from_disk", {"model_path": directory, "flush_cache": True})
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+TRANSPORTS: dict[str, type[Transport]] = {"distributed": Distributed, "ipc": Handles, "disk": Disk}
+
+
+def buckets(named_tensors: NamedTensors, size: int) -> Iterator[Bucket]:
+    """Consecutive tensors of one type, together at most `size` bytes; a larger tensor comes alone."""
+    bucket, filled = [], 0
+    for name, tensor in named_tensors:
+        # One type a bucket keeps every tensor aligned within the flattened bytes.
+        if bucket and (filled + tensor.nbytes > size or tensor.dtype != bucket[0][1].dtype):
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append((name, tensor))
+        filled += tensor.nbytes
+    if bucket:
+        yield bucket
