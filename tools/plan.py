@@ -140,7 +140,7 @@ def _choices(arch: Architecture, machine: Machine, serving: int, training: int, 
 
 def _generate(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> tuple[float, int] | None:
     """(seconds, TP of a server) of sampling on `gpus`: the fastest TP whose KV cache holds a longest response."""
-    cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * 2  # bytes of a token
+    cache = arch.kv_cache_bytes(2)  # bytes of a token
     found = []
     for tensor in (1, 2, 4, 8):
         if gpus % tensor:

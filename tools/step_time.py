@@ -168,7 +168,7 @@ def decode_step_seconds(machine: Machine, arch: Architecture, tensor: int, runni
         share = 1 - (1 - arch.experts_per_token / arch.num_experts) ** running
         every = every - expert * arch.num_experts * (1 - share)
     head = arch.vocab_size * arch.hidden_size
-    cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * 2 * context * running
+    cache = arch.kv_cache_bytes(2) * context * running
     read = (2 * (every + head) + cache) / machine.memory_rate
     computed = 2 * (used + head) * running / machine.flops
     exchanged = 0.0

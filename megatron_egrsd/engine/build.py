@@ -13,7 +13,7 @@ def build_engine(config: Config, facts: Facts | None = None, *, needs_teacher: b
         config.optimizer,
         config.teacher,
         updates=config.steps * config.optimizer.updates_per_batch,
-        rollouts_per_update=config.rollout.rollouts_per_step // config.optimizer.updates_per_batch,
+        rollouts_per_update=config.rollouts_per_update,
         temperature=config.rollout.temperature,
         seed=config.seed,
         needs_teacher=needs_teacher,

@@ -111,6 +111,10 @@ class Architecture:
                 f"parallel.pipeline = {pipeline}{chunks} does not divide the model's {self.num_layers} layers"
             )
 
+    def kv_cache_bytes(self, itemsize: int, tensor: int = 1) -> int:
+        """Return the bytes of a token's keys and values on each of `tensor` GPUs, `itemsize` bytes an element."""
+        return 2 * self.num_layers * max(1, self.num_kv_heads // tensor) * self.head_dim * itemsize
+
     @property
     def num_parameters(self) -> int:
         """Number of parameters. Tied embeddings count once, padding does not count."""

@@ -19,7 +19,7 @@ from megatron_egrsd.config import Config, ParallelConfig
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.mapping import entries, hf_shapes
 from megatron_egrsd.objectives.load import needs_teacher
-from megatron_egrsd.vocab_parallel.linear import _CHUNK_ELEMENTS, _KEEP_BYTES
+from megatron_egrsd.vocab_parallel.linear import chunk_plan
 
 # CUDA context, cuBLAS workspaces, NCCL channels and the allocator's fragmentation. Assumed; no GPU has been measured.
 GPU_RUNTIME_BYTES = 4 << 30
@@ -231,8 +231,8 @@ def lm_head(arch: Architecture, tensor: int, tokens: int, b: int, place: Placeme
     """Return the bytes of vocab_parallel.linear in the backward pass of `tokens` response rows, by name."""
     columns = arch.padded_vocab_size(tensor) // tensor
     logit = 4 if place.gpu else b
-    chunk = min(max(1024, _CHUNK_ELEMENTS[place.device] // tokens // 64 * 64), columns)
-    kept = min(_KEEP_BYTES[place.device] // (tokens * chunk * logit) * chunk, columns)
+    chunk, kept_chunks = chunk_plan(place.device, tokens, columns, logit)
+    kept = min(kept_chunks * chunk, columns)
     buffer = min(chunk, columns - kept)
     cast = chunk * b if logit > b else 0  # the gradient of one chunk, in the type of the weights
     rows = tokens * arch.hidden_size

@@ -111,7 +111,7 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
 
         check_megatron(p)
         plan.add("", f"parallel.megatron ({', '.join(p.megatron)}) is not counted below")
-    per_update = r.rollouts_per_step // o.updates_per_batch
+    per_update = config.rollouts_per_update
     per_rank = per_update // data_parallel
     plan.add(
         "batch",
@@ -144,7 +144,7 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
 def _longest_micro_batch(config: Config, longest: int, ranks: int) -> int:
     """Return the tokens on one rank of the longest micro-batch if no sequence has more than `longest`."""
     p, share = config.parallel, config.parallel.tokens_on_a_rank(longest)
-    samples = config.rollout.rollouts_per_step // config.optimizer.updates_per_batch // (ranks // p.model_parallel)
+    samples = config.rollouts_per_update // (ranks // p.model_parallel)
     return max(share, min(p.max_tokens_per_microbatch, share * samples))
 
 
@@ -251,7 +251,7 @@ def _add_servers(plan: Plan, config: Config, arch: Architecture, prompts, gpu_me
         return
     b, tensor = getattr(torch, config.model.dtype).itemsize, r.tensor_parallel
     weights = arch.num_parameters * b // tensor
-    token = 2 * arch.num_layers * max(1, arch.num_kv_heads // tensor) * arch.head_dim * b
+    token = arch.kv_cache_bytes(b, tensor)
     share = float(r.args.get("mem_fraction_static", _SERVER_SHARE))
     longest = max(len(x.student_ids) for x in prompts) + config.rollout.max_response_tokens
     held = int(max(0, share * gpu_memory - weights) // token)

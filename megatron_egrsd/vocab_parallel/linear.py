@@ -60,20 +60,36 @@ def linear_log_prob_and_entropy(
     check_target(target, tokens_shape, "hidden's tokens", hidden.device, shard.vocab_size)
     if logits_dtype is None:
         logits_dtype = torch.float32 if hidden.is_cuda else hidden.dtype
-    if chunk_size is None:
-        held = _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 27)
-        chunk_size = max(1024, held // max(1, target.numel()) // 64 * 64)
-    if keep_bytes is None:
-        keep_bytes = _KEEP_BYTES.get(hidden.device.type, 0)
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
         keep_bytes = 0
-    chunk_size = min(chunk_size, shard.columns)
-    kept_chunks = keep_bytes // max(1, target.numel() * chunk_size * logits_dtype.itemsize)
+    chunk_size, kept_chunks = chunk_plan(
+        hidden.device.type, target.numel(), shard.columns, logits_dtype.itemsize, chunk_size, keep_bytes
+    )
     log_prob_N, entropy_N = _LinearLogProbAndEntropy.apply(
         hidden, weight, target.reshape(-1), shard, temperature, entropy_grad,
         chunk_size, sequence_ranks > 1, logits_dtype, kept_chunks,
     )  # fmt: skip
     return log_prob_N.view(target.shape), entropy_N.view(target.shape)
+
+
+def chunk_plan(
+    device_type: str,
+    tokens: int,
+    columns: int,
+    itemsize: int,
+    chunk_size: int | None = None,
+    keep_bytes: int | None = None,
+) -> tuple[int, int]:
+    """Return (columns of a chunk, number of chunks that are kept for backward) for logits [tokens, columns].
+
+    `itemsize` is in bytes an element; None stands for the defaults of `device_type`.
+    """
+    if chunk_size is None:
+        chunk_size = max(1024, _CHUNK_ELEMENTS.get(device_type, 1 << 27) // max(1, tokens) // 64 * 64)
+    if keep_bytes is None:
+        keep_bytes = _KEEP_BYTES.get(device_type, 0)
+    chunk_size = min(chunk_size, columns)
+    return chunk_size, keep_bytes // max(1, tokens * chunk_size * itemsize)
 
 
 def _check_operands(hidden, weight, chunk_size, logits_dtype) -> None:
