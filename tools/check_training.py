@@ -28,8 +28,7 @@ from megatron_egrsd.data.samples import Problem, Prompt, Rollout
 from megatron_egrsd.engine.build import build_engine
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.learn import learn
-from megatron_egrsd.planning.memory import rank_memory
-from megatron_egrsd.planning.plan import placement, readable
+from megatron_egrsd.planning.plan import memory_of_stages, placement, readable
 from megatron_egrsd.system.files import write_text
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny" / "model"
@@ -159,7 +158,7 @@ def check(name: str, dtype: str, directory: Path) -> Result:
     lengths = [len(r.prompt.student_ids) + len(r.response_ids) for r in rollouts]
     tokens = max(sum(lengths[i] for i in part) for part in schedule([lengths], budget, 1)[0])
     place = placement(config, None)
-    memory = rank_memory(config, arch, 1, 0, place, tokens=tokens)
+    (memory,) = memory_of_stages(config, arch, 1, place, tokens)
     predicted = memory.total - memory.resident.get("CUDA runtime", 0)
     # The first step builds and warms up.
     return Result(name, dtype, arch.num_parameters, sum(lengths), differences, statistics.median(seconds[1:]), peak,

@@ -33,7 +33,7 @@ from step_time import (
     update_seconds,
 )
 
-from megatron_egrsd.config import Config, DataConfig, ModelConfig, ParallelConfig, SyncConfig
+from megatron_egrsd.config import ParallelConfig, SyncConfig, TeacherConfig
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.memory import Placement, RankMemory, rank_memory, shard_shapes
@@ -192,10 +192,10 @@ def _shapes(arch, parallel, stage):
 
 def _memory(arch: Architecture, parallel: ParallelConfig, ranks: int) -> RankMemory:
     """The largest rank: the first stage has most micro-batches in flight, the last one the LM head."""
-    config = Config(ModelConfig(path="-"), DataConfig(train="-"), parallel=parallel)
-    stages = {0, parallel.pipeline - 1}
-    place, tokens = Placement(gpu=True, transformer_engine=True), parallel.max_tokens_per_microbatch
-    return max((rank_memory(config, arch, ranks, s, place, tokens=tokens) for s in stages), key=lambda m: m.total)
+    stages, place = {0, parallel.pipeline - 1}, Placement(gpu=True, transformer_engine=True)
+    sizes = {"tokens": parallel.max_tokens_per_microbatch, "itemsize": 2, "bucket_bytes": SyncConfig().bucket_mib << 20}
+    memory = (rank_memory(arch, parallel, ranks, stage, place, **sizes, teacher=TeacherConfig()) for stage in stages)
+    return max(memory, key=lambda m: m.total)
 
 
 _COLUMNS = ("model", "GPUs", "rollouts", "serving", "training", "a GPU", "generate", "score", "train", "sync", "step",

@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_egrsd.config import Config, ParallelConfig
+from megatron_egrsd.config import ParallelConfig, TeacherConfig
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.mapping import entries, hf_shapes
-from megatron_egrsd.objectives.load import needs_teacher
 from megatron_egrsd.vocab_parallel.linear import chunk_plan
 
 # CUDA context, cuBLAS workspaces, NCCL channels and the allocator's fragmentation. Assumed; no GPU has been measured.
@@ -96,14 +95,35 @@ def _one_layer(arch: Architecture, tensor: int, expert: int) -> dict[str, torch.
 
 
 def rank_memory(
-    config: Config, arch: Architecture, world_size: int, stage: int, place: Placement, *, tokens: int
+    arch: Architecture,
+    parallel: ParallelConfig,
+    world_size: int,
+    stage: int,
+    place: Placement,
+    *,
+    tokens: int,
+    itemsize: int,
+    bucket_bytes: int,
+    teacher: TeacherConfig,
+    needs_teacher: bool = True,
+    needs_reference: bool = False,
 ) -> RankMemory:
-    """Return the bytes of a rank of pipeline stage `stage` for micro-batches of at most `tokens` tokens on a rank."""
-    parallel = config.parallel
-    b = getattr(torch, config.model.dtype).itemsize
+    """Return the bytes of a rank of pipeline stage `stage` for micro-batches of at most `tokens` tokens on a rank.
+
+    Args:
+        itemsize: Bytes of a weight.
+        bucket_bytes: Size of a bucket of the weight sync.
+        teacher: The weights that the teacher scores with, kept if `needs_teacher` and if they are not the current ones.
+        needs_reference: Whether the initial weights are kept, for a KL penalty.
+    """
+    b = itemsize
     chunks = shard_shapes(arch, parallel, stage)
     replicas = world_size // (parallel.tensor * parallel.pipeline)  # of a weight: context parallelism splits none
-    resident = _resident(config, chunks, world_size // parallel.pipeline, b)
+    resident = _resident(chunks, parallel, world_size // parallel.pipeline, b)
+    if needs_teacher and teacher.weights != "live":
+        resident[f"teacher ({teacher.weights})"] = _numel(chunks) * (4 if teacher.weights == "ema" else b)
+    if needs_reference and "teacher (frozen)" not in resident:
+        resident["initial weights (KL)"] = _numel(chunks) * b
     if place.gpu:
         resident["CUDA runtime"] = GPU_RUNTIME_BYTES
 
@@ -125,41 +145,35 @@ def rank_memory(
     phases = {"backward pass of the layers": activations | backward}
     if is_last:
         phases["backward pass of the LM head"] = activations | head
-    phases["optimizer step"] = {"temporaries": _adam_temporaries(chunks, config, replicas, place)}
-    if config.teacher.weights == "ema" and b < 4:
+    phases["optimizer step"] = {"temporaries": _adam_temporaries(chunks, parallel, replicas, place)}
+    if teacher.weights == "ema" and b < 4:
         phases["scoring"] = {"teacher in the type of the weights": _numel(chunks) * b,
                              "one layer": tokens * layer}  # fmt: skip
     rank = stage * (world_size // parallel.pipeline)
     if rank == 0:
         largest = arch.padded_vocab_size(parallel.tensor) * arch.hidden_size * b
-        bucket = min(config.rollout.sync.bucket_mib << 20, arch.num_parameters * b)
+        bucket = min(bucket_bytes, arch.num_parameters * b)
         phases["weight sync"] = {"a bucket's tensors and the next one": bucket + largest,
                                  "flat copy": max(bucket, largest)}  # fmt: skip
     return RankMemory(rank, stage, resident, phases)
 
 
-def _resident(config: Config, chunks: list[dict[str, torch.Size]], stage_ranks: int, b: int):
-    """Return the bytes of weights, gradients, optimizer state and the teacher's own weights.
+def _resident(chunks: list[dict[str, torch.Size]], parallel: ParallelConfig, stage_ranks: int, b: int):
+    """Return the bytes of weights, gradients and optimizer state.
 
     Source: megatron-core's _ParamAndGradBuffer (fp32 gradients, grad_reduce_in_fp32), its Float16 and distributed
-    optimizers (an fp32 copy of weights that are not fp32, two fp32 moments), Engine.__init__ (teacher).
+    optimizers (an fp32 copy of weights that are not fp32, two fp32 moments).
     """
     weights = gradients = optimizer = 0
-    sharded = config.parallel.distributed_optimizer
-    replicas = {False: stage_ranks // config.parallel.tensor, True: stage_ranks // config.parallel.expert}
+    sharded = parallel.distributed_optimizer
+    replicas = {False: stage_ranks // parallel.tensor, True: stage_ranks // parallel.expert}
     for shapes, (experts, ranks) in itertools.product(chunks, replicas.items()):
         sizes = [math.prod(s) for name, s in shapes.items() if (".local_experts." in name) == experts]
         buffer = _buffer_numel(sizes, ranks) if sharded else sum(sizes)
         weights += buffer * b
         gradients += buffer * 4
         optimizer += (buffer // ranks if sharded else buffer) * (8 + (4 if b < 4 else 0))
-    result = {"weights": weights, "gradients (fp32)": gradients, "optimizer": optimizer}
-    if config.teacher.weights != "live" and needs_teacher(config.objective):
-        ema = config.teacher.weights == "ema"
-        result[f"teacher ({config.teacher.weights})"] = _numel(chunks) * (4 if ema else b)
-    if config.objective.kl_coef and "teacher (frozen)" not in result:
-        result["initial weights (KL)"] = _numel(chunks) * b
-    return result
+    return {"weights": weights, "gradients (fp32)": gradients, "optimizer": optimizer}
 
 
 def _buffer_numel(sizes: list[int], data_parallel: int) -> int:
@@ -243,13 +257,15 @@ def lm_head(arch: Architecture, tensor: int, tokens: int, b: int, place: Placeme
     }
 
 
-def _adam_temporaries(chunks: list[dict[str, torch.Size]], config: Config, replicas: int, place: Placement) -> int:
+def _adam_temporaries(
+    chunks: list[dict[str, torch.Size]], parallel: ParallelConfig, replicas: int, place: Placement
+) -> int:
     """Return the bytes that AdamW allocates: none if fused (Transformer Engine), else torch's square roots.
 
     torch's AdamW updates all parameters at once on a GPU, and one by one with two temporaries on a CPU.
     """
     owned, largest = _numel(chunks), max(math.prod(s) for shapes in chunks for s in shapes.values())
-    if config.parallel.distributed_optimizer:
+    if parallel.distributed_optimizer:
         owned = -(-owned // replicas)
     if place.gpu:
         return 0 if place.transformer_engine else 4 * owned

@@ -3,6 +3,7 @@
 It needs one process and no GPU for any world size. A run that cannot work is refused after the plan, with the reason.
 """
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -195,8 +196,21 @@ def placement(config: Config, gpu_memory: int | None) -> Placement:
 
 
 def memory_of_stages(config: Config, arch: Architecture, ranks: int, place: Placement, tokens: int) -> list[RankMemory]:
-    stages = range(config.parallel.pipeline)
-    return [rank_memory(config, arch, ranks, stage, place, tokens=tokens) for stage in stages]
+    """Return the bytes of a rank of each pipeline stage of `config`, as `rank_memory` does."""
+    memory = functools.partial(
+        rank_memory,
+        arch,
+        config.parallel,
+        ranks,
+        place=place,
+        tokens=tokens,
+        itemsize=getattr(torch, config.model.dtype).itemsize,
+        bucket_bytes=config.rollout.sync.bucket_mib << 20,
+        teacher=config.teacher,
+        needs_teacher=needs_teacher(config.objective),
+        needs_reference=bool(config.objective.kl_coef),
+    )
+    return [memory(stage) for stage in range(config.parallel.pipeline)]
 
 
 def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, longest: int, gpu_memory: int) -> str:

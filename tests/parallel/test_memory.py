@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 from megatron_egrsd.config import ModelConfig, ObjectiveConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.planning.memory import Placement, rank_memory
-from megatron_egrsd.planning.plan import checkpoint_bytes
+from megatron_egrsd.planning.memory import Placement
+from megatron_egrsd.planning.plan import checkpoint_bytes, memory_of_stages
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
 from tests.training import made_up_rollouts, open_engine, training_config
@@ -132,7 +132,7 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
         run_ranks(_measure, ranks, config, tmp_path / "rollouts.jsonl", timeout=240)
     ):
         arch = Architecture.from_pretrained(model)
-        predicted = rank_memory(config, arch, ranks, stage, Placement(False, False), tokens=tokens)
+        predicted = memory_of_stages(config, arch, ranks, Placement(False, False), tokens)[stage]
         expected = dict(predicted.resident)
         expected["teacher"] = expected.pop(f"teacher ({teacher})", 0) + expected.pop("initial weights (KL)", 0)
         assert resident == expected, f"rank {rank}"

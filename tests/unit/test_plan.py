@@ -18,8 +18,8 @@ from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.planning.memory import Placement, rank_memory
-from megatron_egrsd.planning.plan import placement, print_plan, resolve
+from megatron_egrsd.planning.memory import Placement
+from megatron_egrsd.planning.plan import memory_of_stages, placement, print_plan, resolve
 from tests.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
@@ -121,11 +121,8 @@ def test_the_worst_rank_is_named(model):
     """First stages hold the activations of more micro-batches, the last one the LM head."""
     path = model("Qwen3-8B")
     plan = resolve(config_8b(path, "--parallel.pipeline", "4"), PROMPTS, [], 64, None)
-    totals = []
-    for stage in range(4):
-        config = config_8b(path, "--parallel.pipeline", "4")
-        arch = Architecture.from_pretrained(path)
-        totals.append(rank_memory(config, arch, 64, stage, Placement(False, False), tokens=16384).total)
+    config, arch = config_8b(path, "--parallel.pipeline", "4"), Architecture.from_pretrained(path)
+    totals = [memory.total for memory in memory_of_stages(config, arch, 64, Placement(False, False), 16384)]
     worst = totals.index(max(totals))
     assert any(f"of rank {worst * 16} (pipeline stage {worst})" in line for line in plan.lines), plan.lines
 
