@@ -1,4 +1,4 @@
-"""The Markdown pages name files, commands and make targets that exist."""
+"""The Markdown pages name files, commands, configuration keys and make targets that exist."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_egrsd import cli
+from megatron_egrsd.config_reader import valid_keys
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -14,6 +15,11 @@ PAGES = sorted(
     if not any(part.startswith(".") or part in ("runs", "build") for part in page.relative_to(ROOT).parts[:-1])
 )
 COMMANDS = set(cli.COMMANDS)
+KEYS = set(valid_keys())
+SECTIONS = "|".join(sorted({key.partition(".")[0] for key in KEYS if "." in key}))
+# Keys of another program, and Hugging Face's tensors.
+FREE = ("parallel.megatron.", "rollout.servers.args.", "objective.options.", "model.embed_tokens.", "model.norm.")
+OLD_NAMES = ["CHANGELOG.md"]  # pages that name keys as they were
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -22,6 +28,7 @@ SOURCE = re.compile(
     r"(?<![\w/.-])((?:megatron_egrsd|tests|tools|benchmarks|examples|csrc|docs)/[\w/.-]*\.(?:py|sh|md|yaml|cu|cpp|h))\b"
 )
 COMMAND = re.compile(r"(?:^|[`\s])megatron-egrsd ([a-z][a-z-]*)")
+KEY = re.compile(rf"(?:`|--)((?:{SECTIONS})(?:\.[a-z_]+)+)(?=[`= :])")
 TARGET = re.compile(r"(?:^|`)make ([a-z][a-z-]*)", re.MULTILINE)
 
 
@@ -31,7 +38,7 @@ def slug(heading: str) -> str:
 
 
 def problems(page: Path) -> list[str]:
-    """Return one line for each link, path, command or target of `page` that does not exist."""
+    """Return one line for each link, path, command, key or target of `page` that does not exist."""
     text = page.read_text(encoding="utf-8")
     found = []
     for link in LINK.findall(FENCE.sub("", text)):
@@ -45,6 +52,8 @@ def problems(page: Path) -> list[str]:
             found.append(f"anchor {link}")
     found += [f"file {name}" for name in SOURCE.findall(text) if not (ROOT / name).exists()]
     found += [f"command {name}" for name in COMMAND.findall(text) if name not in COMMANDS]
+    if page.name not in OLD_NAMES:
+        found += [f"key {key}" for key in KEY.findall(text) if key not in KEYS and not key.startswith(FREE)]
     found += [f"target {name}" for name in TARGET.findall(text) if name not in TARGETS]
     return found
 
@@ -75,6 +84,6 @@ def test_a_wrong_name_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
         "[a](missing.md) [b](page.md#nothing) `megatron_egrsd/missing.py`\n"
-        "`make missing`, `megatron-egrsd missing`\n# T\n"
+        "`make missing`, `megatron-egrsd missing`, `data.missing`\n# T\n"
     )
-    assert [line.split()[0] for line in problems(page)] == ["link", "anchor", "file", "command", "target"]
+    assert [line.split()[0] for line in problems(page)] == ["link", "anchor", "file", "command", "key", "target"]
