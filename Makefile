@@ -14,7 +14,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 RUN := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help install browser demo test test-all fuzz bench lint clean gpu-check
+.PHONY: help install browser demo check test test-all fuzz bench lint clean gpu-check
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,8 +39,11 @@ install: $(VENV)/.package  ## make .venv with everything pinned, and build the e
 demo: install  ## train the tiny Qwen3 with CL-EGRSD on the CPU; make demo SEED=1
 	@$(RUN) megatron-egrsd train --config examples/configs/tiny_cpu.yaml --seed $(SEED) --output runs/demo-$(STAMP)
 
-browser: install
+browser: install  ## headless Chromium for the tests of the pages
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/install_browser.sh $(VENV)
+
+check: lint  ## lint and the unit tests that are quick: under two minutes
+	@$(RUN) python -m pytest tests/unit -m "not heavy and not slow"
 
 test: install browser  ## every test that needs minutes, not more
 	@$(RUN) python -m pytest -m "not slow"
@@ -55,14 +58,15 @@ bench: install  ## the benchmarks behind the tables in docs/
 	@$(RUN) python tools/benchmark_vocab_parallel.py --output docs/measurements/performance
 	@$(RUN) python tools/benchmark_convert.py
 
-lint: install  ## ruff
+lint: install  ## ruff and codespell
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
+	@$(RUN) codespell
 
 gpu-check:  ## on a CUDA machine: build, run tests/gpu, write the GPU table
 	@tools/gpu_check.sh
 
 clean:  ## remove .venv, builds and caches; runs/ stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find megatron_egrsd -name '*.so' -delete
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -178,6 +178,7 @@ def test_doctor_tells_which_kernels_were_built(libraries, cuda, found, monkeypat
     assert next(piece for piece in doctor.PIECES if piece.name == "our kernels").version() == found
 
 
+@pytest.mark.heavy
 def test_transformer_engine_that_cannot_be_loaded_is_named(tmp_path):
     """megatron-core imports it wherever it is installed."""
     (tmp_path / "transformer_engine").mkdir()

@@ -50,6 +50,7 @@ def hf(tmp_path):
     return random_qwen3(tmp_path / "hf")
 
 
+@pytest.mark.heavy
 def test_there_verified_and_back(hf, tmp_path):
     megatron, again, report = tmp_path / "out" / "megatron", tmp_path / "again", tmp_path / "report.json"
     result = convert_apart("to-megatron", "--hf-path", hf, "--megatron-path", megatron)
@@ -131,6 +132,7 @@ def test_bad_arguments(hf, tmp_path):
     refused(convert("to-hf", "--megatron-path", hf, "--hf-path", tmp_path / "x", "--shard-size", "-1"), 2, "positive")
 
 
+@pytest.mark.heavy
 def test_a_full_disk_leaves_nothing(tmp_path):
     """A limit on the size of files stands for the full disk: the write fails midway."""
     hf = random_qwen3(tmp_path / "hf", vocab_size=40000)
@@ -159,6 +161,7 @@ def test_too_little_space_is_said_before_the_first_byte(hf, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.heavy
 def test_an_interrupted_run_leaves_nothing_that_looks_finished(how, tmp_path):
     hf = random_qwen3(tmp_path / "hf", vocab_size=3_000_000, dtype=torch.float32)  # 190 MB
     target, partial = tmp_path / "m", tmp_path / "m.partial"

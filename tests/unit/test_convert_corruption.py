@@ -51,6 +51,7 @@ def test_the_untouched_pair_has_no_findings(pair):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
+@pytest.mark.heavy
 def test_any_flipped_bit_is_caught(pair, data):
     """Flip any byte of any file on the Megatron side, any byte of a tensor on the Hugging Face side."""
     hf, megatron = pair

@@ -56,6 +56,7 @@ def test_every_family_and_type(family, dtype, tmp_path):
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
+@pytest.mark.heavy
 def test_any_config_of_the_family_round_trips(data, tmp_path_factory):
     small = st.integers(1, 5)
     kv_heads = data.draw(small)

@@ -131,6 +131,7 @@ def test_long_responses_on_two_nodes(started):
     assert config.parallel.tokens_on_a_rank(longest) <= config.parallel.max_tokens_per_microbatch
 
 
+@pytest.mark.heavy
 def test_dry_run_is_one_process_for_every_rank(tmp_path):
     done = run(RUN_4B, "--dry-run", NNODES="4", NODE_RANK="3", MASTER_ADDR="10.0.0.1", OUTPUT=str(tmp_path / "run"),
                **TINY, MAX_RESPONSE="200")  # fmt: skip
@@ -146,6 +147,7 @@ def test_a_mixture_on_two_nodes(started):
     assert refused.returncode == 2 and "do not divide by EXPERT = 3" in refused.stderr
 
 
+@pytest.mark.heavy
 def test_plan_of_a_mixture():
     words = [sys.executable, "tools/plan.py", "--models", "Qwen3-30B-A3B", "--gpus", "64", "--machine", "H100"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)

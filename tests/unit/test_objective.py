@@ -148,6 +148,7 @@ def _global_quantile(rank, world_size):
     return torch.equal(result, entropy_quantile(everything, 0.95))
 
 
+@pytest.mark.heavy
 def test_quantile_spans_the_data_parallel_ranks():
     assert run_ranks(_global_quantile, 3, timeout=60) == [True] * 3
 

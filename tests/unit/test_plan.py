@@ -47,6 +47,7 @@ def config_8b(path: Path, *words: str):
     )  # fmt: skip
 
 
+@pytest.mark.heavy
 def test_512_ranks_in_one_process(model, tmp_path):
     arguments = ["--model.path", model("Qwen3-8B"), "--data.train", "examples/tiny/train.jsonl", "--output",
                  tmp_path / "run", "--data.evaluation", "examples/tiny/heldout.jsonl"]  # fmt: skip

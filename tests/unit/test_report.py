@@ -92,6 +92,7 @@ def test_report_of_a_run(tmp_path, capsys):
     assert not re.search(r"<(script|link|img|iframe)\b|@import|url\((?!#)", page)
 
 
+@pytest.mark.heavy
 def test_several_runs_in_one_page(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [make_run(tmp_path / seed / "run") for seed in ("a", "b", "c&<d>")]

@@ -32,6 +32,7 @@ def test_plain_numbers_are_fast_and_never_start_math_verify(monkeypatch):
         ",".join(f"{i}^{{9^{{9^{{9}}}}}}" for i in range(2, 20)),
     ],
 )
+@pytest.mark.heavy
 def test_a_computation_without_end_scores_zero_in_time(bomb):
     start = time.perf_counter()
     gold = ",".join(f"x+{i}" for i in range(bomb.count(",") + 1))
@@ -40,6 +41,7 @@ def test_a_computation_without_end_scores_zero_in_time(bomb):
     assert math_reward(r"\boxed{(x+2)^2}", "x^2+4x+4") == 1.0
 
 
+@pytest.mark.heavy
 def test_a_worker_that_is_killed_is_replaced():
     assert math_reward(r"\boxed{(x+3)^2}", "x^2+6x+9") == 1.0
     first = verifier._worker.process
@@ -53,6 +55,7 @@ def test_a_worker_that_is_killed_is_replaced():
     assert math_reward(r"\boxed{(x+5)^2}", "x^2+10x+25") == 1.0
 
 
+@pytest.mark.heavy
 def test_hostile_strings():
     start = time.perf_counter()
     for text in [
@@ -134,6 +137,7 @@ PIECES = st.sampled_from(
     st.text(max_size=80) | st.lists(PIECES, max_size=40).map("".join),
     st.sampled_from(["5", r"\frac{1}{2}", "#### 18", "", "x+1", "(1, 2]", r"\{1, \sqrt{2}\}", "3:1", "y=2x"]),
 )
+@pytest.mark.heavy
 def test_no_text_raises_or_hangs(response, answer):
     start = time.perf_counter()
     for text in (response, f"\\boxed{{{response}}}"):
@@ -195,6 +199,7 @@ def hostile_reward(response, answer):
     return float(response == answer)
 
 
+@pytest.mark.heavy
 def test_a_users_reward_can_neither_hang_nor_end_the_run():
     reward = load_reward("tests.unit.test_rewards:hostile_reward", timeout=3.0)
     texts = ("4", "hang", "5", "exit", "fill", "4", "hang", "4")

@@ -188,6 +188,7 @@ def test_log_probs_that_json_cannot_spell_are_nan():
     assert math.isnan(parse_generation(spoiled).log_probs[0])
 
 
+@pytest.mark.heavy
 def test_another_process_reads_the_same():
     """Several threads may call it, a ValueError is passed on, and if the process is killed, this process parses."""
     raw = [
@@ -211,6 +212,7 @@ def test_another_process_reads_the_same():
     assert generation._reader.process.pid != first.pid
 
 
+@pytest.mark.heavy
 def test_the_process_that_reads_ends_with_its_parent():
     """The parent may end in any way."""
     code = (
@@ -258,6 +260,7 @@ def test_last_error_is_the_cause_not_a_consequence(tmp_path):
     assert last_error(log) == "its log is empty"
 
 
+@pytest.mark.heavy
 def test_torch_side_needs_no_sglang():
     """The trainer's import of this package must not import SGLang, which takes seconds."""
     code = ("import sys, megatron_egrsd.rollout.client, megatron_egrsd.rollout.weight_sync; "

@@ -31,6 +31,7 @@ spec.loader.exec_module(plan_tool)
 
 
 @pytest.mark.parametrize("name", ["Qwen3-8B", "Qwen3-4B"])
+@pytest.mark.heavy
 def test_operations_are_those_that_torch_counts(name):
     """Run transformers' model on the meta device; torch counts the masked half of the scores too."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -84,6 +85,7 @@ def test_one_step_off_hides_the_shorter_of_sampling_and_training():
     assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=1, slowdown=(2, 1)).tolist() == [6.5, 2.75]
 
 
+@pytest.mark.heavy
 def test_tables(tmp_path):
     command = [sys.executable, ROOT / "tools/plan.py", "--models", "Qwen3-8B", "Qwen3-32B", "--gpus", "8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)

@@ -64,6 +64,7 @@ def test_the_seed_decides_the_interval():
     assert summarize(samples, seed=1) == summarize(samples, seed=1) != summarize(samples, seed=2)
 
 
+@pytest.mark.heavy
 def test_the_interval_covers_the_truth():
     # Problems of different difficulty: the spread is between problems, as it is in a benchmark.
     rng = np.random.default_rng(0)

@@ -120,6 +120,7 @@ def test_solutions_are_right_and_end_in_the_answer(split):
         assert value == row["answer"] and eval(expression) == int(value)
 
 
+@pytest.mark.heavy
 def test_teacher_reads_its_reference(model):
     """On noisy chains of the student's style: no sampling, three forward passes."""
     rng = random.Random(2)

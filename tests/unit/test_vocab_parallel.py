@@ -15,7 +15,8 @@ from megatron_egrsd.vocab_parallel.shard import IGNORE_INDEX, Shard
 from tests import cuda_on_cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-IMPLEMENTATIONS = ["compiled", "plain torch", "CUDA"]
+CUDA = pytest.param("CUDA", marks=pytest.mark.heavy)  # compiled for the CPU by the test
+IMPLEMENTATIONS = ["compiled", "plain torch", CUDA]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -151,7 +152,7 @@ def test_near_certain_tokens_keep_relative_accuracy(implementation, certainty):
     assert entropy.item() > 0
 
 
-@pytest.mark.parametrize("implementation", ["compiled", "CUDA"])
+@pytest.mark.parametrize("implementation", ["compiled", CUDA])
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(0, 5),
@@ -430,6 +431,7 @@ needs_kernels = pytest.mark.skipif(not ops.compiled(torch.device("cpu")), reason
 
 @needs_kernels
 @pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.heavy
 def test_every_instruction_set_of_this_processor(instruction_set):
     """A process chooses its instruction set once, so each set is tested in a process of its own."""
     environment = os.environ | {"MEGATRON_EGRSD_SIMD": instruction_set}
@@ -448,6 +450,7 @@ def test_every_instruction_set_of_this_processor(instruction_set):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.heavy
 def test_opcheck(dtype):
     kernels = torch.ops.megatron_egrsd
     logits, target = torch.randn(4, 130).to(dtype), torch.randint(0, 120, (4,))
@@ -460,6 +463,7 @@ def test_opcheck(dtype):
 
 
 @needs_kernels
+@pytest.mark.heavy
 def test_compiles_without_graph_breaks():
     def loss(logits, target):
         log_prob, entropy = log_prob_and_entropy(logits * 2, target, vocab_size=120, entropy_grad=True)
@@ -550,6 +554,7 @@ MISTAKES = {
 
 @pytest.mark.skipif(not cuda_on_cpu.compiler(), reason="needs a C++ compiler")
 @pytest.mark.parametrize("mistake", ["none", *MISTAKES])
+@pytest.mark.heavy
 def test_a_mistake_in_the_cuda_kernels_is_found(mistake, tmp_path, monkeypatch):
     """The tests above prove something only if wrong kernels fail them."""
     right, wrong = MISTAKES.get(mistake, ("", ""))
