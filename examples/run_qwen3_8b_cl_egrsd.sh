@@ -8,10 +8,10 @@
 # node's first training rank starts and ends. With ROLLOUT_URLS all GPUs train, and the servers are the user's.
 # COLOCATED=1: all GPUs train and run SGLang, in turns.
 #
-# Further words are overrides: bash ... --optimizer.lr 2e-6 --steps 50, or --dry-run. What is not set here or there is in
-# CONFIG. Nothing is downloaded. SIGTERM to any node's script saves and ends all of them with status 0; the same command
-# continues. Status: 0 done or saved, 2 what this script refuses, 1 whatever fails under torchrun. The whole script has
-# run on CPU, on one host and on two (tests/end_to_end/test_multi_node.py); it has not run on a GPU yet.
+# Further words are overrides: bash ... --optimizer.lr 2e-6 --steps 50, or --dry-run. All other settings, the parallel
+# layout among them, are in CONFIG. Nothing is downloaded. SIGTERM to any node's script saves and ends all of them with
+# status 0; the same command continues. Status: 0 done or saved, 2 if this script refuses, 1 for a failure under torchrun.
+# The whole script has run on CPU, on one host and on two (tests/end_to_end/test_multi_node.py), but not on a GPU yet.
 # docs/guides/cluster.md and docs/guides/reliability.md say more.
 set -euo pipefail
 
@@ -30,7 +30,7 @@ EVAL_DATA="${EVAL_DATA:-}"                   # held-out problems; empty: no eval
 OUTPUT="${OUTPUT:-runs/qwen3-8b-cl-egrsd}"   # new or empty, or a run to continue; every node must see it
 RESUME="${RESUME-auto}"                      # continue from OUTPUT's newest intact checkpoint; empty: only a new OUTPUT
 SAVE_SECONDS="${SAVE_SECONDS:-600}"          # that torchrun leaves its ranks to save after SIGTERM, or after a failure
-CONFIG="${CONFIG:-$here/configs/qwen3_8b_cl_egrsd.yaml}"  # every hyper-parameter that no line below sets
+CONFIG="${CONFIG:-$here/configs/qwen3_8b_cl_egrsd.yaml}"  # layout and hyper-parameters
 
 # The nodes. Slurm's own numbering is used where NODE_RANK is not given.
 NNODES="${NNODES:-1}"
@@ -48,15 +48,11 @@ if [[ -n "$ROLLOUT_URLS" || "$COLOCATED" == 1 ]]; then
 else
     NPROC_PER_NODE="${NPROC_PER_NODE:-$(((GPUS_PER_NODE + 1) / 2))}"  # or half of them, the others sample
 fi
-TENSOR="${TENSOR:-4}"                        # TP; keep it within a node
-PIPELINE="${PIPELINE:-1}"                    # PP; may cross nodes
-VIRTUAL_PIPELINE="${VIRTUAL_PIPELINE:-1}"    # VPP; chunks of layers a stage, more shorten the pipeline's bubble
-CONTEXT="${CONTEXT:-1}"                      # CP; ranks that share each sequence, for responses too long for one
-EXPERT="${EXPERT:-1}"                        # EP; ranks of a stage that share a mixture's experts, 1 for a dense model
-ENGINE_TENSOR="${ENGINE_TENSOR:-1}"          # TP of each launched SGLang server: an 8B model fits on one GPU
+# TENSOR, PIPELINE, VIRTUAL_PIPELINE, CONTEXT, EXPERT and ENGINE_TENSOR replace the layout of CONFIG if they are set.
 
-for name in NNODES MASTER_PORT RENDEZVOUS_TIMEOUT SAVE_SECONDS GPUS_PER_NODE NPROC_PER_NODE TENSOR PIPELINE \
-    VIRTUAL_PIPELINE CONTEXT EXPERT ENGINE_TENSOR; do
+for name in NNODES MASTER_PORT RENDEZVOUS_TIMEOUT SAVE_SECONDS GPUS_PER_NODE NPROC_PER_NODE \
+    ${TENSOR:+TENSOR} ${PIPELINE:+PIPELINE} ${VIRTUAL_PIPELINE:+VIRTUAL_PIPELINE} ${CONTEXT:+CONTEXT} \
+    ${EXPERT:+EXPERT} ${ENGINE_TENSOR:+ENGINE_TENSOR}; do
     positive "$name"
 done
 [[ "$COLOCATED" == [01] ]] || fail "COLOCATED is '$COLOCATED'; it must be 0 or 1"
@@ -71,11 +67,6 @@ fi
 if ! [[ "$NODE_RANK" =~ ^(0|[1-9][0-9]*)$ && "$NODE_RANK" -lt "$NNODES" ]]; then
     fail "NODE_RANK is '$NODE_RANK'; it must be this node's number, 0 to $((NNODES - 1))"
 fi
-(((NNODES * NPROC_PER_NODE) % (TENSOR * PIPELINE * CONTEXT) == 0)) ||
-    fail "$NNODES x $NPROC_PER_NODE training GPUs do not divide into replicas of TENSOR x PIPELINE x CONTEXT = \
-$TENSOR x $PIPELINE x $CONTEXT"
-(((NNODES * NPROC_PER_NODE / PIPELINE) % EXPERT == 0)) ||
-    fail "$NNODES x $NPROC_PER_NODE training GPUs in $PIPELINE pipeline stages do not divide by EXPERT = $EXPERT"
 [[ -f "$CONFIG" ]] || fail "there is no configuration file $CONFIG; set CONFIG"
 [[ -f "$MODEL/config.json" ]] || fail "there is no Hugging Face checkpoint in $MODEL (no config.json); set MODEL"
 [[ -f "$DATA" ]] || fail "there is no training file $DATA; set DATA (megatron-egrsd prepare-data makes one)"
@@ -97,35 +88,15 @@ OBJECTIVE_ARGS=(
 )
 ROLLOUT_ARGS=(
     ${MAX_RESPONSE:+--rollout.max_response_tokens "$MAX_RESPONSE"}  # longest response; cut ones count as wrong
+    ${ENGINE_TENSOR:+--rollout.servers.tensor_parallel "$ENGINE_TENSOR"}  # TP of each launched SGLang server
 )
-if [[ -n "$ROLLOUT_URLS" ]]; then
-    ROLLOUT_ARGS+=(
-        --rollout.servers.urls "[\"${ROLLOUT_URLS//,/\",\"}\"]"
-    )
-elif ((COLOCATED)); then
-    ROLLOUT_ARGS+=(
-        --rollout.servers.colocated true
-        --rollout.sync.transport ipc                            # NCCL takes no two processes on one GPU
-        --rollout.servers.engines "$((GPUS_PER_NODE / ENGINE_TENSOR))"
-        --rollout.servers.tensor_parallel "$ENGINE_TENSOR"
-    )
-else
-    serving=$((GPUS_PER_NODE - NPROC_PER_NODE))
-    ((serving >= ENGINE_TENSOR)) || fail "NPROC_PER_NODE=$NPROC_PER_NODE of GPUS_PER_NODE=$GPUS_PER_NODE train, which \
-leaves no $ENGINE_TENSOR for SGLang; lower NPROC_PER_NODE, or set ROLLOUT_URLS"
-    ROLLOUT_ARGS+=(
-        --rollout.servers.engines "$((serving / ENGINE_TENSOR))"
-        --rollout.servers.tensor_parallel "$ENGINE_TENSOR"
-        --rollout.servers.args.base_gpu_id "$NPROC_PER_NODE"  # the first GPU that no training rank uses
-    )
-fi
 PARALLEL_ARGS=(
-    --parallel.tensor "$TENSOR"
-    --parallel.pipeline "$PIPELINE"
-    --parallel.virtual_pipeline "$VIRTUAL_PIPELINE"
-    --parallel.context "$CONTEXT"
-    --parallel.expert "$EXPERT"
-    --parallel.sequence_parallel "$( ((TENSOR > 1)) && echo true || echo false)"  # needs TP > 1
+    ${TENSOR:+--parallel.tensor "$TENSOR"}          # TP; keep it within a node
+    ${TENSOR:+--parallel.sequence_parallel "$( ((TENSOR > 1)) && echo true || echo false)"}  # needs TP > 1
+    ${PIPELINE:+--parallel.pipeline "$PIPELINE"}    # PP; may cross nodes
+    ${VIRTUAL_PIPELINE:+--parallel.virtual_pipeline "$VIRTUAL_PIPELINE"}  # VPP; chunks of layers a stage
+    ${CONTEXT:+--parallel.context "$CONTEXT"}       # CP; ranks that share each sequence
+    ${EXPERT:+--parallel.expert "$EXPERT"}          # EP; ranks of a stage that share a mixture's experts
 )
 OPTIMIZER_ARGS=(
     ${LR:+--optimizer.lr "$LR"}  # peak learning rate
@@ -136,6 +107,32 @@ RUN_ARGS=(
     ${STEPS:+--steps "$STEPS"}  # rollout batches
     ${SEED:+--seed "$SEED"}     # data order and sampling
 )
+TRAIN=(
+    train --config "$CONFIG" "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${OBJECTIVE_ARGS[@]}" "${PARALLEL_ARGS[@]}"
+    "${OPTIMIZER_ARGS[@]}" "${RUN_ARGS[@]}"
+)
+if [[ -z "$ROLLOUT_URLS" ]]; then  # GPUs of each server to launch
+    ENGINE_TENSOR="${ENGINE_TENSOR:-$(megatron-egrsd "${TRAIN[@]}" "$@" --print rollout.servers.tensor_parallel)}" || exit
+fi
+if [[ -n "$ROLLOUT_URLS" ]]; then
+    ROLLOUT_ARGS+=(
+        --rollout.servers.urls "[\"${ROLLOUT_URLS//,/\",\"}\"]"
+    )
+elif ((COLOCATED)); then
+    ROLLOUT_ARGS+=(
+        --rollout.servers.colocated true
+        --rollout.sync.transport ipc                                   # NCCL takes no two processes on one GPU
+        --rollout.servers.engines "$((GPUS_PER_NODE / ENGINE_TENSOR))"
+    )
+else
+    serving=$((GPUS_PER_NODE - NPROC_PER_NODE))
+    ((serving >= ENGINE_TENSOR)) || fail "NPROC_PER_NODE=$NPROC_PER_NODE of GPUS_PER_NODE=$GPUS_PER_NODE train, which \
+leaves no $ENGINE_TENSOR for SGLang; lower NPROC_PER_NODE, or set ROLLOUT_URLS"
+    ROLLOUT_ARGS+=(
+        --rollout.servers.engines "$((serving / ENGINE_TENSOR))"
+        --rollout.servers.args.base_gpu_id "$NPROC_PER_NODE"  # the first GPU that no training rank uses
+    )
+fi
 TORCHRUN_ARGS=(
     --nnodes "$NNODES"
     --node-rank "$NODE_RANK"
@@ -150,10 +147,7 @@ TORCHRUN_ARGS=(
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"                            # torchrun's own choice, without its warning
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"    # megatron-core: TP overlap before Blackwell
 
-TRAIN=(
-    train --config "$CONFIG" "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${OBJECTIVE_ARGS[@]}" "${ROLLOUT_ARGS[@]}"
-    "${PARALLEL_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${RUN_ARGS[@]}" "$@"
-)
+TRAIN+=("${ROLLOUT_ARGS[@]}" "$@")
 for word in "$@"; do  # one process plans for every rank of every node
     [[ "$word" != --dry-run ]] || exec megatron-egrsd "${TRAIN[@]}" --world-size "$((NNODES * NPROC_PER_NODE))"
 done

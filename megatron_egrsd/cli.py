@@ -6,6 +6,7 @@ stderr. Heavy imports happen inside the subcommand, so that help and mistakes ar
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import re
@@ -24,6 +25,7 @@ megatron-egrsd train --config FILE [--section.key VALUE ...] [--dry-run]
   --dry-run             Print the resolved configuration and the plan; start nothing. Refuse what cannot work.
   --world-size N        Training ranks to plan for; default: torchrun's, else one.
   --gpu-memory 80GB     Memory of a GPU to plan for; default: this machine's.
+  --print KEY           Print the value of one key of the resolved configuration; start nothing.
 
 The keys below go into the YAML file as sections, or on the command line with dots; the later one wins:
   megatron-egrsd train --config examples/configs/tiny_cpu.yaml --objective.lookahead 4 --seed 1
@@ -72,7 +74,7 @@ def _run(command: str, words: list[str]) -> int | None:
 
 
 def _train(arguments: list[str]) -> None:
-    from megatron_egrsd.config_reader import parse_config
+    from megatron_egrsd.config_reader import nearest_key, parse_config, valid_keys
 
     if "-h" in arguments or "--help" in arguments:
         keys = io.StringIO()
@@ -80,9 +82,13 @@ def _train(arguments: list[str]) -> None:
             parse_config(["--help"])
         print(TRAIN_USAGE + keys.getvalue().partition("\n\n")[2], end="")  # without argparse's list of every key
         return
-    dry_run, words = _dry_run(["--checkpoint.resume" if a == "--resume" else a for a in arguments])
+    key, dry_run, words = _options(["--checkpoint.resume" if a == "--resume" else a for a in arguments])
     config = parse_config(words)
-    if dry_run is not None:
+    if key is not None:
+        if key not in valid_keys():
+            raise BadArgument(f"no configuration key is called {key}{nearest_key(key)}")
+        print(functools.reduce(getattr, key.split("."), config))
+    elif dry_run is not None:
         from megatron_egrsd.planning.plan import print_plan
 
         print_plan(config, **dry_run)
@@ -92,12 +98,13 @@ def _train(arguments: list[str]) -> None:
         train.main(config)
 
 
-def _dry_run(arguments: list[str]) -> tuple[dict | None, list[str]]:
-    """Arguments of print_plan if a dry run is asked for, and the words that are left."""
+def _options(arguments: list[str]) -> tuple[str | None, dict | None, list[str]]:
+    """Return the key to print, if any, the arguments of print_plan in a dry run, and the words that are left."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--world-size")
     parser.add_argument("--gpu-memory")
+    parser.add_argument("--print")
     try:
         options, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -107,17 +114,21 @@ def _dry_run(arguments: list[str]) -> tuple[dict | None, list[str]]:
         for name, value in (("world-size", ranks), ("gpu-memory", memory)):
             if value is not None:
                 raise BadArgument(f"--{name} goes with --dry-run; torchrun sets the ranks of a run")
-        return None, rest
+        return options.print, None, rest
     if ranks is not None and not (ranks.isdecimal() and int(ranks) > 0):
         raise BadArgument(f"--world-size is {ranks!r}; it must be a positive whole number")
     size = re.fullmatch(r"(\d+(?:\.\d+)?) ?Gi?B", memory or "1GB", re.IGNORECASE)
     if not size or float(size[1]) == 0:
         raise BadArgument(f"--gpu-memory is {memory!r}; give a size such as 80GB")
-    return {
-        "ranks": None if ranks is None else int(ranks),
-        # 2^30, as the vendors of GPUs count: an H100 of 80 GB has 79.6 GiB.
-        "gpu_memory": None if memory is None else int(float(size[1]) * 2**30),
-    }, rest
+    return (
+        options.print,
+        {
+            "ranks": None if ranks is None else int(ranks),
+            # 2^30, as the vendors of GPUs count: an H100 of 80 GB has 79.6 GiB.
+            "gpu_memory": None if memory is None else int(float(size[1]) * 2**30),
+        },
+        rest,
+    )
 
 
 def _fail(name: str, reason: object, status: int) -> int:

@@ -27,7 +27,8 @@ class ParallelConfig:
         overlap_grad_reduce: Reduce gradients over the data-parallel ranks while the last backward pass still runs.
         megatron: Further fields of megatron-core's TransformerConfig that change how, not what it computes: fp8*,
             recompute_*, cpu_offloading*, *_fusion. The plan does not count them.
-        timeout: Seconds a collective may take.
+        timeout: Seconds a collective may take; more than rollout.servers.request_timeout, because the other ranks wait
+            in a collective while rank 0 samples.
     """
 
     tensor: int = 1
@@ -42,7 +43,7 @@ class ParallelConfig:
     recompute: bool = False
     overlap_grad_reduce: bool = False
     megatron: dict[str, Any] = field(default_factory=dict)
-    timeout: float = 1800.0
+    timeout: float = 7200.0
 
     def __post_init__(self):
         sizes = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")

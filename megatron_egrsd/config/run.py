@@ -95,6 +95,12 @@ class Config:
             f"rollout.prompts_per_step = {self.rollout.prompts_per_step} does not divide into "
             f"optimizer.updates_per_batch = {self.optimizer.updates_per_batch} equal shares",
         )
+        limit = self.rollout.servers.request_timeout
+        require(
+            self.debug == "train-only" or self.parallel.timeout > limit,
+            f"parallel.timeout is {self.parallel.timeout:g} s; it must exceed rollout.servers.request_timeout = "
+            f"{limit:g} s, because the other ranks wait in a collective while rank 0 samples",
+        )
         require(
             not self.rollout.staleness or self.objective.importance_cap is not None,
             "rollout.staleness trains on samples of older weights and needs the truncated importance weight that "

@@ -33,6 +33,7 @@ OVERRIDES = {
     "rollout.sync.verify": "true",
     "evaluation.rollouts_per_problem": 1,
     "rollout.servers.health_timeout": 30,  # after which the first host gives up the other one's server
+    "rollout.servers.request_timeout": TIMEOUT - 20,
     "parallel.timeout": TIMEOUT,
 }
 

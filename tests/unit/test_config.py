@@ -78,6 +78,10 @@ def test_yaml_with_overrides_the_later_one_wins(tmp_path):
             ["takes turns", "one of the two"],
         ),
         (["--parallel.context", "0"], ["parallel.context is 0; it must be positive"]),
+        (
+            ["--parallel.timeout", "60"],
+            ["parallel.timeout is 60 s; it must exceed rollout.servers.request_timeout = 3600"],
+        ),
         (["--parallel.sequence_parallel", "true"], ["parallel.tensor > 1"]),
         (["--data.teacher_template", "{problem}"], ["{solution} or {answer}"]),
         (["--data.teacher_template", "{problem} {answer} {hint}"], ["{hint}"]),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_egrsd.config_reader import parse_config
+from megatron_egrsd.errors import BadArgument
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -15,7 +16,12 @@ SCRIPTS = [*sorted(EXAMPLES.glob("run_*.sh")), *sorted(EXAMPLES.glob("slurm/*.sb
 RUNS = RUN_4B, RUN_8B, RUN_30B = [EXAMPLES / f"run_qwen3_{size}_cl_egrsd.sh" for size in ("4b", "8b", "30b_a3b")]
 TINY = {"MODEL": "examples/tiny/model", "DATA": "examples/tiny/train.jsonl"}
 # Training ranks that each configuration and script is written for, up to the largest run of docs/guides/cluster.md.
-WORLDS = {"tiny_cpu.yaml": (1, 2, 4), "qwen3_8b_cl_egrsd.yaml": (4, 8, 16, 32, 64)}
+WORLDS = {
+    "tiny_cpu.yaml": (1, 2, 4),
+    "qwen3_4b_cl_egrsd.yaml": (2, 4, 8, 16, 32, 64),
+    "qwen3_8b_cl_egrsd.yaml": (4, 8, 16, 32, 64),
+    "qwen3_30b_a3b_cl_egrsd.yaml": (8, 16, 32, 64),
+}
 
 
 def run(script: Path, *words: str, **variables: str) -> subprocess.CompletedProcess:
@@ -33,8 +39,7 @@ def test_configurations_parse_and_their_batches_divide(path):
     config = parse_config(["--config", str(path)])
     for world in WORLDS[path.name]:
         assert config.check_world(world) * config.parallel.model_parallel == world
-    # Every other rank waits in a collective for the first one's requests.
-    assert config.parallel.timeout > max(config.rollout.servers.request_timeout, config.rollout.servers.start_timeout)
+    assert config.parallel.timeout > config.rollout.servers.start_timeout  # the other ranks wait for rank 0
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     assert path.name == "tiny_cpu.yaml" or longest <= config.parallel.max_tokens_per_microbatch
 
@@ -58,8 +63,6 @@ def test_scripts_are_bash(script):
         ({"NNODES": "2", "MASTER_ADDR": "10.0.0.1"}, "NODE_RANK is ''"),
         ({"NNODES": "2", "MASTER_ADDR": "10.0.0.1", "NODE_RANK": "2"}, "NODE_RANK is '2'"),
         ({"NNODES": "two"}, "NNODES is 'two'"),
-        ({"NPROC_PER_NODE": "6"}, "6 training GPUs do not divide"),
-        ({"CONTEXT": "3"}, "4 training GPUs do not divide into replicas of TENSOR x PIPELINE x CONTEXT = 4 x 1 x 3"),
         ({"CONTEXT": "no"}, "CONTEXT is 'no'"),
         ({"NPROC_PER_NODE": "8"}, "leaves no 1 for SGLang"),
         ({"COLOCATED": "yes"}, "COLOCATED is 'yes'"),
@@ -68,8 +71,7 @@ def test_scripts_are_bash(script):
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
 )
 def test_scripts_refuse_in_one_sentence(script, variables, reason):
-    # The same for all: the scripts' own defaults differ, and the refusals are about divisibility by them.
-    done = run(script, **(TINY | {"TENSOR": "4", "EXPERT": "1", "ENGINE_TENSOR": "1"} | variables))
+    done = run(script, **(TINY | {"ENGINE_TENSOR": "1"} | variables))
     assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
@@ -98,6 +100,31 @@ def test_a_node_of_eight_gpus(script, tensor, data_parallel, started):
     assert config.rollout.servers.engines == 4 and config.rollout.servers.args == {"base_gpu_id": 4}
     assert (config.steps, config.objective.mix, config.objective.lookahead) == (7, 0.25, 5)
     assert config.model.path == TINY["MODEL"] and config.data.evaluation == ""
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "reason"),
+    [
+        (RUN_4B, {"NPROC_PER_NODE": "3"}, "3 training ranks do not divide into replicas"),
+        (RUN_4B, {"CONTEXT": "3"}, "parallel.tensor x parallel.pipeline x parallel.context = 2 x 1 x 3 = 6"),
+        (RUN_30B, {"LOOKAHEAD": "two"}, "objective.lookahead is 'two'"),
+    ],
+    ids=["nproc", "context", "lookahead"],
+)
+def test_the_program_refuses_a_layout_in_one_sentence(script, variables, reason):
+    done = run(script, "--dry-run", **TINY, **variables)
+    assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_layout_is_that_of_the_configuration(started, tmp_path):
+    """A variable that is set, and a word, replace it."""
+    config = tmp_path / "own.yaml"
+    text = (EXAMPLES / "configs/qwen3_8b_cl_egrsd.yaml").read_text()
+    config.write_text(text.replace("tensor: 4", "tensor: 2").replace("tensor_parallel: 1", "tensor_parallel: 2"))
+    _, own = started(RUN_8B, CONFIG=str(config))
+    assert (own.parallel.tensor, own.rollout.servers.tensor_parallel, own.rollout.servers.engines) == (2, 2, 2)
+    _, own = started(RUN_8B, "--rollout.servers.tensor_parallel", "4", CONFIG=str(config), TENSOR="1")
+    assert (own.parallel.tensor, own.parallel.sequence_parallel, own.rollout.servers.engines) == (1, False, 1)
 
 
 def test_servers_of_two_gpus(started):
@@ -143,8 +170,9 @@ def test_a_mixture_on_two_nodes(started):
     nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "ROLLOUT_URLS": "http://a:1"}
     _, config = started(RUN_30B, **nodes)
     assert (config.parallel.tensor, config.parallel.expert, config.check_world(16)) == (4, 8, 4)
-    refused = run(RUN_30B, **TINY, **nodes, EXPERT="3")
-    assert refused.returncode == 2 and "do not divide by EXPERT = 3" in refused.stderr
+    assert started(RUN_30B)[1].rollout.servers.engines == 1  # of four GPUs
+    with pytest.raises(BadArgument, match=r"parallel.expert = 3 does not divide the 16 ranks"):
+        started(RUN_30B, **nodes, EXPERT="3")[1].check_world(16)
 
 
 @pytest.mark.heavy
