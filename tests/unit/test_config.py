@@ -2,11 +2,13 @@
 
 import functools
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_egrsd.config.page import page
 from megatron_egrsd.config_reader import RENAMED, parse_config, preset_objective, valid_keys
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.load import needs_teacher
@@ -168,6 +170,14 @@ def test_every_key_is_on_the_command_line():
     keys = valid_keys()
     assert {"steps", "objective.lookahead", "rollout.servers.args", "data.reward"} <= set(keys)
     assert Config(ModelConfig("m"), DataConfig(train="t.jsonl")) == parse_config(BASE)
+
+
+def test_the_page_of_every_key_is_current():
+    path = "docs/reference/configuration.md"
+    text = page()
+    assert all(f"| `{key}` |" in text or f"## {key}\n" in text for key in valid_keys())
+    stale = f"{path} is stale; regenerate it: python -m megatron_egrsd.config.page > {path}"
+    assert (Path(__file__).parents[2] / path).read_text() == text, stale
 
 
 @pytest.mark.parametrize(
