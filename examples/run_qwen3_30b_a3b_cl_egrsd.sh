@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CL-EGRSD on Qwen3-30B-A3B, a mixture of 128 experts: the 8B script with a configuration of its own. Not run on a
-# GPU yet. Layouts and the time of a step, by arithmetic: python tools/plan.py --models Qwen3-30B-A3B --gpus 64
+# GPU yet. Layouts and the time of a step, by arithmetic: megatron-egrsd plan --models Qwen3-30B-A3B --gpus 64
 #
 #   NNODES=4 NODE_RANK=0 MASTER_ADDR=10.0.0.1 MODEL=... DATA=... bash examples/run_qwen3_30b_a3b_cl_egrsd.sh
 set -euo pipefail

@@ -178,6 +178,10 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
   convert to-megatron|to-hf|verify --hf-path DIR --megatron-path DIR
                      weights between Hugging Face and Megatron-LM, compared bit by bit
 """),
+    "plan": (_main_of("planning.command"), """\
+  plan --models M... --gpus N...
+                     how to divide a cluster between training and serving, and what a step takes
+"""),
     "doctor": (_doctor, """\
   doctor             what of the stack is installed, and what each missing piece costs
 """),

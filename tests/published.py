@@ -1,9 +1,8 @@
 """Published Qwen3 models: the sizes in their config.json, and the parameters in their safetensors."""
 
-import json
-from pathlib import Path
+from megatron_egrsd.planning.cluster import MODELS as PUBLISHED
 
-PUBLISHED = json.loads((Path(__file__).parents[1] / "tools/published_models.json").read_text())
+__all__ = ["PARAMETERS", "PUBLISHED"]
 PARAMETERS = {
     "Qwen3-4B": 4_022_468_096,
     "Qwen3-8B": 8_190_735_360,

@@ -21,10 +21,10 @@ from statistics import fmean, median
 
 import numpy as np
 from benchmark_runs import CONFIG, TRAIN, metrics, run
-from step_time import step_seconds
 
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.planning.preflight import prepare
+from megatron_egrsd.planning.step_time import step_seconds
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import RolloutServers
 

@@ -22,6 +22,7 @@ from megatron_egrsd.vocab_parallel.linear import chunk_plan
 
 # CUDA context, cuBLAS workspaces, NCCL channels and the allocator's fragmentation. Assumed; no GPU has been measured.
 GPU_RUNTIME_BYTES = 4 << 30
+SERVER_SHARE = 0.88  # of a GPU's memory that SGLang takes for weights and KV cache: about its default
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,10 @@ from megatron_egrsd.data.samples import Prompt
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.objectives.load import needs_teacher
-from megatron_egrsd.planning.memory import Placement, RankMemory, rank_memory
+from megatron_egrsd.planning.memory import SERVER_SHARE, Placement, RankMemory, rank_memory
 from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.rollout.ports import choose_ports
 from megatron_egrsd.system import torchrun
-
-_SERVER_SHARE = 0.88  # of a GPU's memory that SGLang takes for weights and KV cache: about its default
 
 
 def readable(size: float) -> str:
@@ -266,7 +264,7 @@ def _add_servers(plan: Plan, config: Config, arch: Architecture, prompts, gpu_me
     b, tensor = getattr(torch, config.model.dtype).itemsize, r.tensor_parallel
     weights = arch.num_parameters * b // tensor
     token = arch.kv_cache_bytes(b, tensor)
-    share = float(r.args.get("mem_fraction_static", _SERVER_SHARE))
+    share = float(r.args.get("mem_fraction_static", SERVER_SHARE))
     longest = max(len(x.student_ids) for x in prompts) + config.rollout.max_response_tokens
     held = int(max(0, share * gpu_memory - weights) // token)
     plan.add("", f"weights {readable(weights)} a GPU; the KV cache holds about {held:,} tokens of {readable(token)}, "

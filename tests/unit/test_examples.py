@@ -177,7 +177,18 @@ def test_a_mixture_on_two_nodes(started):
 
 @pytest.mark.heavy
 def test_plan_of_a_mixture():
-    words = [sys.executable, "tools/plan.py", "--models", "Qwen3-30B-A3B", "--gpus", "64", "--machine", "H100"]
+    words = [
+        sys.executable,
+        "-m",
+        "megatron_egrsd",
+        "plan",
+        "--models",
+        "Qwen3-30B-A3B",
+        "--gpus",
+        "64",
+        "--machine",
+        "H100",
+    ]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| Qwen3-30B-A3B | 64 | ") == 1

@@ -1,7 +1,6 @@
-"""The step-time model behind tools/plan.py: its operations against torch's count, its clock against a simulation."""
+"""The step times of `megatron-egrsd plan`: operations against torch's count, the clock against a simulation."""
 
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,21 +12,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import step_time as fitted
 from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, save_rollouts
 from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.planning import cluster, step_time
+from megatron_egrsd.planning.machines import MACHINES, Machine
 from tests.published import PARAMETERS, PUBLISHED
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))  # a tool finds its siblings beside it
-import check_step_time  # noqa: E402
-import step_time  # noqa: E402
-
-spec = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools/plan.py")
-plan_tool = importlib.util.module_from_spec(spec)
-sys.modules["plan_tool"] = plan_tool
-spec.loader.exec_module(plan_tool)
 
 
 @pytest.mark.parametrize("name", ["Qwen3-8B", "Qwen3-4B"])
@@ -87,21 +81,22 @@ def test_one_step_off_hides_the_shorter_of_sampling_and_training():
 
 @pytest.mark.heavy
 def test_tables(tmp_path):
-    command = [sys.executable, ROOT / "tools/plan.py", "--models", "Qwen3-8B", "Qwen3-32B", "--gpus", "8"]
+    plan = [sys.executable, "-m", "megatron_egrsd", "plan"]
+    command = [*plan, "--models", "Qwen3-8B", "Qwen3-32B", "--gpus", "8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| Qwen3")]
     assert len(rows) == 4 and all(row.count("|") == 16 for row in rows)
     assert "does not fit" in rows[1] and "does not fit" not in rows[0]  # 8 H100 hold 8B, not 32B and its servers
-    done = subprocess.run([*command[:3], "no/model", "--gpus", "8"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*plan, "--models", "no/model", "--gpus", "8"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "no/model does not exist" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_the_choice_fits_and_is_the_fastest():
-    arch, machine = Architecture.from_config(PUBLISHED["Qwen3-8B"]), plan_tool.MACHINES["H100"]
-    batch = step_time.Batch(300, 1500, plan_tool.long_tailed(256, 16384))
-    choices = [c for n in range(1, 8) for c in plan_tool._choices(arch, machine, 8 - n, n, batch)]
-    best = plan_tool.best(arch, machine, 8, batch)
+    arch, machine = Architecture.from_config(PUBLISHED["Qwen3-8B"]), MACHINES["H100"]
+    batch = step_time.Batch(300, 1500, cluster.long_tailed(256, 16384))
+    choices = [c for n in range(1, 8) for c in cluster._choices(arch, machine, 8 - n, n, batch)]
+    best = cluster.best(arch, machine, 8, batch)
     assert best.step == min(c.step for c in choices)
     for c in choices:
         assert c.memory <= 0.95 * machine.memory and c.serving + c.training == 8
@@ -110,9 +105,9 @@ def test_the_choice_fits_and_is_the_fastest():
 
 
 def test_turns_use_every_gpu_twice_and_pay_for_the_moves():
-    arch, machine = Architecture.from_config(PUBLISHED["Qwen3-8B"]), plan_tool.MACHINES["H100"]
-    batch = step_time.Batch(300, 1500, plan_tool.long_tailed(256, 16384))
-    turns, apart = plan_tool.best_in_turns(arch, machine, 8, batch), plan_tool.best(arch, machine, 8, batch)
+    arch, machine = Architecture.from_config(PUBLISHED["Qwen3-8B"]), MACHINES["H100"]
+    batch = step_time.Batch(300, 1500, cluster.long_tailed(256, 16384))
+    turns, apart = cluster.best_in_turns(arch, machine, 8, batch), cluster.best(arch, machine, 8, batch)
     assert turns.serving == turns.training == 8 and turns.generate < apart.generate and turns.train < apart.train
     weights = 2 * arch.num_parameters / (turns.parallel.tensor * turns.parallel.pipeline)
     adam = 12 * arch.num_parameters / 8  # over all ranks: the distributed optimizer
@@ -124,7 +119,7 @@ def test_context_parallel_ranks_send_their_keys_and_values_round():
     """On a machine that only its links slow down: bytes of each layer's ring, within and between nodes."""
     arch = Architecture.from_config(PUBLISHED["Qwen3-8B"])
     fast = dict.fromkeys(("flops", "memory_rate", "host"), 1e30)
-    machine = step_time.Machine("links", 0, link=1e9, network=1e8, pass_seconds=0.0, **fast)
+    machine = Machine("links", 0, link=1e9, network=1e8, pass_seconds=0.0, **fast)
     chunk = 1000 * 2 * arch.num_kv_heads * arch.head_dim * 2  # keys and values of a rank's tokens, bf16
     for context, ranks, rate in ((1, 1, 1e9), (2, 4, 1e9), (8, 8, 1e9), (16, 16, 1e8)):
         parallel = ParallelConfig(context=context, max_tokens_per_microbatch=1000)
@@ -151,7 +146,7 @@ def _run(path: Path, prompts: int, longest: int, seed: int) -> None:
                     n = int(torch.randint(5, longest, (1,), generator=generator))
                     rollouts.append(Rollout(prompt, group, [1] * n, [0.0] * n, "stop", 0, "", float(k % 2)))
             save_rollouts(rollouts, path / f"rollouts/step_{number:06d}.jsonl")
-            terms = check_step_time._terms(rollouts, config, arch)
+            terms = fitted._terms(rollouts, config, arch)
             constants = {"generate": (3e-3, 4e-5), "score": (1e-11, 0.02), "train": (2e-11, 0.05), "sync": (0.3,)}
             seconds = {f"time/{p}": sum(map(float.__mul__, map(float, terms[p]), c)) for p, c in constants.items()}
             disturbed = 3.0 if number == 4 else 1.0  # by other load
@@ -161,7 +156,7 @@ def _run(path: Path, prompts: int, longest: int, seed: int) -> None:
 def test_constants_of_one_run_predict_another(tmp_path, capsys):
     _run(tmp_path / "a", prompts=4, longest=200, seed=0)
     _run(tmp_path / "b", prompts=12, longest=100, seed=1)
-    check_step_time.check([tmp_path / "a", tmp_path / "b"])
+    fitted.check([tmp_path / "a", tmp_path / "b"])
     out = capsys.readouterr().out
     assert "a decoding step 3.00 ms + 40 us a sequence; scoring 100.0 GFLOP/s + 20 ms a micro-batch" in out
     ratios = [line.split("|")[6].strip() for line in out.splitlines() if line.startswith("| b ")]

@@ -1,17 +1,19 @@
-"""`plan.py check A B ...`: constants of the machine from the steps of run A, and what they predict for the others.
+"""Constants of the machine from the steps of run A, and the times that they predict for the other runs.
+
+    python -m benchmarks.step_time RUN_A RUN_B ...
 
 The runs need `--dump_rollouts true`, the same model and the same layout; batch, lengths and micro-batches may differ.
-What is fitted are the terms of step_time.py: a decoding step's fixed cost and its cost a sequence, the rate of matrix
+The terms of planning/step_time.py are fitted: a decoding step's fixed cost and its cost a sequence, the rate of matrix
 products and a micro-batch's fixed cost, for scoring and training apart, and the seconds of a sync. Other load on the
 machine only ever adds time: the constants come from the faster half of the steps, the last column is the quartile.
 """
 
 import json
+import sys
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-from step_time import forward_flops, generate_seconds, head_flops
 
 from megatron_egrsd.config import Config
 from megatron_egrsd.config_reader import parse_config
@@ -20,6 +22,7 @@ from megatron_egrsd.data.samples import Rollout, load_rollouts
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.objectives.signal import advantages
+from megatron_egrsd.planning.step_time import forward_flops, generate_seconds, head_flops
 
 PHASES = ("generate", "score", "train", "sync")
 
@@ -27,9 +30,7 @@ PHASES = ("generate", "score", "train", "sync")
 def check(runs: list[Path]) -> None:
     """Print measured and predicted seconds of each phase of each run. BadArgument where a run lacks its records."""
     if not runs:
-        raise BadArgument(
-            "check takes run directories: the first one to take the constants from, the others to predict"
-        )
+        raise BadArgument("give run directories: the first one to take the constants from, the others to predict")
     terms, seconds = zip(*(_read(run) for run in runs), strict=True)
     constants = {phase: _fit(terms[0][phase], seconds[0][phase]) for phase in PHASES}
     c = constants
@@ -105,3 +106,10 @@ def _fit(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:
             constants[0] = median(seconds[kept] / terms[kept, 0])
         kept = np.argsort(seconds / (terms @ constants))[: max(2, len(seconds) // 2)]
     return constants
+
+
+if __name__ == "__main__":
+    try:
+        check([Path(run) for run in sys.argv[1:]])
+    except BadArgument as error:
+        sys.exit(f"step_time: error: {error}")

@@ -15,38 +15,7 @@ import numpy as np
 
 from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.hf.architecture import Architecture
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A GPU (or CPU) and its network. Rates are peaks times the share that is assumed to be reached.
-
-    flops           FLOP/s of matrix products
-    memory_rate     bytes/s from HBM while decoding
-    link, network   bytes/s out of a GPU to others of its node, and to other nodes
-    host            bytes/s between a GPU and pinned host memory
-    decode_seconds  a decoding step's fixed cost
-    pass_seconds    a micro-batch's fixed cost, forward or backward
-    tensor_seconds  fixed cost of gathering and sending one tensor in a weight sync
-    bucket_seconds  fixed cost of one bucket: a request to every server
-    """
-
-    name: str
-    memory: int
-    flops: float
-    memory_rate: float
-    link: float
-    network: float
-    host: float
-    decode_seconds: float = 2e-3
-    pass_seconds: float = 5e-3
-    tensor_seconds: float = 2e-4
-    bucket_seconds: float = 10e-3
-    node: int = 8
-
-    def rate(self, ranks: int) -> float:
-        """bytes/s out of a GPU to others among as many neighbouring ranks."""
-        return self.link if ranks <= self.node else self.network
+from megatron_egrsd.planning.machines import Machine
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,217 @@
+"""Every division of a cluster's GPUs between training and serving, timed by step_time.py; the fastest that fits."""
+
+import functools
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+from megatron_egrsd.config import ParallelConfig, SyncConfig, TeacherConfig
+from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.planning.machines import Machine
+from megatron_egrsd.planning.memory import (
+    SERVER_SHARE,
+    Placement,
+    RankMemory,
+    rank_memory,
+    shard_shapes,
+)
+from megatron_egrsd.planning.step_time import (
+    Batch,
+    decode_step_seconds,
+    forward_flops,
+    generate_seconds,
+    pass_seconds,
+    step_seconds,
+    sync_seconds,
+    turn_seconds,
+    update_seconds,
+)
+
+MODELS = json.loads((Path(__file__).parent / "published_models.json").read_text())
+
+TRAINER_SHARE = 0.95  # of a GPU that a training rank may be planned to fill
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A division of the GPUs, what it takes of memory (bytes) and time (seconds).
+
+    `turns`: of moving the `kept` bytes of a rank to host memory and back, where both use the same GPUs.
+    """
+
+    serving: int
+    engine_tensor: int
+    training: int
+    parallel: ParallelConfig
+    memory: int
+    kept: int
+    generate: float
+    score: float
+    train: float
+    sync: float
+    turns: float = 0.0
+
+    @property
+    def layout(self) -> str:
+        p = self.parallel
+        sizes = f"TP {p.tensor}"
+        splits = ("PP", p.pipeline), ("VPP", p.virtual_pipeline), ("CP", p.context), ("EP", p.expert)
+        for split, size in splits:
+            sizes += f" {split} {size}" if size > 1 else ""
+        return f"{sizes} DP {self.training // p.model_parallel}" + (", recompute" if p.recompute else "")
+
+    @property
+    def step(self) -> float:
+        return step_seconds(self.generate, self.score, self.train, self.sync, staleness=0) + self.turns
+
+    @property
+    def one_step_off(self) -> float:
+        return step_seconds(self.generate, self.score, self.train, self.sync, staleness=1)
+
+    @property
+    def bottleneck(self) -> str:
+        return max(("generate", "score", "train", "sync"), key=lambda phase: getattr(self, phase))
+
+
+def long_tailed(count: int, cut: int) -> list[int]:
+    """Response lengths: quantiles of a lognormal of median 3,000 tokens and sigma 0.9, cut at `cut`; shuffled."""
+    normal = NormalDist(math.log(3000), 0.9)
+    lengths = [min(cut, round(math.exp(normal.inv_cdf((i + 0.5) / count)))) for i in range(count)]
+    random.Random(0).shuffle(lengths)
+    return lengths
+
+
+def best(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> Choice | None:
+    """Return the fastest division of `gpus` that fits, or None."""
+    # In eighths: of a node where there is one, else of the cluster, where a whole node either trains or serves.
+    shares = [gpus * eighth // 8 for eighth in range(1, 8)]
+    choices = itertools.chain(*(_choices(arch, machine, gpus - n, n, batch) for n in shares))
+    return min(choices, key=lambda choice: choice.step, default=None)
+
+
+def best_in_turns(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> Choice | None:
+    """Return the fastest layout in which all `gpus` train and sample in turns (colocated), or None."""
+    timed = (replace(c, turns=turn_seconds(machine, c.kept)) for c in _choices(arch, machine, gpus, gpus, batch))
+    return min(timed, key=lambda choice: choice.step, default=None)
+
+
+def _choices(arch: Architecture, machine: Machine, serving: int, training: int, batch: Batch) -> Iterator[Choice]:
+    if (served := _generate(arch, machine, serving, batch)) is None:
+        return
+    students = [batch.student_prompt + n for n in batch.responses]
+    teachers = [batch.teacher_prompt + n for n in batch.responses]
+    response_rows = sum(batch.responses)
+    for parallel in _layouts(arch, machine, training, len(students), max(teachers)):
+        memory = _memory(arch, parallel, training)
+        if memory.total > TRAINER_SHARE * machine.memory:
+            continue
+        score = pass_seconds(machine, arch, parallel, training, teachers, response_rows, train=False)
+        train = pass_seconds(machine, arch, parallel, training, students, response_rows, train=True)
+        own = _parameters(arch, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.expert)
+        train += update_seconds(machine, parallel, training, own)
+        sync = sync_seconds(machine, arch, parallel, SyncConfig().bucket_mib << 20)
+        yield Choice(serving, served[1], training, parallel, memory.total, memory.kept, served[0], score, train, sync)
+
+
+def _generate(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> tuple[float, int] | None:
+    """(seconds, TP of a server) of sampling on `gpus`: the fastest TP whose KV cache holds a longest response."""
+    cache = arch.kv_cache_bytes(2)
+    found = []
+    for tensor in (1, 2, 4, 8):
+        if gpus % tensor:
+            continue
+        tokens = (SERVER_SHARE * machine.memory * tensor - 2 * arch.num_parameters) / cache
+        if tokens < batch.student_prompt + max(batch.responses):
+            continue
+        engines = gpus // tensor
+        slots = max(1, int(tokens // (batch.student_prompt + np.mean(batch.responses))))
+
+        def step(running: int, context: float, tensor=tensor) -> float:
+            return decode_step_seconds(machine, arch, tensor, running, context)
+
+        shares = [batch.responses[i::engines] for i in range(min(engines, len(batch.responses)))]
+        slowest = max(shares, key=sum)
+        prefill = forward_flops(arch, [batch.student_prompt] * len(slowest)) / 8 / tensor / machine.flops  # shared by 8
+        found.append((generate_seconds(step, slowest, batch.student_prompt, slots) + prefill, tensor))
+    return min(found, default=None)
+
+
+def _layouts(arch, machine, ranks, rollouts, longest) -> Iterator[ParallelConfig]:
+    for tensor in (1, 2, 4, 8):
+        for pipeline in (p for p in (1, 2, 3, 4, 6, 8, 12, 16) if arch.num_layers % p == 0):
+            experts = (1, 2, 4, 8, 16) if arch.num_experts else (1,)
+            for context, expert in itertools.product((1, 2, 4, 8), experts):
+                replica = tensor * context * pipeline
+                if tensor * context > machine.node or arch.num_kv_heads % tensor:
+                    continue
+                if ranks % replica or ranks % (pipeline * expert) or rollouts % (ranks // replica):
+                    continue
+                chunks = [v for v in (1, 2, 4) if v == 1 or (pipeline > 1 and arch.num_layers % (pipeline * v) == 0)]
+                for recompute, virtual in itertools.product((False, True), chunks):
+                    yield ParallelConfig(
+                        tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context, expert=expert,
+                        recompute=recompute, sequence_parallel=tensor > 1, distributed_optimizer=True,
+                        max_tokens_per_microbatch=-(-longest // context),
+                    )  # fmt: skip
+
+
+@functools.cache
+def _parameters(arch: Architecture, tensor: int, pipeline: int, virtual_pipeline: int, expert: int) -> int:
+    """Return the parameters of a rank of the first or the last pipeline stage, of the one that has more."""
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual_pipeline, expert=expert)
+    stages = (shard_shapes(arch, parallel, stage) for stage in {0, pipeline - 1})
+    return max(sum(math.prod(shape) for chunk in chunks for shape in chunk.values()) for chunks in stages)
+
+
+def _memory(arch: Architecture, parallel: ParallelConfig, ranks: int) -> RankMemory:
+    """The largest rank: the first stage has most micro-batches in flight, the last one the LM head."""
+    stages, place = {0, parallel.pipeline - 1}, Placement(gpu=True, transformer_engine=True)
+    sizes = {"tokens": parallel.max_tokens_per_microbatch, "itemsize": 2, "bucket_bytes": SyncConfig().bucket_mib << 20}
+    memory = (rank_memory(arch, parallel, ranks, stage, place, **sizes, teacher=TeacherConfig()) for stage in stages)
+    return max(memory, key=lambda m: m.total)
+
+
+_COLUMNS = ("model", "GPUs", "rollouts", "serving", "training", "a GPU", "generate", "score", "train", "sync", "step",
+            "one step off", "colocated", "bottleneck", "tokens/s a GPU")  # fmt: skip
+
+
+def table(machine: Machine, models: list[str], rollouts: dict[int, int], cut: int) -> Iterator[str]:
+    """Yield lines of Markdown: for each model and number of GPUs the fastest division that fits.
+
+    `rollouts` has the rollouts of a step for each number of GPUs; responses are cut at `cut` tokens.
+    """
+    yield f"| {' | '.join(_COLUMNS)} |"
+    yield "|---" * len(_COLUMNS) + "|"
+    for name in models:
+        arch = architecture(name)
+        for gpus, count in rollouts.items():
+            batch = Batch(300, 1500, long_tailed(count, cut))
+            turns, cells = best_in_turns(arch, machine, gpus, batch), [Path(name).name, str(gpus), f"{count:,}"]
+            if c := best(arch, machine, gpus, batch):
+                servers = f"{c.serving // c.engine_tensor} x TP {c.engine_tensor}"
+                cells += [servers, f"{c.training}: {c.layout}", f"{c.memory / 2**30:.0f} GiB"]
+                seconds = c.generate, c.score, c.train, c.sync, c.step, c.one_step_off
+                cells += [f"{value:.1f} s" for value in seconds]
+                last = [c.bottleneck, f"{sum(batch.responses) / c.step / gpus:,.0f}"]
+            else:
+                cells += ["does not fit", f"{training_state(arch) / 2**30:,.0f} GiB to train", *[""] * 7]
+                last = ["", ""]
+            cells += [f"{turns.step:.1f} s: {turns.layout}" if turns else "-", *last]
+            yield f"| {' | '.join(cells)} |"
+
+
+def training_state(arch: Architecture) -> int:
+    """Bytes of weights, gradients and Adam over all ranks: 2 + 4 + 12 a parameter."""
+    return 18 * arch.num_parameters
+
+
+def architecture(name: str) -> Architecture:
+    """A published model by its name, or a directory with a config.json."""
+    return Architecture.from_config(MODELS[name]) if name in MODELS else Architecture.from_pretrained(name)
