@@ -28,7 +28,7 @@ from megatron_egrsd.evaluation.summary import Estimate, Sample, summarize
 from megatron_egrsd.evaluation.table import evaluation_table
 from megatron_egrsd.rewards.answers import final_answer, states_answer
 from megatron_egrsd.rewards.equality import normalize
-from megatron_egrsd.rewards.reward import Reward, grade, load_reward
+from megatron_egrsd.rewards.reward import Reward, decode_and_grade, load_reward
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.deterministic import check_deterministic, deterministic
 from megatron_egrsd.rollout.generation import Generation
@@ -180,10 +180,9 @@ class Evaluation:
         return int(_digest(str(self.config.seed), name, problem.id, str(j))[:15], 16)  # 60 bits; SGLang accepts 63
 
     def _row(self, i: int, j: int, generation: Generation) -> dict[str, Any]:
-        (name, problem), ids = self.problems[i], generation.response_ids
-        text = self.builder.tokenizer.decode(ids, skip_special_tokens=True)
-        truncated = generation.finish_reason == "length"
-        reward, error = grade(text, problem.answer, generation.finish_reason, self.reward)
+        (name, problem), ids, reason = self.problems[i], generation.response_ids, generation.finish_reason
+        text, reward, error = decode_and_grade(self.builder.tokenizer, ids, problem.answer, reason, self.reward)
+        truncated = reason == "length"
         readings = [] if truncated else final_answer(text)
         return {
             "set": name,
@@ -193,7 +192,7 @@ class Evaluation:
             "answer": problem.answer,
             "reward": reward,
             "error": error,
-            "finish_reason": generation.finish_reason,
+            "finish_reason": reason,
             "tokens": len(ids),
             "thinking_tokens": self._thinking(ids, text),
             "states_answer": not truncated and states_answer(text),

@@ -101,6 +101,14 @@ def warn_of_failures(rollouts: list["Rollout"]) -> None:
         )
 
 
+def decode_and_grade(
+    tokenizer, response_ids: list[int], answer: str, finish_reason: str, reward: Reward
+) -> tuple[str, float, str]:
+    """Return the text of a response without special tokens, and its (reward, failure) by `grade`."""
+    text = tokenizer.decode(response_ids, skip_special_tokens=True)
+    return text, *grade(text, answer, finish_reason, reward)
+
+
 def grade(response: str, answer: str, finish_reason: str, reward: Reward) -> tuple[float, str]:
     """Return (reward, reason of a failure or ""). A truncated response scores 0 without a call of `reward`.
 

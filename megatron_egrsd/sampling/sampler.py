@@ -4,7 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from megatron_egrsd.data.samples import Prompt, Rollout
-from megatron_egrsd.rewards.reward import WORKERS, grade, warn_of_failures
+from megatron_egrsd.rewards.reward import WORKERS, decode_and_grade, warn_of_failures
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.generation import Generation
 
@@ -45,8 +45,8 @@ class Sampler:
         return self.threads.submit(self._rollout, prompt, group, generation)
 
     def _rollout(self, prompt: Prompt, group: int, g: Generation) -> Rollout:
-        text = self.tokenizer.decode(g.response_ids, skip_special_tokens=True)
-        reward, error = grade(text, prompt.problem.answer, g.finish_reason, self.reward)
+        answer = prompt.problem.answer
+        text, reward, error = decode_and_grade(self.tokenizer, g.response_ids, answer, g.finish_reason, self.reward)
         return Rollout(
             prompt=prompt,
             group=group,
