@@ -62,6 +62,26 @@ __device__ __forceinline__ Statistics merged_over_warp(Statistics s) {
   return s;
 }
 
+// Where a row of `valid` logits begins and ends to be aligned, and where the target is. Elements [head, tail) are
+// `vectors` of 16 bytes; the target is compared once a vector, not once an element.
+template <class T>
+struct RowGeometry {
+  int64_t head, tail;
+  uint32_t vectors;        // rows are shorter than 2^31, checked on the host
+  uint32_t target_vector;  // ~0 if the target is in no vector
+  int target_lane;
+
+  __device__ __forceinline__ RowGeometry(const T* p, int64_t valid, int64_t target, bool vectorised = true) {
+    constexpr int kWidth = Vector16<T>::kWidth;
+    head = elements_before_boundary(p, valid);
+    vectors = vectorised ? uint32_t((valid - head) / kWidth) : 0u;
+    tail = head + int64_t(vectors) * kWidth;
+    const int64_t in_body = target - head;
+    target_vector = in_body >= 0 && target < tail ? uint32_t(in_body / kWidth) : ~0u;
+    target_lane = int(in_body % kWidth);
+  }
+};
+
 // Grid (rows, splits): block (r, k) takes part k of row r's vectors; part 0 also the unaligned ends and the target.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
@@ -76,23 +96,17 @@ statistics_kernel(const T* __restrict__ logits, int64_t row_stride, int64_t vali
     return;
   }
   const T* p = logits + row * row_stride;
-  const int64_t head = elements_before_boundary(p, valid);
-  const uint32_t vectors = uint32_t((valid - head) / V::kWidth);  // rows are shorter than 2^31, checked on the host
-  const int64_t tail = head + int64_t(vectors) * V::kWidth;
-  const uint32_t share = (vectors + parts - 1) / parts;
-  const uint32_t last = min((part + 1) * share, vectors);
-  const uint4* body = reinterpret_cast<const uint4*>(p + head);
-  // The target's vector and its place there; both are compared per vector, not per element.
-  const int64_t in_body = target - head;
-  const uint32_t target_vector = in_body >= 0 && target < tail ? uint32_t(in_body / V::kWidth) : ~0u;
-  const int target_lane = int(in_body % V::kWidth);
+  const RowGeometry<T> g(p, valid, target);
+  const uint32_t share = (g.vectors + parts - 1) / parts;
+  const uint32_t last = min((part + 1) * share, g.vectors);
+  const uint4* body = reinterpret_cast<const uint4*>(p + g.head);
   Online online;
   auto unpack = [&](const uint4& v, uint32_t index, float* x) {
     V::unpack(v, x);
-    if (index == target_vector) {
+    if (index == g.target_vector) {
 #pragma unroll
       for (int e = 0; e < V::kWidth; ++e)
-        if (e == target_lane) x[e] = -INFINITY;
+        if (e == g.target_lane) x[e] = -INFINITY;
     }
   };
   uint32_t i = part * share + threadIdx.x;
@@ -115,8 +129,8 @@ statistics_kernel(const T* __restrict__ logits, int64_t row_stride, int64_t vali
       const float x = V::widen(p[j]);
       if (j != target) online.add<1>(&x, bits_per_logit);
     };
-    for (int64_t j = threadIdx.x; j < head; j += kThreads) add_scalar(j);
-    for (int64_t j = tail + threadIdx.x; j < valid; j += kThreads) add_scalar(j);
+    for (int64_t j = threadIdx.x; j < g.head; j += kThreads) add_scalar(j);
+    for (int64_t j = g.tail + threadIdx.x; j < valid; j += kThreads) add_scalar(j);
   }
   Statistics s = merged_over_warp(online.statistics());
   __shared__ Statistics warps[kWarps];
@@ -179,24 +193,19 @@ gradient_kernel(const T* logits, T* out, int64_t row_stride, int64_t out_stride,
   };
   auto one = [&](int64_t j) { q[j] = V::narrow(j < valid ? gradient(V::widen(p[j]), j == target) : 0.f); };
 
-  const int64_t head = elements_before_boundary(p, valid);
   const bool same_alignment = ((reinterpret_cast<uintptr_t>(p) ^ reinterpret_cast<uintptr_t>(q)) & 15) == 0;
-  const uint32_t vectors = same_alignment ? uint32_t((valid - head) / V::kWidth) : 0u;
-  const int64_t tail = head + int64_t(vectors) * V::kWidth;
-  const int64_t in_body = target - head;
-  const uint32_t target_vector = in_body >= 0 && target < tail ? uint32_t(in_body / V::kWidth) : ~0u;
-  const int target_lane = int(in_body % V::kWidth);
+  const RowGeometry<T> g(p, valid, target, same_alignment);
   auto one_vector = [&](uint32_t i, const uint4& v) {
     float x[V::kWidth];
     V::unpack(v, x);
 #pragma unroll
-    for (int e = 0; e < V::kWidth; ++e) x[e] = gradient(x[e], i == target_vector && e == target_lane);
-    store_streaming(q + head + int64_t(i) * V::kWidth, V::pack(x));
+    for (int e = 0; e < V::kWidth; ++e) x[e] = gradient(x[e], i == g.target_vector && e == g.target_lane);
+    store_streaming(q + g.head + int64_t(i) * V::kWidth, V::pack(x));
   };
   constexpr uint32_t kVectorsPerBlock = kThreads * kVectorsPerThread;
-  const uint32_t last = min((blockIdx.y + 1) * kVectorsPerBlock, vectors);
+  const uint32_t last = min((blockIdx.y + 1) * kVectorsPerBlock, g.vectors);
   uint32_t i = blockIdx.y * kVectorsPerBlock + threadIdx.x;
-  const T* body = p + head;
+  const T* body = p + g.head;
   for (; i + (kUnroll - 1) * kThreads < last; i += kUnroll * kThreads) {
     uint4 v[kUnroll];
 #pragma unroll
@@ -207,8 +216,8 @@ gradient_kernel(const T* logits, T* out, int64_t row_stride, int64_t out_stride,
   for (; i < last; i += kThreads) one_vector(i, load_then_overwritten(body + int64_t(i) * V::kWidth));
   // The unaligned ends and the padded columns; the whole row if logits and gradient differ in alignment.
   const int64_t first_thread = int64_t(blockIdx.y) * kThreads + threadIdx.x, step = int64_t(gridDim.y) * kThreads;
-  for (int64_t j = first_thread; j < head; j += step) one(j);
-  for (int64_t j = tail + first_thread; j < columns; j += step) one(j);
+  for (int64_t j = first_thread; j < g.head; j += step) one(j);
+  for (int64_t j = g.tail + first_thread; j < columns; j += step) one(j);
 }
 
 template <class T>

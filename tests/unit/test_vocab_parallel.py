@@ -539,8 +539,8 @@ def test_both_implementations_write_the_same_statistics():
 MISTAKES = {
     "no barrier before the warps are merged": ("__syncthreads();\n  if (warp", "if (warp"),
     "no barrier before the coefficients are read": ("__syncthreads();\n  const Grad", "const Grad"),
-    "a logit of the tail left out": ("j = tail + threadIdx.x; j < valid", "j = tail + 1 + threadIdx.x; j < valid"),
-    "a vector of the last part left out": ("min((part + 1) * share, vectors)", "min((part + 1) * share, vectors - 1)"),
+    "a logit of the tail left out": ("j = g.tail + threadIdx.x; j < valid", "j = g.tail + 1 + threadIdx.x; j < valid"),
+    "a vector of the last part left out": ("share, g.vectors)", "share, g.vectors - 1)"),
     "the target in no part": ("if (part == 0 && target >= 0", "if (part == 1 && target >= 0"),
     "vectors read twice": ("i += kUnroll * kThreads) {\n    uint4 v[kUnroll];\n    float x", "i += kThreads) {\n"
                            "    uint4 v[kUnroll];\n    float x"),
@@ -548,7 +548,7 @@ MISTAKES = {
     "-inf minus -inf": ("if (reference == -INFINITY) {", "if (false) {"),
     "padding with a gradient": ("j < valid ? gradient", "j < columns ? gradient"),
     "an ignored row with a gradient": ("ignored ? 0.f : at_target", "at_target"),
-    "a misaligned store": ("const uint32_t vectors = same_alignment ?", "const uint32_t vectors = true ?"),
+    "a misaligned store": ("target, same_alignment)", "target, true)"),
 }  # fmt: skip
 
 
