@@ -55,8 +55,8 @@ fuzz: install  ## 10^5 hostile inputs to everything that reads
 	@$(RUN) FUZZ_TOTAL=100000 python -m pytest tests/faults/test_fuzz.py --durations=5
 
 bench: install  ## the benchmarks behind the tables in docs/
-	@$(RUN) python tools/benchmark_vocab_parallel.py --output docs/measurements/performance
-	@$(RUN) python tools/benchmark_convert.py
+	@$(RUN) python -m benchmarks.vocab_parallel --output docs/measurements/performance
+	@$(RUN) python -m benchmarks.convert
 
 lint: install  ## ruff and codespell
 	@$(RUN) ruff check .

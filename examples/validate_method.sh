@@ -12,6 +12,6 @@ OBJECTIVE=${OBJECTIVE:-}          # file.py:Class of an objective of yours, to c
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 
 export OMP_NUM_THREADS=1
-"$PYTHON" -m tools.validate_method run --output "$OUTPUT" --lanes "$LANES" --objective "$OBJECTIVE"
-"$PYTHON" -m tools.validate_method mechanism --output "$OUTPUT"
-"$PYTHON" -m tools.validate_method results --output "$OUTPUT" --objective "$OBJECTIVE"
+"$PYTHON" -m benchmarks.validate_method run --output "$OUTPUT" --lanes "$LANES" --objective "$OBJECTIVE"
+"$PYTHON" -m benchmarks.validate_method mechanism --output "$OUTPUT"
+"$PYTHON" -m benchmarks.validate_method results --output "$OUTPUT" --objective "$OBJECTIVE"

@@ -17,7 +17,7 @@ CHECK
 # Only what these tests need: pytest's plugins and the project's other dependencies may be missing here. What
 # test_training.py asserts, check_training.py does as well.
 "$python" -m pytest -q -o addopts= tests/gpu --ignore tests/gpu/test_training.py
-"$python" tools/benchmark_vocab_parallel.py --device cuda --output docs/measurements/performance
+"$python" -m benchmarks.vocab_parallel --device cuda --output docs/measurements/performance
 if missing=$(PYTHONPATH=. "$python" -c 'import transformers, tools.check_training' 2>&1); then
     PYTHONPATH=. "$python" tools/check_training.py --models tiny 0.6B --output docs/measurements/training-cuda.md
 else

@@ -59,7 +59,7 @@ def read_answer(answer: bytes | memoryview, stopping: bool = False) -> Generatio
 def read_apart(answer: bytes, stopping: bool = False) -> Generation:
     """Run `read_answer` in another process and wait for it. Any thread may call.
 
-    A million tokens take most of a second of Python (tools/benchmark_host.py): a step that trains meanwhile in this
+    A million tokens take most of a second of Python (benchmarks/host.py): a step that trains meanwhile in this
     process would wait for Python's lock.
     """
     reply = None

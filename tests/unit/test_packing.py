@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_egrsd.data.packing import Sequence, balance, balance_passes, pack, round_up, schedule
 
-spec = importlib.util.spec_from_file_location(
-    "benchmark_packing", Path(__file__).parents[2] / "tools/benchmark_packing.py"
-)
+spec = importlib.util.spec_from_file_location("benchmark_packing", Path(__file__).parents[2] / "benchmarks/packing.py")
 benchmark = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = benchmark  # dataclasses look their module up
 spec.loader.exec_module(benchmark)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.validate_method.run import DUMPED
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.objectives.egrsd import confidence
@@ -21,7 +22,6 @@ from megatron_egrsd.objectives.signal import advantages
 from megatron_egrsd.report.scored_dump import batch_weights, load_scores
 from megatron_egrsd.system.files import write_text
 from tools import make_tiny_model as tiny
-from tools.validate_method.run import DUMPED
 
 GROUP = 8
 UNCERTAIN = 0.5  # a token with a normalised teacher entropy above this counts as uncertain

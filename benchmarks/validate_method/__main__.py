@@ -1,4 +1,4 @@
-"""python -m tools.validate_method run|mechanism|results, from the repository's root."""
+"""python -m benchmarks.validate_method run|mechanism|results, from the repository's root."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from megatron_egrsd.errors import BadArgument, RunError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.validate_method", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.validate_method", description=__doc__)
     parser.add_argument("command", choices=["run", "mechanism", "results"])
     parser.add_argument("--output", type=Path, default=Path("runs/validation"), help="directory of the runs")
     parser.add_argument("--lanes", type=int, default=2, help="runs at a time, each with a server")
@@ -19,15 +19,15 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         if arguments.command == "run":
-            from tools.validate_method.run import run_all
+            from benchmarks.validate_method.run import run_all
 
             run_all(arguments.output, arguments.lanes, arguments.only, arguments.objective)
         elif arguments.command == "mechanism":
-            from tools.validate_method.mechanism import main as mechanism
+            from benchmarks.validate_method.mechanism import main as mechanism
 
             mechanism(arguments.output)
         else:
-            from tools.validate_method.results import main as results
+            from benchmarks.validate_method.results import main as results
 
             results(arguments.output, arguments.document, arguments.objective)
     except (BadArgument, RunError) as error:

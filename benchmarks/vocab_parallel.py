@@ -1,6 +1,6 @@
 """Time and memory of vocab-parallel log-prob + entropy: ours, eager, torch.compile, megatron-core, and what peers do.
 
-    python tools/benchmark_vocab_parallel.py --device cpu --threads 2 --output docs/measurements/performance
+    python -m benchmarks.vocab_parallel --device cpu --threads 2 --output docs/measurements/performance
 
 Writes OUTPUT-<device>.md (tables) and OUTPUT-<device>.png. Every entry computes, for one tensor-parallel rank, log-prob
 and entropy of each row of [N, V] logits, or the gradient of both from given upstream gradients. The entries run
@@ -17,13 +17,11 @@ import gc
 import os
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from megatron_egrsd.vocab_parallel import linear_log_prob_and_entropy, ops
 from megatron_egrsd.vocab_parallel.shard import Shard
 

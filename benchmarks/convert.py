@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """How fast and how lean conversion is, against `cp` of the same bytes in the same run.
 
-    python tools/benchmark_convert.py                 # a 0.6B-shaped model in bf16, both ways and verify
-    python tools/benchmark_convert.py --memory        # peak anonymous memory of models of 4 to 32 layers
-    python tools/benchmark_convert.py --copies        # ways to copy the same bytes in Python, and their SHA-256
+    python -m benchmarks.convert                 # a 0.6B-shaped model in bf16, both ways and verify
+    python -m benchmarks.convert --memory        # peak anonymous memory of models of 4 to 32 layers
+    python -m benchmarks.convert --copies        # ways to copy the same bytes in Python, and their SHA-256
 
 Every measurement runs in a fresh process. Anonymous memory is what the process allocates itself (VmRSS without the
 pages of mapped files, which the kernel can drop at any time), sampled every 5 ms; the number includes Python and torch.

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Compare on-policy, one step off and partial rollouts: time of a step, and learning (docs/measurements/overlap.md).
 
-    python tools/benchmark_overlap.py time OUTPUT [--repeats 3] [--steps 12] [-- --section.key value ...]
-    python tools/benchmark_overlap.py curves OUTPUT [--seeds 0 1 2] [--steps 30] [-- --section.key value ...]
+    python -m benchmarks.overlap time OUTPUT [--repeats 3] [--steps 12] [-- --section.key value ...]
+    python -m benchmarks.overlap curves OUTPUT [--seeds 0 1 2] [--steps 30] [-- --section.key value ...]
 
 Both run the demo's configuration, the three modes in turn; runs that are in OUTPUT already are read, not repeated.
 `time` also measures how much sampling and training in processes of their own slow each other down here, which
@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
-from benchmark_runs import CONFIG, TRAIN, metrics, run
 
+from benchmarks.runs import CONFIG, TRAIN, metrics, run
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.planning.step_time import step_seconds

@@ -6,10 +6,10 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.validate_method.paired import difference
+from benchmarks.validate_method.plan import TITLES
 from megatron_egrsd.report.figures import COLOURS
 from megatron_egrsd.system.files import atomic
-from tools.validate_method.paired import difference
-from tools.validate_method.plan import TITLES
 
 _PANELS = (("tiny", "tiny", ""), ("doubting", "doubting, right references", ""),
            ("doubting", "doubting, half of the references wrong", "/wrong"))  # fmt: skip

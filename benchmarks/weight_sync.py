@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Seconds to push a model's weights into one SGLang server, by every transport in turn, against one copy in memory.
 
-    python tools/benchmark_weight_sync.py [--layers 4] [--rounds 5] [--gpu]
+    python -m benchmarks.weight_sync [--layers 4] [--rounds 5] [--gpu]
 
 The model has Qwen3-0.6B's sizes but for its layers, and random bf16 weights. On a GPU the first push warms up.
 """
@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import torch
-from benchmark_convert import make_model
 
+from benchmarks.convert import make_model
 from megatron_egrsd.config import ModelConfig, ServersConfig, SyncConfig
 from megatron_egrsd.hf.checkpoint import HFCheckpoint
 from megatron_egrsd.rollout.servers import RolloutServers

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.validate_method.paired import Difference, difference, holm
+from benchmarks.validate_method.plan import HYPOTHESES, MARGIN, Hypothesis, settings
+from benchmarks.validate_method.run import is_complete, path_of
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.report import read_evaluations
 from megatron_egrsd.report.runs import read_run
 from megatron_egrsd.system.files import write_text
-from tools.validate_method.paired import Difference, difference, holm
-from tools.validate_method.plan import HYPOTHESES, MARGIN, Hypothesis, settings
-from tools.validate_method.run import is_complete, path_of
 
 _COLUMNS = ("setting", "seed", "accuracy", "length", "training_accuracy", "training_length", "seconds")
 Rows = dict[str, dict[int, dict[str, float]]]  # setting -> seed -> outcome
@@ -189,7 +189,7 @@ def write_document(blocks: dict[str, str], document: Path) -> None:
 
 def main(output: Path, document: Path, own: str) -> None:
     """Fill `document`'s tables, and write runs.csv and the picture beside it."""
-    from tools.validate_method.picture import save
+    from benchmarks.validate_method.picture import save
 
     rows = collect(output, own)
     blocks = {"outcomes": outcomes(rows), "verdicts": verdicts(rows), "ablations": ablations(rows)}

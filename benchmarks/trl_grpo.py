@@ -1,4 +1,4 @@
-"""One run of TRL's GRPOTrainer for benchmark_end_to_end.py, in TRL's own environment: `python trl_grpo.py DIRECTORY`.
+"""One run of TRL's GRPOTrainer for end_to_end.py, in TRL's own environment: `python -m benchmarks.trl_grpo DIRECTORY`.
 
 Reads DIRECTORY/case.json, writes the keys of our metrics.jsonl. The seconds of generation are those of TRL's own
 profiler; the rest of a step, without the preparation of its inputs, is training.
@@ -15,7 +15,6 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from megatron_egrsd.rewards.reward import grade, load_reward
 from megatron_egrsd.system.files import write_text
 

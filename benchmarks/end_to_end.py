@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """GRPO end to end against TRL's GRPOTrainer on this CPU (docs/measurements/end_to_end.md).
 
-    python tools/benchmark_end_to_end.py OUTPUT --trl-python VENV/bin/python [--models tiny 20m] [--repeats 3]
+    python -m benchmarks.end_to_end OUTPUT --trl-python VENV/bin/python [--models tiny 20m] [--repeats 3]
 
 Same checkpoint, prompts, order, reward, batch, group size and length limit; fp32; one update a batch. TRL lives in an
 environment of its own, with this project's requirements and trl. The systems take turns; a run that is in OUTPUT
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmark_runs import CONFIG, ROOT, TRAIN, metrics, run
+from benchmarks.runs import CONFIG, ROOT, TRAIN, metrics, run
 
 TINY = ROOT / "examples/tiny/model"
 PHASES = ("generate", "prepare", "train", "sync", "wait", "step")
@@ -120,7 +120,7 @@ def measure(system: str, path: Path, case: Case, checkpoint: Path, trl_python: s
             path.mkdir(parents=True)
             facts = vars(case) | {"model": str(checkpoint), "order": order(case, checkpoint)}
             (path / "case.json").write_text(json.dumps(facts), encoding="utf-8")
-            command = [trl_python, str(ROOT / "tools/trl_grpo.py"), str(path)]
+            command = [trl_python, "-m", "benchmarks.trl_grpo", str(path)]
         else:
             command = [*TRAIN, *words(settings(case, checkpoint, path) | own)]
         run(command, threads, system)

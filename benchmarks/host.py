@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Time rank 0's CPU on the responses of a step, in seconds for a million tokens (docs/measurements/scaling.md).
 
-    python tools/benchmark_host.py [--tokenizer DIRECTORY] [--tokens 4255] [--responses 200]
+    python -m benchmarks.host [--tokenizer DIRECTORY] [--tokens 4255] [--responses 200]
 
 Responses are solutions of the GSM8K test set, one after the other; without a tokenizer, a byte-level BPE is trained on
 the problem sets of the tests.

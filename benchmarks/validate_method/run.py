@@ -10,12 +10,12 @@ import threading
 import time
 from pathlib import Path
 
+from benchmarks.validate_method.plan import CONFIG, STEPS, Setting, settings
 from megatron_egrsd.config import Config
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.report import read_evaluations
 from megatron_egrsd.rollout.servers import RolloutServers
-from tools.validate_method.plan import CONFIG, STEPS, Setting, settings
 
 # A fork of one process that has imported everything: seven seconds of each run are saved.
 _processes = multiprocessing.get_context("forkserver")

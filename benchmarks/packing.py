@@ -1,6 +1,6 @@
 """The waste of packing for realistic response lengths: the table of docs/measurements/scaling.md.
 
-    python tools/benchmark_packing.py
+    python -m benchmarks.packing
 
 A step has groups of 8 samples. The teacher scores all of them; those of degenerate groups (all right or all wrong) are
 not trained.
