@@ -155,7 +155,7 @@ def test_tensor_and_pipeline_parallel_ranks_with_a_server_and_disk_sync(tmp_path
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_mixture_of_experts_on_expert_parallel_ranks(tmp_path):
-    """Every weight arrives in SGLang's fused experts bit by bit (verify_sync), and both choose the same experts."""
+    """Every weight arrives in SGLang's fused experts bit by bit, and both choose the same experts."""
     tiny = ROOT / "examples/tiny/model"
     model = make_qwen3(tmp_path / "model", tied=False, vocab_size=45, num_experts=6, num_hidden_layers=2,
                        moe_intermediate_size=64)  # fmt: skip

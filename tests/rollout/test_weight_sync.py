@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_egrsd.errors import RunError
-from megatron_egrsd.rollout import tensor_handles, weight_sync
+from megatron_egrsd.rollout import tensor_handles, transports
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.control import Control
 from megatron_egrsd.rollout.process_group import BroadcastGroup
@@ -139,8 +139,8 @@ def test_handles_to_shared_memory(servers, client, model_directory, monkeypatch)
 
 
 def test_handles_for_another_host_are_refused(servers, monkeypatch):
-    monkeypatch.setattr(weight_sync, "is_local", lambda url: False)
-    with pytest.raises(RunError, match=r'weight_sync is "ipc", .* is another host; choose "distributed" or "disk"'):
+    monkeypatch.setattr(transports, "is_local", lambda url: False)
+    with pytest.raises(RunError, match=r'sync\.transport is "ipc", .* is another host; choose "distributed" or "disk"'):
         WeightSync(servers, sync_config(transport="ipc"), "cpu")
 
 
@@ -210,7 +210,7 @@ def test_a_refused_bucket_is_one_sentence_at_once(servers, sync, model_directory
 
 
 def test_servers_that_do_not_join_are_an_error_within_the_timeout(servers, monkeypatch):
-    monkeypatch.setattr(weight_sync, "address_towards", lambda url: "127.0.0.1")
+    monkeypatch.setattr(transports, "address_towards", lambda url: "127.0.0.1")
     request = Control.request
 
     def deaf(self, method, url, endpoint, body=None):
