@@ -58,10 +58,11 @@ bench: install  ## the benchmarks behind the tables in docs/
 	@$(RUN) python -m benchmarks.vocab_parallel --output docs/measurements/performance
 	@$(RUN) python -m benchmarks.convert
 
-lint: install  ## ruff and codespell
+lint: install  ## ruff, codespell and mypy
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(RUN) codespell
+	@$(RUN) mypy
 
 gpu-check:  ## on a CUDA machine: build, run tests/gpu, write the GPU table
 	@tools/gpu_check.sh

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None, name: str = "megatron-egrsd") -> int:
     try:
         return _run(command, rest) or 0
     except SystemExit as exit:  # argparse has printed the help
-        return exit.code
+        return int(exit.code or 0)
     except Preempted as reason:
         return _fail(name, reason, 0)
     except BadArgument as error:
@@ -71,6 +71,7 @@ def _run(command: str, words: list[str]) -> int | None:
         close = difflib.get_close_matches(command, COMMANDS, 1)
         hint = f"; did you mean {close[0]}?" if close else "; see megatron-egrsd --help"
         raise BadArgument(f"there is no command {command!r}{hint}")
+    return None
 
 
 def _train(arguments: list[str]) -> None:

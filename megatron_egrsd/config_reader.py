@@ -38,7 +38,7 @@ def valid_keys(cls: type = Config, prefix: str = "") -> list[str]:
     keys = []
     for f in dataclasses.fields(cls):
         keys.append(prefix + f.name)
-        if dataclasses.is_dataclass(f.type):
+        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
             keys += valid_keys(f.type, prefix + f.name + ".")
     return keys
 
@@ -95,7 +95,7 @@ def _renamed(tree: Any) -> Any:
     return tree
 
 
-def preset_keys(name: str) -> dict[str, object]:
+def preset_keys(name: str) -> dict[str, Any]:
     """Return the configuration keys that the preset `name` sets, with their values; BadArgument if there is none."""
     table = presets()
     if name not in table:

@@ -152,7 +152,7 @@ class _Columns:
         t = self.tokens
         scores = t.teacher_log_prob, t.teacher_entropy, t.student_log_prob, t.student_entropy
         fields = {name: pick(column) for name, column in t.fields.items()}
-        tokens = Tokens(cu_seqlens, pick(t.advantage), *map(pick, scores), fields)
+        tokens = Tokens(cu_seqlens, pick(t.advantage), *map(pick, scores), fields=fields)  # type: ignore[misc]
         return _Columns(tokens, *map(pick, (self.rollout_log_prob, self.normalizer, self.reference_log_prob)))
 
 

@@ -113,7 +113,7 @@ def schedule(lengths_per_rank: Seq[Seq[int]], budget: int, multiple: int = 1) ->
         ):
             break
     return [
-        sorted(parts, key=lambda part, own=lengths: -sum(own[i] for i in part))
+        sorted(parts, key=lambda part, own=lengths: -sum(own[i] for i in part))  # type: ignore[misc]
         for lengths, parts in zip(lengths_per_rank, plan, strict=True)
     ]
 

@@ -80,7 +80,7 @@ def load_problems(
     return problems
 
 
-def batch_indices(n_problems: int, batch_size: int, step: int, seed: int) -> list[int]:
+def batch_indices(n_problems: int, batch_size: int, step: int, seed: int | str) -> list[int]:
     """Return the problem indices of batch `step` (from 0) in an endless order that depends only on (seed, step).
 
     Each epoch is a new permutation and visits every problem exactly once; a batch may span two epochs. There is no

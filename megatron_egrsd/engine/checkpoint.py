@@ -179,8 +179,8 @@ def load(engine: Engine, path: Path) -> int:
     engine.optimizer.load_state_dict(state["optimizer"])
     engine.scheduler.load_state_dict(state["scheduler"])
     if "teacher" in state:
-        for (i, name), teacher in zip(_names(engine), engine.teacher_weights, strict=True):
-            teacher.copy_(state["teacher"][i][name])
+        for (chunk_index, name), teacher in zip(_names(engine), engine.teacher_weights, strict=True):
+            teacher.copy_(state["teacher"][chunk_index][name])
     return state["step"]
 
 

@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -53,7 +53,7 @@ def initialize(config: ParallelConfig, seed: int, facts: Facts | None = None) ->
 
 
 def _check_agreement(facts: Facts) -> None:
-    gathered = [None] * dist.get_world_size()
+    gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (socket.gethostname(), facts))
     first_host, expected = gathered[0]
     for rank, (host, found) in enumerate(gathered):
@@ -91,7 +91,7 @@ def on_first_rank(function: Callable[[], T]) -> T:
 
     so that a failure of the one process that talks to SGLang ends the job instead of leaving the others waiting.
     """
-    outcome = [None, None]
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome = [function(), None]
@@ -99,9 +99,9 @@ def on_first_rank(function: Callable[[], T]) -> T:
             outcome = [None, error]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(outcome, src=0)
-    result, error = outcome
-    if error is not None:
-        raise error
+    result, failure = outcome
+    if failure is not None:
+        raise failure
     return result
 
 

@@ -80,7 +80,7 @@ def _calls(lengths: tuple[int, ...], rank: int, size: int, dtype: torch.dtype, d
         for place, number in enumerate(held):
             parts = [(i * len(held) + place, i, (number + 1) * (lengths[i] // chunks)) for i in members]
             bounds = torch.tensor([(spans[chunk], end) for chunk, _, end in parts], device=device)
-            calls.append((parts, _mask(*bounds.T, dtype) if number else None))
+            calls.append((parts, _mask(bounds[:, 0], bounds[:, 1], dtype) if number else None))
     return spans, calls
 
 

@@ -1,7 +1,8 @@
 """Hugging Face weights straight into any TP x PP x EP layout, and out of it again as a stream."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,8 +33,8 @@ def _own_entries(chunks: list[torch.nn.Module], arch: Architecture) -> list[tupl
     own = []
     for chunk, (name, parameter) in ((c, named) for c in chunks for named in c.named_parameters()):
         first_layer = chunk.decoder.layers[0].layer_number - 1
-        name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda m, n=first_layer: str(int(m[0]) + n), local_name(name))
-        name = _EXPERT.sub(lambda m: str(int(m[0]) + first_expert), name)
+        name = re.sub(r"(?<=decoder\.layers\.)\d+", _plus(first_layer), local_name(name))
+        name = _EXPERT.sub(_plus(first_expert), name)
         if name not in table:
             raise RunError(f"megatron-core calls a parameter {name}, which the weight mapping does not know")
         own.append((table[name], parameter))
@@ -72,7 +73,7 @@ def export_hf(chunks: list[torch.nn.Module], arch: Architecture) -> Iterator[tup
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     stage = pipeline.rank()
     is_writer = is_first[False] and parallel_state.get_tensor_model_parallel_rank() == 0
-    plans = [None] * pipeline.size()
+    plans: list[Any] = [None] * pipeline.size()
     plan = [(entry.megatron, _full_shape(entry, parameter), parameter.dtype) for entry, parameter in own]
     dist.all_gather_object(plans, plan, group=pipeline)
     # From the last to the first: of a tied embedding, the first stage's copy counts.
@@ -93,6 +94,11 @@ def export_hf(chunks: list[torch.nn.Module], arch: Architecture) -> Iterator[tup
             if not (is_writer and stage == 0):
                 full = placeholder
             yield from zip(table[tensor].hf, table[tensor].layout.split(full, arch), strict=True)
+
+
+def _plus(first: int) -> Callable[[re.Match[str]], str]:
+    """Return a function that adds `first` to a matched number."""
+    return lambda match: str(int(match[0]) + first)
 
 
 def _full_shape(entry: Entry, parameter: torch.nn.Parameter) -> list[int]:

@@ -105,7 +105,7 @@ class Evaluation:
         """Draw, grade and write the missing samples."""
         config, evaluation = self.config, self.config.evaluation
         total = len(self.problems) * self.k
-        done = {
+        done: dict[tuple[int, int], Any] = {
             (i, j): None
             for i, (name, p) in enumerate(self.problems)
             for j in range(self.k)

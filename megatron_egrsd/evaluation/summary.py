@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from math import comb
 
@@ -113,7 +113,7 @@ def majority(samples: list[Sample]) -> float:
     return ("" in leaders) / len(leaders) if leaders else 0.0
 
 
-def percentile_95(values: list[float]) -> float:
+def percentile_95(values: Sequence[float]) -> float:
     """Return the 95th percentile, as one of the values."""
     return float(np.percentile(values, 95, method="nearest"))
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,13 +46,13 @@ class Nodes:
         If a function fails, its exception is raised on every rank. If several fail, a fatal error takes precedence
         over ServersLost.
         """
-        outcome = None
+        outcome: Any = None
         if self.index is not None:
             try:
                 outcome = function(), None
             except Exception as error:
                 outcome = None, error
-        outcomes = [outcome]
+        outcomes: Any = [outcome]
         if self.index is not None and self._group is not None:
             outcomes = [None] * len(self) if self.index == 0 else None
             dist.gather_object(outcome, outcomes, group=self._group, group_dst=0)

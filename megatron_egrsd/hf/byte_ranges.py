@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from io import FileIO
 from pathlib import Path
 from threading import Event
 from typing import BinaryIO, NamedTuple
@@ -55,7 +56,7 @@ def pieces(ranges: Iterable[Range], stored: torch.dtype, wanted: torch.dtype) ->
         return result[: count * wanted.itemsize]
 
     with contextlib.ExitStack() as stack:
-        files: dict[Path, BinaryIO] = {}
+        files: dict[Path, FileIO] = {}
         for path, offset, nbytes in ranges:
             if path not in files:
                 files[path] = stack.enter_context(open(path, "rb", buffering=0))

@@ -74,7 +74,8 @@ class SafetensorsWriter:
 
     def _write_header(self, path: Path, shard: list[str]) -> None:
         """Write the header of a shard and record the offsets of its tensors."""
-        header, end = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        end = 0
         for name in shard:
             start, end = end, end + math.prod(self.shapes[name]) * self.dtype.itemsize
             header[name] = {

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -221,7 +221,7 @@ class TorchDistReader:
 class _Window(io.RawIOBase):
     """Bytes [start, start + length) of an open file as a file of its own."""
 
-    def __init__(self, file: BinaryIO, start: int, length: int):
+    def __init__(self, file: io.FileIO, start: int, length: int):
         self._file, self._start, self._length, self._at = file, start, length, 0
 
     def readable(self) -> bool:

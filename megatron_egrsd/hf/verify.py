@@ -108,7 +108,7 @@ def _difference(left: Iterator[memoryview], right: Iterator[memoryview], dtype: 
     bits = {2: np.int16, 4: np.int32}[dtype.itemsize]
     count, first, second = 0, hashlib.sha256(), None
     for a, b in zip(left, right, strict=True):
-        count += np.count_nonzero(np.frombuffer(a, bits) != np.frombuffer(b, bits))
+        count += int(np.count_nonzero(np.frombuffer(a, bits) != np.frombuffer(b, bits)))
         if hashes:
             if count and not second:
                 second = first.copy()  # both sides share one hash until they differ

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -214,7 +215,7 @@ def memory_of_stages(config: Config, arch: Architecture, ranks: int, place: Plac
 def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, longest: int, gpu_memory: int) -> str:
     """Return advice: the first change of the parallel section, from mild to severe, with which the model fits."""
     p = config.parallel
-    changes = [
+    changes: list[dict[str, Any]] = [
         {"distributed_optimizer": True},
         {"recompute": True},
         {"recompute": True, "distributed_optimizer": True},

@@ -217,7 +217,7 @@ def phases(run: Run) -> dict[str, np.ndarray]:
 
 def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.06)
+    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.06)  # type: ignore[call-arg]
     FigureCanvasAgg(figure)
     return figure
 

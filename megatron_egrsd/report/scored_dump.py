@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _STUDENT = ("student_log_prob", "student_entropy", "rollout_log_prob", "gate", "weight")
 _TEACHER = ("teacher_log_prob", "teacher_entropy", "normalized_entropy", "lookahead_entropy")
-_TYPES = {
+_TYPES: dict[type | tuple[type, ...], tuple[str, ...]] = {
     int: ("step", "vocab_size", "group", "weight_version"),
     (int, float): ("reward", "advantage"),
     str: ("prompt", "finish_reason"),
@@ -103,8 +103,8 @@ def scored_rollouts(
         if scores is not None:
             both = np.concatenate([scores[i] for i in range(len(rollouts))], 1)
             columns |= {f"{name}_log_prob": both[0], f"{name}_entropy": both[1]}
-    scores = {name: torch.from_numpy(values) for name, values in columns.items()}
-    weights = batch_weights(batch_tokens(advantage, lengths, scores), objective, vocab_size)
+    tensors = {name: torch.from_numpy(values) for name, values in columns.items()}
+    weights = batch_weights(batch_tokens(advantage, lengths, tensors), objective, vocab_size)
     scales = weights.pop("entropy_scale", None)
     columns |= {name: values.numpy() for name, values in weights.items()}
     columns["rollout_log_prob"] = np.concatenate([np.asarray(r.rollout_log_probs, np.float32) for r in rollouts])

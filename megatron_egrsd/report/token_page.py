@@ -9,6 +9,7 @@ import base64
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -76,8 +77,8 @@ def _weights(scored: list[ScoredRollout], objective: ObjectiveConfig) -> list[di
         return [{"g": r.gate, "w": r.weight} for r in scored]
     lengths = [len(r.response_ids) for r in scored]
     names = [f"{who}_{what}" for who in ("student", "teacher") for what in ("log_prob", "entropy")]
-    columns = {n: np.concatenate([getattr(r, n) for r in scored]) for n in names if getattr(scored[0], n) is not None}
-    scores = {name: torch.from_numpy(values) for name, values in columns.items()}
+    arrays = {n: np.concatenate([getattr(r, n) for r in scored]) for n in names if getattr(scored[0], n) is not None}
+    scores = {name: torch.from_numpy(values) for name, values in arrays.items()}
     tokens = batch_tokens([r.advantage for r in scored], lengths, scores)
     weights = batch_weights(tokens, objective, scored[0].vocab_size)
     columns = {"m": torch.ones_like(weights["weight"]), "g": weights["gate"], "w": weights["weight"]}
@@ -104,7 +105,7 @@ def _tokens(r: ScoredRollout, weights: dict[str, dict[str, np.ndarray]]) -> dict
             "h_ahead": look["a"],
             "offset": _offset(look["h"], look["a"]),
         }
-    row = {name: _rounded(values) for name, values in columns.items()}
+    row: dict[str, Any] = {name: _rounded(values) for name, values in columns.items()}
     row["objectives"] = {
         name: {key: _rounded(w[key]) for key in ("m", "g", "w") if key in w} for name, w in weights.items()
     }

@@ -7,6 +7,7 @@ because an answer is any string that a policy can sample.
 import re
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 from megatron_egrsd.rewards.verifier import GaveUp, algebra_equal
 
@@ -23,7 +24,7 @@ _SYMBOLS = str.maketrans(
 )
 _WORDS = r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|operatorname|mbox|rm)"
 _NAME = r"(?:\\?[a-zA-Z]+(?:_\{?\w+\}?)?'?(?:\(\w+\))?|\((?:[a-zA-Z],)+[a-zA-Z]\))"  # x, x_1, f(x), \theta, (x,y)
-_SPELLINGS = [
+_SPELLINGS: list[tuple[re.Pattern[str], Any]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lr]?)(?![a-zA-Z])", ""),

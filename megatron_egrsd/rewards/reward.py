@@ -78,6 +78,9 @@ class _WorkerReward:
             raise TimeoutError(f"longer than data.reward_timeout = {self.timeout:g} s") from None
 
 
+_user_reward: Callable[[str, str], float]  # of a worker
+
+
 def _prepare(name: str) -> None:
     """Load the user's function in a worker, at its start."""
     global _user_reward

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -44,7 +44,7 @@ class Control:
             self.on_all(f"flush_cache?timeout={self.timeout:g}", {})  # returns when nothing runs
             self.servers.abandoned = False
 
-    def on_all(self, endpoint: str, body: dict | list[dict | None],
+    def on_all(self, endpoint: str, body: dict | Sequence[dict | None],
                meanwhile: Callable[[Callable[[], None]], None] | None = None) -> list[dict[str, Any]]:  # fmt: skip
         """POST to every server at once, run `meanwhile` until they answer, and return the answers.
 
@@ -55,7 +55,7 @@ class Control:
             ServersLost: A server has ended, hangs, or its answer is not SGLang's.
             RunError: A server refused the request.
         """
-        bodies = body if isinstance(body, list) else [body] * len(self.urls)
+        bodies = [body] * len(self.urls) if isinstance(body, dict) else body
         requests = [self._threads.submit(self.request, "POST", url, endpoint, b)
                     for url, b in zip(self.urls, bodies, strict=True) if b is not None]  # fmt: skip
         if meanwhile is not None:

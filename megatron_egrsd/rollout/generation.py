@@ -118,7 +118,7 @@ def reading() -> Callable[[bytes], bytes]:
 
     def read(request: bytes) -> bytes:
         try:
-            outcome = read_answer(memoryview(request)[1:], stopping=bool(request[0]))
+            outcome: Generation | ValueError = read_answer(memoryview(request)[1:], stopping=bool(request[0]))
         except ValueError as error:
             outcome = ValueError(str(error))  # orjson's own cannot be unpickled
         return pickle.dumps(outcome)

@@ -39,7 +39,8 @@ def replace_missing_torchvision() -> None:
         pass
     else:
         return
-    sys.modules["torchvision"] = None  # makes transformers find, and cache, that there is no torchvision
+    # Makes transformers find, and cache, that there is no torchvision.
+    sys.modules["torchvision"] = None  # type: ignore[assignment]
     from transformers.utils import is_torchvision_available
 
     assert not is_torchvision_available()

@@ -81,7 +81,8 @@ class BatchSampling:
         return groups_without_signal(self.rollouts, load_objective(self.objective))
 
     def _prompts(self, groups: list[int]) -> list[Prompt]:
-        size, seed, step = self.config.prompts_per_step, self.seed, self.step
+        size, step = self.config.prompts_per_step, self.step
+        seed: int | str = self.seed
         if self.rounds:
             step, seed = step * self.config.dynamic_sampling + self.rounds - 1, f"{seed}/refill"
         return [self.prompts[i] for i in batch_indices(len(self.prompts), size, step, seed)[: len(groups)]]

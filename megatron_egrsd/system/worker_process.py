@@ -10,6 +10,7 @@ import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import socketpair
+from typing import Any
 
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.system import import_path
@@ -29,7 +30,7 @@ class WorkerProcess:
         popen: Further arguments of subprocess.Popen.
     """
 
-    def __init__(self, target: str, package: str, **popen):
+    def __init__(self, target: str, package: str, **popen: Any):
         self.target, self.package, self.popen = target, package, popen
         self.lock = threading.Lock()
         self.process: subprocess.Popen | None = None
@@ -62,8 +63,9 @@ class WorkerProcess:
         ours, theirs = socketpair()
         with theirs:
             command = [sys.executable, "-m", __name__, str(theirs.fileno()), self.target]
-            pipes = {"stdin": subprocess.DEVNULL, "pass_fds": [theirs.fileno()]}
-            self.process = subprocess.Popen(command, env=env, **pipes, **self.popen)
+            self.process = subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], **self.popen
+            )
         self.connection, self.owner = Connection(ours.detach()), os.getpid()
         if self._receive(START_SECONDS) is None:
             check = f"python -c 'import {self.package}'"
