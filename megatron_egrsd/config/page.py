@@ -26,7 +26,7 @@ def page() -> str:
     return "\n".join([_HEAD, *_sections(Config, "")])
 
 
-def _sections(cls: type, prefix: str) -> list[str]:
+def _sections(cls: typing.Any, prefix: str) -> list[str]:
     """Return the table of `cls` and of the sections within, each below a heading of its own."""
     text = docstring_parser.parse(cls.__doc__)
     meanings = {p.arg_name: p.description for p in text.params}
@@ -43,7 +43,7 @@ def _sections(cls: type, prefix: str) -> list[str]:
     return head + table + [line for f in inner for line in _sections(f.type, f"{prefix}{f.name}.")]
 
 
-def _type(kind: type) -> str:
+def _type(kind: typing.Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return ", ".join(f"`{json.dumps(value)}`" for value in typing.get_args(kind))
     if isinstance(kind, types.UnionType):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -173,7 +174,8 @@ def _parameters(arch: Architecture, tensor: int, pipeline: int, virtual_pipeline
 def _memory(arch: Architecture, parallel: ParallelConfig, ranks: int) -> RankMemory:
     """The largest rank: the first stage has most micro-batches in flight, the last one the LM head."""
     stages, place = {0, parallel.pipeline - 1}, Placement(gpu=True, transformer_engine=True)
-    sizes = {"tokens": parallel.max_tokens_per_microbatch, "itemsize": 2, "bucket_bytes": SyncConfig().bucket_mib << 20}
+    tokens, bucket = parallel.max_tokens_per_microbatch, SyncConfig().bucket_mib << 20
+    sizes: dict[str, Any] = {"tokens": tokens, "itemsize": 2, "bucket_bytes": bucket}
     memory = (rank_memory(arch, parallel, ranks, stage, place, **sizes, teacher=TeacherConfig()) for stage in stages)
     return max(memory, key=lambda m: m.total)
 

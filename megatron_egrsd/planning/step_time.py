@@ -131,7 +131,8 @@ def decode_step_seconds(machine: Machine, arch: Architecture, tensor: int, runni
     The weights are read once (of a mixture, the experts that `running` tokens choose), the KV cache of every sequence
     too; or the matrix products take longer.
     """
-    used, every = layer_parameters(arch)
+    used, held = layer_parameters(arch)
+    every: float = held
     if arch.num_experts:
         expert = (every - used) / (arch.num_experts - arch.experts_per_token)
         share = 1 - (1 - arch.experts_per_token / arch.num_experts) ** running
