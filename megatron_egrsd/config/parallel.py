@@ -21,7 +21,7 @@ class ParallelConfig:
         distributed_optimizer: Shard the optimizer state over the data-parallel and context-parallel ranks.
         max_tokens_per_microbatch: Token budget of one packed micro-batch on each context-parallel rank; a longer single
             sample gets its own.
-        transformer_engine: Use Transformer Engine layers: always, never, or in bfloat16 where installed on a GPU. It
+        transformer_engine: Use Transformer Engine layers: always, never, or in bfloat16 if installed on a GPU. It
             has no fused attention for fp32: all attention probabilities would be kept.
         recompute: Recompute the activations of every layer in the backward pass.
         overlap_grad_reduce: Reduce gradients over the data-parallel ranks while the last backward pass still runs.
@@ -59,7 +59,7 @@ class ParallelConfig:
         )
 
     def wants_transformer_engine(self, dtype: str) -> bool:
-        """Whether to use Transformer Engine for a model of this type where it can be had."""
+        """Return whether to use Transformer Engine, if it is there, for a model of this type."""
         return self.transformer_engine == "always" or (self.transformer_engine == "auto" and dtype != "float32")
 
     @property
@@ -69,12 +69,12 @@ class ParallelConfig:
 
     @property
     def sequence_multiple(self) -> int:
-        """What a sequence's length is padded to a multiple of: each CP rank holds two chunks of it (data/zigzag.py)."""
+        """Pad each sequence to a multiple of this many tokens: a CP rank holds two chunks of it (data/zigzag.py)."""
         return 2 * self.context if self.context > 1 else 1
 
     @property
     def token_multiple(self) -> int:
-        """What a micro-batch's tokens are padded to a multiple of, those of all context-parallel ranks together.
+        """Pad each micro-batch, on all context-parallel ranks together, to a multiple of this many tokens.
 
         Sequence parallelism splits them over TP; FP8 products want 16 rows on every rank, in the MXFP8 recipe 32.
         """
@@ -82,7 +82,7 @@ class ParallelConfig:
         return self.sequence_multiple * share * (32 if self.megatron.get("fp8") else 1)
 
     def tokens_on_a_rank(self, length: int) -> int:
-        """What a context-parallel rank holds of a sequence of `length` tokens, padding included."""
+        """Return the tokens, padding included, that a context-parallel rank holds of a sequence of `length` tokens."""
         return -(-length // self.sequence_multiple) * self.sequence_multiple // self.context
 
     @property
@@ -97,7 +97,7 @@ class ParallelConfig:
 
     @property
     def round_of_micro_batches(self) -> int:
-        """What their number is a multiple of: the interleaved schedule fills whole rounds."""
+        """Micro-batches come in multiples of this number: the interleaved schedule fills whole rounds."""
         return self.pipeline if self.interleaved else 1
 
     def check_world(self, world_size: int, rollouts_per_update: int) -> int:

@@ -19,7 +19,7 @@ warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureW
 warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint")
 try:
-    cpu.install()  # before the first import of megatron.core; does nothing where CUDA is available
+    cpu.install()  # before the first import of megatron.core; does nothing if CUDA is available
     import megatron.core  # noqa: F401
 except (RuntimeError, OSError) as error:
     if importlib.util.find_spec("transformer_engine") is None:

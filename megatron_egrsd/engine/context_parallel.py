@@ -1,4 +1,4 @@
-"""What context-parallel ranks know of the whole row: its bounds, keys and values in attention, scores for the loss."""
+"""Give context-parallel ranks the whole row: its bounds, keys and values in attention, scores for the loss."""
 
 import torch
 import torch.distributed as dist

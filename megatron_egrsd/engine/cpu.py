@@ -1,4 +1,4 @@
-"""Runs megatron-core 0.19 on CPU and gloo. Does nothing where CUDA is available.
+"""Run megatron-core 0.19 on CPU and gloo. Does nothing if CUDA is available.
 
 megatron-core names the CUDA device in places where no configuration reaches: the current device, device="cuda" in
 factory calls, type names such as "torch.cuda.FloatTensor", the random states of its tensor-parallel tracker. Each is

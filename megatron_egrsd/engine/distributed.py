@@ -21,8 +21,8 @@ Facts = dict[str, tuple[str, str]]
 def initialize(config: ParallelConfig, seed: int, facts: Facts | None = None) -> torch.device:
     """Start torch.distributed and megatron-core's groups; returns this rank's device.
 
-    NCCL where CUDA is available, else gloo. A process that torchrun did not start is a world of one. BadArgument, on
-    every rank, where one has other `facts` (agreement.py) than the first rank: nothing has been built then.
+    NCCL if CUDA is available, else gloo. A process that torchrun did not start is a world of one. BadArgument, on
+    every rank, if one has other `facts` (agreement.py) than the first rank: nothing has been built then.
     """
     timeout = timedelta(seconds=config.timeout)
     if torch.cuda.is_available():
@@ -71,7 +71,7 @@ def shutdown() -> None:
 
 
 def lost_contact(error: BaseException | None) -> RunError | None:
-    """What to tell a user for an exception that a collective raised: another rank is gone, stuck or out of reach.
+    """Return the error for an exception that a collective raised: another rank is gone, stuck or out of reach.
 
     None for any other exception. gloo raises plain RuntimeErrors that name its source file; the rest are DistErrors.
     """
@@ -113,7 +113,7 @@ def on_first_rank_while(function: Callable[[Iterator], T], stream: Iterator) -> 
 
 
 def to_the_end(function: Callable[[Iterator], T], stream: Iterator) -> Callable[[], T]:
-    """What calls `function` with `stream` and exhausts it, also after a failure: the other ranks are still sending."""
+    """Return a call of `function` that exhausts `stream`, also after a failure: the other ranks are still sending."""
 
     def run() -> T:
         try:

@@ -1,4 +1,4 @@
-"""Plain-torch layers for megatron-core's ModuleSpec, used where Transformer Engine is not: a norm and an attention."""
+"""Plain-torch layers for megatron-core's ModuleSpec, used if Transformer Engine is not: a norm and an attention."""
 
 import functools
 import math
@@ -71,7 +71,7 @@ def _calls(lengths: tuple[int, ...], rank: int, size: int, dtype: torch.dtype, d
     """(the number of queries in each of this rank's chunks, the SDPA calls over them).
 
     A call is a list of (chunk, sequence, keys of that sequence up to the chunk's end) and a mask [B, 1, Lq, Lk] to add
-    to the scores, None where each chunk begins its sequence and so is plainly causal.
+    to the scores, None if each chunk begins its sequence and so is plainly causal.
     """
     held, chunks = ([rank, 2 * size - 1 - rank], 2 * size) if size > 1 else ([0], 1)
     spans = [n // chunks for n in lengths for _ in held]

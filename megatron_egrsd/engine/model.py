@@ -31,7 +31,7 @@ _NOT = {
 
 
 def use_transformer_engine(parallel: ParallelConfig, dtype: torch.dtype) -> bool:
-    """Whether to build Transformer Engine layers; BadArgument where they are demanded but cannot be had."""
+    """Return whether to build Transformer Engine layers; BadArgument if they are demanded but not there."""
     possible = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     if parallel.transformer_engine == "always" and not possible:
         raise BadArgument(
@@ -45,7 +45,7 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
     """megatron-core's configuration of this model in this layout.
 
     Losses arrive at the schedule already divided by the global batch's normaliser, so the schedule must only sum:
-    calculate_per_token_loss switches its divisions off. BadArgument where parallel.megatron does not fit.
+    calculate_per_token_loss switches its divisions off. BadArgument if parallel.megatron does not fit.
     """
     on_gpu = torch.cuda.is_available()
     fused = use_transformer_engine(parallel, dtype)
@@ -101,7 +101,7 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
 
 
 def check_megatron(parallel: ParallelConfig) -> None:
-    """BadArgument where parallel.megatron names what is no field of TransformerConfig, or changes the model."""
+    """BadArgument if parallel.megatron names what is no field of TransformerConfig, or changes the model."""
     fields = [field.name for field in dataclasses.fields(TransformerConfig)]
     for name in parallel.megatron:
         if name not in fields:

@@ -1,4 +1,4 @@
-"""Which of engine and SGLang holds GPU memory, in each phase of a run.
+"""Phases of a run in which engine or SGLang holds the GPU memory.
 
 ```
 phase       the engine holds                        SGLang holds

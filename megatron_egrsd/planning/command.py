@@ -1,4 +1,4 @@
-"""Where the GPUs of a cluster should go, and how long a step takes: the tables of docs/measurements/scaling.md.
+"""Divide the GPUs of a cluster and estimate the time of a step: the tables of docs/measurements/scaling.md.
 
     megatron-egrsd plan                                   # every table, H100 and H200
     megatron-egrsd plan --models Qwen3-8B --gpus 8 --machine H200 --rollouts 512

@@ -109,6 +109,6 @@ class WeightSync:
                                f"{what} the training engine's weights")  # fmt: skip
 
     def close(self) -> None:
-        """Leave the process group, on both sides where that is still possible. Idempotent; raises nothing."""
+        """Leave the process group, on both sides if that is still possible. Idempotent; raises nothing."""
         self.transport.disconnect()
         self.control.close()

@@ -1,4 +1,4 @@
-"""What all ranks must have in common before they train together: code, configuration, data."""
+"""Facts that all ranks must have in common before they train together: code, configuration, data."""
 
 import hashlib
 import inspect

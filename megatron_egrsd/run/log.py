@@ -26,7 +26,7 @@ class RunLog:
     On a terminal the columns that do not fit are left out; a pipe gets all of them, without control codes.
 
     Args:
-        output: Directory of the run; made where it is missing.
+        output: Directory of the run; made if it is missing.
         total_steps: Steps of the run, for progress and remaining time.
         tensorboard: Write event files.
         file: Where the lines go instead of stdout.

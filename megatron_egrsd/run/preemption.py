@@ -4,7 +4,6 @@ A rank waiting in a collective runs no Python, so no ordinary signal handler. He
 the signal's number into a pipe, a thread reads it and tells the job's store, and the first rank asks there.
 """
 
-import contextlib
 import os
 import signal
 import threading
@@ -24,7 +23,6 @@ class Preemption:
     def __init__(self):
         self.requested = False
         self._key = f"megatron_egrsd/preempted/{torchrun.restart_count()}"
-        self._stack = contextlib.ExitStack()
         self._store = None
         if torchrun.world_size() > 1:
             address, port = torchrun.master()
@@ -32,16 +30,17 @@ class Preemption:
             self._store = dist.TCPStore(address, port, None, False, _PATIENCE)
 
     def __enter__(self) -> "Preemption":
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        self._stack.callback(os.close, writer)  # ends the thread, which closes the other end
-        self._stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: None))
-        self._stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer, warn_on_full_buffer=False))
-        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._handler = signal.signal(signal.SIGTERM, lambda *_: None)
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(self._reader,), daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
-        self._stack.close()
+        signal.set_wakeup_fd(self._wakeup)
+        signal.signal(signal.SIGTERM, self._handler)
+        os.close(self._writer)  # ends the thread, which closes the other end
 
     def _listen(self, reader: int) -> None:
         while received := os.read(reader, 1):
@@ -53,6 +52,6 @@ class Preemption:
         os.close(reader)
 
     def check(self) -> None:
-        """Preempted where this or any other rank has got SIGTERM. Cheap; never waits."""
+        """Raise Preempted if this or any other rank has got SIGTERM. Cheap; never waits."""
         if self.requested or (self._store is not None and self._store.check([self._key])):
             raise Preempted("stopped by SIGTERM")
