@@ -21,7 +21,7 @@ from megatron_egrsd.data.packing import schedule
 from megatron_egrsd.data.samples import Rollout, load_rollouts
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.objectives.signal import advantages
+from megatron_egrsd.objectives.signal import rollout_advantages
 from megatron_egrsd.planning.step_time import forward_flops, generate_seconds, head_flops
 
 PHASES = ("generate", "score", "train", "sync")
@@ -69,11 +69,10 @@ def _read(run: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 
 def _terms(rollouts: list[Rollout], config: Config, arch: Architecture) -> dict[str, list[float]]:
     """Return the factors of each phase's constants, for one step on one data-parallel rank."""
-    import torch
+    from megatron_egrsd.objectives.load import load_objective
 
-    advantage = advantages(
-        torch.tensor([r.reward for r in rollouts]), torch.tensor([r.group for r in rollouts]), config.objective
-    ).tolist()
+    # Without the history of earlier steps: what counts is which rollouts have a signal, and with one all have.
+    _, advantage = rollout_advantages(rollouts, load_objective(config.objective), config.rollout.max_response_tokens)
     trained = [r for r, a in zip(rollouts, advantage, strict=True) if a]
     responses = [len(r.response_ids) for r in rollouts]
     slots = min(config.rollout.servers.max_concurrent_requests, len(responses))

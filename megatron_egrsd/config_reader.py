@@ -2,11 +2,13 @@
 
 import dataclasses
 import difflib
+import json
 import re
 from typing import Any
 
 from megatron_egrsd.config import Config, ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.evaluation.protocol import protocol_keys
 from megatron_egrsd.objectives import presets
 
 # Keys under an older name, on the command line and in YAML files, config.yaml of an older run among them.
@@ -19,6 +21,7 @@ RENAMED = {
             *("request_retries", "max_restarts"),
         )
     },
+    "objective.entropy_quantile_floor": "objective.entropy_floor",
     "rollout.engine_tensor_parallel": "rollout.servers.tensor_parallel",
     "rollout.server_args": "rollout.servers.args",
     "rollout.weight_sync": "rollout.sync.transport",
@@ -58,9 +61,12 @@ def nearest_key(key: str) -> str:
 
 
 def parse_config(arguments: list[str]) -> Config:
-    """The configuration from command-line words: `--config FILE` and dotted overrides, later ones winning.
+    """Read the configuration from command-line words: `--config FILE` and dotted keys, the later winning.
 
-    Raises BadArgument naming the key, with the nearest valid one where it is unknown.
+    A preset (objective.preset, evaluation.protocol) in a YAML file is overridden by any key of the file or the command
+    line; a preset on the command line by any key there.
+
+    Raises BadArgument naming the key, with the nearest valid one if it is unknown.
     """
     import yaml
     from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
@@ -72,10 +78,11 @@ def parse_config(arguments: list[str]) -> Config:
     parser.add_class_arguments(Config, None)
     try:
         namespace = parser.parse_args(arguments)
-        if preset := namespace["objective.preset"]:
-            parser.set_defaults(preset_keys(preset))
-            namespace = parser.parse_args(arguments)
-        namespace = parser.instantiate(namespace)
+        for name, keys in (("objective.preset", preset_keys), ("evaluation.protocol", protocol_keys)):
+            if chosen := namespace[name]:
+                parser.set_defaults(keys(chosen))
+                arguments = _with_keys_of(name, keys(chosen), arguments)
+        namespace = parser.instantiate(parser.parse_args(arguments))
     except BadArgument:
         raise
     except (ArgumentError, ValueError, TypeError) as error:
@@ -83,13 +90,31 @@ def parse_config(arguments: list[str]) -> Config:
     return Config(**{f.name: namespace[f.name] for f in dataclasses.fields(Config)})
 
 
+def _with_keys_of(name: str, keys: dict[str, object], arguments: list[str]) -> list[str]:
+    """Add the keys of a preset that is named on the command line: behind the YAML files before it, so that it wins.
+
+    Keys on the command line win over the preset wherever they stand.
+    """
+    places = [i for i, word in enumerate(arguments) if word.partition("=")[0] == f"--{name}"]
+    if not places:
+        return arguments
+    files = [i for i, word in enumerate(arguments[: places[-1]]) if word.partition("=")[0] == "--config"]
+    behind = files[-1] + (1 if "=" in arguments[files[-1]] else 2) if files else 0
+    words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()]
+    return [*arguments[:behind], *words, *arguments[behind:]]
+
+
 def _renamed(tree: Any) -> Any:
     """Return a parsed YAML file with the keys of RENAMED under their new names."""
     for old, new in RENAMED.items() if isinstance(tree, dict) else ():
-        name, (section, subsection, new_name) = old.partition(".")[2], new.split(".")
+        (section, name), (_, *path) = old.split("."), new.split(".")
         keys = tree.get(section)
         if isinstance(keys, dict) and name in keys:
-            keys[subsection] = (keys.get(subsection) or {}) | {new_name: keys.pop(name)}
+            value, (*outer, last) = keys.pop(name), path
+            for subsection in outer:
+                keys[subsection] = keys.get(subsection) or {}
+                keys = keys[subsection]
+            keys[last] = value
         if old in tree:
             tree[new] = tree.pop(old)
     return tree

@@ -21,28 +21,38 @@ from megatron_egrsd.engine.update import TokenSums, Update
 from megatron_egrsd.objectives.interface import Objective, Tokens, batch_tokens
 from megatron_egrsd.objectives.load import load_objective
 from megatron_egrsd.objectives.loss import loss_normalizer, policy_loss
-from megatron_egrsd.objectives.signal import rollout_advantages
+from megatron_egrsd.objectives.signal import History, rollout_advantages
 
-# (signal of every rollout, this data-parallel rank's student scores, its teacher scores or None)
-Record = Callable[[list[float], dict[int, Scores], dict[int, Scores] | None], None]
+# (shaped reward and signal of every rollout, this data-parallel rank's student scores, its teacher scores or None)
+Record = Callable[[list[float], list[float], dict[int, Scores], dict[int, Scores] | None], None]
 
 
-def learn(engine: Engine, rollouts: list[Rollout], config: Config, record: Record | None = None) -> dict[str, float]:
+def learn(
+    engine: Engine,
+    rollouts: list[Rollout],
+    config: Config,
+    record: Record | None = None,
+    history: History | None = None,
+) -> dict[str, float]:
     """Train on `rollouts` (all of them, on every rank) and return the step's metrics, equal on every rank.
 
-    `record` gets the scores of all rollouts before the update, on every rank; it costs a student pass of its own if
-    there is one update.
+    Args:
+        record: Gets the scores of all rollouts before the update, on every rank. It costs a student pass of its own if
+            there is one update.
+        history: What earlier steps leave to the objective; default: nothing, as before the first step.
     """
-    started = time.perf_counter()
-    objective = load_objective(config.objective)
+    started, history = time.perf_counter(), history or History()
+    objective = load_objective(config.objective, history)
     batch = _divide(engine, rollouts, objective, config)
     scores = _score(engine, batch, objective, with_student=record is not None)
     if record:
-        record(batch.advantage, scores.student, scores.teacher)
+        record(batch.rewards, batch.advantage, scores.student, scores.teacher)
     columns = _prepare(engine, batch, objective, scores)
     scored = time.perf_counter()
     updates = _update(engine, batch, objective, columns, config.log_prob_limit)
-    metrics = rollout_metrics(rollouts, config.objective) | _update_metrics(updates)
+    engine.refresh_teacher(history.steps + 1)
+    metrics = rollout_metrics(rollouts, batch.rewards, batch.advantage) | _update_metrics(updates)
+    metrics |= {"reward/running_mean": history.mean, "reward/running_std": history.std}
     return metrics | {"time/score": scored - started, "time/train": time.perf_counter() - scored}
 
 
@@ -54,6 +64,7 @@ class _Batch:
     """
 
     rollouts: list[Rollout]
+    rewards: list[float]  # shaped
     advantage: list[float]
     has_gradient: list[bool]
     students: list[Sequence]
@@ -70,7 +81,7 @@ class _Batch:
         return len(self.rollouts[i].response_ids)
 
     def scores_student(self, objective: Objective) -> bool:
-        """Whether training needs the student's scores from a pass before the first update.
+        """Return whether training needs the student's scores from a pass before the first update.
 
         With one update the policy that is updated is the one that sampled, so log pi_old is the training pass's own
         log-prob.
@@ -80,7 +91,7 @@ class _Batch:
 
 def _divide(engine: Engine, rollouts: list[Rollout], objective: Objective, config: Config) -> _Batch:
     """Give each rollout its signal, and divide the prompts equally among the updates."""
-    advantage = rollout_advantages(rollouts, objective)
+    rewards, advantage = rollout_advantages(rollouts, objective, config.rollout.max_response_tokens)
     has_gradient = [bool(a or config.objective.kl_coef) for a in advantage]
     students = [Sequence(r.prompt.student_ids, r.response_ids) for r in rollouts]
     teachers = [Sequence(r.prompt.teacher_ids, r.response_ids) for r in rollouts]
@@ -91,7 +102,7 @@ def _divide(engine: Engine, rollouts: list[Rollout], objective: Objective, confi
         scored = [len(teachers[i]) for i in members]
         trained = [len(students[i]) if has_gradient[i] else 0 for i in members]
         updates.append([[members[i] for i in part] for part in engine.partition(scored, trained)])
-    return _Batch(rollouts, advantage, has_gradient, students, teachers, updates)
+    return _Batch(rollouts, rewards, advantage, has_gradient, students, teachers, updates)
 
 
 @dataclass(frozen=True)
@@ -244,17 +255,18 @@ def _reason_to_skip(sums: TokenSums, limit: float) -> str:
     return "disagreement" if difference > limit * sums.tokens else ""
 
 
-def rollout_metrics(rollouts: list[Rollout], config: ObjectiveConfig) -> dict[str, float]:
-    """Metrics that need no engine."""
+def rollout_metrics(rollouts: list[Rollout], rewards: list[float], advantage: list[float]) -> dict[str, float]:
+    """Metrics that need no engine; `rewards` are the shaped ones."""
     lengths, n = [len(r.response_ids) for r in rollouts], len(rollouts)
     return {
         "reward/mean": sum(r.reward for r in rollouts) / n,
+        "reward/shaped": sum(rewards) / n,
         "reward/failed": float(sum(bool(r.reward_error) for r in rollouts)),
         "accuracy": sum(r.reward > 0.5 for r in rollouts) / n,
         "response/length": sum(lengths) / n,
         "response/truncated": sum(r.finish_reason == "length" for r in rollouts) / n,
         "batch/tokens": float(sum(lengths)),
-        "batch/degenerate_share": sum(a == 0 for a in rollout_advantages(rollouts, load_objective(config))) / n,
+        "batch/degenerate_share": sum(a == 0 for a in advantage) / n,
     }
 
 

@@ -48,7 +48,8 @@ def main(config: Config) -> None:
                 with watch("time/step"):
                     with watch("time/wait"):
                         batch = session.batch(prompts, step)
-                    metrics = learn(engine, batch.rollouts, config, session.recorder(step + 1, batch.rollouts))
+                    recorder = session.recorder(step + 1, batch.rollouts)
+                    metrics = learn(engine, batch.rollouts, config, recorder, session.history)
                     step += 1
                     session.check_update(step, batch.rollouts, metrics)
                     session.push_weights(step, watch)

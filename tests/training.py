@@ -13,21 +13,30 @@ from megatron_egrsd.config import (
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
+    TeacherConfig,
 )
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts
 from megatron_egrsd.objectives.load import needs_teacher
+from megatron_egrsd.objectives.signal import History, shaped_rewards
 from tests.ranks import run_ranks
 
+GROUPS = ObjectiveConfig(advantage="group", length_bonus=0.0, loss="ppo", importance_cap=2.0)
+# The paper's defaults; the running statistics count from the second step on.
+PAPER = {"objective": ObjectiveConfig(advantage_warmup=1), "teacher": TeacherConfig()}
 VOCAB = 61  # not a multiple of 8 x TP, so that every layout pads
 
 
 def training_config(model, **changes) -> Config:
-    """Configure three steps of four prompts with four rollouts each; `changes` replaces sections and keys of Config."""
+    """Configure three steps of four prompts with four rollouts each; `changes` replaces sections and keys of Config.
+
+    Without changes the objective is GROUPS, and the teacher is live; `**PAPER` makes it the paper's.
+    """
     base = Config(
         model=ModelConfig(path=str(model), dtype="float32"),
         data=DataConfig(train="unused"),
-        objective=ObjectiveConfig(importance_cap=2.0),
-        rollout=RolloutConfig(prompts_per_step=4, rollouts_per_prompt=4, temperature=0.8),
+        objective=GROUPS,
+        teacher=TeacherConfig(weights="live"),
+        rollout=RolloutConfig(prompts_per_step=4, rollouts_per_prompt=4, temperature=0.8, max_response_tokens=64),
         parallel=ParallelConfig(max_tokens_per_microbatch=256),
         optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.5, weight_decay=0.01, warmup_steps=1),
         steps=3,
@@ -64,13 +73,22 @@ def open_engine(config, facts=None):
     return build_engine(config, facts, needs_teacher=needs_teacher(config.objective))
 
 
-def _train_on_rank(rank, world_size, config, path):
-    """Take `config.steps` steps; (metrics of each step, final weights) on rank 0, None on the others."""
+def take_steps(engine, rollouts: list[Rollout], config: Config, steps: int, history: History | None = None):
+    """Train `steps` times on the same rollouts, handing the history on as the trainer does; (metrics, history)."""
     from megatron_egrsd.learn import learn
 
+    metrics, history = [], history or History()
+    for _ in range(steps):
+        metrics.append(learn(engine, rollouts, config, history=history))
+        history = history.after(shaped_rewards(rollouts, config.objective, config.rollout.max_response_tokens))
+    return metrics, history
+
+
+def _train_on_rank(rank, world_size, config, path):
+    """Take `config.steps` steps; (metrics of each step, final weights) on rank 0, None on the others."""
     rollouts = load_rollouts(path)
     with open_engine(config) as engine:
-        metrics = [learn(engine, rollouts, config) for _ in range(config.steps)]
+        metrics, _ = take_steps(engine, rollouts, config, config.steps)
         weights = {name: tensor.clone().numpy() for name, tensor in engine.export_weights()}
     return (metrics, weights) if rank == 0 else None
 

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.validate_method import plan
 from benchmarks.validate_method.run import DUMPED
 from megatron_egrsd.config import ObjectiveConfig
-from megatron_egrsd.config_reader import preset_objective
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.objectives.egrsd import confidence
 from megatron_egrsd.objectives.interface import Tokens
-from megatron_egrsd.objectives.signal import advantages
+from megatron_egrsd.objectives.signal import History, advantages
 from megatron_egrsd.report.scored_dump import batch_weights, load_scores
 from megatron_egrsd.system.files import write_text
 from tools import make_tiny_model as tiny
@@ -63,6 +64,11 @@ def sampled(model, problems: list[tiny.Steps]) -> Sampled:
     return Sampled(repeated, responses, rewards, bounds)
 
 
+def family() -> dict[str, ObjectiveConfig]:
+    """Return the objectives that the study compares, by name, with its settings."""
+    return {name: parse_config(["--config", plan.CONFIG, *words]).objective for name, words in plan.FAMILY.items()}
+
+
 def measure(model_path: Path, wrong: bool) -> dict:
     """Gate by token type, and signal and noise of each objective's gradient, on the held-out problems of seed 0."""
     torch.manual_seed(0)
@@ -75,11 +81,12 @@ def measure(model_path: Path, wrong: bool) -> dict:
     prompts = [tiny.prompt_ids(p, r) for p, r in zip(batch.problems, references, strict=True)]
     teacher, entropy = tiny.score(model, prompts, batch.responses)
     groups = torch.arange(len(batch.problems)) // GROUP
-    signal = advantages(batch.rewards, groups, preset_objective("grpo"))
+    members = family()
+    signal = advantages(batch.rewards, groups, members["grpo"], History())
     signal = signal.repeat_interleave(batch.cu_seqlens.diff())
     scores = dict(teacher_log_prob=teacher, teacher_entropy=entropy, student_log_prob=student)
-    tokens, names = Tokens(batch.cu_seqlens, signal, **scores), ("grpo", "rlsd", "egrsd", "cl_egrsd")
-    weights = {name: batch_weights(tokens, preset_objective(name), len(tiny.VOCABULARY)) for name in names}
+    tokens = Tokens(batch.cu_seqlens, signal, **scores)
+    weights = {name: batch_weights(tokens, o, len(tiny.VOCABULARY)) for name, o in members.items()}
     h = weights["egrsd"]["normalized_entropy"]
     types = [t for r in batch.responses for t in token_types([tiny.VOCABULARY[i] for i in r])]
     columns = {name: w["weight"] for name, w in weights.items()}
@@ -101,7 +108,7 @@ def _by_type(types: list[str], h: torch.Tensor, egrsd: torch.Tensor, cl: torch.T
 
 def _by_resolution(h: torch.Tensor, egrsd: torch.Tensor, cl: torch.Tensor) -> dict[str, dict[str, float]]:
     """Uncertain tokens whose uncertainty is over within the lookahead (2 tokens), and those where it is sustained."""
-    ahead = (1 - cl) / ObjectiveConfig().attenuation
+    ahead = (1 - cl) / family()["cl_egrsd"].attenuation
     transient, sustained = (h > UNCERTAIN) & (ahead <= UNCERTAIN), ahead > UNCERTAIN
     return {name: _shares(here, h, egrsd, cl) for name, here in (("transient", transient), ("sustained", sustained))}
 
@@ -155,17 +162,14 @@ def _signal_and_noise(g: torch.Tensor) -> dict[str, float]:
 
 def entropies_over_training(run: Path, steps: tuple[int, ...]) -> list[dict[str, float]]:
     """From kept scores: the quantile in nats, the share of uncertain tokens, and the mean gates, at single steps."""
-    rows = []
+    members, rows = family(), []
     for step in steps:
         rollouts = load_scores(run / "scores" / f"step_{step:06d}.jsonl")
         h = torch.cat([torch.from_numpy(r.normalized_entropy) for r in rollouts])
         bounds = torch.tensor([0, *(len(r.response_ids) for r in rollouts)]).cumsum(0, dtype=torch.int32)
         entropy = torch.cat([torch.from_numpy(r.teacher_entropy) for r in rollouts])
-        gates = {
-            name: confidence(entropy, bounds, preset_objective(name)).gate.mean().item()
-            for name in ("egrsd", "cl_egrsd")
-        }
-        quantile = float(np.quantile(entropy.numpy(), ObjectiveConfig().entropy_quantile))
+        gates = {name: confidence(entropy, bounds, members[name]).gate.mean().item() for name in ("egrsd", "cl_egrsd")}
+        quantile = float(np.quantile(entropy.numpy(), members["cl_egrsd"].entropy_quantile))
         rows.append({"step": step, "quantile": quantile, "uncertain": (h > UNCERTAIN).float().mean().item()} | gates)
     return rows
 

@@ -52,7 +52,7 @@ def settings(own: str = "") -> list[Setting]:
         "lookahead=4": _objective(lookahead=4),
         "lookahead=8": _objective(lookahead=8),
         "lookahead mean": _objective(function=f"{_OWN}:LookaheadMean"),
-        "entropy by maximum": _objective(entropy_normalization="max"),
+        "entropy by maximum": _objective(entropy_normalization="sequence_max"),
         "entropy by ln(vocabulary)": _objective(entropy_normalization="log_vocab"),
         "frozen teacher": _words("teacher.", weights="frozen"),
         "EMA teacher": _words("teacher.", weights="ema", ema_decay=0.9),

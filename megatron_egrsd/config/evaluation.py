@@ -1,6 +1,7 @@
 """Held-out evaluation, during training and by `megatron-egrsd evaluate`."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron_egrsd.config.check import require
 
@@ -39,6 +40,8 @@ class EvaluationConfig:
         temperature: Sampling temperature.
         top_p: Sample from the smallest set of tokens of this probability. This key and `top_k` are for `evaluate`.
         top_k: Sample from the k most likely tokens; 0 from all.
+        protocol: "egrsd_paper" evaluates as the EGRSD paper does: it sets the sets and the keys of sampling (any key
+            given beside it overrides it), and adds the paper's table. For `evaluate` alone.
         benchmarks: The problems of `megatron-egrsd evaluate`, and how it samples.
     """
 
@@ -48,6 +51,7 @@ class EvaluationConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    protocol: Literal["", "egrsd_paper"] = ""
     benchmarks: BenchmarksConfig = field(default_factory=BenchmarksConfig)
 
     def __post_init__(self):

@@ -8,20 +8,30 @@ from megatron_egrsd.config.check import require
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """GRPO, RLSD, EGRSD and CL-EGRSD: one family (docs/reference/method.md). Symbols of the papers in brackets.
+    """EGRSD, CL-EGRSD and the objectives that they are compared with (docs/reference/method.md).
+
+    The defaults are the paper's CL-EGRSD for Qwen3-4B (arXiv 2605.13255). In brackets: the papers' symbols, or "ours".
 
     Args:
-        preset: A member of the family by its name (objectives/presets.py). It sets the keys that make it one; any key
-            that is given beside it overrides it.
-        mix: Share of the likelihood ratio in the magnitude, in [0, 1] (lam; RLSD).
-        ratio_clip: The ratio is clipped to [1 - ratio_clip, 1 + ratio_clip] (eps_w; RLSD).
-        attenuation: How far the teacher's entropy may close the gate, in [0, 1) (alpha; EGRSD).
-        lookahead: Tokens the gate looks ahead for a resolved entropy; 0 is EGRSD (K; CL-EGRSD).
-        entropy_normalization: Scale of the entropy: batch quantile, sequence maximum or ln(vocabulary) (ours).
-        entropy_quantile: The quantile p of "quantile" (ours).
-        entropy_quantile_floor: Lower bound of the quantile, in nats (ours).
-        advantage: Within-group standardised reward, or +1 / -1 by outcome.
+        preset: An objective by its name: egrsd, cl_egrsd, gate_off, rlsd or grpo (objectives/presets.py). It sets the
+            keys that make it one; any key that is given beside it overrides it.
+        mix: Share of the likelihood ratio in the magnitude, in [0, 1] (lam of RLSD; 1 in EGRSD).
+        mix_decay_steps: Steps over which `mix` falls linearly to 0; 0 keeps it (RLSD).
+        ratio_clip: The ratio is clipped to [1 - ratio_clip, 1 + ratio_clip] (eps; eq. 2).
+        attenuation: Sensitivity of the gate to the teacher's entropy, in [0, 1]; 0 leaves the gate out (gamma; eq. 6).
+        gate_floor: The gate never closes below this (eq. 6).
+        lookahead: Tokens the gate looks ahead for a resolved entropy; 0 is EGRSD (W; eq. 8).
+        entropy_normalization: Entropy that counts as 1: the maximum of the batch (eq. 5), its quantile, the maximum of
+            the sequence, or ln(vocabulary) (the last three: ours).
+        entropy_floor: Lower bound of the batch's maximum or quantile, in nats (eq. 5).
+        entropy_quantile: The quantile of "quantile" (ours).
+        advantage: Reward whitened by the running statistics of all earlier steps (eq. 9), standardised within the group
+            of a prompt, or +1 / -1 by outcome (ours).
+        advantage_warmup: Steps in which the running advantage is the reward minus `advantage_baseline`.
+        advantage_baseline: See there.
         advantage_std: Divide the group advantage by the group's standard deviation.
+        length_bonus: beta_L: a right response of T tokens is rewarded with 1 + beta_L (1 - T / max_response_tokens).
+        loss: REINFORCE (eq. 7), or PPO's clipped policy ratio. With one update a batch their gradients are equal.
         clip_low: PPO clip below 1 of the policy ratio.
         clip_high: PPO clip above 1 of the policy ratio.
         importance_cap: Cap C of the truncated importance weight pi_old / pi_rollout; null switches it off.
@@ -29,45 +39,57 @@ class ObjectiveConfig:
             saves a pass a step and a copy of the weights.
         loss_normalization: Mean over the tokens of the global batch, mean of sequence means, or fixed length.
         fixed_length: Tokens per rollout that "fixed" divides by.
-        function: Import path of an objective of your own, "file.py:Class" or "module:Class"
-            (docs/guides/extending.md); empty is the family.
+        score_temperature: Temperature at which student and teacher are scored; null is rollout.temperature.
+        function: Import path of an objective of your own, "file.py:Class" or "module:Class" (docs/guides/extending.md);
+            empty is EGRSD.
         options: Its options by name.
     """
 
     preset: str = ""
-    mix: float = 0.5
+    mix: float = 1.0
+    mix_decay_steps: int = 0
     ratio_clip: float = 0.2
-    attenuation: float = 0.9
-    lookahead: int = 2
-    entropy_normalization: Literal["quantile", "max", "log_vocab"] = "quantile"
+    attenuation: float = 0.3
+    gate_floor: float = 0.1
+    lookahead: int = 3
+    entropy_normalization: Literal["batch_max", "quantile", "sequence_max", "log_vocab"] = "batch_max"
+    entropy_floor: float = 1.0
     entropy_quantile: float = 0.95
-    entropy_quantile_floor: float = 0.5
-    advantage: Literal["group", "outcome"] = "group"
+    advantage: Literal["running", "group", "outcome"] = "running"
+    advantage_warmup: int = 10
+    advantage_baseline: float = 0.5
     advantage_std: bool = True
+    length_bonus: float = 0.5
+    loss: Literal["reinforce", "ppo"] = "reinforce"
     clip_low: float = 0.2
     clip_high: float = 0.28
     importance_cap: float | None = None
     kl_coef: float = 0.0
     loss_normalization: Literal["token_mean", "seq_mean", "fixed"] = "token_mean"
     fixed_length: int = 0
+    score_temperature: float | None = None
     function: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        require(0 <= self.mix <= 1, f"objective.mix is {self.mix}; it must lie in [0, 1]")
-        require(0 <= self.ratio_clip <= 1, f"objective.ratio_clip is {self.ratio_clip}; it must lie in [0, 1]")
+        for name in ("mix", "ratio_clip", "attenuation", "gate_floor"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"objective.{name} is {value}; it must lie in [0, 1]")
         require(
-            0 <= self.attenuation < 1,
-            f"objective.attenuation is {self.attenuation}; it must lie in [0, 1), "
-            "so that every token keeps a positive weight",
+            self.gate_floor > 0 or self.attenuation < 1,
+            "objective.attenuation is 1 and objective.gate_floor 0, so that a token could lose its whole weight; "
+            "lower the one or raise the other",
         )
-        require(self.lookahead >= 0, f"objective.lookahead is {self.lookahead}; it must not be negative")
+        not_negative = ("lookahead", "mix_decay_steps", "entropy_floor", "advantage_warmup", "length_bonus")
+        for name in (*not_negative, "clip_high", "kl_coef"):
+            value = getattr(self, name)
+            require(value >= 0, f"objective.{name} is {value}; it must not be negative")
         require(0 < self.entropy_quantile <= 1, "objective.entropy_quantile must lie in (0, 1]")
-        require(self.entropy_quantile_floor >= 0, "objective.entropy_quantile_floor must not be negative")
         require(0 <= self.clip_low < 1, "objective.clip_low must lie in [0, 1)")
-        require(self.clip_high >= 0, "objective.clip_high must not be negative")
         require(self.importance_cap is None or self.importance_cap > 0, "objective.importance_cap must be positive")
-        require(self.kl_coef >= 0, f"objective.kl_coef is {self.kl_coef}; it must not be negative")
+        require(
+            self.score_temperature is None or self.score_temperature > 0, "objective.score_temperature must be positive"
+        )
         require(
             self.loss_normalization != "fixed" or self.fixed_length > 0,
             'objective.loss_normalization is "fixed", so objective.fixed_length must be positive',
@@ -77,15 +99,19 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Whose weights the teacher scores with.
+    """The weights that the teacher scores with.
 
     Args:
-        weights: The student's current weights, its initial weights, or their exponential moving average.
+        weights: The student's initial weights (the paper's), its current ones, their exponential moving average, or a
+            copy of the current ones that is renewed every `snapshot_every` steps.
         ema_decay: Decay per step of "ema".
+        snapshot_every: Steps between two copies of "snapshot".
     """
 
-    weights: Literal["live", "frozen", "ema"] = "live"
+    weights: Literal["frozen", "live", "ema", "snapshot"] = "frozen"
     ema_decay: float = 0.99
+    snapshot_every: int = 10
 
     def __post_init__(self):
         require(0 <= self.ema_decay < 1, "teacher.ema_decay must lie in [0, 1)")
+        require(self.snapshot_every > 0, "teacher.snapshot_every must be positive")

@@ -99,9 +99,11 @@ class RolloutConfig:
 
     Args:
         prompts_per_step: Prompts in one batch.
-        rollouts_per_prompt: Responses sampled for each prompt: the group of the advantage.
-        temperature: Sampling temperature; student and teacher are scored at the same one.
-        max_response_tokens: A response is cut here and then counts as unfinished.
+        rollouts_per_prompt: Responses sampled for each prompt; the group advantage compares them and needs at least 2.
+        temperature: Sampling temperature, and that of scoring unless objective.score_temperature is set.
+        top_p: Sample from the smallest set of tokens of this probability.
+        top_k: Sample from the k most likely tokens; 0 from all.
+        max_response_tokens: A response is cut here and then counts as unfinished (L_max of the length bonus).
         dynamic_sampling: Rounds in which groups without a signal (all right or all wrong) are replaced by fresh
             prompts before a batch is trained; 0 trains the batch as it came.
         staleness: Updates that may lie between the weights that sample a token and those that it trains. 0 is exactly
@@ -115,8 +117,10 @@ class RolloutConfig:
     """
 
     prompts_per_step: int = 32
-    rollouts_per_prompt: int = 8
+    rollouts_per_prompt: int = 1
     temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
     max_response_tokens: int = 8192
     dynamic_sampling: int = 0
     staleness: int = 0
@@ -126,14 +130,12 @@ class RolloutConfig:
     sync: SyncConfig = field(default_factory=SyncConfig)
 
     def __post_init__(self):
-        for name in ("prompts_per_step", "max_response_tokens"):
+        for name in ("prompts_per_step", "rollouts_per_prompt", "max_response_tokens"):
             require(getattr(self, name) > 0, f"rollout.{name} is {getattr(self, name)}; it must be positive")
         require(self.dynamic_sampling >= 0, "rollout.dynamic_sampling must not be negative")
-        require(
-            self.rollouts_per_prompt > 1,
-            "rollout.rollouts_per_prompt must be at least 2: the advantage compares the rollouts of one prompt",
-        )
         require(self.temperature > 0, "rollout.temperature must be positive: on-policy sampling needs T > 0")
+        require(0 < self.top_p <= 1, f"rollout.top_p is {self.top_p}; it must lie in (0, 1]")
+        require(self.top_k >= 0, f"rollout.top_k is {self.top_k}; it must not be negative")
         require(
             self.staleness in (0, 1) or (self.partial and self.staleness > 1),
             f"rollout.staleness is {self.staleness}; it must be 0 (on-policy) or 1 (the next batch is sampled while "

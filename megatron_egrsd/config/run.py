@@ -1,5 +1,6 @@
 """The whole configuration of a run."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,7 +20,7 @@ class CheckpointConfig:
     Args:
         every: Steps between checkpoints, the last step included; 0 writes one only when the run is stopped.
         keep: Newest checkpoints that are kept, besides the one with the best evaluation.
-        resume: "auto" continues from the newest intact checkpoint in output, from the start where there is none; a
+        resume: "auto" continues from the newest intact checkpoint in output, from the start if there is none; a
             directory continues from that checkpoint; empty starts a new run. `--resume` is short for it.
     """
 
@@ -101,18 +102,53 @@ class Config:
             f"parallel.timeout is {self.parallel.timeout:g} s; it must exceed rollout.servers.request_timeout = "
             f"{limit:g} s, because the other ranks wait in a collective while rank 0 samples",
         )
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        """Check the objective against the sampling."""
+        objective, rollout = self.objective, self.rollout
+        if not objective.function:
+            require(
+                objective.advantage != "group" or rollout.rollouts_per_prompt > 1,
+                'objective.advantage "group" compares the rollouts of one prompt, but rollout.rollouts_per_prompt is 1;'
+                ' set it to 2 or more, or the advantage to "running"',
+            )
+            require(
+                objective.advantage != "running" or not rollout.dynamic_sampling,
+                "rollout.dynamic_sampling replaces groups without a signal, but with objective.advantage "
+                '"running" every rollout has one; set dynamic_sampling to 0, or the advantage to "group"',
+            )
+        if objective.importance_cap is None:
+            require(
+                not rollout.staleness,
+                "rollout.staleness trains on samples of older weights and needs the truncated importance weight that "
+                "corrects for it; set objective.importance_cap, for example to 2",
+            )
+            return
         require(
-            not self.rollout.staleness or self.objective.importance_cap is not None,
-            "rollout.staleness trains on samples of older weights and needs the truncated importance weight that "
-            "corrects for it; set objective.importance_cap, for example to 2",
+            rollout.top_p == 1 and not rollout.top_k,
+            "objective.importance_cap needs the probabilities that responses were sampled with, but SGLang reports "
+            "them as they are before rollout.top_p and rollout.top_k; set importance_cap to null, or top_p to 1 and "
+            "top_k to 0",
+        )
+        require(
+            self.score_temperature == rollout.temperature,
+            "objective.importance_cap compares the engine's log-probs with SGLang's, but objective.score_temperature "
+            f"is {self.score_temperature:g} and rollout.temperature {rollout.temperature:g}; set importance_cap to "
+            "null, or one temperature for both",
         )
 
     @property
+    def score_temperature(self) -> float:
+        """The temperature at which student and teacher are scored."""
+        return self.objective.score_temperature or self.rollout.temperature
+
+    @property
     def log_prob_limit(self) -> float:
-        """`max_log_prob_difference` in nats, or its default."""
+        """`max_log_prob_difference` in nats, or its default: none if scoring and sampling differ in temperature."""
         if self.max_log_prob_difference is not None:
             return self.max_log_prob_difference
-        return 0.1 * (1 + self.rollout.staleness)
+        return 0.1 * (1 + self.rollout.staleness) if self.score_temperature == self.rollout.temperature else math.inf
 
     @property
     def rollouts_per_update(self) -> int:

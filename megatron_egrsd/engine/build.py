@@ -14,7 +14,7 @@ def build_engine(config: Config, facts: Facts | None = None, *, needs_teacher: b
         config.teacher,
         updates=config.steps * config.optimizer.updates_per_batch,
         rollouts_per_update=config.rollouts_per_update,
-        temperature=config.rollout.temperature,
+        temperature=config.score_temperature,
         seed=config.seed,
         needs_teacher=needs_teacher,
         needs_reference=bool(config.objective.kl_coef),

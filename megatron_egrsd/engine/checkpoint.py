@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -53,11 +54,18 @@ def step_of(path: Path) -> int:
 
 
 def save(
-    engine: Engine, directory: Path, step: int, keep: int, history: Path | None = None, best: bool = False
+    engine: Engine,
+    directory: Path,
+    step: int,
+    keep: int,
+    rewards: dict[str, Any],
+    history: Path | None = None,
+    best: bool = False,
 ) -> Path:
     """Write `directory`/step_NNNNNN, then remove all but the newest `keep` and the best one. Collective.
 
     Args:
+        rewards: Running statistics of the rewards, as plain numbers.
         history: A file that becomes part of the checkpoint under the name HISTORY.
         best: This is the best checkpoint so far; it stays until a later one is.
 
@@ -86,7 +94,7 @@ def save(
 
     with _as_run_error(f"{path} could not be written"):
         on_first_rank(prepare)
-        dist_checkpointing.save(_state(engine, step, loading=False), str(partial), verify_integrity=True)
+        dist_checkpointing.save(_state(engine, step, rewards, loading=False), str(partial), verify_integrity=True)
         on_first_rank(publish)
     return path
 
@@ -114,7 +122,7 @@ def _read(path: Path) -> str:
 
 
 def check(path: Path) -> None:
-    """BadArgument where a file of the checkpoint at `path` is missing, differs from what was written, or holds code."""
+    """BadArgument if a file of the checkpoint at `path` is missing, differs from what was written, or holds code."""
     if not re.fullmatch(_NAME, path.name) or not (path / "metadata.json").is_file():
         raise BadArgument(f"{path} is not a checkpoint: a directory step_NNNNNN with metadata.json in it")
     try:
@@ -134,7 +142,7 @@ def check(path: Path) -> None:
 def find(directory: Path, wanted: str) -> Path | None:
     """The checkpoint to continue from, checked: the path `wanted`, or for "auto" the newest intact one of `directory`.
 
-    Damaged ones are passed over with a word. None where "auto" finds no checkpoint at all.
+    Damaged ones are passed over with a word. None if "auto" finds no checkpoint at all.
 
     Raises:
         BadArgument: `wanted` is damaged or no checkpoint; or every checkpoint of `directory` is damaged.
@@ -155,10 +163,14 @@ def find(directory: Path, wanted: str) -> Path | None:
     return None
 
 
-def load(engine: Engine, path: Path) -> int:
-    """Continue from a checkpoint that has passed `check`, saved in whatever layout; returns its step. Collective.
+def load(engine: Engine, path: Path) -> tuple[int, dict[str, Any]]:
+    """Continue from a checkpoint that has passed `check`, saved in any layout. Collective.
 
-    Raises BadArgument where `path` does not belong to this model.
+    Returns:
+        Its step, and the running statistics of the rewards: {} if an older version saved it, without them.
+
+    Raises:
+        BadArgument: `path` does not belong to this model.
     """
     sharded = engine.parallel.distributed_optimizer
     for optimizer in _distributed_optimizers(engine):
@@ -170,7 +182,7 @@ def load(engine: Engine, path: Path) -> int:
                 raise BadArgument(
                     f"{path} was saved with parallel.distributed_optimizer {str(saved).lower()}; continue with the same"
                 )
-            wanted = _without_absent_extra_states(_state(engine, 0, loading=True), path)
+            wanted = _without_absent_extra_states(_state(engine, 0, {}, loading=True), path)
             state = dist_checkpointing.load(wanted, str(path))
     except (dist_checkpointing.core.CheckpointingException, torch.distributed.checkpoint.CheckpointException) as error:
         raise BadArgument(f"{path} does not belong to this model: {_reason(error)}") from None
@@ -181,7 +193,7 @@ def load(engine: Engine, path: Path) -> int:
     if "teacher" in state:
         for (chunk_index, name), teacher in zip(_names(engine), engine.teacher_weights, strict=True):
             teacher.copy_(state["teacher"][chunk_index][name])
-    return state["step"]
+    return state["step"], state.get("rewards") or {}
 
 
 def _without_absent_extra_states(state: dict, path: Path) -> dict:
@@ -212,7 +224,7 @@ def _without_code() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _state(engine: Engine, step: int, *, loading: bool) -> dict:
+def _state(engine: Engine, step: int, rewards: dict[str, Any], *, loading: bool) -> dict:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -223,9 +235,10 @@ def _state(engine: Engine, step: int, *, loading: bool) -> dict:
         "optimizer": engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
         "scheduler": engine.scheduler.state_dict(),
         "step": step,
+        "rewards": rewards,
         "distributed_optimizer": engine.parallel.distributed_optimizer,
     }
-    if engine.teacher.weights == "ema" and engine.teacher_weights is not None:
+    if engine.teacher.weights in ("ema", "snapshot") and engine.teacher_weights is not None:
         state["teacher"] = {i: {} for i in model}
         sharded = _sharded_chunks(engine, metadata, "teacher.")
         for (i, name), teacher in zip(_names(engine), engine.teacher_weights, strict=True):

@@ -69,7 +69,7 @@ class Engine:
             teacher: The weights that the teacher scores with.
             updates: Optimizer steps of the whole run, for the schedule.
             rollouts_per_update: Rollouts that the data-parallel ranks share in each update.
-            temperature: Temperature of all scores: that of sampling.
+            temperature: Temperature of all scores.
             seed: Seed of torch's generators.
             needs_teacher: Whether to keep the teacher's weights, if they are not the current ones.
             needs_reference: Whether to keep the initial weights, for a KL penalty.
@@ -245,8 +245,16 @@ class Engine:
                 teacher.lerp_(student.detach().float(), rate)
         return Update(sums, grad_norm=float(grad_norm), lr=lr, micro_batches=len(batches))
 
+    @torch.no_grad()
+    def refresh_teacher(self, step: int) -> None:
+        """Copy the current weights to the teacher if it is a snapshot that is due after `step` steps."""
+        teacher = self.teacher
+        if self.teacher_weights is not None and teacher.weights == "snapshot" and step % teacher.snapshot_every == 0:
+            for copy, student in zip(self.teacher_weights, self.parameters(), strict=True):
+                copy.copy_(student)
+
     def _gradient_is_finite(self) -> bool:
-        """Whether the reduced gradient is finite on every rank; megatron-core itself checks only in fp16."""
+        """Return whether the reduced gradient is finite on every rank; megatron-core itself checks only in fp16."""
         total = sum(gradient.sum(dtype=torch.float32) for gradient in self.gradients())
         bad = (~torch.isfinite(total)).int()
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)

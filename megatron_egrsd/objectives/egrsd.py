@@ -18,11 +18,20 @@ if TYPE_CHECKING:
 
 
 class EGRSD(Objective):
-    """W = direction x magnitude x gate. Lookahead > 0 is CL-EGRSD; without a gate RLSD; without a ratio too, GRPO."""
+    """W = direction x magnitude x gate (EGRSD, arXiv 2605.13255, eq. 7 with eq. 2, 6 and 8).
+
+    A lookahead above 0 is CL-EGRSD; attenuation 0 leaves the gate out, mix 0 the magnitude (presets.py names these).
+    """
 
     @property
     def needs_teacher(self) -> bool:
         return self.config.mix > 0 or self.config.attenuation > 0
+
+    @property
+    def mix(self) -> float:
+        """lam of this step: `mix`, falling linearly to 0 over `mix_decay_steps` if that is set (RLSD)."""
+        steps = self.config.mix_decay_steps
+        return self.config.mix * (1 - min(self.history.steps / steps, 1)) if steps else self.config.mix
 
     def prepare(self, tokens, *, vocab_size, group=None):
         if not self.needs_teacher:
@@ -33,14 +42,14 @@ class EGRSD(Objective):
     def weight(self, tokens):
         if not self.needs_teacher:
             return tokens.advantage
-        args = tokens.advantage, tokens.teacher_log_prob, tokens.student_log_prob
-        return tokens.advantage * magnitude(*args, self.config) * tokens.fields["gate"]
+        ratio = evidence_ratio(tokens.advantage, tokens.teacher_log_prob, tokens.student_log_prob)
+        return tokens.advantage * magnitude(ratio, self.mix, self.config.ratio_clip) * tokens.fields["gate"]
 
     def metrics(self, tokens):
         if not self.needs_teacher:
             return {}
         gate = tokens.fields["gate"]
-        ratio = torch.exp(torch.sign(tokens.advantage) * (tokens.teacher_log_prob - tokens.student_log_prob))
+        ratio = evidence_ratio(tokens.advantage, tokens.teacher_log_prob, tokens.student_log_prob)
         return {
             "gate/mean": gate,
             "gate/closed_share": gate < 1 - self.config.attenuation / 2,
@@ -49,26 +58,31 @@ class EGRSD(Objective):
 
 
 @torch.no_grad()
-def magnitude(
-    advantage: torch.Tensor, teacher_log_prob: torch.Tensor, student_log_prob: torch.Tensor, config: "ObjectiveConfig"
+def evidence_ratio(
+    advantage: torch.Tensor, teacher_log_prob: torch.Tensor, student_log_prob: torch.Tensor
 ) -> torch.Tensor:
-    """m_t = (1 - lam) + lam * clip(w_t, 1 - eps_w, 1 + eps_w), w_t = exp(sign(A) * (log pi_T - log pi_S)), [T] fp32.
+    """exp(D delta), D = sign(A), delta = log p_T(y) - log p_S(y); [T] fp32 (arXiv 2605.13255, section 3)."""
+    delta = teacher_log_prob.detach().float() - student_log_prob.detach().float()
+    return torch.exp(torch.sign(advantage.float()) * delta)
 
-    The log-ratio is detached and can shrink or grow a weight but never flip it (RLSD, arXiv 2604.03128).
+
+def magnitude(ratio: torch.Tensor, mix: float, ratio_clip: float) -> torch.Tensor:
+    """w = clip(ratio, 1 - eps, 1 + eps) for mix 1 (arXiv 2605.13255, eq. 2), else (1 - mix) + mix w (RLSD, 2604.03128).
+
+    It can shrink or grow a weight but never flip it.
     """
-    log_ratio = teacher_log_prob.detach().float() - student_log_prob.detach().float()
-    ratio = torch.exp(torch.sign(advantage.float()) * log_ratio)
-    return (1 - config.mix) + config.mix * ratio.clamp(1 - config.ratio_clip, 1 + config.ratio_clip)
+    clipped = ratio.clamp(1 - ratio_clip, 1 + ratio_clip)
+    return clipped if mix == 1 else (1 - mix) + mix * clipped
 
 
 @dataclass(frozen=True)
 class Confidence:
-    """The confidence gate and the numbers behind it; each [T] fp32 without gradient."""
+    """The confidence gate omega and the numbers behind it; each [T] fp32 without gradient."""
 
-    gate: torch.Tensor  # g
-    normalized_entropy: torch.Tensor  # h, in [0, 1]
-    lookahead_entropy: torch.Tensor  # the minimum of h over the lookahead
-    entropy_scale: torch.Tensor  # nats that count as h = 1
+    gate: torch.Tensor  # omega
+    normalized_entropy: torch.Tensor  # Hhat, in [0, 1]
+    lookahead_entropy: torch.Tensor  # Hhat^CL: the minimum of Hhat over the lookahead
+    entropy_scale: torch.Tensor  # nats that count as Hhat = 1
 
 
 @torch.no_grad()
@@ -80,19 +94,21 @@ def confidence(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Confidence:
-    """g_t = 1 - alpha * min_{0 <= k <= K} h_{t+k}, h_t = H_t / scale, at most 1.
+    """omega_t = clip(1 - gamma Hhat^CL_t, floor, 1), Hhat^CL_t = min over j in t .. t + W of H_j / scale.
 
-    Teacher-entropy gate: EGRSD; the minimum over the lookahead: CL-EGRSD (arXiv 2605.13255). The scales are ours.
+    EGRSD (W = 0) and CL-EGRSD (arXiv 2605.13255, eq. 5, 6 and 8). Of eq. 8 and Algorithm 1, which differ, eq. 8: the
+    scale is that of the raw entropies, so that the minimum commutes with the division.
 
     Args:
         vocab_size: Needed for entropy_normalization = "log_vocab" alone.
-        group: The data-parallel ranks over which the quantile is taken; None means that these tokens are all.
+        group: The data-parallel ranks over which maximum or quantile are taken; None means that these tokens are all.
     """
     entropy = teacher_entropy.detach().float()
     scale = entropy_scale(entropy, cu_seqlens, config, vocab_size=vocab_size, group=group)
     h = (entropy / scale.clamp(min=torch.finfo(torch.float32).tiny)).clamp(0, 1)
     ahead = lookahead_min(h, cu_seqlens, config.lookahead)
-    return Confidence(1 - config.attenuation * ahead, h, ahead, scale.expand(h.shape))
+    gate = (1 - config.attenuation * ahead).clamp(config.gate_floor, 1)
+    return Confidence(gate, h, ahead, scale.expand(h.shape))
 
 
 def entropy_scale(
@@ -103,20 +119,27 @@ def entropy_scale(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """The entropy, in nats, that counts as h = 1: a scalar, or [T] if sequences differ. entropy [T] fp32. Ours.
+    """The entropy, in nats, that counts as Hhat = 1: a scalar, or [T] if sequences differ. entropy [T] fp32.
 
-    "quantile": the p-quantile over the response tokens of all ranks of `group`, never below the floor.
-    "max": the maximum of the sequence. "log_vocab": ln(vocab_size).
+    "batch_max": the maximum over the response tokens of all ranks of `group`, at least `entropy_floor` (arXiv
+    2605.13255, eq. 5; the whole batch is our reading of "minibatch"). Ours: "quantile": their p-quantile, with the same
+    floor; "sequence_max": the maximum of the sequence; "log_vocab": ln(vocab_size).
     """
     if config.entropy_normalization == "log_vocab":
         if not vocab_size:
             raise ValueError('entropy_normalization = "log_vocab" needs vocab_size')
         return torch.log(torch.tensor(float(vocab_size), device=entropy.device))
-    if config.entropy_normalization == "max":
+    if config.entropy_normalization == "sequence_max":
         ids = _sequence_ids(cu_seqlens, entropy.numel())
         peaks = torch.zeros(cu_seqlens.numel() + 1, device=entropy.device)
         return peaks.scatter_reduce_(0, ids, entropy, "amax")[ids]
-    return entropy_quantile(entropy, config.entropy_quantile, group=group).clamp(min=config.entropy_quantile_floor)
+    if config.entropy_normalization == "quantile":
+        scale = entropy_quantile(entropy, config.entropy_quantile, group=group)
+    else:
+        scale = entropy.max() if entropy.numel() else entropy.new_zeros(())
+        if group is not None and group.size() > 1:
+            dist.all_reduce(scale, op=dist.ReduceOp.MAX, group=group)
+    return scale.clamp(min=config.entropy_floor)
 
 
 def entropy_quantile(entropy: torch.Tensor, quantile: float, *, group: dist.ProcessGroup | None = None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from megatron_egrsd.objectives.signal import advantages
+from megatron_egrsd.objectives.signal import History, advantages
 
 if TYPE_CHECKING:
     from megatron_egrsd.config import ObjectiveConfig
@@ -46,21 +46,23 @@ class Objective:
     """Gives every response token its weight W_t in the clipped policy loss (loss.policy_loss).
 
     Pure functions: equal arguments give equal results on every rank, whatever the packing, and nothing is kept between
-    calls. A subclass is a frozen dataclass as well; the fields that it adds are `objective.options`.
+    calls but `history`, which the loop hands on. A subclass is a frozen dataclass as well; the fields that it adds are
+    `objective.options`.
     """
 
     config: "ObjectiveConfig"
+    history: History = field(default=History(), kw_only=True)
 
     # Class attributes or properties, no fields.
     needs_teacher = True  # run the teacher; what it reads must then be in the data
     needs_student = False  # `prepare` sees the student's scores; costs one more forward pass a step
 
     def advantages(self, rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
-        """The signal A of each rollout, [R] fp32. rewards [R] in [0, 1], group_ids [R] int (one group a prompt).
+        """The signal A of each rollout, [R] fp32, from shaped rewards [R] and group_ids [R] int (one group a prompt).
 
         A rollout with a signal of exactly 0 is scored but not trained.
         """
-        return advantages(rewards, group_ids, self.config)
+        return advantages(rewards, group_ids, self.config, self.history)
 
     def prepare(
         self, tokens: Tokens, *, vocab_size: int, group: dist.ProcessGroup | None = None

@@ -10,33 +10,42 @@ import torch
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.egrsd import EGRSD
 from megatron_egrsd.objectives.interface import Objective, Tokens
+from megatron_egrsd.objectives.signal import History
 from megatron_egrsd.system import import_path
 
 if TYPE_CHECKING:
     from megatron_egrsd.config import ObjectiveConfig
 
 
-def load_objective(config: "ObjectiveConfig") -> Objective:
-    """The objective that `config.function` names with `config.options`; without one, the family. BadArgument if not."""
+def load_objective(config: "ObjectiveConfig", history: History | None = None) -> Objective:
+    """Make the objective that `config.function` names with `config.options`, EGRSD if it names none.
+
+    Args:
+        history: What earlier steps leave to it; default: nothing, as before the first step.
+
+    Raises:
+        BadArgument: There is no such objective, or it does not take these options.
+    """
+    history = history or History()
     if not config.function:
-        return EGRSD(config)
+        return EGRSD(config, history=history)
     cls = import_path.load(config.function, "objective.function")
     if not (isinstance(cls, type) and issubclass(cls, Objective)):
         raise BadArgument(
             f"objective.function {config.function!r} is no subclass of megatron_egrsd.objectives.Objective"
         )
-    options = [f.name for f in fields(cls) if f.name != "config"]
+    options = [f.name for f in fields(cls) if f.name not in ("config", "history")]
     if unknown := [name for name in config.options if name not in options]:
         known = f"its options are {', '.join(options)}" if options else "it has no options"
         raise BadArgument(f"objective.options: {cls.__name__} has no option {unknown[0]!r}; {known}")
     try:
-        return cls(config, **config.options)
+        return cls(config, **config.options, history=history)
     except Exception as error:
         raise BadArgument(f"objective.options of {cls.__name__}: {error}") from None
 
 
 def needs_teacher(config: "ObjectiveConfig") -> bool:
-    """Whether the weights depend on the teacher; GRPO's do not. Raises BadArgument as `load_objective` does."""
+    """Return whether the weights depend on the teacher; GRPO's do not. Raises BadArgument as `load_objective` does."""
     return load_objective(config).needs_teacher
 
 

@@ -1,4 +1,4 @@
-"""The clipped policy loss on token weights, and the number that each token's term is divided by.
+"""The policy loss on token weights, and the number that each token's term is divided by.
 
 Tensors are [T]: the response tokens of B rollouts, end to end; no prompts, no padding. Log-probs are in nats.
 """
@@ -35,8 +35,8 @@ class PolicyLoss:
     loss: torch.Tensor
     clipped: torch.Tensor  # tokens whose policy ratio was clipped
     ratio: torch.Tensor  # pi_theta / pi_old
-    importance: torch.Tensor  # truncated pi_old / pi_rollout; the token count where that is off
-    kl: torch.Tensor  # estimates of the KL divergence to the reference, nats; 0 where that is off
+    importance: torch.Tensor  # truncated pi_old / pi_rollout; the token count if that is off
+    kl: torch.Tensor  # estimates of the KL divergence to the reference, nats; 0 if that is off
     tokens: torch.Tensor
 
 
@@ -50,18 +50,24 @@ def policy_loss(
     rollout_log_prob: torch.Tensor | None = None,
     reference_log_prob: torch.Tensor | None = None,
 ) -> PolicyLoss:
-    """L = -sum_t c * min(rho W, clip(rho, 1 - eps_lo, 1 + eps_hi) W) / N with W detached. All [T].
+    """L = -sum_t c * s_t / N with the weights W detached. All tensors [T]; N is `normalizer`.
 
-    rho = pi_theta / pi_old (PPO, arXiv 1707.06347, eq. 7); c = min(pi_old / pi_rollout, C) if `importance_cap` is
-    set (truncated importance sampling; needs `rollout_log_prob`), else 1.
+    s_t = W log pi_theta for `loss` = "reinforce" (EGRSD, arXiv 2605.13255, eq. 7), and for "ppo"
+    min(rho W, clip(rho, 1 - eps_lo, 1 + eps_hi) W), rho = pi_theta / pi_old (PPO, arXiv 1707.06347, eq. 7). Their
+    gradients are equal if pi_theta is pi_old, as with one update a batch.
+    c = min(pi_old / pi_rollout, C) if `importance_cap` is set (truncated importance sampling; needs
+    `rollout_log_prob`), else 1.
 
     If `kl_coef` is positive (it needs `reference_log_prob`), plus kl_coef * sum_t (e^d - d - 1) / N with
     d = log pi_ref - log pi_theta: GRPO's estimate of KL(pi_theta | pi_ref) (arXiv 2402.03300, eq. 4), never negative.
     """
     log_prob, old, w = log_prob.float(), old_log_prob.detach().float(), weight.detach().float()
     ratio = torch.exp(log_prob - old)
-    clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    surrogate = torch.minimum(ratio * w, clipped_ratio * w)
+    if config.loss == "reinforce":
+        surrogate, was_clipped = log_prob * w, torch.zeros_like(w, dtype=torch.bool)
+    else:
+        clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+        surrogate, was_clipped = torch.minimum(ratio * w, clipped_ratio * w), clipped_ratio * w < ratio * w
     importance = torch.ones_like(w)
     if config.importance_cap is not None:
         if rollout_log_prob is None:
@@ -75,6 +81,5 @@ def policy_loss(
         beyond = reference_log_prob.detach().float() - log_prob
         kl = torch.expm1(beyond) - beyond
         loss = loss + config.kl_coef * (kl / normalizer).sum()
-    was_clipped = clipped_ratio * w < ratio * w
     tokens = torch.tensor(w.numel(), device=w.device)
     return PolicyLoss(loss, was_clipped.sum(), ratio.detach().sum(), importance.sum(), kl.detach().sum(), tokens)

@@ -1,10 +1,43 @@
-"""The members of the family by name: `--objective.preset NAME`. Any key that is given beside it overrides it."""
+"""The objectives by name: `--objective.preset NAME`. Any key that is given beside it overrides it."""
+
+# The paper's own comparison (arXiv 2605.13255, section 5): one direction, one loss; magnitude and gate differ.
+_PAPER = {
+    "objective.advantage": "running",
+    "objective.length_bonus": 0.5,
+    "objective.mix": 1.0,
+    "objective.mix_decay_steps": 0,
+    "objective.ratio_clip": 0.2,
+    "objective.attenuation": 0.3,
+    "objective.gate_floor": 0.1,
+    "objective.entropy_normalization": "batch_max",
+    "objective.entropy_floor": 1.0,
+    "objective.lookahead": 0,
+    "objective.loss": "reinforce",
+    "objective.importance_cap": None,
+    "teacher.weights": "frozen",
+    "rollout.rollouts_per_prompt": 1,
+}
+_GROUPS = {"objective.advantage": "group", "objective.length_bonus": 0.0, "rollout.rollouts_per_prompt": 8}
+_UNGATED = {"objective.attenuation": 0.0, "objective.lookahead": 0}
 
 _PRESETS = {
-    "grpo": {"objective.mix": 0.0, "objective.attenuation": 0.0, "objective.lookahead": 0},
-    "rlsd": {"objective.mix": 0.5, "objective.attenuation": 0.0, "objective.lookahead": 0},
-    "egrsd": {"objective.mix": 0.5, "objective.attenuation": 0.9, "objective.lookahead": 0},
-    "cl_egrsd": {"objective.mix": 0.5, "objective.attenuation": 0.9, "objective.lookahead": 2},
+    "egrsd": _PAPER,
+    "cl_egrsd": _PAPER | {"objective.lookahead": 3},
+    "gate_off": _PAPER | _UNGATED,  # the paper's stand-in for RLSD
+    # arXiv 2402.03300; the token weight is the advantage.
+    "grpo": _PAPER | _GROUPS | _UNGATED | {"objective.mix": 0.0, "objective.loss": "ppo"},
+    # arXiv 2604.03128; decay and copies of the teacher as in its authors' later code (arXiv 2606.11709).
+    "rlsd": _PAPER
+    | _GROUPS
+    | _UNGATED
+    | {
+        "objective.mix": 0.5,
+        "objective.mix_decay_steps": 50,
+        "objective.loss": "ppo",
+        "objective.importance_cap": 2.0,
+        "teacher.weights": "snapshot",
+        "teacher.snapshot_every": 10,
+    },
 }
 
 

@@ -1,5 +1,8 @@
-"""Give each rollout of a batch its direction: the sequence-level signal A_i."""
+"""Give each rollout of a batch its direction: from the verifiable reward to the sequence-level signal A_i."""
 
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,15 +12,67 @@ if TYPE_CHECKING:
     from megatron_egrsd.data.samples import Rollout
     from megatron_egrsd.objectives.interface import Objective
 
+_STD_FLOOR = 1e-6  # added to every standard deviation that a reward is divided by (ours; the paper names none)
 
-def advantages(rewards: torch.Tensor, group_ids: torch.Tensor, config: "ObjectiveConfig") -> torch.Tensor:
-    """Direction: the sequence-level signal A_i of each rollout. rewards [R] in [0, 1], group_ids [R] int -> [R] fp32.
 
+@dataclass(frozen=True)
+class History:
+    """The number of earlier steps, and Welford's statistics of all their shaped rewards.
+
+    Python floats, so fp64; equal on every rank, because every rank sees all rollouts of a batch in the same order.
+    """
+
+    steps: int = 0
+    count: int = 0  # rewards
+    mean: float = 0.0
+    squares: float = 0.0  # sum of squared deviations from the mean
+
+    @property
+    def std(self) -> float:
+        """The sample standard deviation (n - 1), 0 for fewer than two rewards."""
+        return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
+
+    def after(self, rewards: Iterable[float]) -> "History":
+        """Return the history one step later, with the rewards of that step (B. P. Welford, Technometrics 4 (1962))."""
+        count, mean, squares = self.count, self.mean, self.squares
+        for reward in rewards:
+            count += 1
+            difference = reward - mean
+            mean += difference / count
+            squares += difference * (reward - mean)
+        return History(self.steps + 1, count, mean, squares)
+
+
+def shaped_rewards(rollouts: "list[Rollout]", config: "ObjectiveConfig", max_response_tokens: int) -> list[float]:
+    """r_i = reward * (1 + beta_L (1 - T_i / L_max)) for a right response (reward > 0.5), else the reward itself.
+
+    EGRSD (arXiv 2605.13255, section 3 and appendix D), for rewards of 0 and 1. T_i counts the end-of-turn token; L_max
+    is `max_response_tokens`.
+    """
+    return [
+        r.reward * (1 + config.length_bonus * (1 - len(r.response_ids) / max_response_tokens))
+        if r.reward > 0.5
+        else r.reward
+        for r in rollouts
+    ]
+
+
+def advantages(
+    rewards: torch.Tensor, group_ids: torch.Tensor, config: "ObjectiveConfig", history: History
+) -> torch.Tensor:
+    """A_i of each rollout: shaped rewards [R] and group_ids [R] int (one group a prompt) -> [R] fp32.
+
+    "running": (r - mean) / (std + 1e-6) over all rewards of earlier steps; r - `advantage_baseline` in the first
+    `advantage_warmup` steps (EGRSD, arXiv 2605.13255, eq. 9 and appendix B; sample deviation and 1e-6 are ours).
     "group": reward minus the mean of its group, divided by the group's sample standard deviation + 1e-6 unless
-    `advantage_std` is off (GRPO, arXiv 2402.03300, eq. 3); exactly 0 where all rewards of a group are equal.
-    "outcome": +1 where the reward exceeds 0.5, else -1.
+    `advantage_std` is off (GRPO, arXiv 2402.03300, eq. 3); exactly 0 if all rewards of a group are equal.
+    "outcome": +1 if the reward exceeds 0.5, else -1 (ours).
     """
     rewards = rewards.float()
+    if config.advantage == "running":
+        if history.steps < config.advantage_warmup:
+            return rewards - config.advantage_baseline
+        return ((rewards.double() - history.mean) / (history.std + _STD_FLOOR)).float()
     if config.advantage == "outcome":
         return torch.where(rewards > 0.5, 1.0, -1.0)
     result = torch.zeros_like(rewards)
@@ -27,11 +82,14 @@ def advantages(rewards: torch.Tensor, group_ids: torch.Tensor, config: "Objectiv
         if r.min() == r.max():
             continue
         centred = r - r.mean()
-        result[member] = centred / (r.std() + 1e-6) if config.advantage_std else centred
+        result[member] = centred / (r.std() + _STD_FLOOR) if config.advantage_std else centred
     return result
 
 
-def rollout_advantages(rollouts: "list[Rollout]", objective: "Objective") -> list[float]:
-    """Return the signal that `objective` gives each rollout of a batch."""
-    rewards = torch.tensor([r.reward for r in rollouts])
-    return objective.advantages(rewards, torch.tensor([r.group for r in rollouts])).tolist()
+def rollout_advantages(
+    rollouts: "list[Rollout]", objective: "Objective", max_response_tokens: int
+) -> tuple[list[float], list[float]]:
+    """Return the shaped reward of each rollout of a batch, and the signal that `objective` makes of it."""
+    shaped = shaped_rewards(rollouts, objective.config, max_response_tokens)
+    groups = torch.tensor([r.group for r in rollouts])
+    return shaped, objective.advantages(torch.tensor(shaped), groups).tolist()

@@ -281,7 +281,7 @@ def checkpoint_bytes(config: Config, arch: Architecture) -> int:
     """Return the bytes of a training checkpoint: weights, Adam's moments, the optimizer's fp32 weights, teacher."""
     b = getattr(torch, config.model.dtype).itemsize
     main = 4 if b < 4 or config.parallel.distributed_optimizer else 0
-    teacher = 4 if config.teacher.weights == "ema" and needs_teacher(config.objective) else 0
+    teacher = {"ema": 4, "snapshot": b}.get(config.teacher.weights, 0) if needs_teacher(config.objective) else 0
     return arch.num_parameters * (b + 8 + main + teacher)
 
 

@@ -1,46 +1,60 @@
-"""The members of the objective's family, by name, with one run's settings."""
+"""The objectives that a run can be compared with, by name, with the run's own settings."""
 
 from dataclasses import replace
+from typing import Any
 
 from megatron_egrsd.config import ObjectiveConfig
+from megatron_egrsd.objectives import presets
 
-NAMES = {"grpo": "GRPO", "rlsd": "RLSD", "egrsd": "EGRSD", "cl_egrsd": "CL-EGRSD", "run": "this run"}
+NAMES = {
+    "grpo": "GRPO",
+    "rlsd": "RLSD",
+    "gate_off": "EGRSD without gate",
+    "egrsd": "EGRSD",
+    "cl_egrsd": "CL-EGRSD",
+    "run": "this run",
+}
 
 
 def family(objective: ObjectiveConfig) -> dict[str, ObjectiveConfig]:
-    """The four members with the settings of `objective`; what it has switched off takes its default value."""
-    default = ObjectiveConfig()
-    full = replace(
-        objective,
-        function="",
-        options={},
-        mix=objective.mix or default.mix,
-        attenuation=objective.attenuation or default.attenuation,
-        lookahead=objective.lookahead or default.lookahead,
-    )
+    """Return GRPO, EGRSD without gate, EGRSD and CL-EGRSD with the settings of `objective`.
+
+    A key that `objective` has switched off takes the value of the preset CL-EGRSD. The signal is the run's own.
+    """
+    default = presets()["cl_egrsd"]
+    switches: dict[str, Any] = {
+        name: getattr(objective, name) or default[f"objective.{name}"] for name in ("mix", "attenuation", "lookahead")
+    }
+    full = replace(objective, preset="", function="", options={}, **switches)
     return {
         "grpo": replace(full, mix=0.0, attenuation=0.0, lookahead=0),
-        "rlsd": replace(full, attenuation=0.0, lookahead=0),
+        "gate_off": replace(full, attenuation=0.0, lookahead=0),
         "egrsd": replace(full, lookahead=0),
         "cl_egrsd": full,
     }
 
 
 def member(objective: ObjectiveConfig) -> str:
-    """Return the member that `objective` is; "run" for a mixture without a name and for a user's own."""
+    """Return the name of `objective` in `family`, or "run" if it has none there."""
+    objective = replace(objective, preset="")
     if not objective.attenuation:
         objective = replace(objective, lookahead=0)  # without a gate it makes no difference
     return next((name for name, other in family(objective).items() if other == objective), "run")
 
 
 def title(objective: ObjectiveConfig) -> str:
-    """Return the objective's name: a member's name, or that of a user's own class."""
-    return objective.function.rpartition(":")[2] or NAMES[member(objective)]
+    """Return the name of the objective: its preset's, a family member's, or that of a user's own class."""
+    if objective.function:
+        return objective.function.rpartition(":")[2]
+    return NAMES[objective.preset or member(objective)]
 
 
 def settings(objective: ObjectiveConfig) -> str:
-    """λ 0.5, ε 0.2, α 0.9, K 2: mix, ratio_clip, attenuation, lookahead; of a user's own: its file and options."""
+    """Return "ε 0.2, γ 0.3, W 3" (ratio_clip, attenuation, lookahead), or file and options of a user's own class."""
     o = objective
     if o.function:
         return ", ".join([o.function.rpartition(":")[0], *(f"{name} {value}" for name, value in o.options.items())])
-    return f"λ {o.mix:g}, ε {o.ratio_clip:g}, α {o.attenuation:g}, K {o.lookahead}"
+    if not o.mix and not o.attenuation:
+        return "w = 1, ω = 1"
+    mix = "" if o.mix == 1 else f"λ {o.mix:g}, "
+    return f"{mix}ε {o.ratio_clip:g}, γ {o.attenuation:g}, W {o.lookahead}"

@@ -20,6 +20,7 @@ from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.objectives.egrsd import confidence
 from megatron_egrsd.objectives.interface import Tokens, batch_tokens, weigh
 from megatron_egrsd.objectives.load import load_objective
+from megatron_egrsd.objectives.signal import History
 from megatron_egrsd.system.files import atomic
 
 if TYPE_CHECKING:
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
 
 _STUDENT = ("student_log_prob", "student_entropy", "rollout_log_prob", "gate", "weight")
 _TEACHER = ("teacher_log_prob", "teacher_entropy", "normalized_entropy", "lookahead_entropy")
+_NESTED: dict[str, type] = {"objective": ObjectiveConfig, "problem": Problem, "history": History}
 _TYPES: dict[type | tuple[type, ...], tuple[str, ...]] = {
     int: ("step", "vocab_size", "group", "weight_version"),
-    (int, float): ("reward", "advantage"),
+    (int, float): ("reward", "shaped_reward", "advantage"),
     str: ("prompt", "finish_reason"),
     list: ("response_ids", "pieces"),
 }
@@ -40,9 +42,10 @@ class ScoredRollout:
     """One rollout of T response tokens with the objective's values before the update. Arrays are [T] fp32.
 
     Log-probs and entropies in nats; the four teacher arrays are None if the objective runs no teacher (GRPO).
-    `normalized_entropy` is h_t, `lookahead_entropy` its minimum over the lookahead, `entropy_scale` the nats at which
-    h reaches 1: the batch's quantile, this response's maximum, or ln(vocabulary). `gate` is 1 if a user's own
-    objective has none. `pieces` joined are the response.
+    `normalized_entropy` is Hhat, `lookahead_entropy` Hhat^CL, `gate` omega, and `entropy_scale` the nats at which Hhat
+    reaches 1: the batch's maximum or quantile, this response's maximum, or ln(vocabulary). `gate` is 1 if a user's own
+    objective has none. `reward` is the verifiable one, `shaped_reward` has the length bonus, `history` are the running
+    statistics that the advantage was taken from. `pieces` joined are the response.
     """
 
     step: int
@@ -52,7 +55,9 @@ class ScoredRollout:
     prompt: str  # the student's prompt as text
     group: int
     reward: float
+    shaped_reward: float
     advantage: float
+    history: History
     finish_reason: str  # "stop" | "length"
     weight_version: int
     entropy_scale: float | None
@@ -87,6 +92,7 @@ def gather_scores(engine: "Engine", own: "dict[int, Scores] | None") -> dict[int
 
 def scored_rollouts(
     rollouts: list[Rollout],
+    rewards: list[float],
     advantage: list[float],
     student: dict[int, np.ndarray],
     teacher: dict[int, np.ndarray] | None,
@@ -95,8 +101,12 @@ def scored_rollouts(
     *,
     step: int,
     vocab_size: int,
+    history: History,
 ) -> list[ScoredRollout]:
-    """Build the dump of a whole batch, weighted as in `learn`, from gathered scores {rollout index: [2, T]}."""
+    """Build the dump of a whole batch, weighted as in `learn`, from gathered scores {rollout index: [2, T]}.
+
+    `rewards` are the shaped ones.
+    """
     lengths = [len(r.response_ids) for r in rollouts]
     columns = {}
     for name, scores in (("student", student), ("teacher", teacher)):
@@ -104,7 +114,7 @@ def scored_rollouts(
             both = np.concatenate([scores[i] for i in range(len(rollouts))], 1)
             columns |= {f"{name}_log_prob": both[0], f"{name}_entropy": both[1]}
     tensors = {name: torch.from_numpy(values) for name, values in columns.items()}
-    weights = batch_weights(batch_tokens(advantage, lengths, tensors), objective, vocab_size)
+    weights = batch_weights(batch_tokens(advantage, lengths, tensors), objective, vocab_size, history)
     scales = weights.pop("entropy_scale", None)
     columns |= {name: values.numpy() for name, values in weights.items()}
     columns["rollout_log_prob"] = np.concatenate([np.asarray(r.rollout_log_probs, np.float32) for r in rollouts])
@@ -118,7 +128,9 @@ def scored_rollouts(
             prompt=tokenizer.decode(r.prompt.student_ids),
             group=r.group,
             reward=r.reward,
+            shaped_reward=rewards[i],
             advantage=advantage[i],
+            history=history,
             finish_reason=r.finish_reason,
             weight_version=r.weight_version,
             entropy_scale=None if scales is None else scales[ends[i] - lengths[i]].item(),
@@ -130,12 +142,14 @@ def scored_rollouts(
     ]
 
 
-def batch_weights(tokens: Tokens, objective: ObjectiveConfig, vocab_size: int) -> dict[str, torch.Tensor]:
+def batch_weights(
+    tokens: Tokens, objective: ObjectiveConfig, vocab_size: int, history: History | None = None
+) -> dict[str, torch.Tensor]:
     """Weight and gate (1 if the objective has none) of a whole batch, and the entropies behind a gate; [T] each.
 
     If there is a teacher but a user's own objective prepares no entropies, they are those of the built-in gate.
     """
-    weight, fields = weigh(load_objective(objective), tokens, vocab_size=vocab_size)
+    weight, fields = weigh(load_objective(objective, history), tokens, vocab_size=vocab_size)
     if tokens.teacher_entropy is not None and "entropy_scale" not in fields:
         built_in = confidence(tokens.teacher_entropy, tokens.cu_seqlens, objective, vocab_size=vocab_size)
         fields = fields | {name: values for name, values in vars(built_in).items() if name != "gate"}
@@ -165,7 +179,7 @@ def save_scores(scored: list[ScoredRollout], path: Path) -> None:
     with atomic(path) as temporary, temporary.open("wb") as file:
         for rollout in scored:
             row = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
-            row |= {"objective": asdict(rollout.objective), "problem": asdict(rollout.problem)}
+            row |= {name: asdict(row[name]) for name in _NESTED}
             # orjson writes fp32 in the fewest digits that read back exactly, and what is not finite as null.
             file.write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
 
@@ -188,13 +202,13 @@ def load_scores(path: Path) -> list[ScoredRollout]:
 
 
 def _batch(rollout: ScoredRollout) -> tuple:
-    return rollout.step, rollout.objective, rollout.vocab_size, rollout.teacher_log_prob is None
+    return rollout.step, rollout.objective, rollout.history, rollout.vocab_size, rollout.teacher_log_prob is None
 
 
 def _parse(line: bytes, location: str) -> ScoredRollout:
     try:
         row = orjson.loads(line)
-        row |= {"problem": Problem(**row["problem"]), "objective": ObjectiveConfig(**row["objective"])}
+        row |= {name: cls(**row[name]) for name, cls in _NESTED.items()}
         for name in (*_STUDENT, *_TEACHER):
             if name in _STUDENT or row[name] is not None:
                 row[name] = np.array(row[name], np.float32)  # null becomes NaN
@@ -217,5 +231,5 @@ def _check(rollout: ScoredRollout) -> None:
         values = getattr(rollout, name)
         if values is not None and np.shape(values) != (len(rollout.response_ids),):
             raise BadArgument(f"{name} does not hold one value a response token")
-    if not all(isinstance(text, str) for text in (*asdict(rollout.problem).values(), *rollout.pieces)):
+    if not all(isinstance(text, str) for text in (*rollout.problem.texts, *rollout.pieces)):
         raise BadArgument("the problem's fields and the pieces must be text")

@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from megatron_egrsd.config import RolloutConfig
+from megatron_egrsd.config import EvaluationConfig, RolloutConfig
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout.generation import LARGE, NOTHING, Generation, read_answer, read_apart
 from megatron_egrsd.rollout.servers import RolloutServers, Server, ServersLost
@@ -27,6 +27,15 @@ _ABORT_TIMEOUT = 5.0  # seconds that a server may take to accept an abort
 
 class _RequestFailed(Exception):
     """A request failed in a way that a retry may cure."""
+
+
+def truncation(settings: RolloutConfig | EvaluationConfig) -> dict[str, Any]:
+    """Return SGLang's parameters for the `top_p` and `top_k` of a section; {} if it samples from all tokens.
+
+    The log-probs that SGLang returns are those before the truncation.
+    """
+    top_p = {"top_p": settings.top_p} if settings.top_p < 1 else {}
+    return top_p | ({"top_k": settings.top_k} if settings.top_k else {})
 
 
 class RolloutClient:

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import aiohttp
 
-from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.client import RolloutClient, truncation
 from megatron_egrsd.rollout.generation import Generation
 
 _POLL = 0.02  # seconds between two looks for added responses and for `stop`
@@ -76,6 +76,6 @@ class SamplingPhase:
             left = self.client.config.max_response_tokens - len(begun.response_ids)
             body = {
                 "input_ids": prompt + begun.response_ids,
-                "sampling_params": self.client.sampling(self.temperature, left),
+                "sampling_params": self.client.sampling(self.temperature, left) | truncation(self.client.config),
             }
             responses[j] = begun.continued(await self.client.sample(session, body))

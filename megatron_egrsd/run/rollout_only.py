@@ -8,6 +8,8 @@ from megatron_egrsd.data.problems import batch_indices
 from megatron_egrsd.data.samples import Prompt, save_rollouts
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.learn import rollout_metrics
+from megatron_egrsd.objectives.load import load_objective
+from megatron_egrsd.objectives.signal import History, rollout_advantages
 from megatron_egrsd.rewards.reward import load_reward
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import RolloutServers
@@ -26,13 +28,16 @@ def rollout_only(config: Config, prompts: list[Prompt], tokenizer) -> None:
     with RolloutServers(settings.servers, config.model, config.seed, output / "logs") as servers:
         client = RolloutClient(servers, settings, [tokenizer.eos_token_id])
         sampler = Sampler(client, tokenizer, load_reward(config.data.reward, config.data.reward_timeout))
-        log = RunLog(output, config.steps)
+        log, history = RunLog(output, config.steps), History()
         for step in range(config.steps):
             started = time.perf_counter()
             batch = batch_indices(len(prompts), settings.prompts_per_step, step, config.seed)
-            rollouts = sampler.sample([prompts[i] for i in batch], settings.rollouts_per_prompt, settings.temperature)
+            rollouts = sampler.sample([prompts[i] for i in batch], settings.rollouts_per_prompt, settings)
             seconds = time.perf_counter() - started
-            metrics = rollout_metrics(rollouts, config.objective) | {"time/generate": seconds, "time/step": seconds}
+            objective = load_objective(config.objective, history)
+            rewards, advantage = rollout_advantages(rollouts, objective, settings.max_response_tokens)
+            history = history.after(rewards)
+            metrics = rollout_metrics(rollouts, rewards, advantage) | {"time/generate": seconds, "time/step": seconds}
             log.step({"step": step + 1} | metrics)
             save_rollouts(rollouts, output / "rollouts" / f"step_{step + 1:06d}.jsonl")
         log.close()

@@ -1,4 +1,4 @@
-"""Where a step's rollouts come from: SGLang servers, or the dumps of another run (`debug: train-only`)."""
+"""The source of a step's rollouts: SGLang servers, or the dumps of another run (`debug: train-only`)."""
 
 import contextlib
 from collections import Counter
@@ -120,7 +120,7 @@ class LiveRollouts:
     def evaluation(self, prompts: list[Prompt], step: int) -> list[Rollout]:
         settings, done = self.config.evaluation, {}  # finished rollouts outlive the servers that sampled them
         return self._with_servers(
-            lambda: self.sampler.sample(prompts, settings.rollouts_per_problem, settings.temperature, done), step
+            lambda: self.sampler.sample(prompts, settings.rollouts_per_problem, settings, done), step
         )
 
     def _with_servers(self, sample: Callable[[], T], version: int) -> T:

@@ -2,7 +2,9 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.samples import Prompt, Rollout, save_rollouts
@@ -13,6 +15,7 @@ from megatron_egrsd.errors import RunError
 from megatron_egrsd.evaluation.summary import summarize_rollouts
 from megatron_egrsd.hf.checkpoint import save_hf
 from megatron_egrsd.learn import Record
+from megatron_egrsd.objectives.signal import History, shaped_rewards
 from megatron_egrsd.report import plot_frontier, summary_table
 from megatron_egrsd.report.scored_dump import gather_scores, save_scores, scored_rollouts
 from megatron_egrsd.run.guard import UpdateGuard
@@ -44,6 +47,7 @@ class Session:
         self.guard = UpdateGuard(config, self.directory)
         self.log: RunLog | None = None  # on rank 0
         self.evaluations: list[dict[str, float]] = []  # on rank 0
+        self.history = History()  # of the steps so far; `learn` takes it
         self.unreported: tuple[int, list[Rollout], dict[str, float]] | None = None
         self.resumed: Path | None = on_first_rank(self.directory.checkpoint_to_resume)
         resumed_step = checkpoint.step_of(self.resumed) if self.resumed else 0
@@ -80,9 +84,12 @@ class Session:
                 self.push_weights(0)
             return 0
         self.rollouts.placement.enter("training")
-        step = checkpoint.load(self.engine, self.resumed)
+        step, rewards = checkpoint.load(self.engine, self.resumed)
+        self.history = History(**rewards)
         self.push_weights(step)
         self._say(f"continuing from {self.resumed}")
+        if not rewards:
+            self._say("warning: it holds no statistics of the rewards; the running advantage warms up anew")
         return step
 
     def save(self, step: int) -> Path:
@@ -93,7 +100,8 @@ class Session:
             lambda: bool(accuracies) and self.evaluations[-1]["step"] == step and accuracies[-1] == max(accuracies)
         )
         keep, directory = self.config.checkpoint.keep, self.directory
-        return checkpoint.save(self.engine, directory.checkpoints, step, keep, directory.history, best)
+        rewards = asdict(self.history)
+        return checkpoint.save(self.engine, directory.checkpoints, step, keep, rewards, directory.history, best)
 
     def check_preemption(self) -> None:
         """Raise Preempted, on every rank, if any rank has been asked to stop."""
@@ -131,18 +139,17 @@ class Session:
 
     def recorder(self, step: int, rollouts: list[Rollout]) -> Record | None:
         """Return the function that `learn` calls with the scores of `rollouts`, or None without `dump_scores`."""
-
-        def record(advantage, student, teacher) -> None:
-            student, teacher = gather_scores(self.engine, student), gather_scores(self.engine, teacher)
-            objective, vocab_size = self.config.objective, self.engine.arch.vocab_size
-            batch = rollouts, advantage, student, teacher, objective, self.tokenizer
-            path = self.directory.dump("scores", step)
-            on_first_rank(lambda: save_scores(scored_rollouts(*batch, step=step, vocab_size=vocab_size), path))
-
-        return record if self.config.dump_scores else None
+        return _recorder(self, step, rollouts) if self.config.dump_scores else None
 
     def check_update(self, step: int, rollouts: list[Rollout], metrics: dict[str, float]) -> None:
-        """Dump the rollouts of a step (from 1) whose update was skipped; RunError after too many in a row."""
+        """Add the rewards of a step (from 1) to the history; dump its rollouts if its update was skipped.
+
+        A skipped update counts as well: its rewards are real. RunError after too many skipped updates in a row.
+        """
+        config = self.config
+        self.history = self.history.after(
+            shaped_rewards(rollouts, config.objective, config.rollout.max_response_tokens)
+        )
         self.unreported = step, rollouts, metrics
         if reason := self.guard.check(step, rollouts, metrics):
             self._say(reason)
@@ -176,3 +183,17 @@ class Session:
             result = summarize_rollouts(rollouts)
             self.evaluations.append(result | {"step": step})
             self.log.evaluation(step, result)
+
+
+def _recorder(session: Session, step: int, rollouts: list[Rollout]) -> Record:
+    """Return a function that dumps the scores of `rollouts` with the history that their advantages are taken from."""
+    engine, config, history = session.engine, session.config, session.history
+    path = session.directory.dump("scores", step)
+    about: dict[str, Any] = {"step": step, "vocab_size": engine.arch.vocab_size, "history": history}
+
+    def record(rewards, advantage, student, teacher) -> None:
+        student, teacher = gather_scores(engine, student), gather_scores(engine, teacher)
+        batch = rollouts, rewards, advantage, student, teacher, config.objective, session.tokenizer
+        on_first_rank(lambda: save_scores(scored_rollouts(*batch, **about), path))
+
+    return record

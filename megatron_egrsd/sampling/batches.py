@@ -78,7 +78,7 @@ class BatchSampling:
             return list(range(self.config.prompts_per_step))
         if self.rounds > self.config.dynamic_sampling:
             return []
-        return groups_without_signal(self.rollouts, load_objective(self.objective))
+        return groups_without_signal(self.rollouts, load_objective(self.objective), self.config.max_response_tokens)
 
     def _prompts(self, groups: list[int]) -> list[Prompt]:
         size, step = self.config.prompts_per_step, self.step
@@ -114,17 +114,15 @@ class Batches:
             self.sampling.wait()
 
     def _of(self, prompts: list[Prompt], step: int) -> BatchSampling:
-        n, temperature = self.config.rollouts_per_prompt, self.config.temperature
-
         def sample(some: list[Prompt], done: dict) -> list[Rollout]:
-            return self.sampler.sample(some, n, temperature, done)
+            return self.sampler.sample(some, self.config.rollouts_per_prompt, self.config, done)
 
         return BatchSampling(sample, prompts, self.config, self.objective, self.seed, step)
 
 
-def groups_without_signal(rollouts: list[Rollout], objective: Objective) -> list[int]:
+def groups_without_signal(rollouts: list[Rollout], objective: Objective, max_response_tokens: int) -> list[int]:
     """Return the groups whose rollouts all have advantage 0 (all right or all wrong, under the group advantage)."""
-    advantage = rollout_advantages(rollouts, objective)
+    _, advantage = rollout_advantages(rollouts, objective, max_response_tokens)
     signal = {r.group for r, a in zip(rollouts, advantage, strict=True) if a}
     return sorted({r.group for r in rollouts} - signal)
 

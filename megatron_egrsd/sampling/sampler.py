@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from megatron_egrsd.config import EvaluationConfig, RolloutConfig
 from megatron_egrsd.data.samples import Prompt, Rollout
 from megatron_egrsd.rewards.reward import WORKERS, decode_and_grade, warn_of_failures
-from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.client import RolloutClient, truncation
 from megatron_egrsd.rollout.generation import Generation
 
 
@@ -16,8 +17,12 @@ class Sampler:
         self.client, self.tokenizer, self.reward = client, tokenizer, reward
         self.threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="reward")
 
-    def sample(self, prompts: list[Prompt], n: int, temperature: float, done: dict | None = None) -> list[Rollout]:
+    def sample(
+        self, prompts: list[Prompt], n: int, settings: RolloutConfig | EvaluationConfig, done: dict | None = None
+    ) -> list[Rollout]:
         """Return n rewarded rollouts of each prompt, in the order of the prompts; `group` is the prompt's position.
+
+        `settings` holds temperature, top_p and top_k.
 
         A response is rewarded as soon as it is finished, while others are still sampled. Responses in `done`, which is
         filled as in RolloutClient.generate, are not sampled again.
@@ -31,7 +36,8 @@ class Sampler:
             finished(i, j, generation)
         ids = [p.student_ids for p in prompts]
         try:
-            self.client.generate(ids, n, temperature=temperature, done=done, finished=finished)
+            temperature, sampling = settings.temperature, truncation(settings)
+            self.client.generate(ids, n, temperature=temperature, done=done, finished=finished, sampling=sampling)
             return self._await([rewards[i, j] for i in range(len(prompts)) for j in range(n)])
         finally:
             for future in rewards.values():

@@ -100,5 +100,5 @@ def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(ROOT)
     assert main(["train", "--config", CONFIG, "--output", str(tmp_path / "run"), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "16 prompts x 8 rollouts = 128" in out and "padded to 48" in out and "337,152 parameters" in out
+    assert "128 prompts x 1 rollouts = 128" in out and "padded to 48" in out and "337,152 parameters" in out
     assert not (tmp_path / "run").exists()

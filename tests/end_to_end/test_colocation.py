@@ -64,7 +64,7 @@ def _kill_in_every_phase(rank, world_size, config) -> list[tuple[str, float]]:
         servers = session.rollouts.fleet.servers
 
         def step(number: int) -> float:
-            metrics = learn(engine, session.batch(prompts, number).rollouts, config)
+            metrics = learn(engine, session.batch(prompts, number).rollouts, config, history=session.history)
             return metrics["sync/log_prob_difference"]
 
         assert step(0) < 1e-5  # afterwards the phase is training

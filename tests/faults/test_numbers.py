@@ -10,7 +10,7 @@ from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
-from tests.training import VOCAB, made_up_rollouts, open_engine, training_config
+from tests.training import PAPER, VOCAB, made_up_rollouts, open_engine, training_config
 
 LAYOUTS = {
     "TP1": (1, ParallelConfig(max_tokens_per_microbatch=256)),
@@ -91,9 +91,11 @@ def _poisoned(rank, world_size, config, path):
         return learn(engine, load_rollouts(path / "good.jsonl"), config)
 
 
-def test_a_model_of_nans_skips_every_update(tmp_path):
-    """Teacher, gate and quantile of only nan must not raise before the check of the update."""
+@pytest.mark.parametrize("normalization", ["batch_max", "quantile"])
+def test_a_model_of_nans_skips_every_update(normalization, tmp_path):
+    """Teacher, gate, maximum and quantile of only nan must not raise before the check of the update."""
     save_rollouts(made_up_rollouts(), tmp_path / "good.jsonl")
-    config = training_config(make_qwen3(tmp_path / "model", vocab_size=VOCAB))
+    objective = dataclasses.replace(PAPER["objective"], entropy_normalization=normalization)
+    config = training_config(make_qwen3(tmp_path / "model", vocab_size=VOCAB), objective=objective)
     metrics = run_ranks(_poisoned, 1, config, tmp_path)[0]
     assert metrics["optimizer/skipped"] == 1 and metrics["optimizer/updates"] == 0

@@ -13,22 +13,32 @@ import torch
 from megatron_egrsd.config import OptimizerConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.objectives.signal import History
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
-from tests.training import VOCAB, assert_same_training, made_up_rollouts, open_engine, training_config
+from tests.training import (
+    PAPER,
+    VOCAB,
+    assert_same_training,
+    made_up_rollouts,
+    open_engine,
+    take_steps,
+    training_config,
+)
 
 
 def _train(rank, world_size, config, rollouts, directory, start, stop):
     """Train steps start .. stop - 1 from a checkpoint to a checkpoint; returns (metrics, weights) of rank 0."""
     from megatron_egrsd.engine import checkpoint
-    from megatron_egrsd.learn import learn
 
-    rollouts = load_rollouts(rollouts)
+    rollouts, history = load_rollouts(rollouts), History()
     with open_engine(config) as engine:
         if start:
-            assert checkpoint.load(engine, checkpoint.complete(directory)[0]) == start
-        metrics = [learn(engine, rollouts, config) for _ in range(start, stop)]
-        checkpoint.save(engine, directory, stop, keep=2)
+            step, rewards = checkpoint.load(engine, checkpoint.complete(directory)[0])
+            history = History(**rewards)
+            assert step == history.steps == start
+        metrics, history = take_steps(engine, rollouts, config, stop - start, history)
+        checkpoint.save(engine, directory, stop, keep=2, rewards=dataclasses.asdict(history))
         weights = {name: tensor.clone().numpy() for name, tensor in engine.export_weights()}
     return (metrics, weights) if rank == 0 else None
 
@@ -76,6 +86,33 @@ def test_resume_is_bit_identical(world_size, parallel, setting):
     for a, b in zip(resumed, metrics[2:], strict=True):
         assert {k: v for k, v in a.items() if "time/" not in k} == {k: v for k, v in b.items() if "time/" not in k}
     assert all(torch.equal(resumed_weights[k], v) for k, v in weights.items())
+
+
+def _with_warmup(steps: int) -> dict:
+    return PAPER | {"objective": dataclasses.replace(PAPER["objective"], advantage_warmup=steps)}
+
+
+SNAPSHOT = TeacherConfig(weights="snapshot", snapshot_every=2)
+RUNNING = {
+    # name -> (changes, step of the checkpoint)
+    "in the middle of the warm-up": (_with_warmup(3), 2),
+    "after the warm-up": (_with_warmup(1), 2),
+    "a step after the teacher's copy": (_with_warmup(1) | {"teacher": SNAPSHOT}, 3),
+}
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_resume_is_bit_identical_with_running_statistics(name, setting):
+    config, rollouts, root = setting
+    changes, stop = RUNNING[name]
+    config = dataclasses.replace(config, steps=5, **changes)
+    metrics, weights = _run(1, config, rollouts, root / "whole", 0, 5)
+    _run(1, config, rollouts, root / "parts", 0, stop)
+    resumed, resumed_weights = _run(1, config, rollouts, root / "parts", stop, 5)
+    for a, b in zip(resumed, metrics[stop:], strict=True):
+        assert {k: v for k, v in a.items() if "time/" not in k} == {k: v for k, v in b.items() if "time/" not in k}
+    assert all(torch.equal(resumed_weights[k], v) for k, v in weights.items())
+    assert resumed[-1]["reward/running_std"] > 0
 
 
 def test_resume_in_another_layout(setting):
@@ -135,8 +172,8 @@ def _save_four(rank, world_size, config, root):
 
     with open_engine(config) as engine:
         for step in (1, 2, 3, 4):
-            checkpoint.save(engine, root / "newest", step, keep=2)
-            checkpoint.save(engine, root / "best", step, keep=2, best=step in (1, 2))
+            checkpoint.save(engine, root / "newest", step, 2, {})
+            checkpoint.save(engine, root / "best", step, 2, {}, best=step in (1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +208,7 @@ def _load_with_extra_states(rank, world_size, config, path):
 
     model.RMSNorm = Norm
     with open_engine(config) as engine:
-        step = checkpoint.load(engine, path)
+        step, _ = checkpoint.load(engine, path)
         return step, [m.given for m in engine.chunks[0].modules() if isinstance(m, Norm)]
 
 

@@ -1,11 +1,13 @@
 """The layout is no hyper-parameter: TP, PP, VPP, SP, CP, DP, EP, packing and micro-batch size train alike."""
 
+import dataclasses
+
 import pytest
 
-from megatron_egrsd.config import ObjectiveConfig, OptimizerConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.config import OptimizerConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.data.samples import save_rollouts
 from tests.models import make_qwen3
-from tests.training import VOCAB, assert_same_training, made_up_rollouts, run_training, training_config
+from tests.training import GROUPS, PAPER, VOCAB, assert_same_training, made_up_rollouts, run_training, training_config
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +22,10 @@ def paths(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(paths):
     models, rollouts = paths
-    return {tied: run_training(1, training_config(models[tied]), rollouts) for tied in (True, False)}
+    return {tied: run_training(1, training_config(models[tied], **METHOD[tied]), rollouts) for tied in (True, False)}
 
 
+METHOD = {True: {}, False: PAPER}  # by tied embeddings: groups with a live teacher, the running advantage with a frozen
 LAYOUTS = {
     "TP2": (2, {"tensor": 2}, True),
     "PP2": (2, {"pipeline": 2}, True),
@@ -57,7 +60,8 @@ SLOW = [name for name, (ranks, _, _) in CONTEXT_LAYOUTS.items() if ranks > 2]
 def test_layout_does_not_change_training(layout, paths, reference):
     world_size, parallel, tied = LAYOUTS[layout]
     models, rollouts = paths
-    config = training_config(models[tied], parallel=ParallelConfig(**{"max_tokens_per_microbatch": 256, **parallel}))
+    parallel = ParallelConfig(**{"max_tokens_per_microbatch": 256, **parallel})
+    config = training_config(models[tied], parallel=parallel, **METHOD[tied])
     assert_same_training(run_training(world_size, config, rollouts), reference[tied])
 
 
@@ -97,15 +101,18 @@ def test_layout_does_not_change_training_of_experts(layout, paths, mixture):
     [
         pytest.param("frozen", {"tensor": 2}, marks=pytest.mark.slow),
         ("ema", {"tensor": 2}),
+        ("snapshot", {"tensor": 2}),
         pytest.param("ema", {"context": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_teacher_weights_and_several_updates_agree_across_layouts(teacher, split, paths):
     models, rollouts = paths
     changes = {
-        "teacher": TeacherConfig(weights=teacher, ema_decay=0.5),
+        "teacher": TeacherConfig(weights=teacher, ema_decay=0.5, snapshot_every=2),
         "optimizer": OptimizerConfig(lr=1e-3, updates_per_batch=2),
-        "objective": ObjectiveConfig(loss_normalization="seq_mean", entropy_normalization="max"),
+        "objective": dataclasses.replace(
+            GROUPS, importance_cap=None, loss_normalization="seq_mean", entropy_normalization="sequence_max"
+        ),
     }
     expected = run_training(1, training_config(models[True], **changes), rollouts)
     parallel = ParallelConfig(max_tokens_per_microbatch=128, **split)
@@ -117,7 +124,7 @@ def test_teacher_weights_and_several_updates_agree_across_layouts(teacher, split
 @pytest.mark.slow
 def test_the_kl_penalty_agrees_across_layouts(paths):
     models, rollouts = paths
-    changes = {"objective": ObjectiveConfig(kl_coef=0.5)}
+    changes = {"objective": dataclasses.replace(GROUPS, importance_cap=None, kl_coef=0.5)}
     expected = run_training(1, training_config(models[False], **changes), rollouts)
     assert 0 == expected[0][0]["loss/kl"] < expected[0][1]["loss/kl"] < expected[0][2]["loss/kl"]
     split = ParallelConfig(tensor=2, pipeline=2, max_tokens_per_microbatch=128)
@@ -131,14 +138,17 @@ def test_the_kl_penalty_holds_the_policy_at_its_initial_weights(teacher, paths):
     models, rollouts = paths
     kl = []
     for coefficient in (1e-9, 1.0, 30.0):
-        changes = {"objective": ObjectiveConfig(kl_coef=coefficient), "teacher": TeacherConfig(weights=teacher)}
+        objective = dataclasses.replace(GROUPS, importance_cap=None, kl_coef=coefficient)
+        changes = {"objective": objective, "teacher": TeacherConfig(weights=teacher)}
         metrics, _ = run_training(1, training_config(models[True], steps=6, **changes), rollouts)
         assert metrics[0]["loss/kl"] == pytest.approx(0, abs=1e-9)
         kl.append(metrics[-1]["loss/kl"])
     assert kl[0] > 1.2 * kl[1] > 1.2 * kl[2] > 0, kl
 
 
-def test_order_of_the_rollouts_does_not_change_training(paths, reference, tmp_path):
+@pytest.mark.parametrize("tied", METHOD)
+def test_order_of_the_rollouts_does_not_change_training(tied, paths, reference, tmp_path):
     models, _ = paths
     save_rollouts(made_up_rollouts()[::-1], tmp_path / "reversed.jsonl")
-    assert_same_training(run_training(1, training_config(models[True]), tmp_path / "reversed.jsonl"), reference[True])
+    config = training_config(models[tied], **METHOD[tied])
+    assert_same_training(run_training(1, config, tmp_path / "reversed.jsonl"), reference[tied])

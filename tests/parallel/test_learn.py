@@ -1,16 +1,26 @@
 """One step of the method on the engine: what trains, what does not, and the schedule of the learning rate."""
 
 import dataclasses
+import statistics
 
 import pytest
 import torch
 
-from megatron_egrsd.config import ObjectiveConfig, OptimizerConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.config import OptimizerConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.data.samples import save_rollouts
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
-from tests.training import VOCAB, assert_same_training, made_up_rollouts, open_engine, run_training, training_config
+from tests.training import (
+    GROUPS,
+    PAPER,
+    VOCAB,
+    assert_same_training,
+    made_up_rollouts,
+    open_engine,
+    run_training,
+    training_config,
+)
 
 
 @pytest.fixture
@@ -32,6 +42,23 @@ def test_batch_without_signal_changes_nothing(reward, model, tmp_path):
     metrics, weights = run_training(1, config, tmp_path / "rollouts.jsonl")
     assert all(m["optimizer/updates"] == 0 and m["batch/degenerate_share"] == 1 for m in metrics)
     assert all(torch.equal(weights[k], v) for k, v in _weights(model).items())
+
+
+def test_under_the_running_advantage_a_batch_that_is_all_wrong_trains(model, tmp_path):
+    """And the statistics that a step reports are those of the steps before it, whether or not that one was updated."""
+    rollouts = [dataclasses.replace(r, reward=0.0) for r in made_up_rollouts()]
+    rollouts[0] = dataclasses.replace(rollouts[0], reward=1.0)
+    save_rollouts(rollouts, tmp_path / "rollouts.jsonl")
+    config = training_config(model, **PAPER)
+    metrics, _ = run_training(1, config, tmp_path / "rollouts.jsonl")
+    assert all(m["optimizer/updates"] == 1 and m["batch/degenerate_share"] == 0 for m in metrics)
+    right = 1 + 0.5 * (1 - len(rollouts[0].response_ids) / 64)
+    assert [m["reward/shaped"] for m in metrics] == pytest.approx([right / 16] * 3)
+    assert [m["reward/running_mean"] for m in metrics] == pytest.approx([0, right / 16, right / 16])
+    assert [m["reward/running_std"] for m in metrics] == pytest.approx(
+        [0, statistics.stdev([right, *[0] * 15]), statistics.stdev([right, *[0] * 15] * 2)]
+    )
+    assert metrics[0]["accuracy"] == 1 / 16
 
 
 def test_grpo_runs_no_teacher_and_follows_the_schedule(model, tmp_path):
@@ -56,7 +83,7 @@ def test_one_update_equals_one_update_scored_beforehand(model, tmp_path):
     # The same two groups and two empty ones in a second share, which skips its update but makes the engine score first.
     filler = [dataclasses.replace(r, reward=0.0) for r in made_up_rollouts() if r.group >= 2]
     save_rollouts(rollouts + filler, tmp_path / "four.jsonl")
-    normalized = ObjectiveConfig(entropy_normalization="max")  # the batch quantile would see the fillers
+    normalized = dataclasses.replace(GROUPS, entropy_normalization="sequence_max")  # the batch's would see the fillers
     two = dataclasses.replace(base, optimizer=OptimizerConfig(lr=1e-3, updates_per_batch=2), objective=normalized)
     one = dataclasses.replace(one, objective=normalized)
     got, expected = run_training(1, two, tmp_path / "four.jsonl"), run_training(1, one, tmp_path / "two.jsonl")

@@ -8,14 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_egrsd.config import ModelConfig, ObjectiveConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.config import ModelConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.memory import Placement
 from megatron_egrsd.planning.plan import checkpoint_bytes, memory_of_stages
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
-from tests.training import made_up_rollouts, open_engine, training_config
+from tests.training import GROUPS, made_up_rollouts, open_engine, training_config
 
 # Sizes in multiples of 64, so that the distributed optimizer pads nothing but the end of its buffer.
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000}
@@ -96,6 +96,7 @@ EXPERTS = {"num_experts": 4, "moe_intermediate_size": 192}
 LAYOUTS = {
     "fp32, KL": (1, "float32", {}, False, "live"),
     "bf16, moving average": (1, "bfloat16", {}, True, "ema"),
+    "bf16, snapshot": (1, "bfloat16", {}, True, "snapshot"),
     "bf16, recompute": (1, "bfloat16", {"recompute": True}, False, "frozen"),
     "TP2": (2, "float32", {"tensor": 2}, True, "live"),
     "TP2 SP": (2, "bfloat16", {"tensor": 2, "sequence_parallel": True}, False, "live"),
@@ -122,7 +123,7 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
     ]
     save_rollouts(rollouts, tmp_path / "rollouts.jsonl")
     config = dataclasses.replace(
-        training_config(model, objective=ObjectiveConfig(kl_coef=0.1 * ("KL" in name))),
+        training_config(model, objective=dataclasses.replace(GROUPS, kl_coef=0.1 * ("KL" in name))),
         model=ModelConfig(path=str(model), dtype=dtype),
         parallel=ParallelConfig(max_tokens_per_microbatch=1200, **parallel),
         teacher=TeacherConfig(weights=teacher),
@@ -168,13 +169,17 @@ def _checkpoint_bytes(rank, world_size, config, path, directory):
 
     with open_engine(config) as engine:
         learn(engine, load_rollouts(path), config)
-        saved = checkpoint.save(engine, directory, 1, 2)
+        saved = checkpoint.save(engine, directory, 1, 2, {})
     return sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
 
 
 @pytest.mark.parametrize(
     ("dtype", "sharded", "teacher"),
-    [("bfloat16", False, "ema"), pytest.param("float32", True, "live", marks=pytest.mark.slow)],
+    [
+        ("bfloat16", False, "ema"),
+        ("bfloat16", False, "snapshot"),
+        pytest.param("float32", True, "live", marks=pytest.mark.slow),
+    ],
 )
 def test_size_of_a_checkpoint(dtype, sharded, teacher, tmp_path):
     model = make_qwen3(tmp_path / "model", tied=False, **{**SIZES, "hidden_size": 256, "vocab_size": 4000})

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_egrsd.config import ModelConfig, ObjectiveConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.config import ModelConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.engine.offload import OffloadedStorages, without
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
-from tests.training import made_up_rollouts, open_engine, training_config
+from tests.training import GROUPS, made_up_rollouts, open_engine, training_config
 
 
 def _held(engine) -> int:
@@ -67,7 +67,9 @@ def test_training_is_the_same_bit_for_bit(name, tmp_path):
     save_rollouts(made_up_rollouts(), tmp_path / "rollouts.jsonl")
     config = dataclasses.replace(
         training_config(
-            model, teacher=TeacherConfig(weights=teacher), objective=ObjectiveConfig(kl_coef=0.1 * ("KL" in name))
+            model,
+            teacher=TeacherConfig(weights=teacher),
+            objective=dataclasses.replace(GROUPS, kl_coef=0.1 * ("KL" in name)),
         ),
         model=ModelConfig(path=str(model), dtype=dtype),
         parallel=ParallelConfig(max_tokens_per_microbatch=256, **parallel),

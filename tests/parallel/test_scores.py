@@ -11,8 +11,8 @@ from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.report.scored_dump import gather_scores, load_scores, save_scores, scored_rollouts
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
-from tests.training import VOCAB, made_up_rollouts, open_engine, training_config
-from tests.unit.test_scores import TOKENIZER
+from tests.training import PAPER, VOCAB, made_up_rollouts, open_engine, training_config
+from tests.unit.test_scores import HISTORY, TOKENIZER
 
 
 def _step(rank, world_size, config, rollouts, output):
@@ -21,17 +21,15 @@ def _step(rank, world_size, config, rollouts, output):
 
     rollouts = load_rollouts(rollouts)
 
-    def record(advantage, student, teacher):
+    def record(rewards, advantage, student, teacher):
         student, teacher = gather_scores(engine, student), gather_scores(engine, teacher)
         assert (student is not None) == (rank == 0)
         if rank == 0:
-            scored = scored_rollouts(
-                rollouts, advantage, student, teacher, config.objective, TOKENIZER, step=1, vocab_size=VOCAB
-            )
-            save_scores(scored, output)
+            batch = rollouts, rewards, advantage, student, teacher, config.objective, TOKENIZER
+            save_scores(scored_rollouts(*batch, step=3, vocab_size=VOCAB, history=HISTORY), output)
 
     with open_engine(config) as engine:
-        return learn(engine, rollouts, config, record if output else None)
+        return learn(engine, rollouts, config, record if output else None, HISTORY)
 
 
 LAYOUTS = {
@@ -102,6 +100,14 @@ def test_the_record_is_what_is_trained(updates, files):
     }
     for name, column in columns.items():
         assert np.concatenate([column(r) for r in trained]).mean() == pytest.approx(plain[name], rel=1e-4), name
+
+
+def test_the_running_advantage_is_that_of_the_recorded_history(files):
+    scored = dump(files, "paper", **PAPER)
+    assert all(r.history == HISTORY for r in scored)
+    assert any(r.shaped_reward > 1 for r in scored) and {r.shaped_reward for r in scored if not r.reward} == {0.0}
+    for r in scored:
+        assert r.advantage == pytest.approx((r.shaped_reward - HISTORY.mean) / (HISTORY.std + 1e-6), rel=1e-6)
 
 
 def test_grpo_records_without_a_teacher(files):

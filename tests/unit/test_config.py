@@ -2,6 +2,8 @@
 
 import functools
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,27 @@ from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConf
 from megatron_egrsd.config.page import page
 from megatron_egrsd.config_reader import RENAMED, parse_config, preset_objective, valid_keys
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.objectives import presets
 from megatron_egrsd.objectives.load import needs_teacher
 
 BASE = ["--model.path", "m", "--data.train", "t.jsonl"]
 PARTIAL = ["--rollout.partial", "true"]
+GROUP = ["--objective.advantage", "group"]
+CAP = ["--objective.importance_cap", "2"]
+PAPER = {"objective.advantage": "running", "objective.loss": "reinforce", "objective.mix": 1.0,
+         "rollout.rollouts_per_prompt": 1, "objective.length_bonus": 0.5, "objective.importance_cap": None,
+         "teacher.weights": "frozen"}  # fmt: skip
+GROUPS = {"objective.advantage": "group", "objective.loss": "ppo", "rollout.rollouts_per_prompt": 8,
+          "objective.length_bonus": 0.0, "objective.attenuation": 0.0, "objective.lookahead": 0}  # fmt: skip
+PRESETS = {
+    "egrsd": PAPER | {"objective.attenuation": 0.3, "objective.lookahead": 0},
+    "cl_egrsd": PAPER | {"objective.attenuation": 0.3, "objective.lookahead": 3},
+    "gate_off": PAPER | {"objective.attenuation": 0.0, "objective.lookahead": 0},
+    "grpo": GROUPS | {"objective.mix": 0.0, "objective.importance_cap": None},
+    "rlsd": GROUPS
+    | {"objective.mix": 0.5, "objective.mix_decay_steps": 50, "objective.importance_cap": 2.0,
+       "teacher.weights": "snapshot", "teacher.snapshot_every": 10},
+}  # fmt: skip
 
 
 def parse_error(arguments):
@@ -31,7 +50,7 @@ def test_yaml_with_overrides_the_later_one_wins(tmp_path):
         ["--config", str(file), "--objective.lookahead", "4", "--rollout.servers.urls", "[http://h:1]"]
     )
     assert (config.steps, config.optimizer.lr, config.objective.lookahead) == (7, 1e-5, 4)
-    assert config.objective.mix == 0.5 and config.rollout.servers.urls == ["http://h:1"]
+    assert config.objective.mix == 1.0 and config.rollout.servers.urls == ["http://h:1"]
     assert isinstance(config, Config) and isinstance(config.model, ModelConfig)
     assert parse_config(["--objective.lookahead", "4", "--config", str(file)]).objective.lookahead == 1
 
@@ -45,13 +64,32 @@ def test_yaml_with_overrides_the_later_one_wins(tmp_path):
         (["--rollout.tensor", "3"], ["did you mean parallel.tensor?"]),
         (["--objective.lookahead", "two"], ["objective.lookahead", "'two'", "int"]),
         (["--steps", "1.5"], ["steps", "int"]),
-        (["--teacher.weights", "old"], ["teacher.weights", "'live', 'frozen', 'ema'"]),
+        (["--teacher.weights", "old"], ["teacher.weights", "'frozen', 'live', 'ema', 'snapshot'"]),
         (["--objective.lookahead", "-1"], ["objective.lookahead is -1"]),
         (["--objective.mix", "1.5"], ["[0, 1]"]),
-        (["--objective.attenuation", "1"], ["[0, 1)", "positive weight"]),
+        (["--objective.attenuation", "1.5"], ["objective.attenuation is 1.5", "[0, 1]"]),
+        (["--objective.attenuation", "1", "--objective.gate_floor", "0"], ["gate_floor 0", "lose its whole weight"]),
+        (["--objective.gate_floor", "-0.1"], ["objective.gate_floor is -0.1", "[0, 1]"]),
+        (["--objective.length_bonus", "-1"], ["objective.length_bonus is -1", "negative"]),
+        (["--objective.score_temperature", "0"], ["objective.score_temperature must be positive"]),
+        (["--objective.preset", "ppo"], ["objective.preset is 'ppo'", "cl_egrsd, gate_off, grpo"]),
+        (["--teacher.snapshot_every", "0"], ["teacher.snapshot_every must be positive"]),
         (["--optimizer.lr", "nan"], ["optimizer.lr"]),
         (["--objective.loss_normalization", "fixed"], ["objective.fixed_length"]),
-        (["--rollout.rollouts_per_prompt", "1"], ["at least 2"]),
+        (["--rollout.rollouts_per_prompt", "0"], ["rollout.rollouts_per_prompt is 0", "positive"]),
+        ([*GROUP, "--rollout.rollouts_per_prompt", "1"], ["the rollouts of one prompt", "set it to 2 or more"]),
+        (["--objective.preset", "grpo", "--rollout.rollouts_per_prompt", "1"], ["compares the rollouts of one prompt"]),
+        (["--rollout.dynamic_sampling", "1"], ['"running" every rollout has one', "set dynamic_sampling to 0"]),
+        ([*CAP, "--rollout.top_p", "0.95"], ["before rollout.top_p and rollout.top_k", "set importance_cap to null"]),
+        ([*CAP, "--rollout.top_k", "20"], ["before rollout.top_p and rollout.top_k", "set importance_cap to null"]),
+        (["--objective.preset", "rlsd", "--rollout.top_k", "20"], ["before rollout.top_p and rollout.top_k"]),
+        (
+            [*CAP, "--objective.score_temperature", "1", "--rollout.temperature", "0.8"],
+            ["score_temperature is 1 and rollout.temperature 0.8", "one temperature for both"],
+        ),
+        (["--rollout.top_p", "0"], ["rollout.top_p is 0", "(0, 1]"]),
+        (["--rollout.top_p", "1.5"], ["rollout.top_p is 1.5", "(0, 1]"]),
+        (["--rollout.top_k", "-1"], ["rollout.top_k is -1", "negative"]),
         (["--rollout.temperature", "0"], ["positive"]),
         (["--rollout.prompts_per_step", "5", "--optimizer.updates_per_batch", "2"], ["5 does not divide", "2 equal"]),
         (["--rollout.staleness", "2"], ["rollout.staleness is 2", "0 (on-policy) or 1"]),
@@ -86,7 +124,14 @@ def test_yaml_with_overrides_the_later_one_wins(tmp_path):
         ),
         (["--parallel.sequence_parallel", "true"], ["parallel.tensor > 1"]),
         (["--data.teacher_template", "{problem}"], ["{solution} or {answer}"]),
-        (["--data.teacher_template", "{problem} {answer} {hint}"], ["{hint}"]),
+        (["--data.teacher_template", "{problem} {answer} {solutions}"], ["{solutions}", "did you mean {solution}"]),
+        (["--data.student_template", "Solve!"], ["student_template", "{problem}"]),
+        (["--data.student_template", "{problem} {solution}"], ["only the teacher"]),
+        (
+            ["--data.teacher_template", '[{"role": "assistant", "content": "{solution}"}]'],
+            ["end with a turn of the user"],
+        ),
+        (["--data.teacher_template", '[{"role": "tutor", "content": "{solution}"}]'], ["list of turns", "tutor"]),
         (["--config", "/no/such.yaml"], ["--config", "does not exist"]),
         (["word"], ["'word' is no option"]),
     ],
@@ -122,20 +167,67 @@ def test_mistakes_in_the_file(tmp_path, text, words):
     assert words in parse_error(["--config", str(file)])
 
 
-def test_presets_are_the_family():
-    presets = {name: preset_objective(name) for name in ("grpo", "rlsd", "egrsd", "cl_egrsd")}
-    table = {name: (c.attenuation > 0, c.lookahead > 0, c.mix) for name, c in presets.items()}
-    assert table == {
-        "grpo": (False, False, 0),
-        "rlsd": (False, False, 0.5),
-        "egrsd": (True, False, 0.5),
-        "cl_egrsd": (True, True, 0.5),
-    }
-    assert not needs_teacher(presets["grpo"]) and needs_teacher(presets["rlsd"])
-    assert presets["cl_egrsd"] == ObjectiveConfig(preset="cl_egrsd")
+def value(config: Config, key: str):
+    return functools.reduce(getattr, key.split("."), config)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_sets_what_makes_it_one_and_any_key_beside_it_overrides_it(name, tmp_path):
+    """In YAML and on the command line, before the preset and after it."""
+    preset = ["--objective.preset", name]
+    config = parse_config(BASE + preset)
+    assert {key: value(config, key) for key in PRESETS[name]} == PRESETS[name]
+    assert config.objective == preset_objective(name)
+    assert needs_teacher(config.objective) == (name != "grpo")
+
+    overrides = {"objective.mix": 0.25, "objective.ratio_clip": 0.1, "objective.length_bonus": 0.125,
+                 "objective.importance_cap": None, "rollout.rollouts_per_prompt": 3,
+                 "teacher.weights": "live"}  # fmt: skip
+    words = [word for key, new in overrides.items() for word in (f"--{key}", "null" if new is None else str(new))]
+    tree = {}
+    for key, new in overrides.items():
+        section, _, field = key.partition(".")
+        tree.setdefault(section, {})[field] = new
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    both = tmp_path / "both.yaml"
+    both.write_text(yaml.safe_dump(tree | {"objective": tree["objective"] | {"preset": name}}))
+    for arguments in ([*preset, *words], [*words, *preset], [*preset, "--config", str(file)],
+                      ["--config", str(file), *preset, *words], ["--config", str(both)]):  # fmt: skip
+        got = parse_config([*BASE, *arguments])
+        expected = PRESETS[name] | overrides
+        assert {key: value(got, key) for key in expected} == expected
+    # A preset on the command line wins over a file, or the file's objective would silently be trained.
+    got = parse_config([*BASE, "--config", str(file), *preset])
+    assert {key: value(got, key) for key in PRESETS[name]} == PRESETS[name]
+
+
+def test_the_defaults_are_the_papers_cl_egrsd():
+    default, preset = parse_config(BASE), parse_config([*BASE, "--objective.preset", "cl_egrsd"])
+    assert replace(preset.objective, preset="") == default.objective == ObjectiveConfig()
+    assert (preset.teacher, preset.rollout) == (default.teacher, default.rollout)
+    assert default.objective.entropy_normalization == "batch_max" and default.objective.gate_floor == 0.1
+    assert list(presets()) == list(PRESETS)
     assert preset_objective("egrsd", mix=0.25).mix == 0.25
-    with pytest.raises(BadArgument, match="cl_egrsd"):
-        preset_objective("ppo")
+
+
+@pytest.mark.parametrize("advantage", ["running", "outcome"])
+def test_one_response_a_prompt_is_enough_without_groups(advantage):
+    config = parse_config([*BASE, "--objective.advantage", advantage, "--rollout.rollouts_per_prompt", "1"])
+    assert config.rollout.rollouts_per_prompt == 1
+
+
+def test_the_paper_has_a_grpo_with_the_running_advantage():
+    words = ["--objective.preset", "grpo", "--objective.advantage", "running", "--rollout.rollouts_per_prompt", "1"]
+    assert parse_config([*BASE, *words]).objective.loss == "ppo"
+
+
+def test_the_scoring_temperature_is_that_of_sampling_unless_it_is_set():
+    sampling = [*BASE, "--rollout.temperature", "1.1"]
+    assert parse_config(sampling).score_temperature == 1.1
+    apart = parse_config([*sampling, "--objective.score_temperature", "1"])
+    assert apart.score_temperature == 1 and apart.log_prob_limit == math.inf
+    assert parse_config([*sampling, *CAP, "--objective.score_temperature", "1.1"]).log_prob_limit == 0.1
 
 
 @pytest.mark.parametrize(
@@ -204,7 +296,7 @@ def test_old_keys_work_on_the_command_line_and_in_yaml(tmp_path):
     values |= {"rollout.weight_sync": "ipc", "evaluation.deterministic": False, "rollout.urls": []}
     values["rollout.temperature"] = 0.5  # a key that keeps its name
     tree = {section: {k.partition(".")[2]: v for k, v in values.items() if k.startswith(section)}
-            for section in ("rollout", "evaluation")}  # fmt: skip
+            for section in ("objective", "rollout", "evaluation")}  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     words = [w for k, v in values.items() for w in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
     config = parse_config(BASE + words)

@@ -27,7 +27,8 @@ class Sampled:
 
 def config(rounds: int, **objective) -> Config:
     rollout = RolloutConfig(prompts_per_step=8, rollouts_per_prompt=4, dynamic_sampling=rounds)
-    return Config(ModelConfig("m"), DataConfig(train="d"), ObjectiveConfig(**objective), rollout=rollout)
+    objective = ObjectiveConfig(**{"advantage": "group"} | objective)
+    return Config(ModelConfig("m"), DataConfig(train="d"), objective, rollout=rollout)
 
 
 def sampling_of(sample, config: Config, step: int) -> BatchSampling:

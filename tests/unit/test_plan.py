@@ -19,7 +19,7 @@ from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.memory import Placement
-from megatron_egrsd.planning.plan import memory_of_stages, placement, print_plan, resolve
+from megatron_egrsd.planning.plan import checkpoint_bytes, memory_of_stages, placement, print_plan, resolve
 from tests.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,8 @@ def test_512_ranks_in_one_process(model, tmp_path):
                  tmp_path / "run", "--data.evaluation", "examples/tiny/heldout.jsonl"]  # fmt: skip
     command = [sys.executable, "-m", "megatron_egrsd.cli", "train", "--config",
                "examples/configs/qwen3_8b_cl_egrsd.yaml", *arguments, "--dry-run", "--world-size", "512",
-               "--gpu-memory", "80GB", "--checkpoint.every", "0"]  # fmt: skip
+               "--gpu-memory", "80GB", "--checkpoint.every", "0", "--rollout.rollouts_per_prompt", "8",
+               "--rollout.max_response_tokens", "8192"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
     room = shutil.disk_usage(tmp_path).free > 16 * GIB  # for the final model
     assert done.returncode == (0 if room else 2), done.stderr
@@ -100,7 +101,7 @@ def test_too_little_memory_is_refused_with_a_change_that_fits(name, ranks, words
 
 def test_responses_too_long_for_a_rank(model):
     """If TP and PP are exhausted, context parallelism makes 121k tokens fit: 30k on each of four ranks."""
-    words = ["--rollout.max_response_tokens", "120000", "--parallel.tensor", "8"]
+    words = ["--rollout.max_response_tokens", "120000", "--parallel.tensor", "8", "--teacher.weights", "live"]
     path = model("Qwen3-8B")
     plan = resolve(config_8b(path, *words), PROMPTS, [], 64, int(15.4 * GIB))
     (reason,) = refusals(plan, "but a GPU has")
@@ -129,9 +130,10 @@ def test_the_worst_rank_is_named(model):
 
 
 def test_servers_that_cannot_hold_one_response(model):
-    plan = resolve(config_8b(model("Qwen3-32B"), "--parallel.tensor", "8"), PROMPTS, [], 64, 68 * GIB)
+    words = ["--parallel.tensor", "8", "--rollout.max_response_tokens", "8192"]
+    plan = resolve(config_8b(model("Qwen3-32B"), *words), PROMPTS, [], 64, 68 * GIB)
     assert len(refusals(plan, "less than the 9,491 of one longest response")) == 1
-    plan = resolve(config_8b(model("Qwen3-8B"), "--parallel.tensor", "8"), PROMPTS, [], 64, 68 * GIB)
+    plan = resolve(config_8b(model("Qwen3-8B"), *words), PROMPTS, [], 64, 68 * GIB)
     assert not refusals(plan, "longest response")
 
 
@@ -139,9 +141,28 @@ def test_colocated_ranks_say_what_waits_in_host_memory(model):
     words = ["--rollout.servers.colocated", "true", "--rollout.sync.transport", "ipc"]
     plan = resolve(config_8b(model("Qwen3-8B"), *words), PROMPTS, [], 8, 80 * GIB)
     [line] = [line for line in plan.lines if "in host memory" in line]
-    held = 8_190_735_360 / 4 * (2 + 12 / 2) / GIB  # TP 4, DP 2: bf16 weights, a half of fp32 weights and moments
+    # TP 4, DP 2: bf16 weights, those of the frozen teacher, a half of fp32 weights and moments
+    held = 8_190_735_360 / 4 * (2 + 2 + 12 / 2) / GIB
     assert float(line.split()[-7]) == pytest.approx(held, rel=0.001) and "for 8 ranks" in line, line
     assert any("in turns with the training ranks" in line for line in plan.lines)
+
+
+@pytest.mark.parametrize(
+    ("weights", "resident", "saved"), [("live", 0, 0), ("frozen", 2, 0), ("ema", 4, 4), ("snapshot", 2, 2)]
+)
+def test_the_teachers_bytes_a_parameter(weights, resident, saved, model):
+    """A frozen teacher is read again from model.path. A copy has the type of the weights, a moving average is fp32."""
+    path = model("Qwen3-8B")
+    arch, config = Architecture.from_pretrained(path), config_8b(path, "--teacher.weights", weights)
+    memory = memory_of_stages(config, arch, 4, Placement(False, False), 16384)[0]
+    own = memory.resident["weights"] // 2
+    assert memory.resident.get(f"teacher ({weights})", 0) == resident * own
+    words = ["--teacher.weights", weights, "--objective.mix", "0", "--objective.attenuation", "0"]
+    ungated = config_8b(path, *words)  # needs no teacher
+    without = checkpoint_bytes(ungated, arch)
+    assert without == arch.num_parameters * (2 + 8 + 4)
+    assert checkpoint_bytes(config, arch) - without == saved * arch.num_parameters
+    assert f"teacher ({weights})" not in memory_of_stages(ungated, arch, 4, Placement(False, False), 16384)[0].resident
 
 
 def test_ports_that_are_taken(model):

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from megatron_egrsd.config import RolloutConfig
 from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.rollout.generation import Generation
 from megatron_egrsd.rollout.servers import ServersLost
@@ -44,7 +45,7 @@ def test_a_response_is_rewarded_while_others_are_sampled():
     def meanwhile(key):
         assert key != (0, 0) or rewarded.wait(20), "no response was rewarded before all were there"
 
-    rollouts = Sampler(Responses(meanwhile), Tokenizer(), reward).sample(PROMPTS, 2, 1.0)
+    rollouts = Sampler(Responses(meanwhile), Tokenizer(), reward).sample(PROMPTS, 2, RolloutConfig())
     assert [(r.group, r.response_ids) for r in rollouts] == [(i, [10 * i + j]) for i in range(3) for j in range(2)]
     assert [r.reward for r in rollouts] == [0.0, 0.0, 0.0, 1.0, 0.0, 1.0]  # "01" is not "1"
     assert all(r.prompt is PROMPTS[r.group] and r.weight_version == 4 for r in rollouts)
@@ -57,13 +58,13 @@ def test_what_was_sampled_before_the_servers_were_lost_is_rewarded_too():
 
     done = {}
     with pytest.raises(ServersLost):
-        Sampler(Responses(lost), Tokenizer(), lambda *_: 1.0).sample(PROMPTS, 2, 1.0, done)
+        Sampler(Responses(lost), Tokenizer(), lambda *_: 1.0).sample(PROMPTS, 2, RolloutConfig(), done)
     assert sorted(done) == [(1, 1), (2, 0), (2, 1)]
 
     def again(key):
         assert key in [(0, 0), (0, 1), (1, 0)]
 
-    rollouts = Sampler(Responses(again), Tokenizer(), lambda *_: 1.0).sample(PROMPTS, 2, 1.0, done)
+    rollouts = Sampler(Responses(again), Tokenizer(), lambda *_: 1.0).sample(PROMPTS, 2, RolloutConfig(), done)
     assert [(r.group, r.reward) for r in rollouts] == [(i, 1.0) for i in range(3) for _ in range(2)]
 
 
@@ -81,7 +82,7 @@ def test_rewards_that_nobody_waits_for_are_not_begun():
 
     sampler = Sampler(Responses(ends), Tokenizer(), reward)
     with pytest.raises(ServersLost):
-        sampler.sample(PROMPTS, 30, 1.0)
+        sampler.sample(PROMPTS, 30, RolloutConfig())
     free.set()
     sampler.threads.shutdown()
     assert len(begun) < 30

@@ -14,6 +14,7 @@ from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout
 from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.objectives.signal import History
 from megatron_egrsd.report.scored_dump import load_scores, save_scores, scored_rollouts, token_pieces
 
 
@@ -31,6 +32,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 TOKENIZER = byte_level()
+HISTORY = History().after([1.3, 0.0]).after([0.0, 1.1])
 
 
 def batch(objective: ObjectiveConfig, teacher: bool = True, text: str = "", problem: Problem | None = None):
@@ -47,10 +49,9 @@ def batch(objective: ObjectiveConfig, teacher: bool = True, text: str = "", prob
         student[i], scores[i] = (
             np.stack([-4 * g.random(length), 3 * g.random(length)]).astype(np.float32) for _ in range(2)
         )
-    advantage = [0.5, -1.0, 0.5, 0.0, 0.0, 0.0]
-    return scored_rollouts(
-        rollouts, advantage, student, scores if teacher else None, objective, TOKENIZER, step=4, vocab_size=261
-    )
+    advantage, rewards = [0.5, -1.0, 0.5, 0.0, 0.0, 0.0], [1.2 * (i % 2) for i in range(6)]
+    taught, about = scores if teacher else None, {"step": 4, "vocab_size": 261, "history": HISTORY}
+    return scored_rollouts(rollouts, rewards, advantage, student, taught, objective, TOKENIZER, **about)
 
 
 def assert_equal(a, b):
@@ -62,7 +63,7 @@ def assert_equal(a, b):
             assert x == y, field.name
 
 
-@pytest.mark.parametrize("normalization", ["quantile", "max", "log_vocab"])
+@pytest.mark.parametrize("normalization", ["batch_max", "quantile", "sequence_max", "log_vocab"])
 def test_round_trip_is_exact(tmp_path, normalization):
     objective = ObjectiveConfig(entropy_normalization=normalization, importance_cap=2.0)
     scored = batch(objective)
@@ -75,18 +76,18 @@ def test_round_trip_is_exact(tmp_path, normalization):
     assert [p.name for p in (tmp_path / "scores").iterdir()] == ["step_000004.jsonl"]
 
 
-@pytest.mark.parametrize("normalization", ["quantile", "max", "log_vocab"])
+@pytest.mark.parametrize("normalization", ["batch_max", "quantile", "sequence_max", "log_vocab"])
 def test_the_columns_are_the_method(normalization):
     """Every column of the dump follows from the ones before it, token by token."""
-    objective = ObjectiveConfig(entropy_normalization=normalization, lookahead=1)
+    objective = ObjectiveConfig(entropy_normalization=normalization, attenuation=0.95, lookahead=1)
     for r in batch(objective):
         h = np.clip(r.teacher_entropy / r.entropy_scale, 0, 1)
         ahead = np.minimum(h, np.append(h[1:], np.inf))
         ratio = np.exp(np.sign(r.advantage) * (r.teacher_log_prob - r.student_log_prob))
-        magnitude = 0.5 + 0.5 * np.clip(ratio, 0.8, 1.2)
+        magnitude = np.clip(ratio, 0.8, 1.2)
         np.testing.assert_allclose(r.normalized_entropy, h, atol=1e-6)
         np.testing.assert_allclose(r.lookahead_entropy, ahead, atol=1e-6)
-        np.testing.assert_allclose(r.gate, 1 - 0.9 * ahead, atol=1e-6)
+        np.testing.assert_allclose(r.gate, np.maximum(1 - 0.95 * ahead, 0.1), atol=1e-6)
         np.testing.assert_allclose(r.weight, r.advantage * magnitude * r.gate, rtol=1e-5, atol=1e-7)
 
 
@@ -137,7 +138,7 @@ def test_a_broken_line_is_named(name, tmp_path):
 
 
 def test_a_line_of_another_batch_is_named(tmp_path):
-    save_scores([batch(ObjectiveConfig())[0], batch(ObjectiveConfig(lookahead=3))[1]], tmp_path / "s.jsonl")
+    save_scores([batch(ObjectiveConfig())[0], batch(ObjectiveConfig(lookahead=2))[1]], tmp_path / "s.jsonl")
     with pytest.raises(BadArgument, match="line 2 belongs to another batch"):
         load_scores(tmp_path / "s.jsonl")
 

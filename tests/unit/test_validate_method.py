@@ -1,6 +1,7 @@
 """The validation study's arithmetic, plan and objectives. docs/measurements/results.md has its results."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from megatron_egrsd.config import ObjectiveConfig
-from megatron_egrsd.config_reader import parse_config, preset_objective
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.objectives.interface import Tokens
 from megatron_egrsd.objectives.load import check_objective, load_objective
@@ -69,8 +70,15 @@ def test_every_setting_of_the_plan_is_a_configuration(monkeypatch):
         check_objective(config.objective)
     for name, setting in plan.TITLES.items():
         assert setting and any(s.name.endswith(f"/{name}") for s in found)
-    for name in ("grpo", "rlsd", "egrsd", "cl_egrsd"):
-        assert configs[f"tiny/{name}"].objective == preset_objective(name, preset="")
+    before = ObjectiveConfig(  # the settings that the study was made with, not the paper's
+        advantage="group", length_bonus=0.0, mix=0.5, attenuation=0.9, lookahead=2, loss="ppo",
+        entropy_normalization="quantile", entropy_floor=0.5,
+    )  # fmt: skip
+    members = {"grpo": {"mix": 0.0, "attenuation": 0.0, "lookahead": 0}, "rlsd": {"attenuation": 0.0, "lookahead": 0},
+               "egrsd": {"lookahead": 0}, "cl_egrsd": {}}  # fmt: skip
+    for name, changes in members.items():
+        assert configs[f"tiny/{name}"].objective == replace(before, **changes)
+        assert configs[f"tiny/{name}"].teacher.weights == "live"
     for hypothesis in plan.HYPOTHESES:
         assert {hypothesis.treatment, hypothesis.control, *(hypothesis.minus or ())} <= configs.keys()
 

@@ -1,0 +1,133 @@
+"""The trainer takes the steps of Algorithm 1, in every layout, from replayed rollouts (arXiv 2605.13255, appendix K).
+
+The other implementation is tests/reference/algorithm1.py. What is compared are metrics.jsonl and output/hf of
+`debug: train-only`, as a user gets them.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_egrsd.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from megatron_egrsd.config_reader import preset_objective
+from megatron_egrsd.data.samples import Problem, Prompt, Rollout, save_rollouts
+from tests.models import make_qwen3
+from tests.ranks import run_ranks
+from tests.reference.algorithm1 import Settings, read_rollouts, train
+
+TOKENIZER = Path(__file__).parents[2] / "examples/tiny/model"
+VOCAB, STEPS, ROLLOUTS, LONGEST = 61, 3, 8, 48
+WINDOWS = {"egrsd": 0, "cl_egrsd": 3}
+LAYOUTS = {
+    "one rank": (1, {}),
+    "TP2": (2, {"tensor": 2}),
+    "TP2 SP": (2, {"tensor": 2, "sequence_parallel": True}),
+    "PP2": (2, {"pipeline": 2}),
+    "DP2": (2, {}),
+    "DP2 distributed optimizer": (2, {"distributed_optimizer": True}),
+    "CP2": (2, {"context": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    path = make_qwen3(tmp_path_factory.mktemp("algorithm1") / "model", tied=True, vocab_size=VOCAB)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TOKENIZER / name, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory) -> Path:
+    """Three batches of eight rollouts of as many prompts: right, wrong and cut off; responses of 1 to 48 tokens."""
+    directory = tmp_path_factory.mktemp("algorithm1") / "rollouts"
+    g = torch.Generator().manual_seed(0)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (1,), generator=g))
+        return torch.randint(3, VOCAB, (length,), generator=g).tolist()
+
+    for step in range(1, STEPS + 1):
+        rollouts = []
+        for group in range(ROLLOUTS):
+            prompt = Prompt(Problem(f"{step}-{group}", "p", "a", "s"), ids(2, 12), ids(12, 30))
+            cut = group == 0
+            response = ids(LONGEST, LONGEST + 1) if cut else ids(1, LONGEST)
+            reward = 0.0 if cut else float((group + step) % 3 > 0)
+            log_probs = [-1.0] * len(response)
+            rollouts.append(Rollout(prompt, group, response, log_probs, "length" if cut else "stop", 0, "", reward))
+        save_rollouts(rollouts, directory / f"step_{step:06d}.jsonl")
+    return directory
+
+
+def configuration(model: Path, batches: Path, output: Path, preset: str, layout: dict, gamma: float) -> Config:
+    problems = output.parent / "problems.jsonl"
+    problems.write_text('{"problem": "p", "answer": "a", "solution": "s"}\n', encoding="utf-8")
+    return Config(
+        model=ModelConfig(path=str(model), dtype="float32"),
+        data=DataConfig(train=str(problems)),
+        objective=preset_objective(preset, attenuation=gamma, advantage_warmup=1),
+        rollout=RolloutConfig(
+            prompts_per_step=ROLLOUTS, rollouts_per_prompt=1, temperature=1.1, max_response_tokens=LONGEST
+        ),
+        parallel=ParallelConfig(max_tokens_per_microbatch=128, **layout),
+        optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.1, beta1=0.9, beta2=0.999),
+        steps=STEPS,
+        output=str(output),
+        max_log_prob_difference=100.0,  # the rollouts' log-probs are made up
+        debug="train-only",
+        replay=str(batches),
+    )
+
+
+def _train_on_rank(rank, world_size, config):
+    from megatron_egrsd.train import main
+
+    main(config)
+
+
+@pytest.fixture(scope="module")
+def expected(model, batches):
+    """Both objectives by the other implementation: (steps, final weights)."""
+    paths = sorted(batches.glob("*.jsonl"))
+    settings = Settings(gamma=0.8, longest=LONGEST, warmup_steps=1, lr=1e-3, clip_norm=0.1)
+    return {
+        preset: train(model, [read_rollouts(p) for p in paths], dataclasses.replace(settings, lookahead=window))
+        for preset, window in WINDOWS.items()
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("preset", WINDOWS)
+def test_three_steps_are_those_of_algorithm_1(preset, layout, model, batches, expected, tmp_path):
+    ranks, parallel = LAYOUTS[layout]
+    config = configuration(model, batches, tmp_path / "run", preset, parallel, gamma=0.8)
+    run_ranks(_train_on_rank, ranks, config)
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps, weights = expected[preset]
+    for got, want in zip(metrics, steps, strict=True):
+        assert got["optimizer/grad_norm"] == pytest.approx(want.grad_norm, rel=1e-5)
+        assert got["loss/policy"] == pytest.approx(want.loss, rel=1e-4, abs=1e-6)
+        assert got["reward/shaped"] == pytest.approx(sum(want.rewards) / ROLLOUTS, rel=1e-6)
+        every = [abs(w) for response in want.weights for w in response]
+        assert got["weight/abs_mean"] == pytest.approx(sum(every) / len(every), rel=1e-5)
+        gates = [g for response in want.gates for g in response]
+        assert got["gate/mean"] == pytest.approx(sum(gates) / len(gates), rel=1e-5)
+    before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "run" / "hf" / "model.safetensors")
+    for name, start in before.items():
+        moved = (weights[name] - start.double()).norm()
+        assert moved > 0, name
+        assert (after[name].double() - weights[name]).norm() < 1e-3 * moved, name
+
+
+def test_the_two_objectives_and_the_gate_differ_here(expected):
+    """Else the comparison above would say little about the lookahead or the gate."""
+    egrsd, cl_egrsd = (expected[preset][0] for preset in WINDOWS)
+    assert all(abs(a.grad_norm - b.grad_norm) > 1e-3 * a.grad_norm for a, b in zip(egrsd, cl_egrsd, strict=True))
+    gates = [g for response in egrsd[0].gates for g in response]
+    assert max(gates) - min(gates) > 0.05
