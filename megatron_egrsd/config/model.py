@@ -1,10 +1,12 @@
 """The student, and the problems and prompts that it reads."""
 
+import difflib
 import re
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_egrsd.config.check import require
+from megatron_egrsd.errors import BadArgument
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,33 @@ class ModelConfig:
         require(bool(self.path), "model.path is not set; give the directory of a Hugging Face Qwen3 checkpoint")
 
 
+Turns = list[dict[str, str]]  # a conversation: {"role": "system" | "user" | "assistant", "content": text} each
+_PLACEHOLDERS = ("problem", "solution", "answer")
+
+
+def placeholders(template: str | Turns) -> set[str]:
+    """Return which of {problem}, {solution} and {answer} a template contains; other braces are text, as in LaTeX."""
+    texts = [template] if isinstance(template, str) else [turn["content"] for turn in template]
+    return {name for name in _PLACEHOLDERS for text in texts if f"{{{name}}}" in text}
+
+
+def check_template(key: str, template: str | Turns) -> None:
+    """Raise BadArgument, naming `key`, for a template that is no conversation or has a misspelt placeholder."""
+    turns = [{"role": "user", "content": template}] if isinstance(template, str) else template
+    for turn in turns:
+        require(
+            isinstance(turn, dict)
+            and set(turn) == {"role", "content"}
+            and turn["role"] in ("system", "user", "assistant")
+            and isinstance(turn["content"], str),
+            f'{key} is a list of turns {{"role": "system", "user" or "assistant", "content": text}}, but holds {turn}',
+        )
+        for word in re.findall(r"{(\w+)}", turn["content"]):
+            if word not in _PLACEHOLDERS and (near := difflib.get_close_matches(word, _PLACEHOLDERS, 1, 0.75)):
+                raise BadArgument(f"{key} contains {{{word}}}, which would stay as it is; did you mean {{{near[0]}}}?")
+    require(bool(turns) and turns[-1]["role"] == "user", f"{key} must end with a turn of the user, which is answered")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Problems and prompts.
@@ -31,9 +60,14 @@ class DataConfig:
         train: Training problems: a .jsonl or .parquet file, or a Hugging Face dataset name ("name:split").
         evaluation: Held-out problems in the same format; empty switches evaluation off.
         problem_key: Field that holds the problem text.
-        answer_key: Field that holds the verifiable answer.
+        answer_key: Field that holds the verifiable answer. The answer of a row without it is the last box of its
+            solution.
         solution_key: Field that holds the reference solution, the privileged context.
-        teacher_template: What the teacher reads as the user's turn; may use {problem}, {solution} and {answer}.
+        teacher_key: Field that holds the teacher's conversation, ready-made: a text (one user turn) or a list of turns
+            as in teacher_template. Empty: the template makes it.
+        student_template: The user turn that the student reads, in training and evaluation, with {problem} in it; or a
+            list of turns {"role": ..., "content": ...} that ends with the user's. Other braces are text.
+        teacher_template: The same for the teacher, with {solution} or {answer} in it.
         system_prompt: Optional system turn, for student and teacher alike.
         enable_thinking: Passed to the chat template (Qwen3's thinking mode).
         max_prompt_tokens: A longer student or teacher prompt is refused, naming the problem.
@@ -48,7 +82,9 @@ class DataConfig:
     problem_key: str = "problem"
     answer_key: str = "answer"
     solution_key: str = "solution"
-    teacher_template: str = (
+    teacher_key: str = ""
+    student_template: str | list[dict[str, str]] = "{problem}"
+    teacher_template: str | list[dict[str, str]] = (
         "{problem}\n\nHere is a reference solution to this problem:\n{solution}\n\n"
         "With this solution in mind, solve the problem in your own words."
     )
@@ -60,16 +96,16 @@ class DataConfig:
     bad_rows: Literal["refuse", "skip"] = "refuse"
 
     def __post_init__(self):
-        fields = set(re.findall(r"{(\w*)}", self.teacher_template))
-        unknown = fields - {"problem", "solution", "answer"}
+        check_template("data.student_template", self.student_template)
+        check_template("data.teacher_template", self.teacher_template)
+        require("problem" in placeholders(self.student_template), "data.student_template must contain {problem}")
         require(
-            not unknown,
-            f"data.teacher_template uses {{{'}, {'.join(sorted(unknown))}}}; "
-            "it knows {problem}, {solution} and {answer}",
+            bool(self.teacher_key) or bool(placeholders(self.teacher_template) & {"solution", "answer"}),
+            "data.teacher_template must contain {solution} or {answer}: the teacher needs privileged context",
         )
         require(
-            bool(fields & {"solution", "answer"}),
-            "data.teacher_template must contain {solution} or {answer}: the teacher needs privileged context",
+            not placeholders(self.student_template) & {"solution", "answer"},
+            "data.student_template contains {solution} or {answer}: the student would read what only the teacher may",
         )
         require(self.max_prompt_tokens > 0, "data.max_prompt_tokens must be positive")
         require(self.reward_timeout > 0, "data.reward_timeout must be positive")

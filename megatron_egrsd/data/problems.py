@@ -7,11 +7,14 @@ file, the line and the change to make. With `data.bad_rows: skip` it is left out
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from megatron_egrsd.config import DataConfig
+from megatron_egrsd.config.model import check_template, placeholders
+from megatron_egrsd.data.boxes import boxes
 from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.errors import BadArgument
 
@@ -58,12 +61,14 @@ def load_problems(
     number. An invalid row or a duplicate goes to `bad` (default: by the policy `config.bad_rows`). Raises BadArgument,
     naming file and line.
     """
-    need_solution = privileged and "{solution}" in config.teacher_template
+    need_solution = privileged and not config.teacher_key and "solution" in placeholders(config.teacher_template)
     bad = BadRows(config.bad_rows) if bad is None else bad
     problems, seen = [], {}
     for location, number, row in read_rows(source, bad):
         try:
             problem = _problem(row, location, number, config, need_solution)
+            if privileged and config.teacher_key:
+                problem = replace(problem, teacher_turns=_teacher_turns(row, config.teacher_key, location))
             text = " ".join(problem.problem.split())
             if text in seen:
                 raise _bad_row("duplicate", location, f"the problem of {seen[text]} again; remove one of them")
@@ -179,13 +184,34 @@ def _hub_rows(source: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
 def _problem(row: dict, location: str, number: int, config: DataConfig, need_solution: bool) -> Problem:
     problem = _text(row, config.problem_key, location, "data.problem_key")
-    answer = _text(row, config.answer_key, location, "data.answer_key")
+    box = _boxed_answer(row, config)
+    answer = box or _text(row, config.answer_key, location, "data.answer_key")
     solution = ""
     if need_solution or row.get(config.solution_key) is not None:
         hint = "data.solution_key, or let data.teacher_template use {answer} instead of {solution}"
         solution = _text(row, config.solution_key, location, hint, blank=not need_solution)
     key = next((k for k in _ID_KEYS if isinstance(row.get(k), (str, int))), None)
     return Problem(str(row[key]) if key else str(number), problem, answer, solution)
+
+
+def _boxed_answer(row: dict[str, Any], config: DataConfig) -> str:
+    """Return the last box of the solution of a row that has no answer; "" if it has one, or no box."""
+    solution = row.get(config.solution_key)
+    if row.get(config.answer_key) is not None or not isinstance(solution, str):
+        return ""
+    found = boxes(solution)
+    return found[-1].content if found else ""
+
+
+def _teacher_turns(row: dict[str, Any], key: str, location: str) -> list[dict[str, str]]:
+    """Return the teacher's ready-made conversation; a text is one turn of the user. Raises BadRow if it is unusable."""
+    value = row.get(key)
+    turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    try:
+        check_template(f"field {key!r}", turns or [])
+    except BadArgument as error:
+        raise _bad_row(f"with an unusable {key!r}", location, str(error)) from None
+    return [dict(turn) for turn in turns]
 
 
 def _text(row: dict[str, Any], key: str, location: str, setting: str, blank: bool = False) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from megatron_egrsd.config import Config, DataConfig
+from megatron_egrsd.config.model import Turns
 from megatron_egrsd.data.problems import BadRow
 from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.errors import BadArgument
@@ -61,14 +62,14 @@ class PromptBuilder:
         return Prompt(problem, student, teacher)
 
     def _student(self, problem: Problem) -> list[int]:
-        return self._encode(self._render(problem.problem))
+        return self._encode(self._render(fill(self.config.student_template, problem)))
 
     def _teacher(self, problem: Problem) -> list[int]:
-        return self._encode(self._render(teacher_turn(self.config.teacher_template, problem)))
+        return self._encode(self._render(problem.teacher_turns or fill(self.config.teacher_template, problem)))
 
-    def _render(self, user_turn: str, generation_prompt: bool = True) -> str:
-        messages = [{"role": "user", "content": user_turn}]
-        if self.config.system_prompt:
+    def _render(self, turns: Turns, generation_prompt: bool = True) -> str:
+        messages = list(turns)
+        if self.config.system_prompt and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.config.system_prompt})
         try:
             return self.tokenizer.apply_chat_template(
@@ -85,7 +86,7 @@ class PromptBuilder:
 
     def _generation_ids(self) -> list[int]:
         """Return the ids of the generation prompt: assistant header and, with thinking off, an empty thinking block."""
-        closed, opened = self._render("1 + 1?", False), self._render("1 + 1?", True)
+        closed, opened = (self._render([{"role": "user", "content": "1 + 1?"}], add) for add in (False, True))
         if len(opened) <= len(closed) or not opened.startswith(closed):
             raise BadArgument(
                 "the tokenizer's chat template adds no generation prompt after the user's turn; "
@@ -121,13 +122,18 @@ class PromptBuilder:
             )
 
 
-def teacher_turn(template: str, problem: Problem) -> str:
-    """Return the teacher's user turn: `template` with {problem}, {solution} and {answer} replaced in one pass.
+def fill(template: str | Turns, problem: Problem) -> Turns:
+    """Return the turns of a template with {problem}, {solution} and {answer} replaced, each in one pass.
 
     Not by str.format: LaTeX is full of braces, and the text "{solution}" within a problem must stay as it is.
     """
     values = {"problem": problem.problem, "solution": problem.solution, "answer": problem.answer}
-    return re.sub(r"{(problem|solution|answer)}", lambda match: values[match[1]], template)
+
+    def filled(text: str) -> str:
+        return re.sub(r"{(problem|solution|answer)}", lambda match: values[match[1]], text)
+
+    turns = [{"role": "user", "content": template}] if isinstance(template, str) else template
+    return [turn | {"content": filled(turn["content"])} for turn in turns]
 
 
 def prompt_builder(config: Config, model: str = "") -> PromptBuilder:

@@ -16,6 +16,13 @@ class Problem:
     problem: str
     answer: str
     solution: str = ""
+    teacher_turns: list[dict[str, str]] = field(default_factory=list)  # ready-made (data.teacher_key), else empty
+
+    @property
+    def texts(self) -> list[str]:
+        """Every text of the problem, in order."""
+        turns = [text for turn in self.teacher_turns for text in turn.values()]
+        return [self.id, self.problem, self.answer, self.solution, *turns]
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ def _rollout(row: dict) -> Rollout:
     prompt = row.pop("prompt")
     problem = Problem(**prompt.pop("problem"))
     rollout = Rollout(prompt=Prompt(problem=problem, **prompt), **row)
-    texts = [*vars(problem).values(), rollout.finish_reason, rollout.text, rollout.reward_error]
+    texts = [*problem.texts, rollout.finish_reason, rollout.text, rollout.reward_error]
     ids = [rollout.prompt.student_ids, rollout.prompt.teacher_ids, rollout.response_ids]
     numbers = [rollout.reward, *rollout.rollout_log_probs]
     counts = [rollout.group, *(token for tokens in ids for token in tokens)]

@@ -3,13 +3,13 @@
     megatron-egrsd prepare-data deepmath/*.parquet --evaluation aime24.jsonl --evaluation amc23.jsonl -o train.jsonl
     megatron-egrsd prepare-data open-thoughts/OpenThoughts-114k:metadata:train --evaluation aime24.jsonl -o train.jsonl
 
-Reads DAPO-Math, OpenThoughts, DeepMath and rows that hold problem and answer already, from .jsonl and .parquet files or
-the hub ("name[:config]:split"); writes one JSON object a line: id, problem, answer, solution (docs/guides/data.md).
+Reads DAPO-Math, OpenThoughts, Openthoughts_math_30k_opsd (the EGRSD paper's set), DeepMath, and rows that hold problem
+and answer already, from .jsonl and .parquet files or the hub ("name[:config]:split"). Writes one JSON object a line:
+id, problem, answer, solution (docs/guides/data.md).
 """
 
 import json
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 from megatron_egrsd.data.samples import Problem
@@ -19,6 +19,7 @@ from megatron_egrsd.preparation.readers import read_problems
 from megatron_egrsd.system.arguments import Parser
 from megatron_egrsd.system.files import atomic
 
+_FIELDS = ("id", "problem", "answer", "solution")
 _SHOWN = 5  # contaminated rows that the report names
 
 
@@ -60,7 +61,8 @@ def prepare(sources: list[str], evaluation: list[str], output: Path, max_charact
                     counts[fate] += 1
                     if fate == "written":
                         without_solution += not problem.solution
-                        file.write(json.dumps(asdict(problem), ensure_ascii=False) + "\n")
+                        row = {key: getattr(problem, key) for key in _FIELDS}
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
         if not counts["written"]:
             raise BadArgument(f"no row is left: {', '.join(f'{n} {fate}' for fate, n in counts.items()) or 'no rows'}")
 

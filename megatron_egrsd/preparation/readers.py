@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megatron_egrsd.data.boxes import boxes
 from megatron_egrsd.data.problems import read_rows
 from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.errors import BadArgument
@@ -17,12 +18,22 @@ def dapo(row: dict) -> tuple[str, str, str]:
     return problem.partition("\n\nRemember to put your answer")[0], row["reward_model"]["ground_truth"], ""
 
 
+_ASKS_FOR_A_BOX = "Return your final response within \\boxed{}."  # before OpenThoughts' problems
+
+
 def openthoughts(row: dict) -> tuple[str, str, str]:
     """OpenThoughts with metadata: the answer is the box in the published solution, which teaches as well."""
-    problem = row["problem"].removeprefix("Return your final response within \\boxed{}.")
+    problem = row["problem"].removeprefix(_ASKS_FOR_A_BOX)
     solution = row["ground_truth_solution"] or ""
     is_math = row.get("domain", "math") == "math" and "\\boxed" in solution
     return problem, gold_answer(solution) if is_math else "", solution
+
+
+def boxed(row: dict) -> tuple[str, str, str]:
+    """Openthoughts_math_30k_opsd (the EGRSD paper's set): the answer is the solution's last box."""
+    solution = row["solution"] or ""
+    found = boxes(solution)
+    return row["problem"].removeprefix(_ASKS_FOR_A_BOX), found[-1].content if found else "", solution
 
 
 def deepmath(row: dict) -> tuple[str, str, str]:
@@ -48,7 +59,7 @@ def reader(row: dict, location: str) -> Callable[[dict], tuple[str, str, str]]:
         ({"problem", "ground_truth_solution"}, openthoughts),
         ({"question", "final_answer"}, deepmath),
         ({"problem", "answer"}, plain),
-        ({"problem", "solution"}, plain),
+        ({"problem", "solution"}, boxed),
         ({"question", "answer"}, plain),
     ):
         if fields <= row.keys():

@@ -5,6 +5,8 @@ Every loop and pattern is bounded, because a response is any string that a polic
 
 import re
 
+from megatron_egrsd.data.boxes import boxes
+
 _TAIL = 20_000  # characters at the end of a text that are searched for an answer
 _SPAN = 400  # characters behind "the answer is" that are searched for an answer
 
@@ -129,30 +131,15 @@ def _joined_formulas(line: str, formulas: list[re.Match]) -> list[str]:
 
 def _boxes(text: str) -> tuple[list[str], int]:
     """Return ([the last box's content, and its list if earlier boxes belong to it], end of the last box)."""
-    spans: list[tuple[int, int, str]] = []
-    for match in list(re.finditer(r"\\(?:boxed|fbox|framebox)\s*(?:\{|(?= ?[\w$]))", text))[-20:]:
-        start = match.end()
-        if not match[0].endswith("{"):  # \boxed 5
-            content = re.match(r"[^\s$]{1,20}", text[start:])
-            spans += [(match.start(), start + content.end(), content[0])] if content else []
-            continue
-        depth, end = 1, start
-        while end < len(text) and depth:
-            if text[end] == "\\":
-                end += 1
-            else:
-                depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        if not depth and (not spans or match.start() >= spans[-1][1]):  # a nested box belongs to the outer box
-            spans.append((match.start(), end, text[start : end - 1].strip()))
-    spans = [s for s in spans if s[2]]
-    if not spans:
+    found = boxes(text)
+    if not found:
         return [], 0
-    first = len(spans) - 1
-    while first and _BETWEEN.fullmatch(text, spans[first - 1][1], spans[first][0]):
+    first = len(found) - 1
+    while first and _BETWEEN.fullmatch(text, found[first - 1].end, found[first].start):
         first -= 1
-    joined = ", ".join(dict.fromkeys(s[2] for s in spans[first:]))
-    return [spans[-1][2]] + ([joined] if joined != spans[-1][2] else []), spans[-1][1]
+    last = found[-1]
+    joined = ", ".join(dict.fromkeys(box.content for box in found[first:]))
+    return [last.content] + ([joined] if joined != last.content else []), last.end
 
 
 def _formula_text(formula: re.Match) -> str:

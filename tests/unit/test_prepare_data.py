@@ -52,6 +52,15 @@ ROWS = {
         },
         {"id": "x-1", "problem": "What is 2+3?", "answer": "5", "solution": "Two and three are $\\boxed{5}$."},
     ),
+    "openthoughts_math_30k_opsd": (
+        {"problem": "What is 2+3?", "solution": "Two is $\\boxed{2}$.\nWith three: $\\boxed{5}$."},
+        {
+            "id": "x-1",
+            "problem": "What is 2+3?",
+            "answer": "5",
+            "solution": "Two is $\\boxed{2}$.\nWith three: $\\boxed{5}$.",
+        },
+    ),
     "deepmath": (
         {
             "question": "What is 2+3?",
@@ -142,6 +151,28 @@ def test_unusable_rows_are_counted(tmp_path):
     for line in ("5 rows read", "1 duplicates", "2 without a problem or a verifiable answer", "1 longer than 500"):
         assert line in done.stdout
     assert len(written(out)) == 1
+
+
+def test_rows_of_the_papers_set(tmp_path):
+    """Rows without a box are counted and left out; the contamination check applies; the trainer reads the rest."""
+    rows = [
+        {"problem": "What is 2+3?", "solution": "It is $\\boxed{\\frac{10}{2}}$."},
+        {"problem": "Prove that 2+3 is 5.", "solution": "Clear."},
+        {"problem": "An empty box?", "solution": "\\boxed{}"},
+        {"problem": "No solution?", "solution": None},
+        {"problem": AIME[1]["problem"], "solution": "\\boxed{1}"},
+    ]
+    out = tmp_path / "out.jsonl"
+    done = prepare(jsonl(tmp_path / "in.jsonl", *rows), "-o", out, "--evaluation", DATA / "aime24.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "5 rows read" in done.stdout and "3 without a problem or a verifiable answer" in done.stdout
+    assert "1 contaminated" in done.stdout and f"in-5 is like aime24.jsonl:{AIME[1]['id']}" in done.stdout
+    (problem,) = load_problems(str(out), DataConfig())
+    assert (problem.problem, problem.answer, problem.solution) == (
+        "What is 2+3?",
+        r"\frac{10}{2}",
+        r"It is $\boxed{\frac{10}{2}}$.",
+    )
 
 
 @pytest.mark.parametrize(

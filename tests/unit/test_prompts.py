@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_egrsd.config import DataConfig
 from megatron_egrsd.data.problems import load_problems
-from megatron_egrsd.data.prompt_builder import PromptBuilder, teacher_turn
+from megatron_egrsd.data.prompt_builder import PromptBuilder, fill
 from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.errors import BadArgument
 
@@ -78,10 +78,48 @@ def test_prompts_read_as_the_template_says(tokenizer, thinking):
 
 
 def test_substitution_is_literal():
-    assert teacher_turn("{problem}|{solution}|{answer}|{x}", LATEX) == (
-        r"Simplify $\frac{a^{2}}{a}$ {solution}|\boxed{a} since {problem}|$a$|{x}"
-    )
-    assert teacher_turn("{problem}", replace(LATEX, problem=r"\1 \g<0> {")) == r"\1 \g<0> {"
+    (turn,) = fill("{problem}|{solution}|{answer}|{x}|\\boxed{}", LATEX)
+    assert turn == {
+        "role": "user",
+        "content": r"Simplify $\frac{a^{2}}{a}$ {solution}|\boxed{a} since {problem}|$a$|{x}|\boxed{}",
+    }
+    assert fill("{problem}", replace(LATEX, problem=r"\1 \g<0> {"))[0]["content"] == r"\1 \g<0> {"
+
+
+TWO_TURNS = [
+    {"role": "user", "content": "Problem: {problem}"},
+    {"role": "assistant", "content": "{solution}"},
+    {"role": "user", "content": "Now solve it in your own words, and box the answer: \\boxed{}."},
+]
+TEMPLATES = {
+    "student": DataConfig(student_template="Problem: {problem}\n\nPut the answer within \\boxed{}."),
+    "two turns": DataConfig(teacher_template=TWO_TURNS),
+    "system turn of the template": DataConfig(
+        student_template=[{"role": "system", "content": "Think."}, {"role": "user", "content": "{problem}"}],
+        teacher_template=[
+            {"role": "system", "content": "Think of {answer}."},
+            {"role": "user", "content": "{problem}"},
+        ],
+    ),
+    "ready-made": DataConfig(teacher_key="teacher", teacher_template="{problem}"),
+}
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_of_several_turns_end_in_one_generation_prompt(tokenizer, name, thinking):
+    config = replace(TEMPLATES[name], enable_thinking=thinking, system_prompt="Be brief.")
+    ready = fill(TWO_TURNS, LATEX) if config.teacher_key else []
+    prompt = builder(tokenizer, config).build(replace(LATEX, teacher_turns=ready))
+    student, teacher = (tokenizer.decode(ids) for ids in (prompt.student_ids, prompt.teacher_ids))
+    header = "<|im_start|>assistant\n" + ("" if thinking else "<think>\n\n</think>\n\n")
+    assert student.endswith(header) and teacher.endswith(header)
+    assert LATEX.problem in student and LATEX.solution not in student and student.count("<|im_start|>system") == 1
+    if name in ("two turns", "ready-made"):
+        turns = [f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in fill(TWO_TURNS, LATEX)]
+        assert teacher == "<|im_start|>system\nBe brief.<|im_end|>\n" + "".join(turns) + header
+    if name == "system turn of the template":
+        assert teacher.startswith("<|im_start|>system\nThink of $a$.<|im_end|>") and "Be brief" not in student
 
 
 @pytest.mark.parametrize("thinking", [True, False])
