@@ -85,6 +85,8 @@ def _train(arguments: list[str]) -> None:
         return
     key, dry_run, words = _options(["--checkpoint.resume" if a == "--resume" else a for a in arguments])
     config = parse_config(words)
+    if config.evaluation.protocol:
+        raise BadArgument("evaluation.protocol is for megatron-egrsd evaluate; it would change training's responses")
     if key is not None:
         if key not in valid_keys():
             raise BadArgument(f"no configuration key is called {key}{nearest_key(key)}")

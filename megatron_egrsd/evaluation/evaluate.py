@@ -23,13 +23,14 @@ from megatron_egrsd.data.benchmarks import ProblemSet, load_sets
 from megatron_egrsd.data.prompt_builder import PromptBuilder, prompt_builder
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.evaluation.evaluated_model import digest, hugging_face
+from megatron_egrsd.evaluation.protocol import overridden, published_models, samples_per_problem
 from megatron_egrsd.evaluation.sample_file import SampleFile
 from megatron_egrsd.evaluation.summary import Estimate, Sample, summarize
-from megatron_egrsd.evaluation.table import evaluation_table
+from megatron_egrsd.evaluation.table import deviations, evaluation_table, paper_summary, paper_table
 from megatron_egrsd.rewards.answers import final_answer, states_answer
 from megatron_egrsd.rewards.equality import normalize
 from megatron_egrsd.rewards.reward import Reward, decode_and_grade, load_reward
-from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.client import RolloutClient, truncation
 from megatron_egrsd.rollout.deterministic import check_deterministic, deterministic
 from megatron_egrsd.rollout.generation import Generation
 from megatron_egrsd.rollout.servers import RolloutServers, ServersLost, retry_lost
@@ -45,7 +46,9 @@ def evaluate(config: Config) -> Results:
     """
     sets = load_sets(config.evaluation.benchmarks, config.data)
     reward = load_reward(config.data.reward, config.data.reward_timeout)
-    output = Path(config.output)
+    output, unlike = Path(config.output), overridden(config)
+    if unlike:
+        print(deviations(unlike), flush=True)
     with contextlib.ExitStack() as stack:
         settings = _settings(config)
         model = stack.enter_context(hugging_face(config))
@@ -58,7 +61,10 @@ def evaluate(config: Config) -> Results:
     results = {s.name: summarize(run.samples(s), config.seed) for s in sets}
     _write_results(config, sets, results, run)
     title = f"{config.model.path}, T {config.evaluation.temperature:g}, {config.rollout.max_response_tokens} tokens"
-    Console(soft_wrap=True, highlight=False).print(evaluation_table(title, results))
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(evaluation_table(title, results))
+    if config.evaluation.protocol:
+        console.print(paper_table(results, published_models(config.model.path), unlike))
     if failures := [row for row in run.file.rows.values() if row["error"]]:
         print(f"the reward failed on {len(failures)} responses, which count as 0; first: {failures[0]['error']}")
     print(f"samples {run.file.path}   results {output / 'results.json'}")
@@ -72,7 +78,7 @@ class Evaluation:
 
     def __init__(self, config: Config, sets: list[ProblemSet], builder: PromptBuilder, reward: Reward):
         self.config, self.sets, self.builder, self.reward = config, sets, builder, reward
-        self.k = config.evaluation.rollouts_per_problem
+        self.k = {s.name: samples_per_problem(config.evaluation, s.name) for s in sets}
         self.problems = [(s.name, problem) for s in sets for problem in s.problems]
         instruction = config.evaluation.benchmarks.instruction
         self.prompts = [
@@ -95,28 +101,26 @@ class Evaluation:
 
     def missing(self) -> int:
         """Return the number of samples that are still to be drawn."""
-        have = {(name, problem) for name, problem, index in self.file.rows if index < self.k}
-        return sum(
-            (name, p.id) not in have or any((name, p.id, j) not in self.file.rows for j in range(self.k))
-            for name, p in self.problems
-        )
+        return sum((name, p.id, j) not in self.file.rows for name, p in self.problems for j in range(self.k[name]))
 
     def sample(self, model) -> None:
         """Draw, grade and write the missing samples."""
         config, evaluation = self.config, self.config.evaluation
-        total = len(self.problems) * self.k
+        total, most = sum(self.k[name] for name, _ in self.problems), max(self.k.values())
+        missing = self.missing()
+        # Samples that the client need not draw: those in the file, and those beyond the k of their set.
         done: dict[tuple[int, int], Any] = {
             (i, j): None
             for i, (name, p) in enumerate(self.problems)
-            for j in range(self.k)
-            if (name, p.id, j) in self.file.rows
+            for j in range(most)
+            if (name, p.id, j) in self.file.rows or j >= self.k[name]
         }
         seeded = evaluation.benchmarks.deterministic
         settings = deterministic(config.rollout.servers) if seeded else config.rollout.servers
-        sampling = {"top_p": evaluation.top_p} | ({"top_k": evaluation.top_k} if evaluation.top_k else {})
+        sampling = truncation(evaluation)
         logs = Path(config.output) / "logs"
         source = ", ".join(settings.urls) or f"{settings.engines} SGLang server(s), log in {logs}"
-        print(f"{total - len(done)} of {total} samples to draw; {source}", flush=True)
+        print(f"{missing} of {total} samples to draw; {source}", flush=True)
         columns = BarColumn(), MofNCompleteColumn(), TextColumn("samples"), TimeRemainingColumn()
         with (
             RolloutServers(settings, model, config.seed, logs) as servers,
@@ -126,7 +130,7 @@ class Evaluation:
             if seeded:
                 check_deterministic(servers)
             client = RolloutClient(servers, config.rollout, [self.builder.tokenizer.eos_token_id])
-            task = progress.add_task("", total=total, completed=len(done))
+            task = progress.add_task("", total=total, completed=total - missing)
 
             gradings: deque[Future] = deque()
 
@@ -143,7 +147,7 @@ class Evaluation:
             def generate() -> None:
                 client.generate(
                     [p.student_ids for p in self.prompts],
-                    self.k,
+                    most,
                     temperature=evaluation.temperature,
                     done=done,
                     finished=finished,
@@ -161,7 +165,8 @@ class Evaluation:
 
     def samples(self, problem_set: ProblemSet) -> list[Sample]:
         """Return the first k samples of every problem of a set, in the set's order."""
-        rows = [self.file.rows[problem_set.name, p.id, j] for p in problem_set.problems for j in range(self.k)]
+        k = self.k[problem_set.name]
+        rows = [self.file.rows[problem_set.name, p.id, j] for p in problem_set.problems for j in range(k)]
         return [
             Sample(
                 problem=row["id"],
@@ -220,6 +225,7 @@ def _settings(config: Config) -> dict[str, Any]:
         **{f"evaluation.{key}": getattr(e, key) for key in ("temperature", "top_p", "top_k")},
         "evaluation.instruction": e.benchmarks.instruction,
         "evaluation.deterministic": e.benchmarks.deterministic,
+        "data.student_template": d.student_template,
         **{f"data.{key}": getattr(d, key) for key in ("system_prompt", "enable_thinking", "reward")},
         "seed": config.seed,
     }
@@ -230,13 +236,17 @@ def _digest(*texts: str) -> str:
 
 
 def _write_results(config: Config, sets: list[ProblemSet], results: Results, run: Evaluation) -> None:
-    content = {
+    content: dict[str, Any] = {
         "model": config.model.path,
         "settings": _settings(config),
         "sets": {
-            s.name: {"source": s.source, "problems": len(s.problems), "k": run.k}
+            s.name: {"source": s.source, "problems": len(s.problems), "k": run.k[s.name]}
             | {key: {k: v for k, v in asdict(e).items() if v is not None} for key, e in results[s.name].items()}
             for s in sets
         },
     }
+    if protocol := config.evaluation.protocol:
+        summary = dict(zip(("avg", "avg_len", "eff"), paper_summary(results), strict=True))
+        unlike = {key: own for key, (own, _) in overridden(config).items()}
+        content["protocol"] = {"name": protocol, "overridden": unlike, **summary}
     write_text(Path(config.output) / "results.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,10 +1,11 @@
-"""The table that `megatron-egrsd evaluate` prints: one row per number, one column per set."""
+"""The tables that `megatron-egrsd evaluate` prints: one row per number, one column per set; and the EGRSD paper's."""
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from megatron_egrsd.evaluation.protocol import PUBLISHED, SETS, summary_columns
 from megatron_egrsd.evaluation.summary import Estimate
 
 _ACROSS = 4  # sets side by side; more sets get another table below
@@ -59,3 +60,51 @@ def _length(result: dict[str, Estimate], kind: str) -> str:
         return "-"
     interval = "" if mean.low is None else f" [{mean.low:.0f}, {mean.high:.0f}]"
     return f"{mean.value:.1f}{interval}, {result[f'{kind}/median'].value:.0f}, {result[f'{kind}/p95'].value:.0f}"
+
+
+def paper_table(
+    results: dict[str, dict[str, Estimate]], models: list[str], overridden: dict[str, tuple[object, object]]
+) -> Table:
+    """Build the table of the EGRSD paper: this checkpoint above the published rows of `models`.
+
+    `overridden` are the keys in which this evaluation is not the paper's, with (value, the paper's value).
+    """
+    table = Table(
+        title="accuracy in %, as in the EGRSD paper",
+        title_justify="left",
+        caption=Text(deviations(overridden)) if overridden else None,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("")
+    for name in (*SETS.values(), "Avg", "AvgLen", "Eff"):
+        table.add_column(name, justify="right", no_wrap=True)
+    own = [f"{100 * results[name]['accuracy'].value:.2f}" if name in results else "-" for name in SETS]
+    table.add_row("this checkpoint", *own, *_summary(paper_summary(results)))
+    for model in models:
+        table.add_section()
+        for method, (accuracies, tokens) in PUBLISHED[model].items():
+            columns = summary_columns(accuracies, None if tokens is None else [tokens])
+            table.add_row(f"{model} {method}", *(f"{x:.2f}" for x in accuracies), *_summary(columns))
+    return table
+
+
+def paper_summary(results: dict[str, dict[str, Estimate]]) -> tuple[float | None, float | None, float | None]:
+    """Return (Avg in per cent, AvgLen in tokens, Eff) of the protocol's sets; None each if a set is missing."""
+    if not all(name in results for name in SETS):
+        return None, None, None
+    accuracies = [100 * results[name]["accuracy"].value for name in SETS]
+    return summary_columns(accuracies, [results[name]["length/mean"].value for name in SETS])
+
+
+def deviations(overridden: dict[str, tuple[object, object]]) -> str:
+    """Return a sentence with the keys in which an evaluation is not the protocol's."""
+    keys = ", ".join(f"{key} = {own} (not {value})" for key, (own, value) in overridden.items())
+    return f"not as in the paper: {keys}"
+
+
+def _summary(columns: tuple[float | None, float | None, float | None]) -> list[str]:
+    return [
+        "-" if value is None else form.format(value)
+        for value, form in zip(columns, ("{:.2f}", "{:,.0f}", "{:.2f}"), strict=True)
+    ]
