@@ -10,6 +10,7 @@ _DESCRIPTION = """\
 report RUN ...       the table before/after, report.html and its pictures: accuracy against length, training,
                      entropy and gate, time; several runs are compared in one page
 report --tokens X    the token page of a scored dump (train with dump_scores true): every token coloured by its weight
+report --mechanism X  where the teacher is unsure: gap and weight by entropy, token regimes (the paper's Figure 4)
 """
 
 
@@ -20,6 +21,7 @@ def _parser() -> Parser:
         "--output", type=Path, help="directory of the report (default: the run's, or ./report for several), or file"
     )
     parser.add_argument("--tokens", type=Path, metavar="X", help="a dump (scores/step_NNNNNN.jsonl), or a run")
+    parser.add_argument("--mechanism", type=Path, metavar="X", help="a dump, or a run: all its dumps")
     parser.add_argument("--step", type=int, help="with --tokens RUN: the step to show (default: the newest)")
     parser.add_argument(
         "--groups", type=_numbers, metavar="N,N", help="with --tokens: the groups to show (default: those that fit)"
@@ -43,6 +45,14 @@ def main(arguments: list[str]) -> None:
         from megatron_egrsd.report.token_page import write_token_page
 
         print(write_token_page(options.tokens, options.output, options.step, options.groups))
+        return
+    if options.mechanism is not None:
+        if options.runs or options.step is not None or options.groups:
+            raise BadArgument("--mechanism takes one dump or run, and --output alone beside it")
+        from megatron_egrsd.report.mechanism import write_mechanism
+
+        text, picture = write_mechanism(options.mechanism, options.output)
+        print(f"{text}\n{picture}")
         return
     if options.step is not None or options.groups:
         raise BadArgument("--step and --groups belong to --tokens")

@@ -31,10 +31,10 @@ TRAINING = [
 GATE = [
     ("student/entropy", "student entropy, nats"),
     ("teacher/entropy", "teacher entropy, nats"),
-    ("weight/log_ratio", "teacher − student log-prob, nats"),
-    ("gate/mean", "mean gate"),
-    ("gate/closed_share", "share of tokens with gate < 1 − α/2"),
-    ("weight/clip_share", "share of tokens with clipped ratio"),
+    ("weight/log_ratio", "gap δ = log p_T − log p_S, nats"),
+    ("gate/mean", "mean confidence ω"),
+    ("gate/closed_share", "share of tokens with ω < 1 − γ/2"),
+    ("weight/clip_share", "share of tokens with exp(Dδ) clipped"),
 ]
 _PHASES = [
     ("time/generate", "generate"),
@@ -210,6 +210,33 @@ def phases(run: Run) -> dict[str, np.ndarray]:
         return {}
     parts = {name: np.nan_to_num(_series(run, key)[1]) for key, name in _PHASES}
     return parts | {"other": np.clip(np.nan_to_num(whole) - sum(parts.values()), 0, None)}
+
+
+def mechanism(gap: np.ndarray, weight: np.ndarray, share: dict[str, float], restored: dict[str, float]) -> Figure:
+    """Draw the paper's Figure 4: gap and weight by entropy decile, [10] each; share and restored weight by regime."""
+    figure = _figure(10, 3.8)
+    grid = figure.add_gridspec(1, 2, width_ratios=[1.4, 1])
+    left, right = _axes(figure, grid[0, 0]), _axes(figure, grid[0, 1])
+    deciles = np.arange(1, len(gap) + 1)
+    left.bar(deciles, gap, color=_PALE, width=0.7)
+    left.set_xlabel("decile of teacher entropy     sure \N{RIGHTWARDS ARROW} unsure")
+    left.set_ylabel("mean |log p_T − log p_S|, nats (bars)")
+    other = left.twinx()
+    other.plot(deciles, weight, color=COLOURS[1], marker="o", markersize=5, linewidth=1.8)
+    other.set_ylabel("mean token weight w ω (line)", color=COLOURS[1])
+    other.tick_params(colors=COLOURS[1], labelsize=9)
+    other.spines[["top", "left", "bottom"]].set_visible(False)
+    other.set_ylim(min(0.6, float(np.nanmin(weight)) - 0.05), max(1.05, float(np.nanmax(weight)) + 0.02))
+    _titles(left, "The gate closes where the teacher is unsure")
+    places = np.arange(len(share))
+    bars = right.bar(places, [100 * v for v in share.values()], color=COLOURS[0], width=0.6)
+    labels = [f"{100 * s:.1f} %\n+{r:.3f}" for s, r in zip(share.values(), restored.values(), strict=True)]
+    right.bar_label(bars, labels, fontsize=9, color=_GREY, padding=2)
+    right.set_xticks(places, list(share))
+    right.set_ylabel("share of tokens, %")
+    right.margins(y=0.25)
+    _titles(right, "Token regimes, weight restored (+)")
+    return figure
 
 
 # -- parts shared by all figures --------------------------------------------------------------------------------

@@ -19,11 +19,12 @@ from markupsafe import Markup
 
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.objectives.egrsd import magnitude
+from megatron_egrsd.objectives.egrsd import EGRSD, evidence_ratio, magnitude
 from megatron_egrsd.objectives.interface import batch_tokens
 from megatron_egrsd.objectives.signal import advantages
 from megatron_egrsd.report.family import NAMES, family, member, settings, title
 from megatron_egrsd.report.html import TEMPLATES, template
+from megatron_egrsd.report.mechanism import REGIMES, regimes, thresholds
 from megatron_egrsd.report.scored_dump import ScoredRollout, batch_weights, load_scores
 from megatron_egrsd.system.files import write_text
 
@@ -33,8 +34,8 @@ MAX_TOKENS = 150_000  # tokens per page that a browser can still show quickly
 def page_data(scored: list[ScoredRollout], groups: list[int]) -> dict:
     """Return the data of the page's script for the rollouts of `groups`; weights are computed on the whole batch.
 
-    For each token: student and teacher log-prob, ratio exp(sign(A) (log pi_T - log pi_S)), side of the clip, both
-    entropies, h, h after the lookahead and its distance in tokens, and for each objective magnitude, gate and weight.
+    For each token: student and teacher log-prob, delta, exp(D delta), side of the clip, both entropies, Hhat, Hhat^CL
+    and the distance in tokens to its minimum, the regime, and for each objective w, omega and A w omega.
     """
     objective, has_teacher = scored[0].objective, scored[0].teacher_log_prob is not None
     members, trained = family(objective), member(objective)
@@ -45,15 +46,18 @@ def page_data(scored: list[ScoredRollout], groups: list[int]) -> dict:
     if objective.function:
         scored = _with_family_advantages(scored)
     weights = {name: _weights(scored, o) for name, o in members.items()}
-    sizes = abs(np.nan_to_num(np.concatenate([row["w"] for rows in weights.values() for row in rows])))
+    sizes = abs(np.nan_to_num(np.concatenate([row["weight"] for rows in weights.values() for row in rows])))
+    bounds = thresholds(np.concatenate([row["h"] for row in weights["cl_egrsd"]])) if has_teacher else ()
     return {
         "objectives": [{"id": id, "name": _names(objective)[id], "settings": settings(o)} for id, o in members.items()],
+        "regimes": REGIMES,
+        "bounds": bounds,
         "trained": trained,
         "scale": float(np.quantile(sizes[sizes > 0], 0.95)) if sizes.any() else 1.0,
         "clip": objective.ratio_clip,
         "lookahead": members["cl_egrsd"].lookahead if has_teacher else 0,
         "rollouts": [
-            _tokens(r, {name: rows[i] for name, rows in weights.items()})
+            _tokens(r, {name: rows[i] for name, rows in weights.items()}, bounds)
             for i, r in enumerate(scored)
             if r.group in groups
         ],
@@ -61,59 +65,68 @@ def page_data(scored: list[ScoredRollout], groups: list[int]) -> dict:
 
 
 def _names(objective: ObjectiveConfig) -> dict[str, str]:
-    return NAMES | ({"run": f"{title(objective)} (this run)"} if objective.function else {})
+    """Return the names of the family's members, and of the run itself if it is none of them."""
+    names = {name: NAMES[name] for name in family(objective)}
+    if objective.preset == "rlsd":  # a gate switched off, with other settings
+        names["gate_off"] = NAMES["rlsd"]
+    if member(objective) == "run":
+        names["run"] = f"{title(objective)} (this run)" if objective.function else NAMES["run"]
+    return names
 
 
 def _with_family_advantages(scored: list[ScoredRollout]) -> list[ScoredRollout]:
     """Recompute the advantages from the rewards: a user's own objective may have recorded another signal."""
-    rewards, groups = (torch.tensor([getattr(r, name) for r in scored]) for name in ("reward", "group"))
-    signal = advantages(rewards, groups, scored[0].objective).tolist()
+    rewards, groups = (torch.tensor([getattr(r, name) for r in scored]) for name in ("shaped_reward", "group"))
+    signal = advantages(rewards, groups, scored[0].objective, scored[0].history).tolist()
     return [replace(r, advantage=a) for r, a in zip(scored, signal, strict=True)]
 
 
 def _weights(scored: list[ScoredRollout], objective: ObjectiveConfig) -> list[dict[str, np.ndarray]]:
-    """Of each rollout: gate g, weight w; under the family magnitude m, normalised entropy h and its minimum ahead a."""
+    """Of each rollout: omega and weight; of a member of the family also w, and Hhat as h and Hhat^CL as h_ahead."""
     if objective.function:
-        return [{"g": r.gate, "w": r.weight} for r in scored]
+        return [{"omega": r.gate, "weight": r.weight} for r in scored]
     lengths = [len(r.response_ids) for r in scored]
     names = [f"{who}_{what}" for who in ("student", "teacher") for what in ("log_prob", "entropy")]
     arrays = {n: np.concatenate([getattr(r, n) for r in scored]) for n in names if getattr(scored[0], n) is not None}
     scores = {name: torch.from_numpy(values) for name, values in arrays.items()}
     tokens = batch_tokens([r.advantage for r in scored], lengths, scores)
-    weights = batch_weights(tokens, objective, scored[0].vocab_size)
-    columns = {"m": torch.ones_like(weights["weight"]), "g": weights["gate"], "w": weights["weight"]}
+    weights = batch_weights(tokens, objective, scored[0].vocab_size, scored[0].history)
+    columns = {"w": torch.ones_like(weights["weight"]), "omega": weights["gate"], "weight": weights["weight"]}
     if tokens.teacher_log_prob is not None:
-        columns["m"] = magnitude(tokens.advantage, tokens.teacher_log_prob, tokens.student_log_prob, objective)
-        columns["h"], columns["a"] = weights["normalized_entropy"], weights["lookahead_entropy"]
+        ratio = evidence_ratio(tokens.advantage, tokens.teacher_log_prob, tokens.student_log_prob)
+        mix = EGRSD(objective, history=scored[0].history).mix
+        columns["w"] = magnitude(ratio, mix, objective.ratio_clip)
+        columns["h"], columns["h_ahead"] = weights["normalized_entropy"], weights["lookahead_entropy"]
     split = {name: column.split(lengths) for name, column in columns.items()}
     return [{name: parts[i].numpy() for name, parts in split.items()} for i in range(len(scored))]
 
 
-def _tokens(r: ScoredRollout, weights: dict[str, dict[str, np.ndarray]]) -> dict:
+def _tokens(r: ScoredRollout, weights: dict[str, dict[str, np.ndarray]], bounds: tuple[float, ...]) -> dict:
     columns = {"student": r.student_log_prob, "student_entropy": r.student_entropy}
     if r.teacher_log_prob is not None:
-        log_ratio, look = r.teacher_log_prob - r.student_log_prob, weights["cl_egrsd"]
+        delta, look = r.teacher_log_prob - r.student_log_prob, weights["cl_egrsd"]
         with np.errstate(over="ignore"):
-            ratio = np.exp(np.sign(r.advantage) * log_ratio)
+            ratio = np.exp(np.sign(r.advantage) * delta)
         columns |= {
             "teacher": r.teacher_log_prob,
             "teacher_entropy": r.teacher_entropy,
-            "log_ratio": log_ratio,
+            "delta": delta,
             "ratio": ratio,
             "clipped": np.sign(ratio - 1) * (abs(ratio - 1) > r.objective.ratio_clip),
             "h": look["h"],
-            "h_ahead": look["a"],
-            "offset": _offset(look["h"], look["a"]),
+            "h_ahead": look["h_ahead"],
+            "offset": _offset(look["h"], look["h_ahead"]),
+            "regime": regimes(look["h"], look["h_ahead"], *bounds),
         }
     row: dict[str, Any] = {name: _rounded(values) for name, values in columns.items()}
     row["objectives"] = {
-        name: {key: _rounded(w[key]) for key in ("m", "g", "w") if key in w} for name, w in weights.items()
+        name: {key: _rounded(w[key]) for key in ("w", "omega", "weight") if key in w} for name, w in weights.items()
     }
     return row | {"advantage": r.advantage, "length": len(r.response_ids), "right": r.reward > 0.5}
 
 
 def _offset(h: np.ndarray, ahead: np.ndarray) -> np.ndarray:
-    """Return the distance in tokens to the minimum of h ahead, the nearest if several are equal; [T] fp32."""
+    """Return the distance in tokens to the minimum of Hhat ahead, the nearest if several are equal; [T] fp32."""
     offset, found = np.zeros(len(h), np.float32), h == ahead
     for k in range(1, len(h)):
         if found.all():
@@ -145,7 +158,7 @@ def render(scored: list[ScoredRollout], source: str, groups: list[int] | None = 
         groups=[(g, [(i, r) for i, r in enumerate(rollouts) if r.group == g]) for g in present if g in shown],
         hidden=len(present) - len(shown),
         longest=max(len(r.response_ids) for r in rollouts),
-        names={k: v for k, v in _names(scored[0].objective).items() if k != "run" or data["trained"] == "run"},
+        names=_names(scored[0].objective),
         available={o["id"]: o["settings"] for o in data["objectives"]},
         data=data,
         json=htmlsafe_json_dumps(data, dumps=lambda o: orjson.dumps(o, option=orjson.OPT_SERIALIZE_NUMPY).decode()),

@@ -89,28 +89,38 @@ def number(text: str) -> float:
 
 def test_hovering_shows_the_numbers_of_the_token(made, open_page):
     scored, path = made
+    largest = max(1.0, *(r.teacher_entropy.max() for r in scored))
     page = open_page(path)
+    assert page.locator("input[value=cl_egrsd] + span").get_attribute("title") == "ε 0.2, γ 0.3, W 3"
     for rollout, t in ((0, 7), (1, 0), (2, 3), (2, 8), (4, 2)):
         token(page, rollout, t).hover()
         r, values = scored[rollout], shown(page)
-        a, log_ratio = r.advantage, r.teacher_log_prob[t] - r.student_log_prob[t]
-        ratio = np.exp(np.sign(a) * log_ratio)
-        magnitude = 0.5 + 0.5 * np.clip(ratio, 0.8, 1.2)
+        a, delta = r.advantage, r.teacher_log_prob[t] - r.student_log_prob[t]
+        ratio = np.exp(np.sign(a) * delta)
+        w = np.clip(ratio, 0.8, 1.2)
+        h, ahead = r.teacher_entropy[t] / largest, r.teacher_entropy[t : t + 4].min() / largest
+        omega = np.clip(1 - 0.3 * ahead, 0.1, 1)
         expected = {
-            "student log-prob": r.student_log_prob[t],
-            "teacher log-prob": r.teacher_log_prob[t],
-            "teacher − student": log_ratio,
-            "ratio student / teacher" if a < 0 else "ratio teacher / student": ratio,
+            "advantage A": a,
+            "direction D = sign(A)": np.sign(a),
+            "student log p_S": r.student_log_prob[t],
+            "teacher log p_T": r.teacher_log_prob[t],
+            "gap δ = log p_T − log p_S": delta,
+            "exp(D δ)": ratio,
+            "magnitude w": w,
             "student entropy": r.student_entropy[t],
-            "teacher entropy": r.teacher_entropy[t],
-            "normalised, h": r.normalized_entropy[t],
-            "lookahead entropy, K 2": r.lookahead_entropy[t],
-            "gate": r.gate[t],
+            "teacher entropy H": r.teacher_entropy[t],
+            "Ĥ": h,
+            "Ĥ^CL, W 3": ahead,
+            "confidence ω": omega,
             "GRPO": a,
-            "RLSD": a * magnitude,
-            "EGRSD": a * magnitude * (1 - 0.9 * r.normalized_entropy[t]),
-            "CL-EGRSD": r.weight[t],
+            "EGRSD without gate": a * w,
+            "EGRSD": a * w * (1 - 0.3 * h),
+            "CL-EGRSD": a * w * omega,
         }
+        assert number(page.locator(".weight").text_content()) == pytest.approx(float(a * w * omega), abs=6e-4)
+        facts = page.locator(".rollout").nth(rollout).locator(".facts").text_content()
+        assert f"shaped reward {r.shaped_reward:.3g}" in facts and f"reward {r.reward:.3g}" in facts
         for name, value in expected.items():
             assert number(values[name]) == pytest.approx(float(value), abs=6e-4), name
         clip = "to 0.80" if ratio < 0.8 else "to 1.20" if ratio > 1.2 else "not reached"
@@ -132,12 +142,48 @@ def test_switching_the_objective_repaints_every_token(made, open_page):
     assert all(c.startswith("p") for c in colours(2)) and all(c.startswith("n") for c in colours(1))
     assert set(colours(3)) == {""}  # no advantage
     token(page, 2, 0).hover()
-    assert shown(page)["gate"] == "1.000"
+    assert shown(page)["confidence ω"] == "1.000"
     assert page.locator(".weights .chosen").first.text_content() == "GRPO"
     page.get_by_text("CL-EGRSD", exact=True).first.click()
     assert colours(2) == before
     background = token(page, 2, 0).evaluate("s => getComputedStyle(s).backgroundColor")
     assert background.startswith("rgba(0, 114, 178")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colour_by_regime_with_the_keyboard(scheme, made, open_page):
+    scored, path = made
+    page = open_page(path, color_scheme=scheme)
+    assert not page.locator(".legend[data-colour=regime]").is_visible()
+    page.locator("input[name=colour]:checked").focus()
+    page.keyboard.press("ArrowRight")
+    legend = page.locator(".legend[data-colour=regime]")
+    assert legend.is_visible() and not page.locator(".legend[data-colour=weight]").is_visible()
+    assert legend.locator("span").all_text_contents() == [" lock", " mid", " pivot", " fork"]
+    colours = legend.locator("i").evaluate_all("all => all.map(i => getComputedStyle(i).backgroundColor)")
+    assert len(set(colours)) == 4
+
+    everything = np.concatenate([r.teacher_entropy for r in scored])
+    low, high = np.quantile(everything, [0.5, 0.7])
+    found = set()
+    for rollout, r in enumerate(scored):
+        names = page.locator(".rollout").nth(rollout).locator(".text span").evaluate_all(
+            "spans => spans.map(s => (s.className.match(/lock|mid|pivot|fork/) || [''])[0])"
+        )  # fmt: skip
+        for t, h in enumerate(r.teacher_entropy):
+            ahead = r.teacher_entropy[t : t + 4].min()
+            lower = "fork" if ahead >= high else "pivot" if ahead <= low else "mid"
+            assert names[t] == ("lock" if h <= low else "mid" if h < high else lower)
+        found |= set(names)
+    assert found == {"lock", "mid", "pivot", "fork"}
+    token(page, 2, 3).hover()
+    assert shown(page)["regime"] in token(page, 2, 3).get_attribute("class")
+    page.locator("input[name=objective]:checked").focus()
+    page.keyboard.press("ArrowLeft")  # the regime is a matter of the teacher, not of the objective
+    assert shown(page)["regime"] in token(page, 2, 3).get_attribute("class")
+    page.locator("input[name=colour]:checked").focus()
+    page.keyboard.press("ArrowLeft")
+    assert page.locator(".lock, .mid, .pivot, .fork").locator("visible=true").count() == 0
 
 
 def test_keyboard_and_pin(made, open_page):
@@ -164,10 +210,9 @@ def test_the_lookahead_is_marked(made, open_page):
     for t in range(9):
         token(page, 2, t).hover()
         ahead = page.locator(".text span").evaluate_all("s => s.filter(x => x.classList.contains('ahead')).length")
-        assert ahead == min(2, 8 - t)
-        h = scored[2].teacher_entropy[t : t + 3]
-        offset = int(np.argmin(np.minimum(h / scored[2].entropy_scale, 1)))
-        said = shown(page)["lookahead entropy, K 2"]
+        assert ahead == min(3, 8 - t)
+        offset = int(np.argmin(scored[2].teacher_entropy[t : t + 4]))
+        said = shown(page)["Ĥ^CL, W 3"]
         assert ("here" if offset == 0 else f"{offset} ahead") in said
 
 
@@ -218,7 +263,8 @@ def test_a_run_without_a_teacher(tmp_path, open_page):
     page = open_page(tmp_path / "page.html")
     assert page.locator("input[name=objective]:enabled").count() == 1
     token(page, 2, 1).hover()
-    assert shown(page)["GRPO"] == "+0.500" and "teacher log-prob" not in shown(page)
+    assert shown(page)["GRPO"] == "+0.500" and "teacher log p_T" not in shown(page)
+    assert page.locator("input[name=colour]:enabled").count() == 1
 
 
 def test_an_objective_of_ones_own_is_shown_as_recorded(tmp_path, open_page):
@@ -234,7 +280,7 @@ def test_an_objective_of_ones_own_is_shown_as_recorded(tmp_path, open_page):
     assert number(values["<b>Mine (this run)"]) == pytest.approx(float(scored[2].weight[3]), abs=6e-4)
     assert page.locator(".formula").text_content() == "as the run recorded it"
     page.get_by_text("GRPO", exact=True).first.click()
-    assert "= A −0.577 × m 1.000 × g 1.000" in page.locator(".formula").text_content()
+    assert "= A −0.500 × w 1.000 × ω 1.000" in page.locator(".formula").text_content()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

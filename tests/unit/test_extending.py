@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.objectives.egrsd import magnitude
+from megatron_egrsd.objectives.egrsd import evidence_ratio, magnitude
 from megatron_egrsd.objectives.interface import Tokens, weigh
 from megatron_egrsd.objectives.load import check_objective, load_objective, needs_teacher
 from megatron_egrsd.objectives.signal import advantages
@@ -22,7 +22,7 @@ from megatron_egrsd.report.scored_dump import load_scores, save_scores
 from megatron_egrsd.report.token_page import page_data, render
 from megatron_egrsd.run.agreement import facts
 from tests.unit.test_objective import configs
-from tests.unit.test_scores import batch
+from tests.unit.test_scores import HISTORY, batch
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "extending"
@@ -44,7 +44,8 @@ def test_the_weight_is_direction_times_magnitude_times_gate(lengths, seed, confi
     tokens, objective = packed(lengths, seed), load_objective(config)
     assert needs_teacher(config) == (config.mix > 0 or config.attenuation > 0)
     weight, fields = weigh(objective, tokens, vocab_size=100)
-    m = magnitude(tokens.advantage, tokens.teacher_log_prob, tokens.student_log_prob, config)
+    ratio = evidence_ratio(tokens.advantage, tokens.teacher_log_prob, tokens.student_log_prob)
+    m = magnitude(ratio, config.mix, config.ratio_clip)
     assert torch.equal(weight, tokens.advantage * m * fields["gate"] if needs_teacher(config) else tokens.advantage)
     if needs_teacher(config):
         assert torch.equal(objective.metrics(dataclasses.replace(tokens, fields=fields))["gate/mean"], fields["gate"])
@@ -176,11 +177,12 @@ def test_a_dump_is_read_and_shown_without_running_the_objective(tmp_path):
 
     data = page_data(scored, [0, 1])
     assert data["trained"] == "run" and [o["id"] for o in data["objectives"]][-1] == "run"
-    rewards, groups = torch.tensor([r.reward for r in scored]), torch.tensor([r.group for r in scored])
-    for r, row, a in zip(scored, data["rollouts"], advantages(rewards, groups, objective).tolist(), strict=True):
+    rewards, groups = torch.tensor([r.shaped_reward for r in scored]), torch.tensor([r.group for r in scored])
+    signal = advantages(rewards, groups, objective, HISTORY)
+    for r, row, a in zip(scored, data["rollouts"], signal.tolist(), strict=True):
         weights = row["objectives"]
-        assert weights["run"]["w"] == pytest.approx(r.weight, abs=1e-4) and "m" not in weights["run"]
-        assert weights["grpo"]["w"] == pytest.approx(np.full(len(r.pieces), a), abs=1e-4)
+        assert weights["run"]["weight"] == pytest.approx(r.weight, abs=1e-4) and "w" not in weights["run"]
+        assert weights["grpo"]["weight"] == pytest.approx(np.full(len(r.pieces), a), abs=1e-4)
     page = render(scored, "mine")
     assert "Mine (this run)" in page and "mine.py, scale 2.0" in page
 

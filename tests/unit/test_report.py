@@ -81,7 +81,7 @@ def test_report_of_a_run(tmp_path, capsys):
     assert size(run / "frontier.png") == (1500, 750)
     assert all(size(run / f"{name}.png")[0] == 1500 for name in ("training", "gate", "time"))
     page = (run / "report.html").read_text()
-    assert "GRPO (λ 0, ε 0.2, α 0, K 2)" in page and "95.0 %" in page and "−50.0 %" in page
+    assert "GRPO (w = 1, ω = 1)" in page and "95.0 %" in page and "−50.0 %" in page
     assert page.count("<svg") == 4
     assert not [p for p in run.iterdir() if p.name.endswith(".partial")]
     # Nothing is fetched: no address but the names of XML's vocabularies.

@@ -21,10 +21,15 @@ const objective = () => form.elements.objective.value;
 
 function paint() {
   const chosen = objective();
+  const byRegime = form.elements.colour.value === "regime";
+  for (const legend of document.querySelectorAll(".legend")) {
+    legend.hidden = legend.dataset.colour !== form.elements.colour.value;
+  }
   texts.forEach((spans, rollout) => {
-    const weights = data.rollouts[rollout].objectives[chosen].w;
+    const { regime, objectives } = data.rollouts[rollout];
     spans.forEach((span, token) => {
-      span.className = [kinds[rollout][token], colour(weights[token])].filter(Boolean).join(" ");
+      const own = byRegime ? data.regimes[regime[token]] : colour(objectives[chosen].weight[token]);
+      span.className = [kinds[rollout][token], own].filter(Boolean).join(" ");
     });
   });
   if (current) inspect(...current);
@@ -50,7 +55,7 @@ function number(x, digits = 3) {
   const text = Math.abs(x).toFixed(digits);
   return x < 0 && Number(text) !== 0 ? `−${text}` : text;
 }
-const signed = (x) => (x > 0 ? "+" : "") + number(x);
+const signed = (x, digits) => (x > 0 ? "+" : "") + number(x, digits);
 const probability = (x) => (x === null ? "not finite" : `${number(x)}  (p ${number(Math.exp(x))})`);
 
 function inspect(rollout, token) {
@@ -58,34 +63,37 @@ function inspect(rollout, token) {
   current = [rollout, token];
   const row = data.rollouts[rollout];
   const chosen = row.objectives[objective()];
-  const rows = [["student log-prob", probability(row.student[token])]];
+  const rows = [["advantage A", signed(row.advantage)], ["direction D = sign(A)", signed(Math.sign(row.advantage), 0)]];
+  rows.push(["student log p_S", probability(row.student[token])]);
   const rest = [["student entropy", `${number(row.student_entropy[token])} nats`]];
   if (row.teacher) {
     const clipped = row.clipped[token];
     const bound = clipped && number(1 + clipped * data.clip, 2);
-    rows.push(["teacher log-prob", probability(row.teacher[token])]);
-    rows.push(["teacher − student", `${signed(row.log_ratio[token])} nats`]);
-    rows.push([row.advantage < 0 ? "ratio student / teacher" : "ratio teacher / student", number(row.ratio[token])]);
+    rows.push(["teacher log p_T", probability(row.teacher[token])]);
+    rows.push(["gap δ = log p_T − log p_S", `${signed(row.delta[token])} nats`]);
+    rows.push(["exp(D δ)", number(row.ratio[token])]);
     rows.push(["clip", clipped ? `to ${bound}` : "not reached"]);
+    if (chosen.w) rows.push(["magnitude w", number(chosen.w[token])]);
     const ahead = row.offset[token];
-    rest.push(["teacher entropy", `${number(row.teacher_entropy[token])} nats`]);
-    rest.push(["normalised, h", number(row.h[token])]);
-    rest.push([`lookahead entropy, K ${data.lookahead}`,
+    rest.push(["teacher entropy H", `${number(row.teacher_entropy[token])} nats`]);
+    rest.push(["Ĥ", number(row.h[token])]);
+    rest.push([`Ĥ^CL, W ${data.lookahead}`,
       `${number(row.h_ahead[token])}  (${ahead ? `${ahead} ahead` : "here"})`]);
+    rest.push(["regime", data.regimes[row.regime[token]]]);
   }
-  rest.push(["gate", number(chosen.g[token])]);
+  rest.push(["confidence ω", number(chosen.omega[token])]);
   const list = element("dl", { className: "number" });
   const add = ([name, value]) => list.append(element("dt", {}, name), element("dd", {}, value));
   rows.forEach(add);
   list.append(element("hr"));
   rest.forEach(add);
-  const formula = chosen.m
-    ? `= A ${signed(row.advantage)} × m ${number(chosen.m[token])} × g ${number(chosen.g[token])}`
+  const formula = chosen.w
+    ? `= A ${signed(row.advantage)} × w ${number(chosen.w[token])} × ω ${number(chosen.omega[token])}`
     : "as the run recorded it";
   inspector.replaceChildren(
     element("h2", {}, shown(texts[rollout][token].textContent)),
     element("div", { className: "muted" }, `token ${token + 1} of ${row.length}`),
-    element("div", { className: "weight" }, `W ${signed(chosen.w[token])}`),
+    element("div", { className: "weight" }, `weight ${signed(chosen.weight[token])}`),
     element("div", { className: "formula muted" }, formula),
     weights(row, token),
     list,
@@ -98,7 +106,7 @@ function inspect(rollout, token) {
 function weights(row, token) {
   const table = element("div", { className: "weights" });
   for (const { id, name } of data.objectives) {
-    const w = row.objectives[id].w[token];
+    const w = row.objectives[id].weight[token];
     const bar = element("i");
     const half = (50 * Math.min(1, Math.abs(w) / data.scale)).toFixed(2);
     bar.style.width = `${half}%`;
@@ -193,7 +201,7 @@ function filter() {
   count.value = `${visible} of ${articles.length} rollouts, ${tokens.toLocaleString("en")} tokens`;
 }
 
-form.addEventListener("input", (event) => (event.target.name === "objective" ? paint() : filter()));
+form.addEventListener("input", (event) => (event.target.type === "radio" ? paint() : filter()));
 form.addEventListener("submit", (event) => event.preventDefault());
 
 paint();

@@ -1,0 +1,149 @@
+"""The mechanism of the gate on the tokens of scored dumps: the numbers and the picture of the paper's Figure 4.
+
+Source: EGRSD (arXiv 2605.13255, section 5.5). The paper does not give the thresholds between its token regimes; the
+medians and 70 % quantiles of the normalised entropy that are used here are ours.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_egrsd.config import ObjectiveConfig
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.objectives.egrsd import confidence, evidence_ratio, magnitude
+from megatron_egrsd.report import figures
+from megatron_egrsd.report.scored_dump import ScoredRollout, load_scores
+
+REGIMES = ("lock", "mid", "pivot", "fork")
+_LOW, _HIGH = 0.5, 0.7  # quantiles of Hhat that bound the regimes
+# Figure 4 of the paper: Qwen3-4B, gamma 0.3, W 5, 5.5M held-out tokens.
+_PAPER_GAP = (0.00237, 0.329)  # nats, first and last decile
+_PAPER_SHARE = {"lock": 0.500, "mid": 0.270, "pivot": 0.209, "fork": 0.021}
+_PAPER_RESTORED = {"lock": 0.001, "mid": 0.040, "pivot": 0.111, "fork": 0.053}
+_WINDOW = 3  # lookahead of a dump whose objective has none
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """Means over all tokens. Deciles are those of the teacher's entropy, the first the surest; arrays are [10]."""
+
+    tokens: int
+    gamma: float
+    window: int
+    entropy: np.ndarray  # nats
+    gap: np.ndarray  # |log p_T - log p_S|, nats
+    weight: np.ndarray  # w omega of EGRSD
+    share: dict[str, float]  # of the tokens, by regime
+    restored: dict[str, float]  # weight that the lookahead gives back, by regime: omega^CL - omega
+
+
+def regimes(normalized: np.ndarray, ahead: np.ndarray, low: float, high: float) -> np.ndarray:
+    """[T] indices into REGIMES from Hhat and Hhat^CL.
+
+    lock: Hhat <= low. fork: both >= high. pivot: Hhat >= high and Hhat^CL <= low. mid: the rest.
+    """
+    lock, high_now = normalized <= low, normalized >= high
+    fork, pivot = high_now & (ahead >= high), high_now & (ahead <= low)
+    return np.select([lock, fork, pivot], [0, 3, 2], default=1)
+
+
+def thresholds(normalized: np.ndarray) -> tuple[float, float]:
+    """(low, high) bounds of the regimes."""
+    low, high = np.quantile(normalized, [_LOW, _HIGH])
+    return float(low), float(high)
+
+
+def measure(dumps: list[list[ScoredRollout]]) -> Mechanism:
+    """Measure scored batches, each with the entropy scale of its own. BadArgument if no teacher has scored them."""
+    if any(batch[0].teacher_entropy is None for batch in dumps):
+        raise BadArgument(
+            "the dump holds no teacher's scores: its objective runs none, and there is no gate to look at"
+        )
+    first = dumps[0][0].objective
+    objective = replace(
+        first, function="", options={}, attenuation=first.attenuation or 0.3, lookahead=first.lookahead or _WINDOW
+    )
+    parts = [_batch(batch, objective) for batch in dumps]
+    entropy, gap, weight, h, ahead, restored = (np.concatenate(column) for column in zip(*parts, strict=True))
+    deciles = np.array_split(np.argsort(entropy, kind="stable"), 10)
+    kind = regimes(h, ahead, *thresholds(h))
+
+    def by_decile(values: np.ndarray) -> np.ndarray:
+        return np.array([values[members].mean() if len(members) else np.nan for members in deciles])
+
+    return Mechanism(
+        tokens=len(entropy),
+        gamma=objective.attenuation,
+        window=objective.lookahead,
+        entropy=by_decile(entropy),
+        gap=by_decile(gap),
+        weight=by_decile(weight),
+        share={name: float((kind == i).mean()) for i, name in enumerate(REGIMES)},
+        restored={
+            name: float(restored[kind == i].mean()) if (kind == i).any() else float("nan")
+            for i, name in enumerate(REGIMES)
+        },
+    )
+
+
+def _batch(scored: list[ScoredRollout], objective: ObjectiveConfig) -> tuple[np.ndarray, ...]:
+    """(H, |delta|, w omega, Hhat, Hhat^CL, omega^CL - omega) of a batch's tokens, [T] each."""
+    lengths = torch.tensor([len(r.response_ids) for r in scored])
+    names = ("teacher_entropy", "teacher_log_prob", "student_log_prob")
+    entropy, teacher, student = (torch.cat([torch.from_numpy(getattr(r, name)) for r in scored]) for name in names)
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
+    advantage = torch.tensor([r.advantage for r in scored]).repeat_interleave(lengths)
+    vocab_size = scored[0].vocab_size
+    plain = confidence(entropy, cu_seqlens, replace(objective, lookahead=0), vocab_size=vocab_size)
+    looking = confidence(entropy, cu_seqlens, objective, vocab_size=vocab_size)
+    w = magnitude(evidence_ratio(advantage, teacher, student), objective.mix or 1.0, objective.ratio_clip)
+    columns = (
+        entropy,
+        (teacher - student).abs(),
+        w * plain.gate,
+        looking.normalized_entropy,
+        looking.lookahead_entropy,
+        looking.gate - plain.gate,
+    )
+    return tuple(column.double().numpy() for column in columns)
+
+
+def table(found: Mechanism) -> str:
+    """The numbers as text, the paper's beside them."""
+    lines = [
+        f"{found.tokens:,} response tokens, gamma {found.gamma:g}, W {found.window}",
+        "",
+        f"{'decile of teacher entropy':<28}{'H, nats':>10}{'|delta|, nats':>15}{'weight':>9}",
+    ]
+    rows = zip(found.entropy, found.gap, found.weight, strict=True)
+    lines += [f"{i:<28}{h:>10.3f}{gap:>15.5f}{w:>9.3f}" for i, (h, gap, w) in enumerate(rows, 1)]
+    lines += [
+        f"{'paper, deciles 1 and 10':<28}{'':>10}{f'{_PAPER_GAP[0]:g}, {_PAPER_GAP[1]:g}':>15}",
+        "",
+        f"{'regime':<10}{'share':>9}{'paper':>9}{'restored':>11}{'paper':>9}",
+    ]
+    for name in REGIMES:
+        shares = f"{100 * found.share[name]:>7.1f} %{100 * _PAPER_SHARE[name]:>7.1f} %"
+        lines.append(f"{name:<10}{shares}{found.restored[name]:>11.3f}{_PAPER_RESTORED[name]:>9.3f}")
+    return "\n".join(lines)
+
+
+def write_mechanism(target: Path, output: Path | None) -> tuple[str, Path]:
+    """Measure a dump, or all dumps of a run, and draw the picture; returns the table and the picture's path.
+
+    Args:
+        output: A .png file; default: mechanism.png in the run, or beside the dump.
+
+    Raises:
+        BadArgument: There is no dump, or no teacher has scored it.
+        RunError: The picture cannot be written.
+    """
+    paths = [target] if target.is_file() else sorted(target.glob("scores/step_*.jsonl"))
+    if not paths:
+        raise BadArgument(f"{target} holds no scored rollouts; train with dump_scores true")
+    found = measure([load_scores(path) for path in paths])
+    output = output or (target.parent if target.is_file() else target) / "mechanism.png"
+    figures.save_png(figures.mechanism(found.gap, found.weight, found.share, found.restored), output)
+    return table(found), output
