@@ -82,9 +82,9 @@ DATA_ARGS=(
     --data.evaluation "$EVAL_DATA"
 )
 OBJECTIVE_ARGS=(
-    ${ATTENUATION:+--objective.attenuation "$ATTENUATION"}  # alpha: how far the gate may close; 0 is RLSD
-    ${LOOKAHEAD:+--objective.lookahead "$LOOKAHEAD"}        # K: tokens the gate looks ahead; 0 is EGRSD
-    ${MIX:+--objective.mix "$MIX"}                          # lam: share of the teacher/student ratio
+    ${ATTENUATION:+--objective.attenuation "$ATTENUATION"}  # gamma: how far the gate closes; 0 leaves it out
+    ${LOOKAHEAD:+--objective.lookahead "$LOOKAHEAD"}        # W: tokens the gate looks ahead; 0 is EGRSD
+    ${MIX:+--objective.mix "$MIX"}                          # lam of RLSD; 1 in EGRSD
 )
 ROLLOUT_ARGS=(
     ${MAX_RESPONSE:+--rollout.max_response_tokens "$MAX_RESPONSE"}  # longest response; cut ones count as wrong
