@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_egrsd.config import Config, DataConfig, ModelConfig, ParallelConfig
+from megatron_egrsd.config import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig
 from megatron_egrsd.data.packing import Sequence
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.mapping import hf_shapes
@@ -109,7 +109,12 @@ def test_what_one_rank_sends_another_expects(name, world_size, layout, tmp_path,
     parallel = ParallelConfig(
         sequence_parallel="tensor" in layout, distributed_optimizer=True, max_tokens_per_microbatch=LENGTH, **layout
     )
-    config = Config(model=ModelConfig(str(model), "float32"), data=DataConfig(train="unused"), parallel=parallel)
+    config = Config(
+        model=ModelConfig(str(model), "float32"),
+        data=DataConfig(train="unused"),
+        rollout=RolloutConfig(rollouts_per_prompt=8),  # 256 rollouts divide over the replicas of 512 ranks
+        parallel=parallel,
+    )
     of_a_stage, last = world_size // parallel.pipeline, parallel.pipeline - 1
     # The first rank of every stage; of one stage also the rank beside it (in TP or EP) and one of the last replica.
     ranks = [stage * of_a_stage for stage in range(parallel.pipeline)]
