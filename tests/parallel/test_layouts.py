@@ -109,8 +109,8 @@ def test_teacher_weights_and_several_updates_agree_across_layouts(teacher, split
     models, rollouts = paths
     changes = {
         "teacher": TeacherConfig(weights=teacher, ema_decay=0.5, snapshot_every=2),
-        # Adam's first step moves a weight by the learning rate even if its gradient is rounding noise; the second update
-        # of the batch sees that, so the rate is small here.
+        # Adam's first step moves a weight by the learning rate even if its gradient is rounding noise; the second
+        # update of the batch sees that, so the rate is small here.
         "optimizer": OptimizerConfig(lr=1e-4, updates_per_batch=2),
         "objective": dataclasses.replace(
             GROUPS, importance_cap=None, loss_normalization="seq_mean", entropy_normalization="sequence_max"
