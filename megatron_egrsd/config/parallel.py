@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_egrsd.config.check import require
+from megatron_egrsd.config.check import require, require_positive
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class ParallelConfig:
 
     def __post_init__(self):
         sizes = ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
-        for name in (*sizes, "max_tokens_per_microbatch", "timeout"):
-            require(getattr(self, name) > 0, f"parallel.{name} is {getattr(self, name)}; it must be positive")
+        require_positive(self, "parallel", *sizes, "max_tokens_per_microbatch", "timeout")
         require(
             not self.sequence_parallel or self.tensor > 1,
             "parallel.sequence_parallel needs parallel.tensor > 1; set one of them",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_egrsd.config.check import require
+from megatron_egrsd.config.check import require, require_positive
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,8 @@ class ServersConfig:
     max_restarts: int = 10
 
     def __post_init__(self):
-        for name in (
-            "engines",
-            "tensor_parallel",
-            "cpu_threads",
-            "max_concurrent_requests",
-            "start_timeout",
-            "health_timeout",
-            "request_timeout",
-        ):
-            require(getattr(self, name) > 0, f"rollout.servers.{name} is {getattr(self, name)}; it must be positive")
+        counts = ("engines", "tensor_parallel", "cpu_threads", "max_concurrent_requests")
+        require_positive(self, "rollout.servers", *counts, "start_timeout", "health_timeout", "request_timeout")
         for name in ("max_restarts", "request_retries"):
             require(getattr(self, name) >= 0, f"rollout.servers.{name} must not be negative")
         require(
@@ -89,8 +81,7 @@ class SyncConfig:
     timeout: float = 600.0
 
     def __post_init__(self):
-        for name in ("bucket_mib", "timeout"):
-            require(getattr(self, name) > 0, f"rollout.sync.{name} is {getattr(self, name)}; it must be positive")
+        require_positive(self, "rollout.sync", "bucket_mib", "timeout")
 
 
 @dataclass(frozen=True)
@@ -130,8 +121,7 @@ class RolloutConfig:
     sync: SyncConfig = field(default_factory=SyncConfig)
 
     def __post_init__(self):
-        for name in ("prompts_per_step", "rollouts_per_prompt", "max_response_tokens"):
-            require(getattr(self, name) > 0, f"rollout.{name} is {getattr(self, name)}; it must be positive")
+        require_positive(self, "rollout", "prompts_per_step", "rollouts_per_prompt", "max_response_tokens")
         require(self.dynamic_sampling >= 0, "rollout.dynamic_sampling must not be negative")
         require(self.temperature > 0, "rollout.temperature must be positive: on-policy sampling needs T > 0")
         require(0 < self.top_p <= 1, f"rollout.top_p is {self.top_p}; it must lie in (0, 1]")

@@ -13,6 +13,7 @@ import torch
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.egrsd import confidence, evidence_ratio, magnitude
+from megatron_egrsd.objectives.interface import batch_tokens
 from megatron_egrsd.report import figures
 from megatron_egrsd.report.scored_dump import ScoredRollout, load_scores
 
@@ -90,15 +91,15 @@ def measure(dumps: list[list[ScoredRollout]]) -> Mechanism:
 
 def _batch(scored: list[ScoredRollout], objective: ObjectiveConfig) -> tuple[np.ndarray, ...]:
     """(H, |delta|, w omega, Hhat, Hhat^CL, omega^CL - omega) of a batch's tokens, [T] each."""
-    lengths = torch.tensor([len(r.response_ids) for r in scored])
+    lengths = [len(r.response_ids) for r in scored]
     names = ("teacher_entropy", "teacher_log_prob", "student_log_prob")
-    entropy, teacher, student = (torch.cat([torch.from_numpy(getattr(r, name)) for r in scored]) for name in names)
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
-    advantage = torch.tensor([r.advantage for r in scored]).repeat_interleave(lengths)
+    scores = {name: torch.cat([torch.from_numpy(getattr(r, name)) for r in scored]) for name in names}
+    tokens = batch_tokens([r.advantage for r in scored], lengths, scores)
+    entropy, teacher, student = scores.values()
     vocab_size = scored[0].vocab_size
-    plain = confidence(entropy, cu_seqlens, replace(objective, lookahead=0), vocab_size=vocab_size)
-    looking = confidence(entropy, cu_seqlens, objective, vocab_size=vocab_size)
-    w = magnitude(evidence_ratio(advantage, teacher, student), objective.mix or 1.0, objective.ratio_clip)
+    plain = confidence(entropy, tokens.cu_seqlens, replace(objective, lookahead=0), vocab_size=vocab_size)
+    looking = confidence(entropy, tokens.cu_seqlens, objective, vocab_size=vocab_size)
+    w = magnitude(evidence_ratio(tokens.advantage, teacher, student), objective.mix or 1.0, objective.ratio_clip)
     columns = (
         entropy,
         (teacher - student).abs(),
