@@ -4,6 +4,7 @@ Everything that can be checked without a GPU, a model or a dataset is checked he
 """
 
 from megatron_egrsd.config.evaluation import BenchmarksConfig, EvaluationConfig
+from megatron_egrsd.config.lora import LoraConfig
 from megatron_egrsd.config.model import DataConfig, ModelConfig
 from megatron_egrsd.config.objective import ObjectiveConfig, TeacherConfig
 from megatron_egrsd.config.optimizer import OptimizerConfig
@@ -17,6 +18,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvaluationConfig",
+    "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",

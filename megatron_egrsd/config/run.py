@@ -6,6 +6,7 @@ from typing import Literal
 
 from megatron_egrsd.config.check import require
 from megatron_egrsd.config.evaluation import EvaluationConfig
+from megatron_egrsd.config.lora import LoraConfig
 from megatron_egrsd.config.model import DataConfig, ModelConfig
 from megatron_egrsd.config.objective import ObjectiveConfig, TeacherConfig
 from megatron_egrsd.config.optimizer import OptimizerConfig
@@ -42,6 +43,7 @@ class Config:
         data: Problems and prompts.
         objective: Token weights and loss.
         teacher: Whose weights the teacher scores with.
+        lora: Adapters that are trained in place of the weights.
         rollout: Sampling and SGLang.
         parallel: How the training ranks split model and batch.
         optimizer: AdamW.
@@ -68,6 +70,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -1,0 +1,116 @@
+"""Adapters (LoRA) of a Qwen3: their names and shapes in PEFT, and their places in megatron-core.
+
+Every projection of Hugging Face has adapters A [r, in] and B [out, r] of its own, also if megatron-core fuses it with
+others, so that no adapter needs converting on the way in or out.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+
+from megatron_egrsd.config import LoraConfig
+from megatron_egrsd.config.lora import ATTENTION, MLP, TARGETS
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.hf.mapping import Copy, Entry, hf_shapes
+
+PREFIX = "base_model.model."  # PEFT's, before the Hugging Face name
+
+# megatron-core's fused linear layer by projection, below "decoder.layers.{i}."
+LINEAR = {
+    "q_proj": "self_attention.linear_qkv",
+    "k_proj": "self_attention.linear_qkv",
+    "v_proj": "self_attention.linear_qkv",
+    "o_proj": "self_attention.linear_proj",
+    "gate_proj": "mlp.linear_fc1",
+    "up_proj": "mlp.linear_fc1",
+    "down_proj": "mlp.linear_fc2",
+}
+ROW_PARALLEL = ("o_proj", "down_proj")  # split over their input; the others over their output
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The form of an adapter: everything but its numbers.
+
+    `targets` are in the order of TARGETS, whatever order they were given in.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", tuple(name for name in TARGETS if name in self.targets))
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A x."""
+        return self.alpha / self.rank
+
+    def check(self, arch: Architecture) -> None:
+        """Raise BadArgument if the model cannot have this adapter."""
+        experts = [name for name in self.targets if name in MLP]
+        if arch.num_experts and experts:
+            raise BadArgument(
+                f"lora.targets names {', '.join(experts)}, but the experts of a mixture get no adapter; "
+                f"leave those of attention: {', '.join(ATTENTION)}"
+            )
+
+
+def adapter_spec(lora: LoraConfig) -> AdapterSpec | None:
+    """Return the adapter that `lora` describes without reading `lora.init`; None if its rank is 0."""
+    if not lora.rank:
+        return None
+    return AdapterSpec(lora.rank, 2 * lora.rank if lora.alpha is None else lora.alpha, tuple(lora.targets))
+
+
+def adapted_weights(arch: Architecture, spec: AdapterSpec) -> dict[str, tuple[str, str]]:
+    """Return {Hugging Face name of an adapted weight: PEFT names of its A and B}, in the order of the layers."""
+    names = [n for n in hf_shapes(arch) if n.split(".")[-2] in spec.targets and ".experts." not in n]
+    stems = {name: PREFIX + name.removesuffix("weight") for name in names}
+    return {name: (f"{stem}lora_A.weight", f"{stem}lora_B.weight") for name, stem in stems.items()}
+
+
+def adapter_shapes(arch: Architecture, spec: AdapterSpec) -> dict[str, tuple[int, int]]:
+    """Return {PEFT name: shape} of every tensor of the adapter: A [r, in] and B [out, r] of each weight in turn."""
+    shapes, found = hf_shapes(arch), {}
+    for weight, (a, b) in adapted_weights(arch, spec).items():
+        rows, columns = shapes[weight]
+        found |= {a: (spec.rank, columns), b: (rows, spec.rank)}
+    return found
+
+
+def adapter_entries(arch: Architecture, spec: AdapterSpec) -> list[Entry]:
+    """Return an Entry for every tensor of the adapter, in the order of `adapter_shapes`.
+
+    In megatron-core it is "decoder.layers.{i}.{linear layer}.adapter.{projection}.lora_A" (or B). Tensor parallelism
+    splits B of a projection that it splits over its output, A of one that it splits over its input.
+    """
+    table = []
+    for weight, pair in adapted_weights(arch, spec).items():
+        _, _, layer, _, projection, _ = weight.split(".")
+        split = {"lora_A": 1, "lora_B": None} if projection in ROW_PARALLEL else {"lora_A": None, "lora_B": 0}
+        for (name, dim), peft in zip(split.items(), pair, strict=True):
+            megatron = f"decoder.layers.{layer}.{LINEAR[projection]}.adapter.{projection}.{name}"
+            table.append(Entry(megatron, (peft,), Copy(dim)))
+    return table
+
+
+def initial_tensor(name: str, shape: tuple[int, int], seed: int) -> torch.Tensor:
+    """Return the fp32 values that the tensor of PEFT name `name` begins with: PEFT's, B zero and A Kaiming-uniform.
+
+    They follow from `seed` and the name alone, so that every layout begins with the same adapter.
+    """
+    if name.endswith("lora_B.weight"):
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(_seed(name, seed))
+    bound = 1 / math.sqrt(shape[1])  # of kaiming_uniform_(a=sqrt(5))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def _seed(name: str, seed: int) -> int:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

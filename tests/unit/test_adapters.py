@@ -1,0 +1,76 @@
+"""Names, shapes and places of adapters, held against PEFT's own."""
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM
+
+from megatron_egrsd.config import LoraConfig
+from megatron_egrsd.config.lora import ATTENTION, TARGETS
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.hf.adapters import (
+    AdapterSpec,
+    adapted_weights,
+    adapter_entries,
+    adapter_shapes,
+    adapter_spec,
+    initial_tensor,
+)
+from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.hf.mapping import hf_shapes
+from tests.models import make_qwen3
+
+pytestmark = pytest.mark.heavy  # imports transformers and peft
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("o_proj", "q_proj"), ("down_proj",)])
+@pytest.mark.parametrize("experts", [{}, {"num_experts": 4}])
+def test_names_and_shapes_are_those_of_peft(targets, experts, tmp_path):
+    if experts:
+        targets = [name for name in targets if name in ATTENTION] or ["v_proj"]
+    path = make_qwen3(tmp_path / "model", num_hidden_layers=2, **experts)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    expected = get_peft_model_state_dict(get_peft_model(model, PeftConfig(r=3, target_modules=list(targets))))
+    arch = Architecture.from_pretrained(path)
+    shapes = adapter_shapes(arch, AdapterSpec(3, 6.0, tuple(targets)))
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    assert [entry.hf for entry in adapter_entries(arch, AdapterSpec(3, 6.0, tuple(targets)))] == [(n,) for n in shapes]
+
+
+def test_an_adapter_belongs_to_a_weight(tmp_path):
+    arch = Architecture.from_pretrained(make_qwen3(tmp_path / "model"))
+    spec = AdapterSpec(4, 8.0, TARGETS)
+    shapes, weights = adapter_shapes(arch, spec), hf_shapes(arch)
+    pairs = adapted_weights(arch, spec)
+    assert len(pairs) == 7 * arch.num_layers and len(shapes) == 2 * len(pairs)
+    for weight, (a, b) in pairs.items():
+        assert (torch.zeros(shapes[b]) @ torch.zeros(shapes[a])).shape == weights[weight]
+
+
+def test_the_scale():
+    assert adapter_spec(LoraConfig(rank=64)).scale == 2
+    assert adapter_spec(LoraConfig(rank=64, alpha=16)).scale == 0.25
+    assert adapter_spec(LoraConfig()) is None
+    assert AdapterSpec(8, 8.0, ("o_proj", "q_proj")) == AdapterSpec(8, 8.0, ("q_proj", "o_proj"))
+
+
+def test_experts_get_no_adapter(tmp_path):
+    arch = Architecture.from_pretrained(make_qwen3(tmp_path / "model", num_experts=4))
+    with pytest.raises(BadArgument, match=r"names gate_proj, up_proj, down_proj, but the experts .* q_proj"):
+        AdapterSpec(4, 8.0, TARGETS).check(arch)
+    AdapterSpec(4, 8.0, ATTENTION).check(arch)
+
+
+def test_the_first_values_follow_from_the_seed_and_the_name():
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    a = initial_tensor(name, (8, 400), seed=1)
+    assert torch.equal(a, initial_tensor(name, (8, 400), seed=1))
+    assert not torch.equal(a, initial_tensor(name, (8, 400), seed=2))
+    assert not torch.equal(a, initial_tensor(name.replace("q_proj", "k_proj"), (8, 400), seed=1))
+    reference = torch.empty(8, 400)
+    torch.nn.init.kaiming_uniform_(reference, a=math.sqrt(5))  # what PEFT does
+    assert a.abs().max() <= 1 / 20 and float(a.std()) == pytest.approx(float(reference.std()), rel=0.05)
+    assert not initial_tensor(name.replace("lora_A", "lora_B"), (400, 8), seed=1).any()
