@@ -28,6 +28,7 @@ LINEAR = {
     "up_proj": "mlp.linear_fc1",
     "down_proj": "mlp.linear_fc2",
 }
+_MERGED_ROWS = 1024  # merged at a time
 ROW_PARALLEL = ("o_proj", "down_proj")  # split over their input; the others over their output
 
 
@@ -114,3 +115,17 @@ def initial_tensor(name: str, shape: tuple[int, int], seed: int) -> torch.Tensor
 def _seed(name: str, seed: int) -> int:
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def merged(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Return W + scale * B A in `dtype`, default W's: computed in fp64 and rounded once.
+
+    No rank has a part of r, so a shard of W with the fitting shards of A and B gives the same bits as the whole: the
+    export of a run in any layout, and a merge from files. fp64 holds a block of rows at a time.
+    """
+    result, a = torch.empty_like(weight, dtype=dtype or weight.dtype), a.double()
+    for into, rows, b_rows in zip(*(t.split(_MERGED_ROWS) for t in (result, weight, b)), strict=True):
+        into.copy_(torch.addmm(rows.double(), b_rows.double(), a, alpha=scale))
+    return result

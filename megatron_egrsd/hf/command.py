@@ -1,8 +1,9 @@
-"""Convert Qwen3 weights between Hugging Face and Megatron-LM (torch_dist), and check the result bit by bit.
+"""Convert Qwen3 weights between Hugging Face and Megatron-LM (torch_dist), check the result bit by bit, merge adapters.
 
     megatron-egrsd convert to-megatron --hf-path Qwen3-8B --megatron-path qwen3-8b
     megatron-egrsd convert verify      --hf-path Qwen3-8B --megatron-path qwen3-8b
     megatron-egrsd convert to-hf       --megatron-path qwen3-8b --hf-path Qwen3-8B-again
+    megatron-egrsd convert merge       --hf-path Qwen3-8B --adapter run/output/adapter --output Qwen3-8B-trained
 
 One process, no GPU, no parallel layout: any TP x PP x EP loads the result. docs/guides/conversion.md says how.
 """
@@ -15,7 +16,7 @@ from megatron_egrsd.system.arguments import Parser
 
 
 def main(words: list[str]) -> None:
-    """Run to-megatron, to-hf or verify with the `words` behind `megatron-egrsd convert`.
+    """Run to-megatron, to-hf, verify or merge with the `words` behind `megatron-egrsd convert`.
 
     Raises BadArgument for a request that cannot work, RunError if the conversion fails.
     """
@@ -28,6 +29,14 @@ def main(words: list[str]) -> None:
         raise KeyboardInterrupt("nothing was left at the output path") from None
 
 
+_PATHS = {
+    "--hf-path": "Hugging Face directory",
+    "--megatron-path": "Megatron-LM checkpoint directory",
+    "--adapter": "adapter of the model, in PEFT's format",
+    "--output": "Hugging Face directory to write",
+}
+
+
 def _parser() -> Parser:
     parser = Parser(prog="megatron-egrsd convert", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -36,23 +45,33 @@ def _parser() -> Parser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function)
         for path in paths:
-            kind = "Hugging Face directory" if path == "--hf-path" else "Megatron-LM checkpoint directory"
-            command.add_argument(path, required=True, type=Path, help=kind)
+            command.add_argument(path, required=True, type=Path, help=_PATHS[path])
         command.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
                              help="round the weights to this type (default: keep theirs)")  # fmt: skip
         command.add_argument("--quiet", action="store_true", help="no progress bar")
         return command
 
     command = add("to-megatron", _to_megatron, "Hugging Face -> Megatron-LM", "--hf-path", "--megatron-path")
-    command.add_argument("--dry-run", action="store_true", help="check the input, print the plan, write nothing")
+    _add_dry_run(command)
     command = add("to-hf", _to_hf, "Megatron-LM -> Hugging Face", "--megatron-path", "--hf-path")
-    command.add_argument("--dry-run", action="store_true", help="check the input, print the plan, write nothing")
+    _add_dry_run(command)
     command.add_argument("--like", type=Path, help="Hugging Face model to take config and tokenizer from, for a "
                          "checkpoint that does not carry them")  # fmt: skip
-    command.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file (default: 5)")
+    _add_shard_size(command)
     command = add("verify", _verify, "compare every tensor of the two, bit by bit", "--hf-path", "--megatron-path")
     command.add_argument("--report", type=Path, metavar="FILE", help="write names, shapes and SHA-256 of all tensors")
+    command = add("merge", _merge, "adapter + its model -> Hugging Face", "--hf-path", "--adapter", "--output")
+    _add_dry_run(command)
+    _add_shard_size(command)
     return parser
+
+
+def _add_dry_run(command: Parser) -> None:
+    command.add_argument("--dry-run", action="store_true", help="check the input, print the plan, write nothing")
+
+
+def _add_shard_size(command: Parser) -> None:
+    command.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file (default: 5)")
 
 
 def _to_megatron(arguments: argparse.Namespace) -> None:
@@ -62,12 +81,23 @@ def _to_megatron(arguments: argparse.Namespace) -> None:
 
 
 def _to_hf(arguments: argparse.Namespace) -> None:
-    if not arguments.shard_size > 0:
-        raise BadArgument(f"--shard-size is {arguments.shard_size}, but must be positive")
+    shard_bytes = _shard_bytes(arguments)
     from megatron_egrsd.hf.convert import ToHF
 
-    shard_bytes = int(arguments.shard_size * 1e9)
     _run(ToHF(arguments.megatron_path, arguments.hf_path, arguments.like, _dtype(arguments), shard_bytes), arguments)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    shard_bytes = _shard_bytes(arguments)
+    from megatron_egrsd.hf.merge import Merge
+
+    _run(Merge(arguments.hf_path, arguments.adapter, arguments.output, _dtype(arguments), shard_bytes), arguments)
+
+
+def _shard_bytes(arguments: argparse.Namespace) -> int:
+    if not arguments.shard_size > 0:
+        raise BadArgument(f"--shard-size is {arguments.shard_size}, but must be positive")
+    return int(arguments.shard_size * 1e9)
 
 
 def _run(conversion, arguments: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -23,17 +23,22 @@ class SafetensorsWriter:
     """Writer of named tensors of one dtype into `directory`, in any order and from any thread; keeps no tensor.
 
     Shards hold at most `shard_bytes` (a larger tensor has its own) and have the names that transformers gives them.
-    Several shards get an index. Raises RunError if a tensor does not match the announced `shapes` and `dtype`.
+    Several shards get an index; with a name `single` there is one file of this name. Raises RunError if a tensor does
+    not match the announced `shapes` and `dtype`.
     """
 
-    def __init__(self, directory: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype,
-                 shard_bytes: int = SHARD_BYTES):  # fmt: skip
+    def __init__(self, directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype,
+                 shard_bytes: int = SHARD_BYTES, single: str = ""):  # fmt: skip
         self.shapes, self.dtype = shapes, dtype
         self._index = directory / INDEX
         self._missing = dict.fromkeys(shapes)
-        shards = _split(shapes, dtype.itemsize, shard_bytes)
+        shards = [list(shapes)] if single else _split(shapes, dtype.itemsize, shard_bytes)
         count = len(shards)
-        names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        names = (
+            [single or SINGLE]
+            if count == 1
+            else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        )
         self._places: dict[str, tuple[Path, int]] = {}
         for file, shard in zip(names, shards, strict=True):
             self._write_header(directory / file, shard)
@@ -102,7 +107,7 @@ def data_ranges(file: Path) -> dict[str, Range]:
     return {name: Range(file, 8 + length + start, end - start) for name, (start, end) in ends.items()}
 
 
-def _split(shapes: dict[str, tuple[int, ...]], itemsize: int, shard_bytes: int) -> list[list[str]]:
+def _split(shapes: Mapping[str, tuple[int, ...]], itemsize: int, shard_bytes: int) -> list[list[str]]:
     shards, size = [[]], 0
     for name, shape in shapes.items():
         nbytes = math.prod(shape) * itemsize
