@@ -1,4 +1,4 @@
-"""Training checkpoints: weights, optimizer, schedule and moving-average teacher, in megatron-core's sharded format.
+"""Training checkpoints: weights, optimizer, schedule, reward statistics, teacher; megatron-core's sharded format.
 
 A checkpoint is a directory step_NNNNNN. It is written under another name and renamed when every rank has finished, so
 it is complete or it is not there; SHA-256 sums of all its files tell later whether it still is what was written. Any

@@ -43,7 +43,7 @@ def batch_tokens(
 
 @dataclass(frozen=True)
 class Objective:
-    """Gives every response token its weight W_t in the clipped policy loss (loss.policy_loss).
+    """Gives every response token its weight W_t in the policy loss (loss.policy_loss).
 
     Pure functions: equal arguments give equal results on every rank, whatever the packing, and nothing is kept between
     calls but `history`, which the loop hands on. A subclass is a frozen dataclass as well; the fields that it adds are

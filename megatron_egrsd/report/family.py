@@ -46,7 +46,8 @@ def title(objective: ObjectiveConfig) -> str:
     """Return the name of the objective: its preset's, a family member's, or that of a user's own class."""
     if objective.function:
         return objective.function.rpartition(":")[2]
-    return NAMES[objective.preset or member(objective)]
+    name = objective.preset or member(objective)
+    return NAMES.get(name, name)
 
 
 def settings(objective: ObjectiveConfig) -> str:
