@@ -10,36 +10,31 @@ pages of mapped files, which the kernel can drop at any time), sampled every 5 m
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import mmap
+import multiprocessing
 import os
 import shutil
-import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import median
+
+from benchmarks.measure import in_turn, load, table
 
 PIECE = bytes(1 << 19)
 QWEN3_06B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "bfloat16", "vocab_size": 151936,
+    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1000000,
+    "max_position_embeddings": 40960, "tie_word_embeddings": True,
+}  # fmt: skip
+CONVERSIONS = {"to-megatron": ("hf", "megatron"), "to-hf": ("megatron", "again"), "verify": ("hf", "megatron")}
 
 
 def make_model(path: Path, **changes) -> int:
@@ -59,18 +54,22 @@ def make_model(path: Path, **changes) -> int:
         noise = torch.randint(-(2**15), 2**15, shape, generator=generator, dtype=torch.int16)
         writer.write(name, noise.view(torch.bfloat16))
     writer.finish()
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return size(path, "*.safetensors")
 
 
-def measured(action: str, source: Path, target: Path) -> dict:
+def size(directory: Path, pattern: str = "*") -> int:
+    return sum(file.stat().st_size for file in directory.rglob(pattern) if file.is_file())
+
+
+def measured(action: str, directory: Path) -> dict:
     """Seconds, of the clock and of the processors, and peak anonymous bytes of one conversion in a fresh process."""
-    command = [sys.executable, __file__, "--child", action, str(source), str(target)]
-    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900)
-    return json.loads(result.stdout.splitlines()[-1])
+    source, target = (directory / name for name in CONVERSIONS[action])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(convert, action, source, target).result(900)
 
 
-def child(action: str, source: Path, target: Path) -> None:
-    """Run one conversion here and print what `measured` returns; imports are not counted."""
+def convert(action: str, source: Path, target: Path) -> dict:
+    """Run one conversion here and return what `measured` does; imports are not counted."""
     import torch
 
     from megatron_egrsd.hf.convert import ToHF, ToMegatron
@@ -87,7 +86,7 @@ def child(action: str, source: Path, target: Path) -> None:
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    warm(target.parent, sum(file.stat().st_size for file in source.rglob("*") if file.is_file()))
+    warm(target.parent, size(source))
     start, busy = time.perf_counter(), time.process_time()
     if action == "to-megatron":
         ToMegatron(source, target).run()
@@ -98,7 +97,7 @@ def child(action: str, source: Path, target: Path) -> None:
     result = {"seconds": time.perf_counter() - start, "busy": time.process_time() - busy}
     done.set()
     sampler.join()
-    print(json.dumps(result | {"peak": peak[0]}))
+    return result | {"peak": peak[0]}
 
 
 def warm(directory: Path, nbytes: int) -> None:
@@ -117,7 +116,7 @@ def copied(source: Path, target: Path) -> dict:
     """The same of `cp` of the weights."""
     files = [str(file) for file in source.glob("*.safetensors")]
     target.mkdir()
-    warm(target.parent, sum(file.stat().st_size for file in source.glob("*.safetensors")))
+    warm(target.parent, size(source, "*.safetensors"))
     start, before = time.perf_counter(), os.times()
     subprocess.run(["cp", *files, str(target)], check=True)
     seconds, after = time.perf_counter() - start, os.times()
@@ -129,29 +128,23 @@ def copied(source: Path, target: Path) -> dict:
 def throughput(directory: Path, repeats: int) -> None:
     """Interleaved runs of cp and the conversions, each with no writes pending; the medians and their ratio."""
     nbytes = make_model(directory / "hf")
-    results = {name: [] for name in ("cp", "to-megatron", "to-hf", "verify")}
+    results: dict[str, list[dict]] = {name: [] for name in ("cp", *CONVERSIONS)}
     for _ in range(repeats):
         os.sync()
         results["cp"].append(copied(directory / "hf", directory / "copy"))
-        for action, source, target in (
-            ("to-megatron", "hf", "megatron"),
-            ("to-hf", "megatron", "again"),
-            ("verify", "hf", "megatron"),
-        ):
+        for action in CONVERSIONS:
             os.sync()
-            results[action].append(measured(action, directory / source, directory / target))
+            results[action].append(measured(action, directory))
         for name in ("megatron", "again"):
             shutil.rmtree(directory / name)
-    cp = statistics.median(result["seconds"] for result in results["cp"])
-    print(f"{nbytes / 1e9:.2f} GB of bf16, median of {repeats} runs, {load()}\n")
-    print("| | seconds | GB/s | ratio to cp | processor seconds | peak anonymous GB |\n|---|---|---|---|---|---|")
+    cp, rows = median(result["seconds"] for result in results["cp"]), []
     for name, runs in results.items():
         seconds, busy, peaks = ([run[key] for run in runs] for key in ("seconds", "busy", "peak"))
-        median = statistics.median(seconds)
-        print(
-            f"| {name} | {median:.2f} ({min(seconds):.2f}-{max(seconds):.2f}) | {nbytes / 1e9 / median:.2f} "
-            f"| {cp / median:.2f} | {statistics.median(busy):.2f} | {f'{max(peaks) / 1e9:.2f}' if any(peaks) else ''} |"
-        )
+        middle, peak = median(seconds), f"{max(peaks) / 1e9:.2f}" if any(peaks) else ""
+        spread = f"{middle:.2f} ({min(seconds):.2f}-{max(seconds):.2f})"
+        rows.append([name, spread, f"{nbytes / 1e9 / middle:.2f}", f"{cp / middle:.2f}", f"{median(busy):.2f}", peak])
+    print(f"{nbytes / 1e9:.2f} GB of bf16, median of {repeats} runs, {load()}\n")
+    print(table(["", "seconds", "GB/s", "ratio to cp", "processor seconds", "peak anonymous GB"], rows))
 
 
 def copies(directory: Path, repeats: int) -> None:
@@ -185,44 +178,41 @@ def copies(directory: Path, repeats: int) -> None:
 
     ways = {"512 KiB buffer, reused": reused, "the same, space reserved": reserved, "mapped file": mapped,
             "a fresh 64 MiB buffer a write": fresh, "SHA-256, nothing written": hashed}  # fmt: skip
-    seconds = {name: [] for name in ("cp", *ways)}
-    for _ in range(repeats):
+
+    def run(way) -> float:
         os.sync()
-        seconds["cp"].append(copied(directory / "hf", target)["seconds"])
-        for name, way in ways.items():
-            os.sync()
-            warm(directory, nbytes)
-            start = time.perf_counter()
-            with open(source, "rb", buffering=0) as read, open(target, "wb", buffering=0) as write:
-                way(read, write)
-            seconds[name].append(time.perf_counter() - start)
-            target.unlink()
-    print(f"{nbytes / 1e9:.2f} GB, median of {repeats} runs, {load()}\n\n| | GB/s |\n|---|---|")
-    for name, runs in seconds.items():
-        print(f"| {name} | {nbytes / 1e9 / statistics.median(runs):.2f} "
-              f"({nbytes / 1e9 / max(runs):.2f}-{nbytes / 1e9 / min(runs):.2f}) |")  # fmt: skip
+        warm(directory, nbytes)
+        start = time.perf_counter()
+        with open(source, "rb", buffering=0) as read, open(target, "wb", buffering=0) as write:
+            way(read, write)
+        seconds = time.perf_counter() - start
+        target.unlink()
+        return seconds
 
+    def cp() -> float:
+        os.sync()
+        return copied(directory / "hf", target)["seconds"]
 
-def load() -> str:
-    return f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    each = {"cp": cp} | {name: functools.partial(run, way) for name, way in ways.items()}
+    rates = {
+        name: [nbytes / 1e9 / seconds for seconds in found]
+        for name, found in in_turn(each, repeats, clock=lambda function: function()).items()
+    }
+    print(f"{nbytes / 1e9:.2f} GB, median of {repeats} runs, {load()}\n")
+    rows = ([name, f"{median(found):.2f} ({min(found):.2f}-{max(found):.2f})"] for name, found in rates.items())
+    print(table(["", "GB/s"], rows))
 
 
 def memory(directory: Path) -> None:
     """Peak anonymous memory against depth, at a vocabulary small enough that the layers decide."""
-    print("| layers | weights GB | to-megatron GB | to-hf GB | verify GB |\n|---|---|---|---|---|")
+    rows = []
     for layers in (4, 8, 16, 32):
         root = directory / str(layers)
         nbytes = make_model(root / "hf", num_hidden_layers=layers, vocab_size=32000)
-        peaks = [
-            measured(*step)["peak"]
-            for step in (
-                ("to-megatron", root / "hf", root / "megatron"),
-                ("to-hf", root / "megatron", root / "again"),
-                ("verify", root / "hf", root / "megatron"),
-            )
-        ]
-        print(f"| {layers} | {nbytes / 1e9:.2f} | {' | '.join(f'{peak / 1e9:.3f}' for peak in peaks)} |", flush=True)
+        peaks = [measured(action, root)["peak"] for action in CONVERSIONS]
+        rows.append([layers, f"{nbytes / 1e9:.2f}", *(f"{peak / 1e9:.3f}" for peak in peaks)])
         shutil.rmtree(root)
+    print(table(["layers", "weights GB", *(f"{action} GB" for action in CONVERSIONS)], rows))
 
 
 def main() -> None:
@@ -232,11 +222,7 @@ def main() -> None:
     parser.add_argument("--copies", action="store_true", help="ways to copy a file instead of conversions")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="where to write (default: the system's temporary directory)")
-    parser.add_argument("--child", nargs=3, metavar=("ACTION", "SOURCE", "TARGET"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        child(arguments.child[0], Path(arguments.child[1]), Path(arguments.child[2]))
-        return
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="convert-") as directory:
         if arguments.memory:
             memory(Path(directory))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from benchmarks.measure import table
 from benchmarks.runs import CONFIG, ROOT, TRAIN, metrics, run
 
 TINY = ROOT / "examples/tiny/model"
@@ -128,21 +129,19 @@ def measure(system: str, path: Path, case: Case, checkpoint: Path, trl_python: s
     return [row for row in metrics(path) if "time/step" in row]
 
 
-def table(name: str, runs: dict[str, list[list[dict]]], case: Case) -> None:
+def print_table(name: str, runs: dict[str, list[list[dict]]], case: Case) -> None:
     """Medians over the steps of all repeats, without each run's first step, which warms up, and last."""
     print(f"\n**{name}**: {case.prompts} prompts x {case.per_prompt}, at most {case.longest} tokens\n")
-    print("| | threads | " + " | ".join(PHASES) + " | tokens a step | ms a token | times ours |")
-    print("|---" + "|--:" * (len(PHASES) + 4) + "|")
-    rows = {system: [row for run in found for row in run[1:-1]] for system, found in runs.items()}
-    a_token = {s: median(row["time/step"] / row["batch/tokens"] for row in found) for s, found in rows.items()}
-    for system, found in rows.items():
-        cells = []
-        for phase in PHASES:
-            values = [row[f"time/{phase}"] for row in found if f"time/{phase}" in row]
-            cells.append(f"{median(values):.2f} s" if values else "")
+    steps = {system: [row for run in found for row in run[1:-1]] for system, found in runs.items()}
+    a_token = {s: median(row["time/step"] / row["batch/tokens"] for row in found) for s, found in steps.items()}
+    rows = []
+    for system, found in steps.items():
+        seconds = ([row[f"time/{phase}"] for row in found if f"time/{phase}" in row] for phase in PHASES)
+        cells = [f"{median(values):.2f} s" if values else "" for values in seconds]
         tokens = median(row["batch/tokens"] for row in found)
         cells += [f"{tokens:,.0f}", f"{a_token[system] * 1e3:.3f}", f"{a_token[system] / a_token['ours']:.2f}"]
-        print(f"| {system} | {SYSTEMS[system][0]} | {' | '.join(cells)} |")
+        rows.append([system, SYSTEMS[system][0], *cells])
+    print(table(["", "threads", *PHASES, "tokens a step", "ms a token", "times ours"], rows))
 
 
 def main() -> None:
@@ -163,7 +162,7 @@ def main() -> None:
                 runs[system].append(measure(system, path, case, checkpoint, options.trl_python))
                 print(f"{path.name}: median step {median(r['time/step'] for r in runs[system][-1][1:-1]):.2f} s; "
                       f"load average {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)  # fmt: skip
-        table(name, runs, case)
+        print_table(name, runs, case)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from statistics import median
 
 import orjson
 
+from benchmarks.measure import in_turn, table
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout
 from megatron_egrsd.rewards.reward import math_reward
 from megatron_egrsd.rollout.generation import read_answer, read_apart
@@ -36,10 +37,8 @@ def own_tokenizer():
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=32_000, show_progress=False)
-    texts = (
-        str(value) for path in sorted(_DATA.glob("*.jsonl")) for row in _lines(path.name) for value in row.values()
-    )
-    bpe.train_from_iterator(texts, trainer)
+    files = (_lines(path.name) for path in sorted(_DATA.glob("*.jsonl")))
+    bpe.train_from_iterator((str(value) for rows in files for row in rows for value in row.values()), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe)
 
 
@@ -79,12 +78,9 @@ def main() -> None:
     sampled, golds = zip(*(next(source) for _ in range(options.responses)), strict=True)
     raw = [server_answer(ids) for ids in sampled]
     texts = [tokenizer.decode(ids) for ids in sampled]
-    rollouts = [
-        Rollout(
-            Prompt(Problem("p", "?", gold), ids[:300], ids[:1500]), 0, ids, [-0.5 - i / 1e6 for i in ids], "stop", 3
-        )
-        for ids, gold in zip(sampled, golds, strict=True)
-    ]
+    prompts = [Prompt(Problem("p", "?", gold), ids[:300], ids[:1500]) for ids, gold in zip(sampled, golds, strict=True)]
+    rollouts = [Rollout(p, 0, ids, [-0.5 - i / 1e6 for i in ids], "stop", 3)
+                for p, ids in zip(prompts, sampled, strict=True)]  # fmt: skip
     pickled = pickle.dumps(rollouts)
     if sum(map(math_reward, texts, golds)) < len(texts):
         sys.exit("a right answer has no reward: what is timed is not what a run does")
@@ -100,14 +96,15 @@ def main() -> None:
     tokens = sum(map(len, sampled))
     print(f"{options.responses} responses, {tokens:,} tokens, {len(raw[0]) / len(sampled[0]):.0f} bytes a token of "
           f"SGLang's answer, {len(pickled) / tokens:.0f} of what is shared\n")  # fmt: skip
-    print("| | seconds for a million tokens, one core |\n|---|--:|")
-    for name, function in work.items():
-        seconds = []
-        for _ in range(5):
-            start = time.process_time()
-            function()
-            seconds.append(time.process_time() - start)
-        print(f"| {name} | {median(seconds) / tokens * 1e6:.2f} |")
+    seconds = in_turn(work, 5, _processor_seconds)
+    rows = ([name, f"{median(found) / tokens * 1e6:.2f}"] for name, found in seconds.items())
+    print(table(["", "seconds for a million tokens, one core"], rows))
+
+
+def _processor_seconds(function: Callable[[], object]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from statistics import fmean, median
 
 import numpy as np
 
+from benchmarks.measure import table
 from benchmarks.runs import CONFIG, TRAIN, metrics, run
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.planning.preflight import prepare
@@ -121,14 +122,13 @@ def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
             overlapped[mode].append(ahead)  # one step off, a step trains while the next one's batch is sampled
             print(f"{mode} {repeat}: median step {median(phases[mode][-1]['step']):.2f} s; "
                   f"load average {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)  # fmt: skip
-    print(f"| median of {repeats} x {steps - 2} steps | {' | '.join(PHASES)} | tokens a batch |")
-    print("|---" + "|--:" * (len(PHASES) + 1) + "|")
-    whole = {}
-    for mode, runs in phases.items():
-        found = {name: median(np.concatenate([run[name] for run in runs])) for name in (*PHASES, "tokens")}
-        whole[mode] = found["step"]
-        cells = [f"{found[phase]:.2f} s" for phase in PHASES]
-        print(f"| {mode} | {' | '.join(cells)} | {found['tokens']:,.0f} |")
+    medians = {
+        mode: {name: median(np.concatenate([run[name] for run in runs])) for name in (*PHASES, "tokens")}
+        for mode, runs in phases.items()
+    }
+    rows = ([mode, *(f"{m[phase]:.2f} s" for phase in PHASES), f"{m['tokens']:,.0f}"] for mode, m in medians.items())
+    print(table([f"median of {repeats} x {steps - 2} steps", *PHASES, "tokens a batch"], rows))
+    whole = {mode: found["step"] for mode, found in medians.items()}
     factors = [fmean(pair) for pair in zip(before, slowdown(more), strict=True)]
     beside = "sampling {:.2f} times as long, training {:.2f} times".format(*factors)
     forecasts = [
@@ -160,13 +160,13 @@ def curves(output: Path, seeds: list[int], steps: int, more: list[str]) -> None:
                     columns.setdefault(mode, {}).setdefault(row["step"], []).append(row)
             print(f"{mode} {seed}: {rows[-1].get('evaluation/accuracy')}", file=sys.stderr, flush=True)
     at = sorted(next(iter(columns.values())))
-    print(f"| {len(seeds)} seeds, after step | {' | '.join(map(str, at))} |")
-    print("|---" + "|---" * len(at) + "|")
+    rows = []
     for name, key, form in (("accuracy", "accuracy", "{:.1%}"), ("length", "length/mean", "{:.1f}")):
         for mode, by_step in columns.items():
             values = [[row[f"evaluation/{key}"] for row in by_step[step]] for step in at]
             cells = [f"{form.format(fmean(v))} ({form.format(min(v))} to {form.format(max(v))})" for v in values]
-            print(f"| {name}, {mode} | {' | '.join(cells)} |")
+            rows.append([f"{name}, {mode}", *cells])
+    print(table([f"{len(seeds)} seeds, after step", *at], rows, "---"))
 
 
 def main() -> None:

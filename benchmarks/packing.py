@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from benchmarks.measure import table
 from megatron_egrsd.data.packing import balance, balance_passes, schedule
 
 _DATA = Path(__file__).parents[1] / "tests/data"
@@ -83,17 +84,17 @@ def main() -> None:
     columns = {name: (name, 0.0, True) for name in RESPONSES}
     columns["long-tailed, half of the groups degenerate"] = ("long-tailed", 0.5, True)
     columns["the same, balanced by the sum of both passes"] = ("long-tailed", 0.5, False)
-    print(f"| samples a rank | {' | '.join(columns)} |\n{'|--:' * (len(columns) + 1)}|")
+    rows = []
     for samples in (8, 16, 32, 64):
         cells = []
         for name, degenerate, both in columns.values():
             steps = [step_waste(name, ranks, samples, degenerate, seed, both=both)
                      for ranks in (8, 32) for seed in range(40)]  # fmt: skip
-            worst = [
-                fmean(max(getattr(p, field) for p in step) for step in steps) for field in ("waiting", "imbalance")
-            ]
-            cells.append(f"{worst[0]:.1%} ({worst[1]:.1%})")
-        print(f"| {samples} | {' | '.join(cells)} |")
+            waiting, imbalance = (fmean(max(getattr(p, field) for p in step) for step in steps)
+                                  for field in ("waiting", "imbalance"))  # fmt: skip
+            cells.append(f"{waiting:.1%} ({imbalance:.1%})")
+        rows.append([samples, *cells])
+    print(table(["samples a rank", *columns], rows))
 
 
 if __name__ == "__main__":

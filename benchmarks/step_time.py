@@ -8,13 +8,14 @@ products and a micro-batch's fixed cost, for scoring and training apart, and the
 machine only ever adds time: the constants come from the faster half of the steps, the last column is the quartile.
 """
 
-import json
 import sys
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
+from benchmarks.measure import table
+from benchmarks.runs import metrics
 from megatron_egrsd.config import Config
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.packing import schedule
@@ -32,21 +33,20 @@ def check(runs: list[Path]) -> None:
     if not runs:
         raise BadArgument("give run directories: the first one to take the constants from, the others to predict")
     terms, seconds = zip(*(_read(run) for run in runs), strict=True)
-    constants = {phase: _fit(terms[0][phase], seconds[0][phase]) for phase in PHASES}
-    c = constants
+    constants = c = {phase: _fit(terms[0][phase], seconds[0][phase]) for phase in PHASES}
     print(
         f"{runs[0]}: a decoding step {c['generate'][0] * 1e3:.2f} ms + {c['generate'][1] * 1e6:.0f} us a sequence; "
         f"scoring {1e-9 / c['score'][0]:.1f} GFLOP/s + {c['score'][1] * 1e3:.0f} ms a micro-batch; "
         f"training {1e-9 / c['train'][0]:.1f} GFLOP/s + {c['train'][1] * 1e3:.0f} ms\n"
     )
-    print("| run | steps | phase | predicted | measured | measured / predicted, lower quartile |")
-    print("|---|--:|---|--:|--:|--:|")
+    rows = []
     for run, features, measured in zip(runs, terms, seconds, strict=True):
         for phase in PHASES:
             predicted, found = features[phase] @ constants[phase], measured[phase]
             ratio = np.quantile(found / predicted, 0.25)
-            times = f"{median(predicted):.2f} s | {median(found):.2f} s"
-            print(f"| {run.name} | {len(found)} | {phase} | {times} | {ratio:.2f} |")
+            times = f"{median(predicted):.2f} s", f"{median(found):.2f} s"
+            rows.append([run.name, len(found), phase, *times, f"{ratio:.2f}"])
+    print(table(["run", "steps", "phase", "predicted", "measured", "measured / predicted, lower quartile"], rows))
 
 
 def _read(run: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -56,8 +56,7 @@ def _read(run: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         raise BadArgument(f"{run} is no run of two steps or more with --dump_rollouts true")
     config = parse_config(["--config", str(run / "config.yaml")])
     arch = Architecture.from_pretrained(config.model.path)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    by_step = {row["step"]: row for row in rows if all(f"time/{phase}" in row for phase in PHASES)}
+    by_step = {row["step"]: row for row in metrics(run) if all(f"time/{phase}" in row for phase in PHASES)}
     files = [file for file in files if int(file.stem.removeprefix("step_")) in by_step]  # a stop cuts one short
     steps = [_terms(load_rollouts(file), config, arch) for file in files]
     measured = [by_step[int(file.stem.removeprefix("step_"))] for file in files]
@@ -81,16 +80,12 @@ def _terms(rollouts: list[Rollout], config: Config, arch: Architecture) -> dict[
     students = [len(r.prompt.student_ids) + len(r.response_ids) for r in trained]
     rows = sum(len(r.response_ids) for r in trained)
     budget = config.parallel.max_tokens_per_microbatch
+    scored = forward_flops(arch, teachers) + head_flops(arch, sum(responses))
+    updated = 3 * (forward_flops(arch, students) + head_flops(arch, rows))
     return {
         "generate": decoding,
-        "score": [
-            forward_flops(arch, teachers) + head_flops(arch, sum(responses)),
-            len(schedule([teachers], budget)[0]),
-        ],
-        "train": [
-            3 * (forward_flops(arch, students) + head_flops(arch, rows)),
-            len(schedule([students], budget)[0]) if students else 0,
-        ],
+        "score": [scored, len(schedule([teachers], budget)[0])],
+        "train": [updated, len(schedule([students], budget)[0]) if students else 0],
         "sync": [1.0],
     }
 

@@ -14,14 +14,15 @@ not their code; where a peer's function gives no entropy, the entry says so and 
 
 import argparse
 import gc
+import itertools
 import os
 import platform
 import statistics
-import time
 from pathlib import Path
 
 import torch
 
+from benchmarks.measure import in_turn, seconds_of, table
 from megatron_egrsd.vocab_parallel import linear_log_prob_and_entropy, ops
 from megatron_egrsd.vocab_parallel.shard import Shard
 
@@ -115,22 +116,20 @@ def megatron_backward(softmax, target, g, dtype):
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    def __init__(self, device: str):
-        self.cuda = device == "cuda"
+def gpu_seconds(function) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
-    def __call__(self, function) -> float:
-        if self.cuda:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize()
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
+
+def interleaved(entries: dict, rounds: int, device: str, prepare=lambda name: None) -> dict[str, list[float]]:
+    """Seconds of each entry, without those of a first round, which warms up."""
+    clock = gpu_seconds if device == "cuda" else seconds_of
+    return {name: seconds[1:] for name, seconds in in_turn(entries, rounds + 1, clock, prepare).items()}
 
 
 def peak_extra_bytes(function, device: str) -> float:
@@ -154,17 +153,6 @@ def peak_extra_bytes(function, device: str) -> float:
     return max(0, status("VmHWM") - before)
 
 
-def interleaved(entries: dict, rounds: int, clock: Clock, prepare=lambda name: None) -> dict[str, list[float]]:
-    times = {name: [] for name in entries}
-    for i in range(rounds + 1):
-        for name, function in entries.items():
-            prepare(name)
-            seconds = clock(function)
-            if i:
-                times[name].append(seconds)
-    return times
-
-
 def floors(logits, device: str):
     """(read the logits, read and write them in place): the least any implementation can do."""
     if device == "cpu":
@@ -181,7 +169,6 @@ def compare_logits(n, v, dtype, device, rounds, compiled):
     g = torch.Generator(device=device).manual_seed(0)
     logits = (torch.randn(n, v, generator=g, device=device) * 3).to(dtype)
     target = torch.randint(0, v, (n,), generator=g, device=device)
-    clock = Clock(device)
     read, _ = floors(logits, device)
     forward = {
         "floor: read": read,
@@ -200,7 +187,7 @@ def compare_logits(n, v, dtype, device, rounds, compiled):
     fused_ce = megatron_fused(logits, target)
     if fused_ce:
         forward["megatron-core fused (no entropy)"] = fused_ce
-    times = interleaved(forward, rounds, clock)
+    times = interleaved(forward, rounds, device)
     memory = {name: peak_extra_bytes(f, device) for name, f in forward.items()}
     yield "forward", times, memory, "floor: read"
 
@@ -234,7 +221,7 @@ def compare_logits(n, v, dtype, device, rounds, compiled):
         if name.startswith("megatron"):
             softmax.fill_(1 / v)
 
-    times = interleaved(backward, rounds, clock, fresh)
+    times = interleaved(backward, rounds, device, fresh)
     memory = {name: peak_extra_bytes(f, device) for name, f in backward.items()}
     yield "backward", times, memory, "floor: read + write"
 
@@ -280,7 +267,7 @@ def compare_linear(n, d, v, device, rounds):
         "chunks, bf16 logits, none kept": chunks(torch.bfloat16, 0),
         "chunks, fp32 logits": chunks(torch.float32),
     }
-    times = interleaved(entries, rounds, Clock(device))
+    times = interleaved(entries, rounds, device)
     gradients = (hidden.numel() + weight.numel()) * 2
     memory = {name: max(0, peak_extra_bytes(f, device) - gradients) for name, f in entries.items()}
     with torch.no_grad():
@@ -292,37 +279,30 @@ def compare_linear(n, d, v, device, rounds):
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def table(title: str, times: dict, memory: dict, floor: str) -> list[str]:
+def comparison(times: dict, memory: dict, floor: str) -> str:
     median = {name: statistics.median(t) for name, t in times.items()}
     ours = median["ours" if "ours" in median else "ours, in place"]
-    columns = "| | median ms | fraction of floor | times ours | extra memory MB |"
-    lines = [f"**{title}**", "", columns, "|---|--:|--:|--:|--:|"]
-    for name, seconds in sorted(median.items(), key=lambda x: x[1]):
-        lines.append(
-            f"| {name} | {seconds * 1e3:.2f} | {median[floor] / seconds:.2f} | {seconds / ours:.1f} "
-            f"| {memory[name] / 1e6:.1f} |"
-        )
-    return [*lines, ""]
+    rows = (
+        [name, f"{t * 1e3:.2f}", f"{median[floor] / t:.2f}", f"{t / ours:.1f}", f"{memory[name] / 1e6:.1f}"]
+        for name, t in sorted(median.items(), key=lambda x: x[1])
+    )
+    return table(["", "median ms", "fraction of floor", "times ours", "extra memory MB"], rows)
 
 
 def plot(results: list[tuple[str, dict]], path: Path) -> None:
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:  # a bare GPU machine: the table is what counts
         print(f"{path} not drawn: matplotlib is not installed")
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, -(-len(results) // 2), figsize=(12, 7), squeeze=False)
+    figure = Figure(figsize=(12, 7))
+    axes = figure.subplots(2, -(-len(results) // 2), squeeze=False)
     colors = {"floor": "#999999", "ours": "#c44e52"}
     for axis, (title, times) in zip(axes.flat, results, strict=False):
         rows = sorted(((statistics.median(t) * 1e3, name) for name, t in times.items()), reverse=True)
-        bars = axis.barh(
-            [name for _, name in rows],
-            [ms for ms, _ in rows],
-            color=[colors.get(name.split(",")[0].split(":")[0], "#4c72b0") for _, name in rows],
-        )
+        names, milliseconds = [name for _, name in rows], [ms for ms, _ in rows]
+        colour = [colors.get(name.split(",")[0].split(":")[0], "#4c72b0") for name in names]
+        bars = axis.barh(names, milliseconds, color=colour)
         axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
         axis.set_xlabel("ms (median)")
         axis.set_title(title, fontsize=9)
@@ -356,32 +336,30 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokens = args.tokens or (8192 if args.device == "cuda" else 256)
-    lines = [f"Machine: {machine(args.device, args.threads)}.", ""]
+    blocks = [f"Machine: {machine(args.device, args.threads)}."]
     pictures = []
-    for v in args.vocab:
-        for dtype in (torch.bfloat16, torch.float32):
-            for direction, times, memory, floor in compare_logits(
-                tokens, v, dtype, args.device, args.rounds, not args.no_compile
-            ):
-                title = f"{direction}, N = {tokens}, V = {v:,}, {str(dtype)[6:]}"
-                lines += table(title, times, memory, floor)
-                print("\n".join(lines[-len(times) - 5 :]), flush=True)
-                if v == args.vocab[0]:
-                    pictures.append((title, times))
+    for v, dtype in itertools.product(args.vocab, (torch.bfloat16, torch.float32)):
+        measured = compare_logits(tokens, v, dtype, args.device, args.rounds, not args.no_compile)
+        for direction, times, memory, floor in measured:
+            title = f"{direction}, N = {tokens}, V = {v:,}, {str(dtype)[6:]}"
+            blocks.append(f"**{title}**\n\n{comparison(times, memory, floor)}")
+            print(blocks[-1], flush=True)
+            if v == args.vocab[0]:
+                pictures.append((title, times))
     n, d, v = (tokens, 4096, 151936) if args.device == "cuda" else (256, 256, 151936)
     times, memory, error = compare_linear(n, d, v, args.device, args.rounds)
-    base = statistics.median(times["materialised, bf16 logits"])
-    columns = "| | median ms | against materialised | transient memory MB | log-prob error |"
-    title = f"**LM head, forward + backward, N = {n}, D = {d}, V = {v:,}, bf16 operands**"
-    lines += [title, "", columns, "|---|--:|--:|--:|--:|"]
-    for name, t in times.items():
-        seconds = statistics.median(t)
-        against, megabytes = seconds / base - 1, memory[name] / 1e6
-        lines.append(f"| {name} | {seconds * 1e3:.1f} | {against:+.0%} | {megabytes:.1f} | {error[name]:.1e} |")
-    lines += ["", f"After the run: load average {os.getloadavg()[0]:.1f} (1 min)."]
-    Path(f"{args.output}-{args.device}.md").write_text("\n".join(lines) + "\n")
+    median = {name: statistics.median(t) for name, t in times.items()}
+    base = median["materialised, bf16 logits"]
+    rows = ([name, f"{t * 1e3:.1f}", f"{t / base - 1:+.0%}", f"{memory[name] / 1e6:.1f}", f"{error[name]:.1e}"]
+            for name, t in median.items())  # fmt: skip
+    columns = ["", "median ms", "against materialised", "transient memory MB", "log-prob error"]
+    blocks.append(
+        f"**LM head, forward + backward, N = {n}, D = {d}, V = {v:,}, bf16 operands**\n\n{table(columns, rows)}"
+    )
+    blocks.append(f"After the run: load average {os.getloadavg()[0]:.1f} (1 min).")
+    Path(f"{args.output}-{args.device}.md").write_text("\n\n".join(blocks) + "\n")
     plot(pictures, Path(f"{args.output}-{args.device}.png"))
-    print("\n".join(lines[-8:]))
+    print("\n\n".join(blocks[-2:]))
 
 
 if __name__ == "__main__":

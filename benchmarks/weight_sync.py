@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.convert import make_model
+from benchmarks.measure import table
 from megatron_egrsd.config import ModelConfig, ServersConfig, SyncConfig
 from megatron_egrsd.hf.checkpoint import HFCheckpoint
 from megatron_egrsd.rollout.servers import RolloutServers
@@ -63,9 +64,11 @@ def main() -> None:
                 sync.close()
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     print(f"{size / 1e9:.2f} GB in {len(tensors)} tensors, median of {arguments.rounds} pushes each, in turn\n")
-    print("| transport | s | GB/s | times a copy |\n|---|--:|--:|--:|")
-    for name, value in medians.items():
-        print(f"| {name} | {value:.2f} | {size / value / 1e9:.2f} | {value / medians['copy']:.1f} |")
+    rows = (
+        [name, f"{value:.2f}", f"{size / value / 1e9:.2f}", f"{value / medians['copy']:.1f}"]
+        for name, value in medians.items()
+    )
+    print(table(["transport", "s", "GB/s", "times a copy"], rows))
 
 
 if __name__ == "__main__":

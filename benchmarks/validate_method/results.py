@@ -1,12 +1,14 @@
 """The tables of docs/measurements/results.md, out of the runs: every number there is written by this file."""
 
 import csv
+import functools
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.measure import table
 from benchmarks.validate_method.paired import Difference, difference, holm
 from benchmarks.validate_method.plan import HYPOTHESES, MARGIN, Hypothesis, settings
 from benchmarks.validate_method.run import is_complete, path_of
@@ -17,6 +19,7 @@ from megatron_egrsd.system.files import write_text
 
 _COLUMNS = ("setting", "seed", "accuracy", "length", "training_accuracy", "training_length", "seconds")
 Rows = dict[str, dict[int, dict[str, float]]]  # setting -> seed -> outcome
+_table = functools.partial(table, align="---")
 
 
 def collect(output: Path, own: str = "") -> Rows:
@@ -58,15 +61,13 @@ def pairs(rows: Rows, hypothesis: Hypothesis, column: str) -> np.ndarray:
 
 def outcomes(rows: Rows) -> str:
     """Every setting: means and standard deviations over its seeds."""
-    lines = [
-        "| setting | seeds | held-out avg@8 | length, tokens | avg over training |",
-        "|---|---|---|---|---|",
-    ]
-    for name, seeds in rows.items():
-        columns = [_spread([r[c] for r in seeds.values()], digits) for c, digits in
-                   (("accuracy", 3), ("length", 1), ("training_accuracy", 3))]  # fmt: skip
-        lines.append(f"| {name} | {len(seeds)} | {' | '.join(columns)} |")
-    return "\n".join(lines)
+    columns = ["setting", "seeds", "held-out avg@8", "length, tokens", "avg over training"]
+    shown = (("accuracy", 3), ("length", 1), ("training_accuracy", 3))
+    return _table(
+        columns,
+        ([name, len(seeds), *(_spread([r[c] for r in seeds.values()], digits) for c, digits in shown)]
+         for name, seeds in rows.items()),
+    )  # fmt: skip
 
 
 def _spread(values: list[float], digits: int) -> str:
@@ -74,22 +75,14 @@ def _spread(values: list[float], digits: int) -> str:
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
+_COMPARED = ["pairs", "avg@8, 95 % interval", "p", "Holm's p", "length, 95 % interval", "p", "Holm's p"]
+
+
 def verdicts(rows: Rows) -> str:
     """The hypotheses on held-out accuracy (corrected among each other), and the same differences in length."""
-    tested = [h for h in HYPOTHESES if len(pairs(rows, h, "accuracy")) > 1]
-    accuracy = [difference(pairs(rows, h, "accuracy")) for h in tested]
-    length = [difference(pairs(rows, h, "length")) for h in tested]
-    lines = [
-        "| hypothesis | pairs | avg@8, 95 % interval | p | Holm's p | length, 95 % interval | p | Holm's p | verdict |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    by_accuracy, by_length = holm([d.p for d in accuracy]), holm([d.p for d in length])
-    for h, a, n, p, q in zip(tested, accuracy, length, by_accuracy, by_length, strict=True):
-        lines.append(
-            f"| {h.name} | {a.n} | {_interval(a, 3)} | {_p(a.p)} | {_p(p)} | {_interval(n, 1)} | {_p(n.p)} | {_p(q)} "
-            f"| {_verdict(h, a, p)} |"
-        )
-    return "\n".join(lines)
+    compared = _compared(rows, HYPOTHESES)
+    return _table(["hypothesis", *_COMPARED, "verdict"],
+                  ([h.name, *cells, _verdict(h, found, p)] for h, cells, found, p in compared))  # fmt: skip
 
 
 def _verdict(hypothesis: Hypothesis, found: Difference, corrected: float) -> str:
@@ -103,22 +96,19 @@ def _verdict(hypothesis: Hypothesis, found: Difference, corrected: float) -> str
 
 def ablations(rows: Rows) -> str:
     """CL-EGRSD with one thing changed, against CL-EGRSD, by seed; p corrected over this table."""
-    tested = []
-    for name in rows:
-        base, _, change = name.partition(", ")
-        if change and len(pairs(rows, Hypothesis("", name, base), "accuracy")) > 1:
-            tested.append((name, Hypothesis(change, name, base)))
-    accuracy = [difference(pairs(rows, h, "accuracy")) for _, h in tested]
-    length = [difference(pairs(rows, h, "length")) for _, h in tested]
-    by_accuracy, by_length = holm([d.p for d in accuracy]), holm([d.p for d in length])
-    lines = [
-        "| changed | pairs | avg@8, 95 % interval | p | Holm's p | length, 95 % interval | p | Holm's p |",
-        "|---|---|---|---|---|---|---|---|",
+    changed = [Hypothesis(name, name, name.partition(", ")[0]) for name in rows if ", " in name]
+    return _table(["changed", *_COMPARED], ([h.name, *cells] for h, cells, _, _ in _compared(rows, changed)))
+
+
+def _compared(rows: Rows, hypotheses: list[Hypothesis]) -> list[tuple[Hypothesis, list[object], Difference, float]]:
+    """Of each hypothesis with two pairs or more: cells for _COMPARED, difference in accuracy and its corrected p."""
+    tested = [h for h in hypotheses if len(pairs(rows, h, "accuracy")) > 1]
+    accuracy, length = ([difference(pairs(rows, h, column)) for h in tested] for column in ("accuracy", "length"))
+    corrected, by_length = (holm([d.p for d in found]) for found in (accuracy, length))
+    return [
+        (h, [a.n, _interval(a, 3), _p(a.p), _p(p), _interval(n, 1), _p(n.p), _p(q)], a, p)
+        for h, a, n, p, q in zip(tested, accuracy, length, corrected, by_length, strict=True)
     ]
-    for (name, _), a, n, p, q in zip(tested, accuracy, length, by_accuracy, by_length, strict=True):
-        row = f"{_interval(a, 3)} | {_p(a.p)} | {_p(p)} | {_interval(n, 1)} | {_p(n.p)} | {_p(q)}"
-        lines.append(f"| {name} | {a.n} | {row} |")
-    return "\n".join(lines)
 
 
 def _interval(d: Difference, digits: int) -> str:
@@ -130,47 +120,40 @@ def _p(p: float) -> str:
 
 
 def reading(found: dict) -> str:
-    names = list(found["reading"])
-    lines = [f"| held-out, initial weights | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    for key in found["reading"][names[0]]:
-        numbers = " | ".join(f"{found['reading'][n][key]:.3f}" for n in names)
-        lines.append(f"| {key} | {numbers} |")
-    return "\n".join(lines)
+    models = found["reading"]
+    rows = ([key, *(f"{measured[key]:.3f}" for measured in models.values())] for key in next(iter(models.values())))
+    return _table(["held-out, initial weights", *models], rows)
 
 
 def gate(found: dict) -> str:
-    lines = ["| task | tokens | share | h | gate, EGRSD | gate, CL-EGRSD |", "|---|---|---|---|---|---|"]
-    for task, measured in found["initial"].items():
-        for name, row in (measured["types"] | measured["resolution"]).items():
-            numbers = " | ".join(f"{row[k]:.3f}" for k in ("share", "h", "egrsd", "cl_egrsd"))
-            lines.append(f"| {task} | {name} | {numbers} |")
-    return "\n".join(lines)
+    rows = (
+        [task, name, *(f"{row[k]:.3f}" for k in ("share", "h", "egrsd", "cl_egrsd"))]
+        for task, measured in found["initial"].items()
+        for name, row in (measured["types"] | measured["resolution"]).items()
+    )
+    return _table(["task", "tokens", "share", "h", "gate, EGRSD", "gate, CL-EGRSD"], rows)
 
 
 def gradients(found: dict) -> str:
-    lines = [
-        "| task | weights | signal, of GRPO's | noise, of GRPO's | signal to noise, of GRPO's |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for task, measured in found["initial"].items():
         base = measured["gradients"]["grpo"]
         for name, row in measured["gradients"].items():
             signal, noise = row["signal"] / base["signal"], row["noise"] / base["noise"]
             error = row["signal_error"] / abs(base["signal"])
-            lines.append(f"| {task} | {name} | {signal:.2f} ± {error:.2f} | {noise:.2f} | {signal / noise:.2f} |")
-    return "\n".join(lines)
+            rows.append([task, name, f"{signal:.2f} ± {error:.2f}", f"{noise:.2f}", f"{signal / noise:.2f}"])
+    columns = ["signal, of GRPO's", "noise, of GRPO's", "signal to noise, of GRPO's"]
+    return _table(["task", "weights", *columns], rows)
 
 
 def training(found: dict) -> str:
-    lines = [
-        "| run | step | 0.95-quantile, nats | tokens with h > 0.5 | mean gate, EGRSD | mean gate, CL-EGRSD |",
-        "|---|---|---|---|---|---|",
-    ]
-    for run, rows in found["training"].items():
-        for row in rows:
-            numbers = " | ".join(f"{row[k]:.3f}" for k in ("quantile", "uncertain", "egrsd", "cl_egrsd"))
-            lines.append(f"| {run} | {row['step']} | {numbers} |")
-    return "\n".join(lines)
+    rows = (
+        [run, row["step"], *(f"{row[k]:.3f}" for k in ("quantile", "uncertain", "egrsd", "cl_egrsd"))]
+        for run, steps in found["training"].items()
+        for row in steps
+    )
+    columns = ["0.95-quantile, nats", "tokens with h > 0.5", "mean gate, EGRSD", "mean gate, CL-EGRSD"]
+    return _table(["run", "step", *columns], rows)
 
 
 def write_document(blocks: dict[str, str], document: Path) -> None:

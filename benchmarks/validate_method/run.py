@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.validate_method.plan import CONFIG, STEPS, Setting, settings
@@ -48,30 +49,22 @@ def run_all(output: Path, lanes: int, only: str, own: str) -> None:
     for run in missing:
         todo.put(run)
     config = parse_config(["--config", CONFIG])  # reads with another working directory: not for a thread
-    stop, failures = threading.Event(), []
+    stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    threads = [
-        threading.Thread(target=_lane, args=(config, output, lane, todo, len(missing), stop, failures))
-        for lane in range(lanes)
-    ]
-    for thread in threads:
-        thread.start()
-    try:
-        while any(thread.is_alive() for thread in threads):
-            time.sleep(0.2)
-    except KeyboardInterrupt:
-        stop.set()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise RunError(failures[0])
+    with ThreadPoolExecutor(lanes) as threads:
+        running = [threads.submit(_lane, config, output, lane, todo, len(missing), stop) for lane in range(lanes)]
+        try:
+            while not all(lane.done() for lane in running):
+                time.sleep(0.2)
+        except KeyboardInterrupt:
+            stop.set()
+    for error in filter(None, (lane.exception() for lane in running)):
+        raise RunError(str(error))
     if stop.is_set():
         raise RunError("stopped; the same command goes on from here")
 
 
-def _lane(
-    config: Config, output: Path, lane: int, todo, total: int, stop: threading.Event, failures: list[str]
-) -> None:
+def _lane(config: Config, output: Path, lane: int, todo, total: int, stop: threading.Event) -> None:
     """Runs from the queue until it is empty, all against one server: every run starts by sending it its weights."""
     try:
         with RolloutServers(config.rollout.servers, config.model, lane, output / "logs" / f"lane-{lane}") as servers:
@@ -97,9 +90,9 @@ def _lane(
                     print(
                         f"{done:4d}/{total}  {setting.name:42s} seed {seed:2d}  {result}  {seconds:.0f} s", flush=True
                     )
-    except Exception as error:  #  one lane's failure ends the study with its reason
-        failures.append(str(error))
+    except Exception:  # one lane's failure ends the study
         stop.set()
+        raise
 
 
 def _train(setting: Setting, seed: int, path: Path, urls: list[str], stop: threading.Event) -> str:
