@@ -23,7 +23,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -280,9 +280,7 @@ def warm_start(
 ) -> None:
     """Supervised training on fresh examples; batches of similar length, linear warm-up and decay."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 50, 2 * (1 - step / steps))
-    )
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 50, 2 * (1 - s / steps)))
     model.train()
     batches, started = [], time.monotonic()
     for step in range(steps):
@@ -297,7 +295,7 @@ def warm_start(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
+        rate.step()
         if (step + 1) % 200 == 0:
             seconds = time.monotonic() - started
             print(f"warm start {step + 1}/{steps}: loss {loss:.3f}, {seconds:.0f} s", flush=True)
@@ -319,6 +317,16 @@ def sample(model: Qwen3ForCausalLM, prompts: list[list[int]], batch_size: int = 
     return responses
 
 
+def response_log_probs(
+    model: Qwen3ForCausalLM, prompts: Sequence[list[int]], responses: Sequence[list[int]]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each response, log-probabilities of all tokens [tokens, vocabulary] and of its own [tokens]."""
+    logits = model(pad_right([p + r for p, r in zip(prompts, responses, strict=True)], PAD_ID)).logits
+    for row, prompt, response in zip(logits.log_softmax(-1), prompts, responses, strict=True):
+        row = row[len(prompt) - 1 : len(prompt) + len(response) - 1]
+        yield row, row.gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
 @torch.inference_mode()
 def score(
     model: Qwen3ForCausalLM, prompts: list[list[int]], responses: list[list[int]], batch_size: int = 64
@@ -326,12 +334,10 @@ def score(
     """Log-probability of every response token and entropy of its distribution, both packed to [tokens]."""
     log_probs, entropies = [], []
     for start in range(0, len(prompts), batch_size):
-        pairs = list(zip(prompts, responses, strict=True))[start : start + batch_size]
-        logits = model(pad_right([prompt + response for prompt, response in pairs], PAD_ID)).logits
-        for row, (prompt, response) in zip(logits.log_softmax(-1), pairs, strict=True):
-            row = row[len(prompt) - 1 : len(prompt) + len(response) - 1]
-            log_probs.append(row.gather(1, torch.tensor(response)[:, None])[:, 0])
-            entropies.append(-(row.exp() * row).sum(-1))
+        batch = slice(start, start + batch_size)
+        for every, own in response_log_probs(model, prompts[batch], responses[batch]):
+            log_probs.append(own)
+            entropies.append(-(every.exp() * every).sum(-1))
     return torch.cat(log_probs), torch.cat(entropies)
 
 
@@ -419,18 +425,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "examples" / "tiny")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1600, help="warm-start steps of 32 examples")
-    parser.add_argument(
-        "--doubt",
-        type=float,
-        default=Mixture.doubt,
-        help="share of responses that do not follow a lie",
-    )
-    parser.add_argument(
-        "--answer-only",
-        type=float,
-        default=Mixture.answer_only,
-        help="share of right references that give only the answer",
-    )
+    parser.add_argument("--doubt", type=float, default=Mixture.doubt, help="share of responses that follow no lie")
+    parser.add_argument("--answer-only", type=float, default=Mixture.answer_only,
+                        help="share of right references that give only the answer")  # fmt: skip
     parser.add_argument("--lies", type=float, default=Mixture.lies, help="share of examples with a reference that lies")
     parser.add_argument("--start", type=Path, help="start from this model instead of random weights")
     parser.add_argument("--wrong-references", type=float, help="also write train.jsonl with this share of them wrong")

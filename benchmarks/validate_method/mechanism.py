@@ -20,11 +20,12 @@ from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.objectives.egrsd import confidence
 from megatron_egrsd.objectives.interface import Tokens
 from megatron_egrsd.objectives.signal import History, advantages
-from megatron_egrsd.report.scored_dump import batch_weights, load_scores
+from megatron_egrsd.report.scored_dump import batch_weights, dumped_tokens, load_scores
 from megatron_egrsd.system.files import write_text
 from tools import make_tiny_model as tiny
 
 GROUP = 8
+TYPES = ("result", "operation", "filler", "control", "structure")  # of tokens
 UNCERTAIN = 0.5  # a token with a normalised teacher entropy above this counts as uncertain
 
 
@@ -91,26 +92,16 @@ def measure(model_path: Path, wrong: bool) -> dict:
     types = [t for r in batch.responses for t in token_types([tiny.VOCABULARY[i] for i in r])]
     columns = {name: w["weight"] for name, w in weights.items()}
     columns |= {"uncertain": signal * (h > UNCERTAIN), "certain": signal * (h <= UNCERTAIN)}
+    gates = weights["egrsd"]["gate"], weights["cl_egrsd"]["gate"]
+    ahead = (1 - gates[1]) / members["cl_egrsd"].attenuation
+    # Uncertain tokens whose uncertainty is over within the lookahead (2 tokens), and those where it is sustained.
+    resolution = {"transient": (h > UNCERTAIN) & (ahead <= UNCERTAIN), "sustained": ahead > UNCERTAIN}
+    by_type = {name: torch.tensor([t == name for t in types]) for name in TYPES}
     return {
-        "types": _by_type(types, h, weights["egrsd"]["gate"], weights["cl_egrsd"]["gate"]),
-        "resolution": _by_resolution(h, weights["egrsd"]["gate"], weights["cl_egrsd"]["gate"]),
+        "types": {name: _shares(here, h, *gates) for name, here in by_type.items()},
+        "resolution": {name: _shares(here, h, *gates) for name, here in resolution.items()},
         "gradients": _gradients(model, batch, columns),
     }
-
-
-def _by_type(types: list[str], h: torch.Tensor, egrsd: torch.Tensor, cl: torch.Tensor) -> dict[str, dict[str, float]]:
-    found = {}
-    for name in ("result", "operation", "filler", "control", "structure"):
-        here = torch.tensor([t == name for t in types])
-        found[name] = _shares(here, h, egrsd, cl)
-    return found
-
-
-def _by_resolution(h: torch.Tensor, egrsd: torch.Tensor, cl: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Uncertain tokens whose uncertainty is over within the lookahead (2 tokens), and those where it is sustained."""
-    ahead = (1 - cl) / family()["cl_egrsd"].attenuation
-    transient, sustained = (h > UNCERTAIN) & (ahead <= UNCERTAIN), ahead > UNCERTAIN
-    return {name: _shares(here, h, egrsd, cl) for name, here in (("transient", transient), ("sustained", sustained))}
 
 
 def _shares(here: torch.Tensor, h: torch.Tensor, egrsd: torch.Tensor, cl: torch.Tensor) -> dict[str, float]:
@@ -130,23 +121,14 @@ def _gradients(model, batch: Sampled, columns: dict[str, torch.Tensor]) -> dict[
             for name in columns:
                 rows[name].append(torch.zeros(sum(p.numel() for p in parameters)))
             continue
-        log_prob = _log_prob(model, [tiny.prompt_ids(batch.problems[i]) for i in members],
-                             [batch.responses[i] for i in members])  # fmt: skip
+        prompts = [tiny.prompt_ids(batch.problems[i]) for i in members]
+        scored = tiny.response_log_probs(model, prompts, [batch.responses[i] for i in members])
+        log_prob = torch.cat([own for _, own in scored])
         for name, weight in columns.items():
             grads = torch.autograd.grad((weight[here] * log_prob).sum(), parameters, retain_graph=True)
             rows[name].append(torch.cat([g.flatten() for g in grads]))
     stacked = {name: torch.stack(r) for name, r in rows.items()}
     return {name: _signal_and_noise(g) for name, g in stacked.items()}
-
-
-def _log_prob(model, prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
-    """[T] with gradient."""
-    logits = model(tiny.pad_right([p + r for p, r in zip(prompts, responses, strict=True)], tiny.PAD_ID)).logits
-    parts = []
-    for row, prompt, response in zip(logits.log_softmax(-1), prompts, responses, strict=True):
-        row = row[len(prompt) - 1 : len(prompt) + len(response) - 1]
-        parts.append(row.gather(1, torch.tensor(response)[:, None])[:, 0])
-    return torch.cat(parts)
 
 
 def _signal_and_noise(g: torch.Tensor) -> dict[str, float]:
@@ -165,9 +147,9 @@ def entropies_over_training(run: Path, steps: tuple[int, ...]) -> list[dict[str,
     members, rows = family(), []
     for step in steps:
         rollouts = load_scores(run / "scores" / f"step_{step:06d}.jsonl")
+        tokens = dumped_tokens(rollouts)
+        entropy, bounds = tokens.teacher_entropy, tokens.cu_seqlens
         h = torch.cat([torch.from_numpy(r.normalized_entropy) for r in rollouts])
-        bounds = torch.tensor([0, *(len(r.response_ids) for r in rollouts)]).cumsum(0, dtype=torch.int32)
-        entropy = torch.cat([torch.from_numpy(r.teacher_entropy) for r in rollouts])
         gates = {name: confidence(entropy, bounds, members[name]).gate.mean().item() for name in ("egrsd", "cl_egrsd")}
         quantile = float(np.quantile(entropy.numpy(), members["cl_egrsd"].entropy_quantile))
         rows.append({"step": step, "quantile": quantile, "uncertain": (h > UNCERTAIN).float().mean().item()} | gates)

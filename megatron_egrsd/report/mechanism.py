@@ -8,14 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.egrsd import confidence, evidence_ratio, magnitude
-from megatron_egrsd.objectives.interface import batch_tokens
 from megatron_egrsd.report import figures
-from megatron_egrsd.report.scored_dump import ScoredRollout, load_scores
+from megatron_egrsd.report.scored_dump import ScoredRollout, dumped_tokens, dumps_of, load_scores
 
 REGIMES = ("lock", "mid", "pivot", "fork")
 _LOW, _HIGH = 0.5, 0.7  # quantiles of Hhat that bound the regimes
@@ -70,44 +68,32 @@ def measure(dumps: list[list[ScoredRollout]]) -> Mechanism:
     entropy, gap, weight, h, ahead, restored = (np.concatenate(column) for column in zip(*parts, strict=True))
     deciles = np.array_split(np.argsort(entropy, kind="stable"), 10)
     kind = regimes(h, ahead, *thresholds(h))
+    members = {name: np.flatnonzero(kind == i) for i, name in enumerate(REGIMES)}
 
-    def by_decile(values: np.ndarray) -> np.ndarray:
-        return np.array([values[members].mean() if len(members) else np.nan for members in deciles])
+    def mean(values: np.ndarray, of: np.ndarray) -> float:
+        return float(values[of].mean()) if len(of) else float("nan")
 
     return Mechanism(
         tokens=len(entropy),
         gamma=objective.attenuation,
         window=objective.lookahead,
-        entropy=by_decile(entropy),
-        gap=by_decile(gap),
-        weight=by_decile(weight),
-        share={name: float((kind == i).mean()) for i, name in enumerate(REGIMES)},
-        restored={
-            name: float(restored[kind == i].mean()) if (kind == i).any() else float("nan")
-            for i, name in enumerate(REGIMES)
-        },
+        entropy=np.array([mean(entropy, of) for of in deciles]),
+        gap=np.array([mean(gap, of) for of in deciles]),
+        weight=np.array([mean(weight, of) for of in deciles]),
+        share={name: len(of) / len(kind) for name, of in members.items()},
+        restored={name: mean(restored, of) for name, of in members.items()},
     )
 
 
 def _batch(scored: list[ScoredRollout], objective: ObjectiveConfig) -> tuple[np.ndarray, ...]:
     """(H, |delta|, w omega, Hhat, Hhat^CL, omega^CL - omega) of a batch's tokens, [T] each."""
-    lengths = [len(r.response_ids) for r in scored]
-    names = ("teacher_entropy", "teacher_log_prob", "student_log_prob")
-    scores = {name: torch.cat([torch.from_numpy(getattr(r, name)) for r in scored]) for name in names}
-    tokens = batch_tokens([r.advantage for r in scored], lengths, scores)
-    entropy, teacher, student = scores.values()
-    vocab_size = scored[0].vocab_size
+    tokens, vocab_size = dumped_tokens(scored), scored[0].vocab_size
+    entropy, teacher, student = tokens.teacher_entropy, tokens.teacher_log_prob, tokens.student_log_prob
     plain = confidence(entropy, tokens.cu_seqlens, replace(objective, lookahead=0), vocab_size=vocab_size)
     looking = confidence(entropy, tokens.cu_seqlens, objective, vocab_size=vocab_size)
     w = magnitude(evidence_ratio(tokens.advantage, teacher, student), objective.mix or 1.0, objective.ratio_clip)
-    columns = (
-        entropy,
-        (teacher - student).abs(),
-        w * plain.gate,
-        looking.normalized_entropy,
-        looking.lookahead_entropy,
-        looking.gate - plain.gate,
-    )
+    gap, restored = (teacher - student).abs(), looking.gate - plain.gate
+    columns = entropy, gap, w * plain.gate, looking.normalized_entropy, looking.lookahead_entropy, restored
     return tuple(column.double().numpy() for column in columns)
 
 
@@ -134,16 +120,10 @@ def table(found: Mechanism) -> str:
 def write_mechanism(target: Path, output: Path | None) -> tuple[str, Path]:
     """Measure a dump, or all dumps of a run, and draw the picture; returns the table and the picture's path.
 
-    Args:
-        output: A .png file; default: mechanism.png in the run, or beside the dump.
-
-    Raises:
-        BadArgument: There is no dump, or no teacher has scored it.
-        RunError: The picture cannot be written.
+    `output` is a .png file; default: mechanism.png in the run, or beside the dump. Raises BadArgument if there is no
+    dump, or if no teacher has scored it, RunError if the picture cannot be written.
     """
-    paths = [target] if target.is_file() else sorted(target.glob("scores/step_*.jsonl"))
-    if not paths:
-        raise BadArgument(f"{target} holds no scored rollouts; train with dump_scores true")
+    paths = [target] if target.is_file() else dumps_of(target).values()
     found = measure([load_scores(path) for path in paths])
     output = output or (target.parent if target.is_file() else target) / "mechanism.png"
     figures.save_png(figures.mechanism(found.gap, found.weight, found.share, found.restored), output)

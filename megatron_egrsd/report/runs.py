@@ -56,7 +56,11 @@ def read_run(path: Path, name: str = "") -> Run:
             steps[step] = row | {"step": step}
     if not steps and not evaluations:
         raise BadArgument(f"{file} holds no step and no evaluation")
-    return Run(name or path.resolve().name, _objective(path), _ordered(steps), _ordered(evaluations))
+    return Run(
+        name or path.resolve().name,
+        _objective(path),
+        *([rows[s] for s in sorted(rows)] for rows in (steps, evaluations)),
+    )
 
 
 def read_evaluations(path: Path) -> list[dict]:
@@ -65,10 +69,6 @@ def read_evaluations(path: Path) -> list[dict]:
     if not evaluations:
         raise BadArgument(f"{path / 'metrics.jsonl'} holds no evaluation; the run was made without data.evaluation")
     return evaluations
-
-
-def _ordered(rows: dict[int, dict]) -> list[dict]:
-    return [rows[step] for step in sorted(rows)]
 
 
 def _objective(path: Path) -> str:

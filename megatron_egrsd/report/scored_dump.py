@@ -74,6 +74,22 @@ class ScoredRollout:
     lookahead_entropy: np.ndarray | None = None
 
 
+def dumped_tokens(scored: list[ScoredRollout]) -> Tokens:
+    """Lay the rollouts of a dump end to end, with the scores that it holds."""
+    names = [f"{who}_{what}" for who in ("student", "teacher") for what in ("log_prob", "entropy")]
+    arrays = {name: [getattr(r, name) for r in scored] for name in names if getattr(scored[0], name) is not None}
+    scores = {name: torch.from_numpy(np.concatenate(parts)) for name, parts in arrays.items()}
+    return batch_tokens([r.advantage for r in scored], [len(r.response_ids) for r in scored], scores)
+
+
+def dumps_of(run: Path) -> dict[int, Path]:
+    """Return the dumps of a run by step. Raises BadArgument if there is none."""
+    found = {int(path.stem.removeprefix("step_")): path for path in sorted(run.glob("scores/step_*.jsonl"))}
+    if not found:
+        raise BadArgument(f"{run} holds no scored rollouts; train with dump_scores true")
+    return found
+
+
 def gather_scores(engine: "Engine", own: "dict[int, Scores] | None") -> dict[int, np.ndarray] | None:
     """Gather {rollout index: [2, T] log-prob and entropy} on rank 0; None elsewhere, or if `own` is None.
 

@@ -20,12 +20,11 @@ from markupsafe import Markup
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.egrsd import EGRSD, evidence_ratio, magnitude
-from megatron_egrsd.objectives.interface import batch_tokens
 from megatron_egrsd.objectives.signal import advantages
 from megatron_egrsd.report.family import NAMES, family, member, settings, title
 from megatron_egrsd.report.html import TEMPLATES, template
 from megatron_egrsd.report.mechanism import REGIMES, regimes, thresholds
-from megatron_egrsd.report.scored_dump import ScoredRollout, batch_weights, load_scores
+from megatron_egrsd.report.scored_dump import ScoredRollout, batch_weights, dumped_tokens, dumps_of, load_scores
 from megatron_egrsd.system.files import write_text
 
 MAX_TOKENS = 150_000  # tokens per page that a browser can still show quickly
@@ -85,11 +84,7 @@ def _weights(scored: list[ScoredRollout], objective: ObjectiveConfig) -> list[di
     """Of each rollout: omega and weight; of a member of the family also w, and Hhat as h and Hhat^CL as h_ahead."""
     if objective.function:
         return [{"omega": r.gate, "weight": r.weight} for r in scored]
-    lengths = [len(r.response_ids) for r in scored]
-    names = [f"{who}_{what}" for who in ("student", "teacher") for what in ("log_prob", "entropy")]
-    arrays = {n: np.concatenate([getattr(r, n) for r in scored]) for n in names if getattr(scored[0], n) is not None}
-    scores = {name: torch.from_numpy(values) for name, values in arrays.items()}
-    tokens = batch_tokens([r.advantage for r in scored], lengths, scores)
+    tokens, lengths = dumped_tokens(scored), [len(r.response_ids) for r in scored]
     weights = batch_weights(tokens, objective, scored[0].vocab_size, scored[0].history)
     columns = {"w": torch.ones_like(weights["weight"]), "omega": weights["gate"], "weight": weights["weight"]}
     if tokens.teacher_log_prob is not None:
@@ -183,9 +178,7 @@ def find_dump(target: Path, step: int | None) -> Path:
         if step is not None:
             raise BadArgument(f"--step chooses among the dumps of a run, but {target} is one file")
         return target
-    found = {int(p.stem.removeprefix("step_")): p for p in target.glob("scores/step_*.jsonl")}
-    if not found:
-        raise BadArgument(f"{target} holds no scored rollouts; train with dump_scores true")
+    found = dumps_of(target)
     if step is not None and step not in found:
         raise BadArgument(f"{target} holds no scores of step {step}; there are {min(found)} to {max(found)}")
     return found[max(found) if step is None else step]
