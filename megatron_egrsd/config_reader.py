@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from megatron_egrsd.config import Config, ObjectiveConfig
+from megatron_egrsd.config import BenchmarksConfig, Config, ObjectiveConfig, ServersConfig
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.evaluation.protocol import protocol_keys
 from megatron_egrsd.objectives import presets
@@ -14,13 +14,11 @@ from megatron_egrsd.objectives import presets
 # Keys under an older name, on the command line and in YAML files, config.yaml of an older run among them.
 RENAMED = {
     **{
-        f"rollout.{name}": f"rollout.servers.{name}"
-        for name in (
-            *("urls", "engines", "colocated", "host", "port", "cpu_threads", "max_concurrent_requests"),
-            *("max_total_tokens", "api_key_variable", "start_timeout", "health_timeout", "request_timeout"),
-            *("request_retries", "max_restarts"),
-        )
+        f"rollout.{f.name}": f"rollout.servers.{f.name}"
+        for f in dataclasses.fields(ServersConfig)
+        if f.name not in ("tensor_parallel", "args")  # see below
     },
+    **{f"evaluation.{f.name}": f"evaluation.benchmarks.{f.name}" for f in dataclasses.fields(BenchmarksConfig)},
     "objective.entropy_quantile_floor": "objective.entropy_floor",
     "rollout.engine_tensor_parallel": "rollout.servers.tensor_parallel",
     "rollout.server_args": "rollout.servers.args",
@@ -28,10 +26,6 @@ RENAMED = {
     "rollout.sync_bucket_mib": "rollout.sync.bucket_mib",
     "rollout.verify_sync": "rollout.sync.verify",
     "rollout.sync_timeout": "rollout.sync.timeout",
-    **{
-        f"evaluation.{name}": f"evaluation.benchmarks.{name}"
-        for name in ("sets", "directory", "hub", "instruction", "deterministic", "like")
-    },
 }
 _OLD_OPTION = re.compile(f"--({'|'.join(map(re.escape, RENAMED))})(?=$|[.+=])")
 
@@ -137,14 +131,15 @@ def preset_objective(name: str, **overrides: Any) -> ObjectiveConfig:
 def _one_sentence(message: str) -> str:
     """jsonargparse's message in the words of this project, with the nearest valid key; endless words are cut."""
     message = re.sub(r"(\S{200})\S+", r"\1...", message)
-    if match := re.search(r"unrecognized arguments: --([\w.\-]+)", message):
-        return f"no configuration key is called {match[1]}{nearest_key(match[1])}"
-    if match := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
-        key = f"{match[1]}.{match[2]}"
-        return f"no configuration key is called {key}{nearest_key(key)}"
-    if match := re.search(r"[Oo]ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'", message):
-        key = match[1] or match[2]
-        return f"no configuration key is called {key}{nearest_key(key)}"
+    for pattern in (
+        r"unrecognized arguments: --([\w.\-]+)",
+        r"Group '([\w.]+)' does not accept option '([\w.]+)'",
+        r"[Oo]ption '([\w.]+)' is not accepted",
+        r"does not accept option '([\w.]+)'",
+    ):
+        if match := re.search(pattern, message):
+            key = ".".join(match.groups())
+            return f"no configuration key is called {key}{nearest_key(key)}"
     if match := re.search(r'Parser key "([\w.]+)":\s+Expected a (.+?)\. Got value: (.*)', message, re.S):
         expected = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "")
         return f"{match[1]} is {match[3].strip()!r}, but it must be of type {expected}"

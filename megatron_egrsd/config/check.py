@@ -14,3 +14,16 @@ def require_positive(section: object, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         require(value > 0, f"{prefix}.{name} is {value}; it must be positive")
+
+
+def require_not_negative(section: object, prefix: str, *names: str) -> None:
+    """Raise BadArgument for the first field of `section` among `names` that is below 0, as "`prefix`.name"."""
+    for name in names:
+        value = getattr(section, name)
+        require(value >= 0, f"{prefix}.{name} is {value}; it must not be negative")
+
+
+def require_truncation(section: object, prefix: str) -> None:
+    """Raise BadArgument unless the fields `top_p` and `top_k` of `section` leave a token to sample."""
+    require(0 < section.top_p <= 1, f"{prefix}.top_p is {section.top_p}; it must lie in (0, 1]")  # type: ignore[attr-defined]
+    require_not_negative(section, prefix, "top_k")

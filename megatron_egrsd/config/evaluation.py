@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_egrsd.config.check import require
+from megatron_egrsd.config.check import require_not_negative, require_positive, require_truncation
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,6 @@ class EvaluationConfig:
     benchmarks: BenchmarksConfig = field(default_factory=BenchmarksConfig)
 
     def __post_init__(self):
-        require(self.every >= 0, "evaluation.every must not be negative")
-        require(self.rollouts_per_problem > 0, "evaluation.rollouts_per_problem must be positive")
-        require(self.temperature >= 0, "evaluation.temperature must not be negative")
-        require(0 < self.top_p <= 1, f"evaluation.top_p is {self.top_p}; it must lie in (0, 1]")
-        require(self.top_k >= 0, "evaluation.top_k must not be negative")
+        require_positive(self, "evaluation", "rollouts_per_problem")
+        require_not_negative(self, "evaluation", "every", "temperature")
+        require_truncation(self, "evaluation")

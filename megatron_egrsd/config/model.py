@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_egrsd.config.check import require
+from megatron_egrsd.config.check import require, require_positive
 from megatron_egrsd.errors import BadArgument
 
 
@@ -107,5 +107,4 @@ class DataConfig:
             not placeholders(self.student_template) & {"solution", "answer"},
             "data.student_template contains {solution} or {answer}: the student would read what only the teacher may",
         )
-        require(self.max_prompt_tokens > 0, "data.max_prompt_tokens must be positive")
-        require(self.reward_timeout > 0, "data.reward_timeout must be positive")
+        require_positive(self, "data", "max_prompt_tokens", "reward_timeout")

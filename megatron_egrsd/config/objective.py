@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_egrsd.config.check import require
+from megatron_egrsd.config.check import require, require_not_negative, require_positive
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,7 @@ class ObjectiveConfig:
             "lower the one or raise the other",
         )
         not_negative = ("lookahead", "mix_decay_steps", "entropy_floor", "advantage_warmup", "length_bonus")
-        for name in (*not_negative, "clip_high", "kl_coef"):
-            value = getattr(self, name)
-            require(value >= 0, f"objective.{name} is {value}; it must not be negative")
+        require_not_negative(self, "objective", *not_negative, "clip_high", "kl_coef")
         require(0 < self.entropy_quantile <= 1, "objective.entropy_quantile must lie in (0, 1]")
         require(0 <= self.clip_low < 1, "objective.clip_low must lie in [0, 1)")
         require(self.importance_cap is None or self.importance_cap > 0, "objective.importance_cap must be positive")
@@ -114,4 +112,4 @@ class TeacherConfig:
 
     def __post_init__(self):
         require(0 <= self.ema_decay < 1, "teacher.ema_decay must lie in [0, 1)")
-        require(self.snapshot_every > 0, "teacher.snapshot_every must be positive")
+        require_positive(self, "teacher", "snapshot_every")

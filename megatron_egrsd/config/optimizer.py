@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_egrsd.config.check import require, require_positive
+from megatron_egrsd.config.check import require, require_not_negative, require_positive
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,6 @@ class OptimizerConfig:
     updates_per_batch: int = 1
 
     def __post_init__(self):
-        require_positive(self, "optimizer", "lr")
+        require_positive(self, "optimizer", "lr", "updates_per_batch")
+        require_not_negative(self, "optimizer", "warmup_steps")
         require(0 <= self.min_lr <= self.lr, "optimizer.min_lr must lie in [0, optimizer.lr]")
-        require(self.updates_per_batch > 0, "optimizer.updates_per_batch must be positive")
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_egrsd.config.check import require, require_positive
+from megatron_egrsd.config.check import require, require_not_negative, require_positive, require_truncation
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class ServersConfig:
     def __post_init__(self):
         counts = ("engines", "tensor_parallel", "cpu_threads", "max_concurrent_requests")
         require_positive(self, "rollout.servers", *counts, "start_timeout", "health_timeout", "request_timeout")
-        for name in ("max_restarts", "request_retries"):
-            require(getattr(self, name) >= 0, f"rollout.servers.{name} must not be negative")
+        require_not_negative(self, "rollout.servers", "max_restarts", "request_retries")
         require(
             not (self.colocated and self.urls),
             "rollout.servers.colocated shares GPUs with servers that the run launches; empty rollout.servers.urls",
@@ -122,10 +121,9 @@ class RolloutConfig:
 
     def __post_init__(self):
         require_positive(self, "rollout", "prompts_per_step", "rollouts_per_prompt", "max_response_tokens")
-        require(self.dynamic_sampling >= 0, "rollout.dynamic_sampling must not be negative")
+        require_not_negative(self, "rollout", "dynamic_sampling")
+        require_truncation(self, "rollout")
         require(self.temperature > 0, "rollout.temperature must be positive: on-policy sampling needs T > 0")
-        require(0 < self.top_p <= 1, f"rollout.top_p is {self.top_p}; it must lie in (0, 1]")
-        require(self.top_k >= 0, f"rollout.top_k is {self.top_k}; it must not be negative")
         require(
             self.staleness in (0, 1) or (self.partial and self.staleness > 1),
             f"rollout.staleness is {self.staleness}; it must be 0 (on-policy) or 1 (the next batch is sampled while "

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_egrsd.config.check import require
+from megatron_egrsd.config.check import require, require_not_negative, require_positive
 from megatron_egrsd.config.evaluation import EvaluationConfig
 from megatron_egrsd.config.lora import LoraConfig
 from megatron_egrsd.config.model import DataConfig, ModelConfig
@@ -30,8 +30,8 @@ class CheckpointConfig:
     resume: str = ""
 
     def __post_init__(self):
-        require(self.every >= 0, "checkpoint.every must not be negative")
-        require(self.keep > 0, "checkpoint.keep must be positive")
+        require_not_negative(self, "checkpoint", "every")
+        require_positive(self, "checkpoint", "keep")
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def test_yaml_with_overrides_the_later_one_wins(tmp_path):
         (["--objective.length_bonus", "-1"], ["objective.length_bonus is -1", "negative"]),
         (["--objective.score_temperature", "0"], ["objective.score_temperature must be positive"]),
         (["--objective.preset", "ppo"], ["objective.preset is 'ppo'", "cl_egrsd, gate_off, grpo"]),
-        (["--teacher.snapshot_every", "0"], ["teacher.snapshot_every must be positive"]),
+        (["--teacher.snapshot_every", "0"], ["teacher.snapshot_every is 0; it must be positive"]),
         (["--optimizer.lr", "nan"], ["optimizer.lr"]),
         (["--objective.loss_normalization", "fixed"], ["objective.fixed_length"]),
         (["--rollout.rollouts_per_prompt", "0"], ["rollout.rollouts_per_prompt is 0", "positive"]),
