@@ -20,11 +20,7 @@ from megatron_egrsd.hf.architecture import Architecture
 class PromptBuilder:
     """Builder of prompts from problems by the tokenizer's chat template.
 
-    Args:
-        tokenizer: A Hugging Face tokenizer with a chat template.
-        config: Teacher template, system prompt, thinking mode, longest prompt.
-        max_response_tokens: Tokens a response may add.
-        context_length: Longest sequence of the model, in tokens.
+    A response may add `max_response_tokens` tokens; the model's longest sequence has `context_length`.
     """
 
     def __init__(self, tokenizer: Any, config: DataConfig, max_response_tokens: int, context_length: int):
@@ -105,21 +101,20 @@ class PromptBuilder:
             )
 
     def _check_length(self, problem_id: str, reader: str, ids: list[int]) -> None:
-        if len(ids) > self.config.max_prompt_tokens:
-            raise BadRow(
-                "over-long",
-                f"problem {problem_id}",
-                f"the {reader} prompt of problem {problem_id} has {len(ids)} tokens, more than data.max_prompt_tokens "
-                f"= {self.config.max_prompt_tokens}; raise that, remove the problem, or set data.bad_rows skip",
-            )
-        if len(ids) + self.max_response_tokens > self.context_length:
-            raise BadRow(
-                "over-long",
-                f"problem {problem_id}",
-                f"the {reader} prompt of problem {problem_id} has {len(ids)} tokens, which with "
-                f"rollout.max_response_tokens = {self.max_response_tokens} exceed the model's context of "
-                f"{self.context_length}; shorten the responses, remove the problem, or set data.bad_rows skip",
-            )
+        limit, most, room = self.config.max_prompt_tokens, self.max_response_tokens, self.context_length
+        if len(ids) > limit:
+            excess = f"more than data.max_prompt_tokens = {limit}; raise that"
+        elif len(ids) + most > room:
+            excess = (f"which with rollout.max_response_tokens = {most} exceed the model's context of {room}; "
+                      "shorten the responses")  # fmt: skip
+        else:
+            return
+        raise BadRow(
+            "over-long",
+            f"problem {problem_id}",
+            f"the {reader} prompt of problem {problem_id} has {len(ids)} tokens, {excess}, remove the problem, or set "
+            "data.bad_rows skip",
+        )
 
 
 def fill(template: str | Turns, problem: Problem) -> Turns:

@@ -61,8 +61,8 @@ class Architecture:
             )
         if config.get("attention_bias") or config.get("use_sliding_window"):
             raise BadArgument(f"{source} sets attention_bias or use_sliding_window, which Qwen3 releases do not use")
-        experts = _experts(config, source) if architectures == ["Qwen3MoeForCausalLM"] else {}
         try:
+            experts = _experts(config, source) if architectures == ["Qwen3MoeForCausalLM"] else {}
             return cls(
                 vocab_size=config["vocab_size"],
                 hidden_size=config["hidden_size"],
@@ -131,13 +131,10 @@ def _experts(config: dict, source: str) -> dict:
     """Return the fields of a mixture of experts. Raises BadArgument if some layers would be dense."""
     if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
         raise BadArgument(f"{source} mixes dense and expert layers, which Qwen3 releases do not do")
-    try:
-        return {
-            # transformers 5 renames it when it saves
-            "num_experts": config["num_local_experts" if "num_local_experts" in config else "num_experts"],
-            "experts_per_token": config["num_experts_per_tok"],
-            "expert_intermediate_size": config["moe_intermediate_size"],
-            "normalize_expert_weights": bool(config.get("norm_topk_prob", False)),
-        }
-    except KeyError as error:
-        raise BadArgument(f"{source} lacks the key {error}") from None
+    return {
+        # transformers 5 renames it when it saves
+        "num_experts": config["num_local_experts" if "num_local_experts" in config else "num_experts"],
+        "experts_per_token": config["num_experts_per_tok"],
+        "expert_intermediate_size": config["moe_intermediate_size"],
+        "normalize_expert_weights": bool(config.get("norm_topk_prob", False)),
+    }

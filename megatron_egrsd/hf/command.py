@@ -9,6 +9,8 @@ One process, no GPU, no parallel layout: any TP x PP x EP loads the result. docs
 """
 
 import argparse
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_egrsd.errors import BadArgument, RunError
@@ -136,21 +138,14 @@ def _dtype(arguments: argparse.Namespace):
     return getattr(torch, arguments.dtype) if arguments.dtype else None
 
 
-class _progress:
-    """A bar with bytes and rate on stderr; `with` gives the function to call with the bytes done."""
+@contextlib.contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Show a bar with bytes and rate on stderr; yield the function to call with the bytes done."""
+    from rich import progress
+    from rich.console import Console
 
-    def __init__(self, total: int, quiet: bool):
-        from rich import progress
-        from rich.console import Console
-
-        columns = (progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn(),
-                   progress.TimeRemainingColumn())  # fmt: skip
-        self._bar = progress.Progress(*columns, console=Console(stderr=True), disable=quiet)
-        self._task = self._bar.add_task("", total=total)
-
-    def __enter__(self):
-        self._bar.start()
-        return lambda nbytes: self._bar.advance(self._task, nbytes)
-
-    def __exit__(self, *exception) -> None:
-        self._bar.stop()
+    columns = (progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn(),
+               progress.TimeRemainingColumn())  # fmt: skip
+    with progress.Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda nbytes: bar.advance(task, nbytes)
