@@ -22,10 +22,8 @@ from megatron_egrsd.run.stopwatch import Stopwatch
 def main(config: Config) -> None:
     """Train as `config` says.
 
-    Raises:
-        BadArgument: The run cannot work; nothing was started.
-        RunError: Something failed later. It reaches every rank alike, between two updates, and the state is saved
-            before it goes on.
+    Raises BadArgument if the run cannot work; nothing was started then. Raises RunError if something failed later: on
+    every rank alike, between two updates, and after the state was saved.
     """
     prompts, heldout, tokenizer = prepare(config)
     if config.debug == "rollout-only":

@@ -16,14 +16,9 @@ Key = tuple[str, str, int]  # set, problem, index of the sample
 
 
 class SampleFile:
-    """The samples so far, and the file to which samples are appended.
+    """The samples so far, and the file to which samples are appended; made, with its directory, if it is missing.
 
-    Args:
-        path: The file; created, with its directory, if it is missing.
-        settings: The settings that determine a sample besides its problem. A file with other settings is refused.
-
-    Raises:
-        BadArgument: The file has other settings, is no sample file, or another process is writing it.
+    Raises BadArgument if the file has other `settings` than these, is no sample file, or another process is writing it.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):

@@ -39,8 +39,7 @@ class Placement(Protocol):
         "recovery" awaits servers that start again, with the memory that they expect to be free; the phase is
         "sampling" then. "end" ends the servers for good, if the engine needs their memory.
 
-        Raises:
-            ServersLost: On the way to "transfer" or "sampling"; enter "recovery", and try again.
+        Raises ServersLost on the way to "transfer" or "sampling": enter "recovery", and try again.
         """
 
 

@@ -22,12 +22,7 @@ class Fleet:
     `servers` holds all servers on rank 0, its own on the first rank of another node, and is None on all other ranks.
     Servers that the user started (`rollout.servers.urls`) are known to rank 0 alone.
 
-    Args:
-        config: Servers and weight transport.
-        model: Checkpoint and type that a launched server loads.
-        engine: Gives the weights.
-        output: Directory of the run; logs go into `output`/logs.
-        timeout: Seconds that one node waits for another.
+    Logs go into `output`/logs. One node waits `timeout` seconds for another.
     """
 
     def __init__(self, config: RolloutConfig, model: ModelConfig, engine: Engine, output: Path, timeout: float):
@@ -42,8 +37,7 @@ class Fleet:
         On several nodes each server listens on the address of its node that the first node reaches. A key that is made
         here keeps others out, unless `rollout.servers.api_key_variable` names one.
 
-        Raises:
-            BadArgument, RunError: On every rank, as RolloutServers says; `close` ends servers that were started.
+        Raises the errors of RolloutServers, on every rank; `close` ends servers that were started.
         """
         config, logs = self.config.servers, self.output / "logs"
         several = len(self.nodes) > 1 and not config.urls
@@ -73,9 +67,8 @@ class Fleet:
     def push(self, version: int) -> None:
         """Send the engine's weights to every server; compare them there if `rollout.sync.verify` is set.
 
-        Raises:
-            ServersLost: A server did not get them; call `mark_lost` and `recover`, and try again.
-            RunError: A server refused, cannot be started again, or holds other weights.
+        Raises ServersLost if a server did not get them: call `mark_lost` and `recover`, and try again. Raises RunError
+        if a server refused, cannot be started again, or holds other weights.
         """
         abandoned = on_first_rank(lambda: self.servers.abandoned)  # only rank 0 knows
         if self.servers is not None:

@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 def load_objective(config: "ObjectiveConfig", history: History | None = None) -> Objective:
     """Make the objective that `config.function` names with `config.options`, EGRSD if it names none.
 
-    Args:
-        history: What earlier steps leave to it; default: nothing, as before the first step.
-
-    Raises:
-        BadArgument: There is no such objective, or it does not take these options.
+    `history` is what earlier steps leave to it; default: nothing, as before the first step. Raises BadArgument if there
+    is no such objective, or if it does not take these options.
     """
     history = history or History()
     if not config.function:

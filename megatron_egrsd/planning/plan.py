@@ -38,12 +38,9 @@ def readable(size: float) -> str:
 def print_plan(config: Config, ranks: int | None = None, gpu_memory: int | None = None) -> None:
     """Check everything that needs no new process, and print the resolved plan, once per job.
 
-    Args:
-        ranks: Training ranks to plan for; default: torchrun's, else one.
-        gpu_memory: Bytes of a GPU; default: the size that torch reports, and no check if there is no GPU.
-
-    Raises:
-        BadArgument: Something cannot work. If the plan shows it, the plan is printed before.
+    Of `ranks` training ranks (default: torchrun's, else one) on GPUs of `gpu_memory` bytes (default: the size that
+    torch reports, and no check if there is no GPU). Raises BadArgument if something cannot work; if the plan shows it,
+    the plan is printed before.
     """
     if torchrun.rank() != 0:
         return

@@ -18,11 +18,8 @@ from megatron_egrsd.system import torchrun
 def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], list[Prompt], AutoTokenizer]:
     """Check a run, and return its training prompts, held-out prompts and tokenizer.
 
-    Args:
-        ranks: Training ranks to check for; default: torchrun's.
-
-    Raises:
-        BadArgument: Something cannot work. Nothing has been started or written.
+    `ranks` are the training ranks to check for; default: torchrun's. Raises BadArgument if something cannot work;
+    nothing has been started or written then.
     """
     arch = Architecture.from_pretrained(config.model.path)
     arch.check_parallel(config.parallel)

@@ -15,10 +15,8 @@ from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
 class Control:
     """Client for requests other than generation: weights, versions, memory. Used by one process.
 
-    Args:
-        servers: The servers that get every request. The end of a server is detected while the others answer.
-        timeout: Seconds from `start_clock` to the deadline of all requests.
-        only_here: Leave out servers that were launched on other nodes.
+    The end of a server is detected while the others answer. `timeout` is the seconds from `start_clock` to the deadline
+    of all requests. `only_here` leaves out servers that were launched on other nodes.
     """
 
     def __init__(self, servers: RolloutServers, timeout: float, only_here: bool = False):
@@ -51,9 +49,7 @@ class Control:
         A list holds one body per server, None for a server that is left out. `meanwhile` gets a function that raises
         if a request has failed: then that server will not take part in a broadcast.
 
-        Raises:
-            ServersLost: A server has ended, hangs, or its answer is not SGLang's.
-            RunError: A server refused the request.
+        Raises ServersLost if a server has ended, hangs, or its answer is not SGLang's, RunError if one refused.
         """
         bodies = [body] * len(self.urls) if isinstance(body, dict) else body
         requests = [self._threads.submit(self.request, "POST", url, endpoint, b)

@@ -7,15 +7,10 @@ import torch
 
 
 def multinomial_with_seed(log_probs: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Draw one index per row by the Gumbel-max trick; replaces SGLang's function of this name.
+    """Draw one index per row by the Gumbel-max trick; replaces SGLang's function of this name. Returns [N, 1] int64.
 
-    Args:
-        log_probs: [N, V], any float type; -inf is never drawn.
-        seed: [N] int64.
-        positions: [N] integer, the position of the token in its sequence.
-
-    Returns:
-        [N, 1] int64.
+    log_probs [N, V] of any float type, -inf is never drawn; seed [N] int64; positions [N] integer, of the token in its
+    sequence.
     """
     columns = torch.arange(log_probs.shape[1], device=log_probs.device)
     row = _mix(_mix(seed.long()) + positions.long())

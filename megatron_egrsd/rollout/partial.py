@@ -19,10 +19,7 @@ _POLL = 0.02  # seconds between two looks for added responses and for `stop`
 class SamplingPhase:
     """The sampling between two changes of the weights: in `thread`, until `stop`. For one calling thread.
 
-    Args:
-        client: Gives the servers, and the slots, which the earliest responses get first.
-        temperature: Sampling temperature.
-        thread: Free until `stop`.
+    The earliest responses get the slots of `client` first.
     """
 
     def __init__(self, client: RolloutClient, temperature: float, thread: ThreadPoolExecutor):
@@ -38,9 +35,8 @@ class SamplingPhase:
     def stop(self) -> None:
         """Block until no request is in flight; unfinished responses are partial responses then.
 
-        Raises:
-            ServersLost: No server was left; the tokens that they had sampled since the last stop are lost with them.
-            RunError: As RolloutClient.generate, or what `done` raised.
+        Raises ServersLost if no server was left: the tokens that they had sampled since the last stop are lost with
+        them. Raises the RunErrors of RolloutClient.generate, and any error of `done`.
         """
         self._stop = True
         self.future.result()

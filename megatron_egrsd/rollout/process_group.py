@@ -77,8 +77,7 @@ class BroadcastGroup:
     def broadcast(self, tensor: torch.Tensor, deadline: float, check: Callable[[], None]) -> None:
         """Send `tensor` to every server. `check` is polled meanwhile; it raises if a server cannot take part any more.
 
-        Raises:
-            RunError: A server closed its connection, or `deadline` (time.monotonic) has passed.
+        Raises RunError if a server closed its connection, or `deadline` (time.monotonic) has passed.
         """
         try:
             work = dist.broadcast(tensor, src=0, group=self._group, async_op=True)

@@ -16,9 +16,8 @@ _POLL = 0.5  # seconds between two requests to a router that knows no server yet
 def servers_behind(http: httpx.Client, url: str, patience: float) -> list[str]:
     """Return the URLs of the servers that the router at `url` knows, or `url` itself if it is no router.
 
-    Raises:
-        RunError: The router knows no server within `patience` seconds, or a server accepts no weights because it only
-            prefills, only decodes or does not speak HTTP.
+    Raises RunError if the router knows no server within `patience` seconds, or if a server accepts no weights because
+    it only prefills, only decodes or does not speak HTTP.
     """
     deadline = time.monotonic() + patience
     while (workers := _workers(http, url)) == []:

@@ -157,8 +157,7 @@ class RolloutServers:
     def mark_lost(self, server: Server, reason: str) -> None:
         """Mark `server` lost and, if this process launched it, start another in its place; returns at once.
 
-        Raises:
-            RunError: Servers have already been lost `config.max_restarts` times.
+        Raises RunError if servers have already been lost `config.max_restarts` times.
         """
         self._mark_lost([server], reason)
 

@@ -21,11 +21,7 @@ NamedTensors = Iterable[tuple[str, torch.Tensor]]
 class Transport:
     """Sends weights to the servers of `control`, in buckets. The methods raise the errors of `Control.on_all`.
 
-    Args:
-        control: The servers, with the deadline of all requests.
-        bucket_bytes: Size of the buckets.
-        device: Device of the tensors when they are sent.
-        directory: Parent of temporary files; None for the system's temporary directory.
+    The tensors are on `device` when they are sent. Temporary files go into `directory`, or the system's own place.
     """
 
     only_here: ClassVar[bool] = False  # whether it reaches only the servers that were launched on this node

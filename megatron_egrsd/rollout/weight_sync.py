@@ -25,12 +25,9 @@ class WeightSync:
     A failed push leaves the servers with a mixture of old and new weights: those we launched are started anew, and the
     next push, of the same weights, awaits them first.
 
-    Args:
-        servers: Receivers; they must all run the same model.
-        config: Transport, bucket size and timeout.
-        device: Where the tensors are when they are sent: CUDA broadcasts over NCCL, CPU over gloo.
-        output_directory: Parent of the temporary checkpoint of the disk transport (servers must see it too);
-            None takes the system's temporary directory.
+    All servers must run the same model. The tensors are on `device` when they are sent: CUDA broadcasts over NCCL, CPU
+    over gloo. The disk transport's checkpoint goes into `output_directory`, which the servers must see too, or into the
+    system's temporary directory.
     """
 
     def __init__(self, servers: RolloutServers, config: SyncConfig, device: torch.device | str,
@@ -53,9 +50,8 @@ class WeightSync:
 
         Servers that were lost before are awaited first. Afterwards every server counts again.
 
-        Raises:
-            ServersLost: A server died or hangs; push again, from the first tensor on.
-            RunError: A server refused, or cannot be started again.
+        Raises ServersLost if a server died or hangs: push again, from the first tensor on. Raises RunError if a server
+        refused, or cannot be started again.
         """
         if any(server.lost for server in self.servers.servers):
             self.servers.recover()
@@ -83,8 +79,7 @@ class WeightSync:
     def verify(self, named_tensors: NamedTensors) -> None:
         """Compare every weight that the servers hold with `named_tensors`, bit by bit, by checksums.
 
-        Raises:
-            RunError: Naming the first tensor that differs, is missing or is unexpected, and the server.
+        Raises RunError, which names the first tensor that differs, is missing or is unexpected, and the server.
         """
         self.control.start_clock()
         answers = self.control.on_all("weights_checker", {"action": "checksum"})

@@ -27,8 +27,7 @@ class UpdateGuard:
     def check(self, step: int, rollouts: list[Rollout], metrics: dict[str, float]) -> str:
         """Return "" if the update of `step` (from 1) was applied; else dump its rollouts and return the reason.
 
-        Raises:
-            RunError: More than `max_skipped_steps` updates in a row were skipped.
+        Raises RunError if more than `max_skipped_steps` updates in a row were skipped.
         """
         values = {"difference": metrics.get("sync/log_prob_difference"), "limit": self.limit}
         reasons = [text.format(**values) for key, text in _REASONS.items() if metrics.get(key)]

@@ -21,15 +21,9 @@ _HEADER_EVERY = 25  # lines, on a terminal; a file gets the header once
 
 
 class RunLog:
-    """Console, `output`/metrics.jsonl and TensorBoard event files in `output`/tensorboard.
+    """Console (or `file`), `output`/metrics.jsonl and TensorBoard event files in `output`/tensorboard.
 
     On a terminal the columns that do not fit are left out; a pipe gets all of them, without control codes.
-
-    Args:
-        output: Directory of the run; made if it is missing.
-        total_steps: Steps of the run, for progress and remaining time.
-        tensorboard: Write event files.
-        file: Where the lines go instead of stdout.
     """
 
     def __init__(self, output: Path, total_steps: int, tensorboard: bool = True, file: IO[str] | None = None):

@@ -53,10 +53,8 @@ class RolloutSource(Protocol):
 class LiveRollouts:
     """Rollouts sampled by SGLang, which gets the engine's weights after every update.
 
-    Args:
-        preemption: Checked while requests are in flight; ends their sampling.
-        seed: Seed of the servers.
-        stack: Ends requests, servers and thread, in this order.
+    `preemption` ends the sampling of requests in flight. `seed` is the servers'. `stack` ends requests, servers and
+    thread, in this order.
     """
 
     def __init__(self, config: Config, engine: Engine, tokenizer, preemption: Preemption, seed: int,
@@ -133,9 +131,8 @@ class LiveRollouts:
     def push_weights(self, version: int, watch: Stopwatch) -> None:
         """Stop sampling, then send the engine's weights; every rank streams its part.
 
-        Raises:
-            RunError: The next batch cannot be sampled, or weights did not arrive. Errors of sampling that `batch` can
-                recover from, and those that end the run anyway, wait for `batch`.
+        Raises RunError if the next batch cannot be sampled, or if weights did not arrive. Errors of sampling that
+        `batch` can recover from, and those that end the run anyway, wait for `batch`.
         """
         with watch("time/wait"):
             if self.config.rollout.staleness:  # weights never change under a request
@@ -185,8 +182,7 @@ class ReplayedRollouts:
 def load_replay(path: Path, config: Config, vocab_size: int, *, privileged: bool) -> list[Rollout]:
     """Load rollouts that `config` can train on as one batch, with teacher prompts if `privileged`.
 
-    Raises:
-        BadArgument: They do not fit the batch, the vocabulary or the objective.
+    Raises BadArgument if they do not fit the batch, the vocabulary or the objective.
     """
     rollouts = load_rollouts(path)
     prompts, n = config.rollout.prompts_per_step, config.rollout.rollouts_per_prompt

@@ -15,9 +15,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, remove it if not.
 
     The directory of `path` is made; an older file at `path` is replaced.
-
-    Raises:
-        RunError: If the file cannot be written or renamed (OSError), with the path and the reason.
+    Raises RunError, with the path and the reason, if the file cannot be written or renamed (OSError).
     """
     temporary = path.with_name(path.name + PARTIAL)
     try:
