@@ -82,11 +82,9 @@ class HFCheckpoint:
                 "its weights and its config.json do not belong together"
             )
         for name, shape in expected.items():
-            found = self._shape(name)
-            if found != shape:
-                raise BadArgument(
-                    f"{name} in {self.path} has shape {list(found)}, but config.json implies {list(shape)}"
-                )
+            found = self._slice(name).get_shape()
+            if found != list(shape):
+                raise BadArgument(f"{name} in {self.path} has shape {found}, but config.json implies {list(shape)}")
 
     def _slice(self, name: str):
         file = self._files[name]
@@ -94,9 +92,6 @@ class HFCheckpoint:
             return self._handle(file).get_slice(name)
         except SafetensorError:
             raise BadArgument(f"the index says that {file.name} holds {name}, but it does not") from None
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
 
     def dtype(self) -> torch.dtype:
         """Return the dtype of all weights. Raises BadArgument if they differ or are not bf16, fp16 or fp32."""

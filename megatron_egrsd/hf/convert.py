@@ -63,15 +63,8 @@ class ToMegatron:
         with staged(self.target, self.nbytes) as directory:
             (directory / RELEASE).mkdir()
             objects = [Object(*place, None) for place in extra_states(arch)]
-            write_torch_dist(
-                directory / RELEASE,
-                parts,
-                objects,
-                common_state(arch, self.dtype),
-                self.source_dtype,
-                self.dtype,
-                advance,
-            )
+            types, common = (self.source_dtype, self.dtype), common_state(arch, self.dtype)
+            write_torch_dist(directory / RELEASE, parts, objects, common, *types, advance)
             copy_assets(self.source, directory / SIDECAR)
             if self.dtype != self.source_dtype:
                 set_config_dtype(directory / SIDECAR / "config.json", self.dtype)
@@ -94,9 +87,8 @@ class ToHF:
         self.dtype = dtype or self.source_dtype
         self.shard_bytes = shard_bytes
         record = self.checkpoint.root / RECORD
-        self.stores_tied_head = (
-            like is None and record.is_file() and bool(read_json(record).get("stores_tied_head"))
-        ) and self.architecture.tied_embeddings
+        stored = read_json(record).get("stores_tied_head") if like is None and record.is_file() else False
+        self.stores_tied_head = bool(stored) and self.architecture.tied_embeddings
         self.nbytes = weight_bytes(self.architecture, self.dtype)
 
     def describe(self) -> str:

@@ -97,12 +97,8 @@ class TorchDistReader:
         columns, itemsize = math.prod(stored.shape[lead + 1 :]), stored.dtype.itemsize
         found, row = [], first
         while row < end:  # from one set of chunks to the next
-            chunks = [
-                chunk
-                for chunk in self._chunks_at(key, index)
-                if chunk.offsets[lead] <= row < chunk.offsets[lead] + chunk.sizes[lead]
-            ]
-            chunks.sort(key=lambda chunk: chunk.offsets[lead + 1 :])
+            here = [c for c in self._chunks_at(key, index) if c.offsets[lead] <= row < c.offsets[lead] + c.sizes[lead]]
+            chunks = sorted(here, key=lambda chunk: chunk.offsets[lead + 1 :])
             widths = [math.prod(chunk.sizes[lead + 1 :]) for chunk in chunks]
             if sum(widths) != columns:
                 raise RunError(
@@ -114,15 +110,12 @@ class TorchDistReader:
                 (self.directory / chunk.file, self._offset(key, chunk, (*index, row)), width * itemsize)
                 for chunk, width in zip(chunks, widths, strict=True)
             ]
+            rows = until - row
             if len(places) == 1:
                 path, offset, nbytes = places[0]
-                found.append(Range(path, offset, (until - row) * nbytes))
+                found.append(Range(path, offset, rows * nbytes))
             else:
-                found += [
-                    Range(path, offset + i * nbytes, nbytes)
-                    for i in range(until - row)
-                    for path, offset, nbytes in places
-                ]
+                found += [Range(path, offset + i * size, size) for i in range(rows) for path, offset, size in places]
             row = until
         return found
 
