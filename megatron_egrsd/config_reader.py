@@ -26,6 +26,7 @@ RENAMED = {
     "rollout.sync_bucket_mib": "rollout.sync.bucket_mib",
     "rollout.verify_sync": "rollout.sync.verify",
     "rollout.sync_timeout": "rollout.sync.timeout",
+    "rollout.lora_sync": "rollout.sync.lora",
 }
 _OLD_OPTION = re.compile(f"--({'|'.join(map(re.escape, RENAMED))})(?=$|[.+=])")
 

@@ -105,7 +105,29 @@ class Config:
             f"parallel.timeout is {self.parallel.timeout:g} s; it must exceed rollout.servers.request_timeout = "
             f"{limit:g} s, because the other ranks wait in a collective while rank 0 samples",
         )
+        self._check_lora()
         self._check_objective()
+
+    def _check_lora(self) -> None:
+        """Check what SGLang's own LoRA needs, if it gets the adapters."""
+        sync, servers = self.rollout.sync, self.rollout.servers
+        if not self.lora.enabled or sync.lora == "merged":
+            return
+        key = "rollout.sync.lora adapter"
+        require(not servers.urls, f"{key} needs servers that the run launches; empty rollout.servers.urls")
+        require(
+            not servers.colocated,
+            f"{key} needs servers that keep their weights, but rollout.servers.colocated makes them give up theirs "
+            "while the ranks train; take merged",
+        )
+        require(
+            sync.transport != "distributed",
+            f'{key} needs rollout.sync.transport "ipc" or "disk": SGLang takes no adapters from a process group',
+        )
+        require(
+            not (sync.verify and sync.transport == "disk"),
+            f'{key} with rollout.sync.verify needs rollout.sync.transport "ipc": SGLang checks no adapters from disk',
+        )
 
     def _check_objective(self) -> None:
         """Check the objective against the sampling."""

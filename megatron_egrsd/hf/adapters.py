@@ -84,6 +84,11 @@ def adapter_shapes(arch: Architecture, spec: AdapterSpec) -> dict[str, tuple[int
     return found
 
 
+def adapter_parameters(arch: Architecture, spec: AdapterSpec) -> int:
+    """Return the number of parameters of the adapter."""
+    return sum(map(math.prod, adapter_shapes(arch, spec).values()))
+
+
 def adapter_entries(arch: Architecture, spec: AdapterSpec) -> list[Entry]:
     """Return an Entry for every tensor of the adapter, in the order of `adapter_shapes`.
 

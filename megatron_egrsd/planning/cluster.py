@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 
 from megatron_egrsd.config import ParallelConfig, SyncConfig, TeacherConfig
+from megatron_egrsd.config.lora import ATTENTION, TARGETS
+from megatron_egrsd.hf.adapters import AdapterSpec, adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.machines import Machine
 from megatron_egrsd.planning.memory import (
     SERVER_SHARE,
     Placement,
     RankMemory,
+    adapter_shards,
     rank_memory,
     shard_shapes,
 )
@@ -89,35 +92,47 @@ def long_tailed(count: int, cut: int) -> list[int]:
     return lengths
 
 
-def best(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> Choice | None:
-    """Return the fastest division of `gpus` that fits, or None."""
+def best(
+    arch: Architecture, machine: Machine, gpus: int, batch: Batch, lora: AdapterSpec | None = None
+) -> Choice | None:
+    """Return the fastest division of `gpus` that fits, or None. `lora`: the adapters that are trained, if any are."""
     # In eighths: of a node where there is one, else of the cluster, where a whole node either trains or serves.
     shares = [gpus * eighth // 8 for eighth in range(1, 8)]
-    choices = itertools.chain(*(_choices(arch, machine, gpus - n, n, batch) for n in shares))
+    choices = itertools.chain(*(_choices(arch, machine, gpus - n, n, batch, lora) for n in shares))
     return min(choices, key=lambda choice: choice.step, default=None)
 
 
-def best_in_turns(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> Choice | None:
+def best_in_turns(
+    arch: Architecture, machine: Machine, gpus: int, batch: Batch, lora: AdapterSpec | None = None
+) -> Choice | None:
     """Return the fastest layout in which all `gpus` train and sample in turns (colocated), or None."""
-    timed = (replace(c, turns=turn_seconds(machine, c.kept)) for c in _choices(arch, machine, gpus, gpus, batch))
-    return min(timed, key=lambda choice: choice.step, default=None)
+    choices = _choices(arch, machine, gpus, gpus, batch, lora)
+
+    def in_turns(choice: Choice) -> Choice:
+        # The servers give up their weights, and need all of them again, also if only adapters are trained.
+        sync = sync_seconds(machine, arch, choice.parallel, SyncConfig().bucket_mib << 20)
+        return replace(choice, sync=sync, turns=turn_seconds(machine, choice.kept))
+
+    return min(map(in_turns, choices), key=lambda choice: choice.step, default=None)
 
 
-def _choices(arch: Architecture, machine: Machine, serving: int, training: int, batch: Batch) -> Iterator[Choice]:
+def _choices(
+    arch: Architecture, machine: Machine, serving: int, training: int, batch: Batch, lora: AdapterSpec | None = None
+) -> Iterator[Choice]:
     if (served := _generate(arch, machine, serving, batch)) is None:
         return
     students = [batch.student_prompt + n for n in batch.responses]
     teachers = [batch.teacher_prompt + n for n in batch.responses]
     response_rows = sum(batch.responses)
     for parallel in _layouts(arch, machine, training, len(students), max(teachers)):
-        memory = _memory(arch, parallel, training)
+        memory = _memory(arch, parallel, training, lora)
         if memory.total > TRAINER_SHARE * machine.memory:
             continue
-        score = pass_seconds(machine, arch, parallel, training, teachers, response_rows, train=False)
-        train = pass_seconds(machine, arch, parallel, training, students, response_rows, train=True)
-        own = _parameters(arch, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.expert)
+        score = pass_seconds(machine, arch, parallel, training, teachers, response_rows, train=False, lora=lora)
+        train = pass_seconds(machine, arch, parallel, training, students, response_rows, train=True, lora=lora)
+        own = _trained(arch, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.expert, lora)
         train += update_seconds(machine, parallel, training, own)
-        sync = sync_seconds(machine, arch, parallel, SyncConfig().bucket_mib << 20)
+        sync = sync_seconds(machine, arch, parallel, SyncConfig().bucket_mib << 20, lora)
         yield Choice(serving, served[1], training, parallel, memory.total, memory.kept, served[0], score, train, sync)
 
 
@@ -164,18 +179,21 @@ def _layouts(arch, machine, ranks, rollouts, longest) -> Iterator[ParallelConfig
 
 
 @functools.cache
-def _parameters(arch: Architecture, tensor: int, pipeline: int, virtual_pipeline: int, expert: int) -> int:
-    """Return the parameters of a rank of the first or the last pipeline stage, of the one that has more."""
+def _trained(
+    arch: Architecture, tensor: int, pipeline: int, virtual_pipeline: int, expert: int, lora: AdapterSpec | None
+) -> int:
+    """Return the trained parameters of a rank of the first or the last pipeline stage, of the one that has more."""
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual_pipeline, expert=expert)
-    stages = (shard_shapes(arch, parallel, stage) for stage in {0, pipeline - 1})
+    of_stage = functools.partial(adapter_shards, spec=lora) if lora else shard_shapes
+    stages = (of_stage(arch, parallel, stage) for stage in {0, pipeline - 1})
     return max(sum(math.prod(shape) for chunk in chunks for shape in chunk.values()) for chunks in stages)
 
 
-def _memory(arch: Architecture, parallel: ParallelConfig, ranks: int) -> RankMemory:
+def _memory(arch: Architecture, parallel: ParallelConfig, ranks: int, lora: AdapterSpec | None) -> RankMemory:
     """The largest rank: the first stage has most micro-batches in flight, the last one the LM head."""
     stages, place = {0, parallel.pipeline - 1}, Placement(gpu=True, transformer_engine=True)
     tokens, bucket = parallel.max_tokens_per_microbatch, SyncConfig().bucket_mib << 20
-    sizes: dict[str, Any] = {"tokens": tokens, "itemsize": 2, "bucket_bytes": bucket}
+    sizes: dict[str, Any] = {"tokens": tokens, "itemsize": 2, "bucket_bytes": bucket, "lora": lora}
     memory = (rank_memory(arch, parallel, ranks, stage, place, **sizes, teacher=TeacherConfig()) for stage in stages)
     return max(memory, key=lambda m: m.total)
 
@@ -184,34 +202,39 @@ _COLUMNS = ("model", "GPUs", "rollouts", "serving", "training", "a GPU", "genera
             "one step off", "colocated", "bottleneck", "tokens/s a GPU")  # fmt: skip
 
 
-def table(machine: Machine, models: list[str], rollouts: dict[int, int], cut: int) -> Iterator[str]:
+def table(machine: Machine, models: list[str], rollouts: dict[int, int], cut: int, rank: int = 0) -> Iterator[str]:
     """Yield lines of Markdown: for each model and number of GPUs the fastest division that fits.
 
-    `rollouts` has the rollouts of a step for each number of GPUs; responses are cut at `cut` tokens.
+    `rollouts` has the rollouts of a step for each number of GPUs; responses are cut at `cut` tokens. Adapters of `rank`
+    are trained, of a mixture of experts those of attention; all weights if it is 0.
     """
     yield f"| {' | '.join(_COLUMNS)} |"
     yield "|---" * len(_COLUMNS) + "|"
     for name in models:
         arch = architecture(name)
+        lora = AdapterSpec(rank, 2 * rank, ATTENTION if arch.num_experts else TARGETS) if rank else None
         for gpus, count in rollouts.items():
             batch = Batch(300, 1500, long_tailed(count, cut))
-            turns, cells = best_in_turns(arch, machine, gpus, batch), [Path(name).name, str(gpus), f"{count:,}"]
-            if c := best(arch, machine, gpus, batch):
+            turns, cells = best_in_turns(arch, machine, gpus, batch, lora), [Path(name).name, str(gpus), f"{count:,}"]
+            if c := best(arch, machine, gpus, batch, lora):
                 servers = f"{c.serving // c.engine_tensor} x TP {c.engine_tensor}"
                 cells += [servers, f"{c.training}: {c.layout}", f"{c.memory / 2**30:.0f} GiB"]
                 seconds = c.generate, c.score, c.train, c.sync, c.step, c.one_step_off
                 cells += [f"{value:.1f} s" for value in seconds]
                 last = [c.bottleneck, f"{sum(batch.responses) / c.step / gpus:,.0f}"]
             else:
-                cells += ["does not fit", f"{training_state(arch) / 2**30:,.0f} GiB to train", *[""] * 7]
+                cells += ["does not fit", f"{training_state(arch, lora) / 2**30:,.0f} GiB to train", *[""] * 7]
                 last = ["", ""]
             cells += [f"{turns.step:.1f} s: {turns.layout}" if turns else "-", *last]
             yield f"| {' | '.join(cells)} |"
 
 
-def training_state(arch: Architecture) -> int:
-    """Bytes of weights, gradients and Adam over all ranks: 2 + 4 + 12 a parameter."""
-    return 18 * arch.num_parameters
+def training_state(arch: Architecture, lora: AdapterSpec | None = None) -> int:
+    """Bytes of weights, gradients and Adam over all ranks: 2 + 4 + 12 a parameter that is trained, 2 of a frozen one.
+
+    A frozen teacher is 2 more; with adapters it is the frozen weights themselves.
+    """
+    return 2 * arch.num_parameters + 18 * adapter_parameters(arch, lora) if lora else 20 * arch.num_parameters
 
 
 def architecture(name: str) -> Architecture:

@@ -4,6 +4,8 @@ The resident bytes (weights, gradients, optimizer, teacher) follow the buffers o
 bytes of a step follow the tensors that autograd keeps. tests/parallel/test_memory.py compares both with the engine on
 CPU. Transformer Engine's layers are counted from its source and have not been measured.
 
+With adapters (LoRA) the weights are frozen: only adapters have gradients, optimizer and, as a teacher, copies.
+
 Symbols: T tokens of a micro-batch on one rank, all of which may be response tokens; b bytes of a weight; H, F, D, N, G,
 V as in hf/mapping.py.
 """
@@ -16,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_egrsd.config import ParallelConfig, TeacherConfig
+from megatron_egrsd.hf.adapters import AdapterSpec, adapter_entries, adapter_shapes
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.mapping import entries, hf_shapes
 from megatron_egrsd.vocab_parallel.linear import chunk_plan
@@ -95,6 +98,18 @@ def _one_layer(arch: Architecture, tensor: int, expert: int) -> dict[str, torch.
     return shapes
 
 
+def adapter_shards(
+    arch: Architecture, parallel: ParallelConfig, stage: int, spec: AdapterSpec
+) -> list[dict[str, torch.Size]]:
+    """Return {local name (layers from 0): shape} of every adapter tensor of a rank of `stage`, one dict per chunk."""
+    template, shapes = replace(arch, num_layers=arch.num_layers // parallel.layer_chunks), {}
+    full = adapter_shapes(template, spec)
+    for entry in adapter_entries(template, spec):
+        tensor = torch.empty(full[entry.hf[0]], device="meta")
+        shapes[entry.megatron] = entry.layout.shard(tensor, 0, parallel.tensor).shape
+    return [dict(shapes) for _ in range(parallel.virtual_pipeline)]
+
+
 def rank_memory(
     arch: Architecture,
     parallel: ParallelConfig,
@@ -108,6 +123,7 @@ def rank_memory(
     teacher: TeacherConfig,
     needs_teacher: bool = True,
     needs_reference: bool = False,
+    lora: AdapterSpec | None = None,
 ) -> RankMemory:
     """Return the bytes of a rank of pipeline stage `stage` for micro-batches of at most `tokens` tokens on a rank.
 
@@ -116,14 +132,18 @@ def rank_memory(
         bucket_bytes: Size of a bucket of the weight sync.
         teacher: The weights that the teacher scores with, kept if `needs_teacher` and if they are not the current ones.
         needs_reference: Whether the initial weights are kept, for a KL penalty.
+        lora: The adapters that are trained; None if all weights are.
     """
     b = itemsize
     chunks = shard_shapes(arch, parallel, stage)
+    trained = adapter_shards(arch, parallel, stage, lora) if lora else chunks
     replicas = world_size // (parallel.tensor * parallel.pipeline)  # of a weight: context parallelism splits none
-    resident = _resident(chunks, parallel, world_size // parallel.pipeline, b)
-    if needs_teacher and teacher.weights != "live":
-        resident[f"teacher ({teacher.weights})"] = _numel(chunks) * (4 if teacher.weights == "ema" else b)
-    if needs_reference and "teacher (frozen)" not in resident:
+    resident = {"frozen weights": _numel(chunks) * b} if lora else {}
+    resident |= _trained(trained, parallel, world_size // parallel.pipeline, b, "adapters" if lora else "weights")
+    # With adapters the frozen teacher and the initial weights are the frozen weights themselves.
+    if needs_teacher and teacher.weights != "live" and not (lora and teacher.weights == "frozen"):
+        resident[f"teacher ({teacher.weights})"] = _numel(trained) * (4 if teacher.weights == "ema" else b)
+    if needs_reference and not lora and "teacher (frozen)" not in resident:
         resident["initial weights (KL)"] = _numel(chunks) * b
     if place.gpu:
         resident["CUDA runtime"] = GPU_RUNTIME_BYTES
@@ -135,9 +155,10 @@ def rank_memory(
     is_last = stage == parallel.pipeline - 1
     h = arch.hidden_size // (parallel.tensor if parallel.sequence_parallel else 1)
     layer = layer_activations(arch, parallel.tensor, h, b, place, parallel.context)
+    layer += adapter_activations(arch, parallel.tensor, b, lora) if lora else 0
     kept = layers * (h * b if parallel.recompute else layer) + (0 if is_last else h * b)
     activations = {"activations": in_flight * tokens * kept}
-    head = lm_head(arch, parallel.tensor, tokens, b, place) | {
+    head = lm_head(arch, parallel.tensor, tokens, b, place, frozen=lora is not None) | {
         "final norm": tokens * (_norm(h, b, place) + (arch.hidden_size * b if parallel.sequence_parallel else 0))
     }
     backward = {"gradients of activations": tokens * _layer_gradients(arch, parallel.tensor, h, b, place)}
@@ -146,9 +167,9 @@ def rank_memory(
     phases = {"backward pass of the layers": activations | backward}
     if is_last:
         phases["backward pass of the LM head"] = activations | head
-    phases["optimizer step"] = {"temporaries": _adam_temporaries(chunks, parallel, replicas, place)}
+    phases["optimizer step"] = {"temporaries": _adam_temporaries(trained, parallel, replicas, place)}
     if teacher.weights == "ema" and b < 4:
-        phases["scoring"] = {"teacher in the type of the weights": _numel(chunks) * b,
+        phases["scoring"] = {"teacher in the type of the weights": _numel(trained) * b,
                              "one layer": tokens * layer}  # fmt: skip
     rank = stage * (world_size // parallel.pipeline)
     if rank == 0:
@@ -159,8 +180,10 @@ def rank_memory(
     return RankMemory(rank, stage, resident, phases)
 
 
-def _resident(chunks: list[dict[str, torch.Size]], parallel: ParallelConfig, stage_ranks: int, b: int):
-    """Return the bytes of weights, gradients and optimizer state.
+def _trained(
+    chunks: list[dict[str, torch.Size]], parallel: ParallelConfig, stage_ranks: int, b: int, name: str
+) -> dict[str, int]:
+    """Return the bytes of the weights that are trained, as `name`, and of their gradients and optimizer state.
 
     Source: megatron-core's _ParamAndGradBuffer (fp32 gradients, grad_reduce_in_fp32), its Float16 and distributed
     optimizers (an fp32 copy of weights that are not fp32, two fp32 moments).
@@ -174,7 +197,7 @@ def _resident(chunks: list[dict[str, torch.Size]], parallel: ParallelConfig, sta
         weights += buffer * b
         gradients += buffer * 4
         optimizer += (buffer // ranks if sharded else buffer) * (8 + (4 if b < 4 else 0))
-    return {"weights": weights, "gradients (fp32)": gradients, "optimizer": optimizer}
+    return {name: weights, "gradients (fp32)": gradients, "optimizer": optimizer}
 
 
 def _buffer_numel(sizes: list[int], data_parallel: int) -> int:
@@ -225,6 +248,14 @@ def layer_activations(arch: Architecture, tensor: int, h: int, b: int, place: Pl
     return norms + attention + _mlp(arch, tensor, h, b, place)
 
 
+def adapter_activations(arch: Architecture, tensor: int, b: int, lora: AdapterSpec) -> int:
+    """Return the bytes per token that the adapters of one layer keep: A x of each projection.
+
+    Its input x is kept for the layer's norm or activation already.
+    """
+    return b * lora.rank * len(lora.targets)
+
+
 def _mlp(arch: Architecture, tensor: int, h: int, b: int, place: Placement) -> int:
     """Return SwiGLU's bytes per token: fc1's output, fc2's input; unfused (CPU) also SiLU's output and linear half."""
     rows = 3 if place.gpu else 5
@@ -242,7 +273,9 @@ def _layer_gradients(arch: Architecture, tensor: int, h: int, b: int, place: Pla
     return b * (4 * width + 2 * h)
 
 
-def lm_head(arch: Architecture, tensor: int, tokens: int, b: int, place: Placement) -> dict[str, int]:
+def lm_head(
+    arch: Architecture, tensor: int, tokens: int, b: int, place: Placement, frozen: bool = False
+) -> dict[str, int]:
     """Return the bytes of vocab_parallel.linear in the backward pass of `tokens` response rows, by name."""
     columns = arch.padded_vocab_size(tensor) // tensor
     logit = 4 if place.gpu else b
@@ -251,11 +284,11 @@ def lm_head(arch: Architecture, tensor: int, tokens: int, b: int, place: Placeme
     buffer = min(chunk, columns - kept)
     cast = chunk * b if logit > b else 0  # the gradient of one chunk, in the type of the weights
     rows = tokens * arch.hidden_size
-    return {
+    head = {
         "LM head: logits kept and one chunk": tokens * ((kept + buffer) * logit + cast),
         "LM head: rows and their gradient": rows * (b + 4 + b),
-        "LM head: gradient of the weight": columns * arch.hidden_size * b,
     }
+    return head if frozen else head | {"LM head: gradient of the weight": columns * arch.hidden_size * b}
 
 
 def _adam_temporaries(

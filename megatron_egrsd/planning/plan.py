@@ -5,6 +5,7 @@ It needs one process and no GPU for any world size. A run that cannot work is re
 
 import functools
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -15,10 +16,13 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_egrsd.config import Config, ParallelConfig
+from megatron_egrsd.config import Config, LoraConfig, ParallelConfig
+from megatron_egrsd.config.lora import ATTENTION, TARGETS
 from megatron_egrsd.data.packing import schedule
 from megatron_egrsd.data.samples import Prompt
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.hf.adapter_file import configured_spec
+from megatron_egrsd.hf.adapters import adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.objectives.load import needs_teacher
 from megatron_egrsd.planning.memory import SERVER_SHARE, Placement, RankMemory, rank_memory
@@ -88,6 +92,10 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
     p, r, o = config.parallel, config.rollout, config.optimizer
     padded = arch.padded_vocab_size(p.tensor)
     plan.add("model", f"{arch.num_parameters:,} parameters, {arch.num_layers} layers, {config.model.dtype}")
+    if spec := configured_spec(config.lora):
+        count = _trained_parameters(config, arch)
+        plan.add("", f"LoRA r {spec.rank}, alpha {spec.alpha:g}, on {', '.join(spec.targets)}: {count:,} parameters "
+                     f"({count / arch.num_parameters:.2%}) are trained")  # fmt: skip
     plan.add(
         "vocabulary",
         f"{arch.vocab_size:,} tokens, padded to {padded:,} ({padded // p.tensor:,} a tensor-parallel rank)",
@@ -205,12 +213,16 @@ def memory_of_stages(config: Config, arch: Architecture, ranks: int, place: Plac
         teacher=config.teacher,
         needs_teacher=needs_teacher(config.objective),
         needs_reference=bool(config.objective.kl_coef),
+        lora=configured_spec(config.lora),
     )
     return [memory(stage) for stage in range(config.parallel.pipeline)]
 
 
 def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, longest: int, gpu_memory: int) -> str:
-    """Return advice: the first change of the parallel section, from mild to severe, with which the model fits."""
+    """Return advice: the first change of the parallel section, from mild to severe, with which the model fits.
+
+    Adapters in place of all weights change what is trained, so they are named only if no layout fits.
+    """
     p = config.parallel
     changes: list[dict[str, Any]] = [
         {"distributed_optimizer": True},
@@ -231,7 +243,15 @@ def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, lo
         if max(m.total for m in memory_of_stages(other, arch, ranks, place, tokens)) <= gpu_memory:
             new = {k: v for k, v in change.items() if getattr(p, k) != v}
             return "it fits with " + ", ".join(f"--parallel.{k} {str(v).lower()}" for k, v in new.items())
-    return "neither recomputation, the distributed optimizer nor more TP, PP or CP makes it fit: it takes more GPUs"
+    none = "neither recomputation, the distributed optimizer nor more TP, PP or CP makes it fit"
+    if not config.lora.enabled:
+        targets = ATTENTION if arch.num_experts else TARGETS
+        lora = replace(config, lora=LoraConfig(rank=64, targets=list(targets)))
+        tokens = _longest_micro_batch(config, longest, ranks)
+        if max(m.total for m in memory_of_stages(lora, arch, ranks, place, tokens)) <= gpu_memory:
+            names = f" --lora.targets {json.dumps(targets, separators=(',', ':'))}" if arch.num_experts else ""
+            return f"{none}; adapters alone would fit: --lora.rank 64{names}"
+    return f"{none}: it takes more GPUs"
 
 
 def _add_servers(plan: Plan, config: Config, arch: Architecture, prompts, gpu_memory: int | None) -> None:
@@ -274,26 +294,40 @@ def _add_servers(plan: Plan, config: Config, arch: Architecture, prompts, gpu_me
         )
 
 
+def _trained_parameters(config: Config, arch: Architecture) -> int:
+    """Return the parameters that are trained: those of the adapters, or all."""
+    spec = configured_spec(config.lora)
+    return adapter_parameters(arch, spec) if spec else arch.num_parameters
+
+
 def checkpoint_bytes(config: Config, arch: Architecture) -> int:
-    """Return the bytes of a training checkpoint: weights, Adam's moments, the optimizer's fp32 weights, teacher."""
+    """Return the bytes of a training checkpoint: weights, Adam's moments, the optimizer's fp32 weights, teacher.
+
+    With adapters it holds those alone.
+    """
     b = getattr(torch, config.model.dtype).itemsize
     main = 4 if b < 4 or config.parallel.distributed_optimizer else 0
     teacher = {"ema": 4, "snapshot": b}.get(config.teacher.weights, 0) if needs_teacher(config.objective) else 0
-    return arch.num_parameters * (b + 8 + main + teacher)
+    return _trained_parameters(config, arch) * (b + 8 + main + teacher)
 
 
 def _add_disk(plan: Plan, config: Config, arch: Architecture) -> None:
     """Add the bytes that the run writes and the free bytes; a refusal if these are too few or not writable."""
-    export = arch.num_parameters * getattr(torch, config.model.dtype).itemsize
+    b = getattr(torch, config.model.dtype).itemsize
+    model, adapter = arch.num_parameters * b, _trained_parameters(config, arch) * b
+    exports = {"final model": model}
+    if config.lora.enabled:
+        kinds = {"merged": exports, "adapter": {"final adapter": adapter}}
+        exports = kinds.get(config.lora.export) or exports | {"adapter": adapter}
     one_checkpoint = checkpoint_bytes(config, arch)
     # At most at once: the newest `keep`, the best one if there is an evaluation, and the one being written.
     count = config.checkpoint.keep + 1 + bool(config.data.evaluation) if config.checkpoint.every else 0
-    needed = export + count * one_checkpoint
-    parts = [f"final model {readable(export)}"]
+    needed = sum(exports.values()) + count * one_checkpoint
+    parts = [f"{name} {readable(size)}" for name, size in exports.items()]
     parts += [f"{count} checkpoints of {readable(one_checkpoint)}"] if count else []
     if config.rollout.sync.transport == "disk":
-        needed += export
-        parts.append(f"weight sync {readable(export)}")
+        needed += model
+        parts.append(f"weight sync {readable(model)}")
     output = Path(config.output).resolve()
     existing = next(path for path in (output, *output.parents) if path.exists())
     free = shutil.disk_usage(existing).free

@@ -9,9 +9,11 @@ from megatron_egrsd.data.prompt_builder import prompt_builder
 from megatron_egrsd.data.prompts import load_prompts
 from megatron_egrsd.data.samples import Prompt
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.hf.adapter_file import AdapterFile, configured_spec
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.objectives.load import check_objective, needs_teacher
 from megatron_egrsd.rewards.reward import load_reward
+from megatron_egrsd.rollout.server_command import check_served
 from megatron_egrsd.system import torchrun
 
 
@@ -23,6 +25,12 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
     """
     arch = Architecture.from_pretrained(config.model.path)
     arch.check_parallel(config.parallel)
+    if spec := configured_spec(config.lora):
+        spec.check(arch)
+        if config.rollout.sync.lora == "adapter":
+            check_served(spec.targets)
+    if config.lora.init:
+        AdapterFile(config.lora.init, arch)
     config.check_world(ranks or torchrun.world_size())
     check_objective(config.objective)
     output = Path(config.output)

@@ -1,7 +1,8 @@
 """How long a step takes: sampling, scoring, training and weight sync, from sizes and a machine's constants.
 
 Floating-point operations: a matrix product of m x k by k x n is 2mkn. Causal attention over a sequence of s tokens is
-2 N D s^2 a layer (two products, half of each masked). A backward pass is two forward passes. Bytes of a collective are
+2 N D s^2 a layer (two products, half of each masked). A backward pass is two forward passes; one, with adapters: frozen
+weights have no gradients. Bytes of a collective are
 those of the ring algorithms. Within a phase nothing overlaps; `step_seconds` puts the phases together.
 docs/measurements/scaling.md derives and discusses it.
 """
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_egrsd.config import ParallelConfig
+from megatron_egrsd.hf.adapters import AdapterSpec, adapted_weights, adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.hf.mapping import hf_shapes
 from megatron_egrsd.planning.machines import Machine
 
 
@@ -60,8 +63,28 @@ def layer_parameters(arch: Architecture) -> tuple[int, int]:
 def forward_flops(arch: Architecture, lengths: Sequence[int]) -> float:
     """FLOPs of one forward pass through the layers over sequences of `lengths` tokens."""
     used, _ = layer_parameters(arch)
-    squares = sum(n * n for n in lengths)
-    return 2.0 * used * sum(lengths) + 2.0 * arch.num_layers * arch.num_heads * arch.head_dim * squares
+    return 2.0 * used * sum(lengths) + attention_flops(arch, lengths)
+
+
+def attention_flops(arch: Architecture, lengths: Sequence[int]) -> float:
+    """FLOPs of the products of queries, keys and values in one forward pass."""
+    return 2.0 * arch.num_layers * arch.num_heads * arch.head_dim * sum(n * n for n in lengths)
+
+
+def training_flops(
+    arch: Architecture, lengths: Sequence[int], rows: int, *, recompute: bool, lora: AdapterSpec | None = None
+) -> float:
+    """FLOPs of a forward and a backward pass over `lengths`, with `rows` rows of the LM head.
+
+    With adapters a frozen weight has no gradient: its products are two, not three. The LM head's logits are computed
+    once more, where they were not kept.
+    """
+    again = int(recompute)
+    if lora is None:
+        return (3 + again) * forward_flops(arch, lengths) + 4 * head_flops(arch, rows)
+    adapters = 2.0 * adapter_parameters(arch, lora) * sum(lengths)
+    frozen = (2 + again) * forward_flops(arch, lengths) + attention_flops(arch, lengths) + 3 * head_flops(arch, rows)
+    return frozen + (3 + again) * adapters
 
 
 def head_flops(arch: Architecture, rows: int) -> float:
@@ -71,17 +94,20 @@ def head_flops(arch: Architecture, rows: int) -> float:
 
 def pass_seconds(
     machine: Machine, arch: Architecture, parallel: ParallelConfig, ranks: int, lengths: Sequence[int], rows: int, *,
-    train: bool,
+    train: bool, lora: AdapterSpec | None = None,
 ) -> float:  # fmt: skip
     """Seconds of scoring or training `lengths` on `ranks`, without gradient reduction and optimizer.
 
-    Training is a forward and a backward pass, with recomputation one more forward pass through the layers; the LM head
-    is three products, and a fourth where its logits were not kept. The pipeline's bubble is (P - 1) / (M V); each of
+    `lora`: the adapters that are trained; None if all weights are. The pipeline's bubble is (P - 1) / (M V); each of
     the V chunks of a stage has its fixed cost a micro-batch and sends its rows on.
     """
     own = sum(lengths) * parallel.model_parallel / ranks / parallel.context  # tokens of a rank
-    factor = (4 if parallel.recompute else 3) if train else 1
-    flops = factor * forward_flops(arch, lengths) + (4 if train else 1) * head_flops(arch, rows)
+    factor = 3 + parallel.recompute if train else 1  # passes
+    flops = (
+        training_flops(arch, lengths, rows, recompute=parallel.recompute, lora=lora)
+        if train
+        else forward_flops(arch, lengths) + head_flops(arch, rows)
+    )
     micro_batches = max(1, math.ceil(own / parallel.max_tokens_per_microbatch))
     micro_batches = math.ceil(micro_batches / parallel.round_of_micro_batches) * parallel.round_of_micro_batches
     turns = parallel.virtual_pipeline * (2 if train else 1)
@@ -89,7 +115,7 @@ def pass_seconds(
     if parallel.pipeline > 1:
         seconds += turns * own * arch.hidden_size * 2 / parallel.tensor / machine.network
     # Sequence parallelism, a layer: two all-gathers and two reduce-scatters forward, the same and two more gathers (of
-    # the inputs, for the weights' gradients) backward. One product of T x H activations each.
+    # the inputs, for the weights' gradients, adapters' among them) backward. One product of T x H activations each.
     collectives = ((10 + (4 if parallel.recompute else 0)) if train else 4) if parallel.tensor > 1 else 0
     moved = own * arch.hidden_size * 2 * arch.num_layers / parallel.pipeline
     seconds += collectives * moved * (parallel.tensor - 1) / parallel.tensor / machine.link
@@ -169,14 +195,16 @@ def generate_seconds(step, responses: Sequence[int], prompt: int, slots: int) ->
     return seconds
 
 
-def sync_seconds(machine: Machine, arch: Architecture, parallel: ParallelConfig, bucket_bytes: int) -> float:
-    """Seconds of moving all weights, tensor by tensor, over the first rank and into the servers.
+def sync_seconds(
+    machine: Machine, arch: Architecture, parallel: ParallelConfig, bucket_bytes: int, lora: AdapterSpec | None = None
+) -> float:
+    """Seconds of moving all weights, or those that have an adapter, over the first rank and into the servers.
 
     Gathered over TP within the node, sent to the first stage, broadcast in buckets; each part waits for the one before.
     """
-    size = 2 * arch.num_parameters
-    experts = max(1, arch.num_experts)
-    tensors = arch.num_layers * (8 + 3 * experts + bool(arch.num_experts)) + (2 if arch.tied_embeddings else 3)
+    shapes = hf_shapes(arch)
+    names = adapted_weights(arch, lora) if lora else shapes
+    size, tensors = 2 * sum(math.prod(shapes[name]) for name in names), len(names)
     gathered = size * (parallel.tensor - 1) / parallel.tensor / machine.link
     sent = size * (parallel.pipeline - 1) / parallel.pipeline / machine.network
     buckets = math.ceil(size / bucket_bytes)

@@ -218,8 +218,9 @@ class RolloutClient:
 
     async def _request(self, session: aiohttp.ClientSession, server: Server, body: dict) -> Generation:
         url = f"{server.url}/generate"
+        adapter = {"lora_path": self.servers.adapter} if self.servers.adapter else {}
         try:
-            async with session.post(url, json=body | {"return_logprob": True}) as response:
+            async with session.post(url, json=body | adapter | {"return_logprob": True}) as response:
                 if 400 <= response.status < 500 and response.status not in (408, 429):
                     raise RunError(f"{url} refused a prompt of {len(body['input_ids'])} tokens with HTTP "
                                    f"{response.status}: {(await response.text())[:300]}")  # fmt: skip

@@ -47,8 +47,10 @@ def __getattr__(name: str) -> "type[SRTPlatform]":
             from sglang.srt.layers import sampler
             from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
+            from megatron_egrsd.rollout.cpu_lora import use_pageable_memory
             from megatron_egrsd.rollout.cpu_sampling import multinomial_with_seed
 
+            use_pageable_memory()
             # On CPU, deterministic inference means seeded sampling only; the batch-invariant kernels are for GPUs.
             batch_invariant_ops._batch_invariant_MODE = True
             sampler.multinomial_with_seed = multinomial_with_seed

@@ -1,6 +1,30 @@
 """The arguments that SGLang is launched with."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from megatron_egrsd.config import ModelConfig, ServersConfig
+from megatron_egrsd.errors import BadArgument
+
+
+def check_served(targets: Sequence[str]) -> None:
+    """Raise BadArgument if SGLang cannot serve adapters on the projections `targets`."""
+    for fused in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        if len({*fused} & {*targets}) not in (0, len(fused)):
+            raise BadArgument(
+                f"SGLang serves adapters on all of {', '.join(fused)} or on none; change lora.targets, or set "
+                "rollout.sync.lora to merged"
+            )
+
+
+def lora_arguments(rank: int, targets: Sequence[str], device: str) -> dict[str, Any]:
+    """Return the arguments of a server that gets adapters of `rank` on the projections `targets`, one at a time."""
+    return {
+        "enable-lora": True,
+        "max-lora-rank": rank,
+        "lora-target-modules": list(targets),
+        "max-loras-per-batch": 1,
+    } | ({"lora-backend": "torch_native"} if device == "cpu" else {})
 
 
 def server_command(config: ServersConfig, model: ModelConfig, seed: int, port: int, device: str) -> list[str]:

@@ -106,6 +106,7 @@ class RolloutServers:
         self.seed = seed
         self.servers: list[Server] = []
         self.restarts = 0
+        self.adapter = ""  # the name of the adapter that requests ask for; "" for the weights as they are
         self.abandoned = bool(config.urls)  # an abandoned request, or somebody else's, may still run
         self._closed = False
         self._due: list[str] = []  # URLs of lost servers on other nodes that must be restarted

@@ -29,11 +29,12 @@ def unflatten(flat: torch.Tensor, bucket: Bucket) -> Bucket:
     return [(name, part.view(t.shape)) for (name, t), part in zip(bucket, parts, strict=True)]
 
 
-def share(bucket: Bucket, device: torch.device) -> tuple[str, torch.Tensor]:
+def share(bucket: Bucket, device: torch.device, form: type = list) -> tuple[str, torch.Tensor]:
     """Return (handles of `bucket` in base64, the buffer behind them). Keep the buffer until the servers have answered.
 
-    The tensors, which have one dtype, are copied into one buffer on `device` that other processes can open. Raises
-    RunError if the host's shared memory is too small: the kernel would kill the process that writes to it.
+    The receiver gets a `form` of names and tensors: a list of pairs or a dict. The tensors, which have one dtype, are
+    copied into one buffer on `device` that other processes can open. Raises RunError if the host's shared memory is too
+    small: the kernel would kill the process that writes to it.
     """
     size, free = sum(t.nbytes for _, t in bucket), shutil.disk_usage(_SHARED_MEMORY).free
     if device.type == "cpu" and size > free:
@@ -45,7 +46,7 @@ def share(bucket: Bucket, device: torch.device) -> tuple[str, torch.Tensor]:
     torch_mp.set_sharing_strategy("file_system")
     try:
         pickled = io.BytesIO()
-        ForkingPickler(pickled).dump(unflatten(flat, bucket))
+        ForkingPickler(pickled).dump(form(unflatten(flat, bucket)))
     finally:
         torch_mp.set_sharing_strategy(strategy)
     return base64.b64encode(pickled.getvalue()).decode(), flat

@@ -35,12 +35,16 @@ class Transport:
     def disconnect(self) -> None:
         """Close the connections. Idempotent; raises nothing."""
 
-    def send(self, named_tensors: NamedTensors) -> None:
-        """Send all weights; every server holds them when this returns."""
+    def send(self, named_tensors: NamedTensors, version: int) -> str:
+        """Send the tensors of `version`; every server holds them when this returns.
+
+        Returns the name of the adapter that requests must ask for, "" if the weights themselves were sent.
+        """
         self.control.on_all("begin_weight_update", {})
         for bucket in buckets(named_tensors, self.bucket_bytes):
             self._send_bucket(bucket)
         self.control.on_all("end_weight_update", {})
+        return ""
 
     def _send_bucket(self, bucket: Bucket) -> None:
         raise NotImplementedError
@@ -114,7 +118,7 @@ class Handles(Transport):
 class Disk(Transport):
     """A temporary checkpoint, which the servers read; they must see its directory."""
 
-    def send(self, named_tensors: NamedTensors) -> None:
+    def send(self, named_tensors: NamedTensors, version: int) -> str:
         from safetensors.torch import save_file
 
         if self.directory is not None:
@@ -127,6 +131,7 @@ class Disk(Transport):
             self.control.on_all("update_weights_from_disk", {"model_path": directory, "flush_cache": True})
         finally:
             shutil.rmtree(directory, ignore_errors=True)
+        return ""
 
 
 TRANSPORTS: dict[str, type[Transport]] = {"distributed": Distributed, "ipc": Handles, "disk": Disk}

@@ -1,19 +1,21 @@
 """The student's weights, from the first training rank into every SGLang server.
 
-One sync sends all weights by one of the transports (transports.py), then the new version, which every server must
-report. Every request has a deadline.
+One sync sends weights by one of the transports (transports.py), or an adapter (adapter_transports.py), then the new
+version, which every server must report. Every request has a deadline.
 """
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_egrsd.config import SyncConfig
 from megatron_egrsd.errors import RunError
+from megatron_egrsd.rollout.adapter_transports import ADAPTER_TRANSPORTS
 from megatron_egrsd.rollout.control import Control
 from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
-from megatron_egrsd.rollout.transports import TRANSPORTS, NamedTensors
+from megatron_egrsd.rollout.transports import TRANSPORTS, NamedTensors, Transport
 from megatron_egrsd.rollout.weight_checksums import expected_checksums
 
 
@@ -27,16 +29,19 @@ class WeightSync:
 
     All servers must run the same model. The tensors are on `device` when they are sent: CUDA broadcasts over NCCL, CPU
     over gloo. The disk transport's checkpoint goes into `output_directory`, which the servers must see too, or into the
-    system's temporary directory.
+    system's temporary directory. With `adapter`, the content of adapter_config.json, adapters are pushed in place of
+    weights.
     """
 
     def __init__(self, servers: RolloutServers, config: SyncConfig, device: torch.device | str,
-                 output_directory: Path | None = None):  # fmt: skip
+                 output_directory: Path | None = None, adapter: dict[str, Any] | None = None):  # fmt: skip
         self.servers = servers
-        transport = TRANSPORTS[config.transport]
+        transports = TRANSPORTS if adapter is None else ADAPTER_TRANSPORTS
+        transport: type[Transport] = transports[config.transport]
         self.control = Control(servers, config.timeout, only_here=transport.only_here)
-        bucket_bytes = config.bucket_mib << 20
-        self.transport = transport(self.control, bucket_bytes, torch.device(device), output_directory)
+        options: dict[str, Any] = {} if adapter is None else {"adapter": adapter, "check": config.verify}
+        arguments = self.control, config.bucket_mib << 20, torch.device(device), output_directory
+        self.transport = transport(*arguments, **options)
         # A run that was killed while it pushed left its session open in servers that outlive it.
         self.control.tell("end_weight_update", {}, timeout=5)
         try:
@@ -46,9 +51,10 @@ class WeightSync:
             raise
 
     def push(self, named_tensors: NamedTensors, version: int) -> float:
-        """Send HF-named tensors (full, unsharded) to every server as `version`; returns the seconds it took.
+        """Send named tensors (full, unsharded) to every server as `version`; returns the seconds it took.
 
-        Servers that were lost before are awaited first. Afterwards every server counts again.
+        Weights have Hugging Face's names; those that are not among them keep the values of the last push. Servers that
+        were lost before are awaited first. Afterwards every server counts again.
 
         Raises ServersLost if a server died or hangs: push again, from the first tensor on. Raises RunError if a server
         refused, or cannot be started again.
@@ -60,7 +66,7 @@ class WeightSync:
         try:
             self.transport.connect()
             self.control.await_idle()
-            self.transport.send(named_tensors)
+            self.servers.adapter = self.transport.send(named_tensors, version)
             self.control.on_all("update_weight_version", {"new_version": str(version), "abort_all_requests": False})
             self.check_version(version)
         except ServersLost as lost:
@@ -68,6 +74,17 @@ class WeightSync:
             raise
         self.servers.rejoin()
         return time.monotonic() - start
+
+    def serves(self, version: int) -> bool:
+        """Return whether every server has the weights of `version`, as far as is known."""
+        if any(server.lost for server in self.servers.servers):
+            return False
+        self.control.start_clock()
+        try:
+            self.check_version(version)
+        except RunError:
+            return False
+        return True
 
     def check_version(self, version: int) -> None:
         """RunError naming a server that does not serve weight version `version`."""

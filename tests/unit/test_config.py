@@ -18,6 +18,7 @@ from megatron_egrsd.objectives.load import needs_teacher
 
 BASE = ["--model.path", "m", "--data.train", "t.jsonl"]
 PARTIAL = ["--rollout.partial", "true"]
+ADAPTERS = ["--lora.rank", "4", "--rollout.sync.lora", "adapter", "--rollout.sync.transport", "ipc"]
 GROUP = ["--objective.advantage", "group"]
 CAP = ["--objective.importance_cap", "2"]
 PAPER = {"objective.advantage": "running", "objective.loss": "reinforce", "objective.mix": 1.0,
@@ -136,6 +137,13 @@ def test_yaml_with_overrides_the_later_one_wins(tmp_path):
         (["--lora.alpha", "0"], ["lora.alpha is 0", "positive"]),
         (["--lora.targets", '["q_proj", "lm_head"]'], ["lora.targets names 'lm_head'", "q_proj, k_proj"]),
         (["--lora.targets", "[]"], ["lora.targets is empty", "set lora.rank to 0"]),
+        ([*ADAPTERS, "--rollout.servers.urls", '["http://a:1"]'], ["servers that the run launches"]),
+        ([*ADAPTERS, "--rollout.servers.colocated", "true"], ["servers that keep their weights", "take merged"]),
+        ([*ADAPTERS, "--rollout.sync.transport", "distributed"], ['"ipc" or "disk"', "no adapters from a process"]),
+        (
+            [*ADAPTERS, "--rollout.sync.transport", "disk", "--rollout.sync.verify", "true"],
+            ["rollout.sync.verify needs"],
+        ),
         (["--config", "/no/such.yaml"], ["--config", "does not exist"]),
         (["word"], ["'word' is no option"]),
     ],
@@ -298,7 +306,7 @@ def test_old_keys_work_on_the_command_line_and_in_yaml(tmp_path):
         kind = type(functools.reduce(getattr, new.split("."), default))
         values[old] = {bool: True, int: 2, float: 7.5, list: ["x"], dict: {"x": 1}, str: "x"}[kind]
     values |= {"rollout.weight_sync": "ipc", "evaluation.deterministic": False, "rollout.urls": []}
-    values["rollout.temperature"] = 0.5  # a key that keeps its name
+    values |= {"rollout.lora_sync": "adapter", "rollout.temperature": 0.5}  # the latter keeps its name
     tree = {section: {k.partition(".")[2]: v for k, v in values.items() if k.startswith(section)}
             for section in ("objective", "rollout", "evaluation")}  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))

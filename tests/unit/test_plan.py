@@ -14,17 +14,24 @@ import pytest
 
 from megatron_egrsd import cli
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ParallelConfig
+from megatron_egrsd.config.lora import TARGETS
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.hf.adapters import AdapterSpec, adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.memory import Placement
 from megatron_egrsd.planning.plan import checkpoint_bytes, memory_of_stages, placement, print_plan, resolve
+from megatron_egrsd.planning.preflight import prepare
+from megatron_egrsd.rollout.server_command import check_served
+from tests.adapters import random_adapter
 from tests.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [Prompt(Problem(str(i), "p", "a", "s"), [1] * (300 + i), [1] * (900 + i)) for i in range(1000)]
 GIB = 2**30
+# All weights are trained, in the layout for it; the configuration trains adapters.
+FULL = ["--lora.rank", "0", "--parallel.tensor", "4", "--parallel.recompute", "true"]
 
 
 @pytest.fixture
@@ -43,7 +50,7 @@ def model(tmp_path):
 def config_8b(path: Path, *words: str):
     return parse_config(
         ["--config", str(ROOT / "examples/configs/qwen3_8b_cl_egrsd.yaml"), "--model.path", str(path),
-         "--output", str(path.parent / "run"), *words]
+         "--output", str(path.parent / "run"), *FULL, *words]
     )  # fmt: skip
 
 
@@ -115,7 +122,7 @@ def test_responses_too_long_for_a_rank(model):
 
 
 def test_a_model_that_no_layout_of_so_many_gpus_holds(model):
-    plan = resolve(config_8b(model("Qwen3-32B")), PROMPTS, [], 4, 80 * GIB)
+    plan = resolve(config_8b(model("Qwen3-32B")), PROMPTS, [], 4, 16 * GIB)
     assert len(refusals(plan, "it takes more GPUs")) == 1
 
 
@@ -163,6 +170,76 @@ def test_the_teachers_bytes_a_parameter(weights, resident, saved, model):
     assert without == arch.num_parameters * (2 + 8 + 4)
     assert checkpoint_bytes(config, arch) - without == saved * arch.num_parameters
     assert f"teacher ({weights})" not in memory_of_stages(ungated, arch, 4, Placement(False, False), 16384)[0].resident
+
+
+@pytest.mark.parametrize(
+    ("weights", "copies", "saved"), [("live", 0, 0), ("frozen", 0, 0), ("ema", 4, 4), ("snapshot", 2, 2)]
+)
+def test_adapters_alone_have_gradients_adam_and_a_teacher(weights, copies, saved, model):
+    """Two bytes a parameter for the frozen weights, and no second copy of them for a teacher or a KL reference."""
+    path = model("Qwen3-8B")
+    arch = Architecture.from_pretrained(path)
+    words = ["--lora.rank", "64", "--parallel.tensor", "1", "--parallel.sequence_parallel", "false"]
+    config = config_8b(path, *words, "--teacher.weights", weights, "--objective.kl_coef", "0.1")
+    adapter = adapter_parameters(arch, AdapterSpec(64, 128, TARGETS))
+    memory = memory_of_stages(config, arch, 1, Placement(False, False), 16384)[0]
+    expected = {
+        "frozen weights": 2 * arch.num_parameters,
+        "adapters": 2 * adapter,
+        "gradients (fp32)": 4 * adapter,
+        "optimizer": 12 * adapter,
+        f"teacher ({weights})": copies * adapter,
+    }
+    assert memory.resident == {name: size for name, size in expected.items() if size}
+    assert not any("gradient of the weight" in name for phase in memory.phases.values() for name in phase)
+    assert checkpoint_bytes(config, arch) == (2 + 8 + 4 + saved) * adapter
+
+
+def test_the_plan_of_adapters(model, tmp_path):
+    path = model("Qwen3-8B")
+    words = ["--lora.rank", "64", "--checkpoint.every", "1"]
+    lines = "\n".join(resolve(config_8b(path, *words), PROMPTS, [], 4, 80 * GIB).lines)
+    assert (
+        "LoRA r 64, alpha 128, on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj: 174,587,904" in lines
+    )
+    assert (
+        "(2.13%) are trained" in lines
+        and "final model 15.26 GiB + adapter 333.00 MiB + 3 checkpoints of 2.28 GiB" in lines
+    )
+    alone = "\n".join(resolve(config_8b(path, *words, "--lora.export", "adapter"), PROMPTS, [], 4).lines)
+    assert "  final adapter 333.00 MiB + 3 checkpoints" in alone
+    random_adapter(tmp_path / "adapter", ROOT / "examples/tiny/model", AdapterSpec(3, 5.0, ("v_proj", "q_proj")))
+    init = config_8b(ROOT / "examples/tiny/model", "--lora.init", str(tmp_path / "adapter"))
+    assert "LoRA r 3, alpha 5, on q_proj, v_proj" in "\n".join(resolve(init, PROMPTS, [], 4).lines)
+
+
+def test_adapters_are_advised_where_nothing_else_fits(model):
+    plan = resolve(config_8b(model("Qwen3-32B")), PROMPTS, [], 4, 80 * GIB)
+    (reason,) = refusals(plan, "but a GPU has")
+    assert reason.endswith("makes it fit; adapters alone would fit: --lora.rank 64"), reason
+    changed = config_8b(model("Qwen3-8B").parent / "Qwen3-32B", "--lora.rank", "64")
+    assert not refusals(resolve(changed, PROMPTS, [], 4, 80 * GIB), "but a GPU has")
+
+
+def test_an_adapter_that_the_model_cannot_have_is_refused_before_anything_starts(model, tmp_path):
+    experts = config_8b(model("Qwen3-30B-A3B"), "--lora.rank", "8", "--data.train", "examples/tiny/train.jsonl")
+    with pytest.raises(BadArgument, match="the experts of a mixture get no adapter"):
+        prepare(experts, 4)
+    other = random_adapter(tmp_path / "adapter", ROOT / "examples/tiny/model", AdapterSpec(2, 4.0, TARGETS))
+    init = config_8b(model("Qwen3-8B"), "--lora.init", str(other), "--data.train", "examples/tiny/train.jsonl")
+    with pytest.raises(BadArgument, match="the adapter is not one of this model"):
+        prepare(init, 4)
+
+
+def test_half_of_a_fused_matrix_is_not_served_as_an_adapter():
+    for served in (TARGETS, ("q_proj", "k_proj", "v_proj", "down_proj"), ("o_proj",)):
+        check_served(served)
+    words = ["--data.train", "examples/tiny/train.jsonl", "--rollout.sync.lora", "adapter", "--rollout.sync.transport"]
+    words += ["ipc", "--parallel.tensor", "1", "--parallel.sequence_parallel", "false", "--output", "no/such"]
+    for half in (["q_proj", "v_proj"], ["up_proj"]):
+        lora = ["--lora.rank", "4", "--lora.targets", json.dumps(half)]
+        with pytest.raises(BadArgument, match=r"on all of \w+_proj, .* or on none; change lora\.targets"):
+            prepare(config_8b(ROOT / "examples/tiny/model", *words, *lora), 4)
 
 
 def test_ports_that_are_taken(model):

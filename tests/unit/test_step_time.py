@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from benchmarks import step_time as fitted
 from megatron_egrsd.config import ParallelConfig
+from megatron_egrsd.config.lora import TARGETS
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, save_rollouts
+from megatron_egrsd.hf.adapters import AdapterSpec
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning import cluster, step_time
 from megatron_egrsd.planning.machines import MACHINES, Machine
@@ -43,6 +45,27 @@ def test_operations_are_those_that_torch_counts(name):
     assert step_time.forward_flops(arch, [tokens]) + step_time.head_flops(arch, tokens) + masked == pytest.approx(
         counted, rel=2e-3
     )
+
+
+@pytest.mark.heavy
+def test_operations_of_training_adapters_are_those_that_torch_counts_for_peft():
+    """Frozen weights without gradients, on the meta device; short, so that attention hardly counts."""
+    from peft import LoraConfig, get_peft_model
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    fields = {k: v for k, v in PUBLISHED["Qwen3-8B"].items() if k not in ("architectures", "model_type", "torch_dtype")}
+    tokens, spec = 256, AdapterSpec(64, 128, TARGETS)
+    with torch.device("meta"):
+        model = get_peft_model(Qwen3ForCausalLM(Qwen3Config(**fields)), LoraConfig(r=64, target_modules=list(TARGETS)))
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, tokens, dtype=torch.int64)).logits.sum().backward()
+    arch = Architecture.from_config(PUBLISHED["Qwen3-8B"])
+    ours = step_time.training_flops(arch, [tokens], tokens, recompute=False, lora=spec)
+    ours -= step_time.head_flops(arch, tokens)  # of logits that are computed again
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
+    whole = step_time.training_flops(arch, [tokens], tokens, recompute=False)
+    assert ours < 0.7 * whole
 
 
 def test_a_mixture_computes_with_the_experts_it_chooses():
