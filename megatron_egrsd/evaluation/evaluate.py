@@ -42,7 +42,8 @@ Results = dict[str, dict[str, Estimate]]  # set name -> number's name -> estimat
 def evaluate(config: Config) -> Results:
     """Sample the responses missing in output/samples.jsonl, write output/results.json and print the table.
 
-    `model.path` is a Hugging Face or a Megatron checkpoint. Raises BadArgument before anything is started.
+    `model.path` is a Hugging Face or a Megatron checkpoint, `lora.init` an adapter of it or "". Raises BadArgument
+    before anything is started.
     """
     sets = load_sets(config.evaluation.benchmarks, config.data)
     reward = load_reward(config.data.reward, config.data.reward_timeout)
@@ -60,7 +61,8 @@ def evaluate(config: Config) -> Results:
             run.sample(replace(config.model, path=model))
     results = {s.name: summarize(run.samples(s), config.seed) for s in sets}
     _write_results(config, sets, results, run)
-    title = f"{config.model.path}, T {config.evaluation.temperature:g}, {config.rollout.max_response_tokens} tokens"
+    evaluated = " + ".join(filter(None, (config.model.path, config.lora.init)))
+    title = f"{evaluated}, T {config.evaluation.temperature:g}, {config.rollout.max_response_tokens} tokens"
     console = Console(soft_wrap=True, highlight=False)
     console.print(evaluation_table(title, results))
     if config.evaluation.protocol:
@@ -220,6 +222,7 @@ def _settings(config: Config) -> dict[str, Any]:
     e, d = config.evaluation, config.data
     return {
         "model": digest(Path(config.model.path)),
+        **({"lora.init": digest(Path(config.lora.init))} if config.lora.init else {}),
         "model.dtype": config.model.dtype,
         "rollout.max_response_tokens": config.rollout.max_response_tokens,
         **{f"evaluation.{key}": getattr(e, key) for key in ("temperature", "top_p", "top_k")},
@@ -238,6 +241,7 @@ def _digest(*texts: str) -> str:
 def _write_results(config: Config, sets: list[ProblemSet], results: Results, run: Evaluation) -> None:
     content: dict[str, Any] = {
         "model": config.model.path,
+        **({"adapter": config.lora.init} if config.lora.init else {}),
         "settings": _settings(config),
         "sets": {
             s.name: {"source": s.source, "problems": len(s.problems), "k": run.k[s.name]}

@@ -1,4 +1,4 @@
-"""The evaluated checkpoint: a Hugging Face directory, or a Megatron directory that is converted for SGLang."""
+"""The evaluated model as a Hugging Face directory for SGLang: converted from Megatron, or merged with an adapter."""
 
 import contextlib
 import hashlib
@@ -9,25 +9,37 @@ from pathlib import Path
 from megatron_egrsd.config import Config
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.convert import ToHF
+from megatron_egrsd.hf.merge import Merge
 
 
 @contextlib.contextmanager
 def hugging_face(config: Config) -> Iterator[str]:
-    """Yield the Hugging Face directory of `model.path`: itself, or a temporary conversion of a Megatron checkpoint."""
+    """Yield the Hugging Face directory of `model.path` with the adapter `lora.init` merged into it, if there is one.
+
+    It is `model.path` itself, or a temporary one in the output: for an adapter, or a Megatron checkpoint.
+    """
     path, like = Path(config.model.path), config.evaluation.benchmarks.like or None
-    if (path / "config.json").is_file() or not path.is_dir():
+    is_megatron = path.is_dir() and not (path / "config.json").is_file()
+    if not (is_megatron or config.lora.init):
         yield config.model.path
         return
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".hf-", dir=output) as directory:
-        try:
-            conversion = ToHF(path, Path(directory) / "hf", like)
-        except BadArgument as error:
-            raise BadArgument(f"model.path: {error}".replace("--like", "evaluation.benchmarks.like")) from None
-        print(f"converting {path} to a Hugging Face checkpoint for SGLang", flush=True)
-        conversion.run()
-        yield str(Path(directory) / "hf")
+        if is_megatron:
+            try:
+                conversion = ToHF(path, Path(directory) / "hf", like)
+            except BadArgument as error:
+                raise BadArgument(f"model.path: {error}".replace("--like", "evaluation.benchmarks.like")) from None
+            print(f"converting {path} to a Hugging Face checkpoint for SGLang", flush=True)
+            conversion.run()
+            path = conversion.target
+        if config.lora.init:
+            merge = Merge(path, config.lora.init, Path(directory) / "merged")
+            print(f"merging {config.lora.init} into {config.model.path} for SGLang", flush=True)
+            merge.run()
+            path = merge.target
+        yield str(path)
 
 
 def digest(path: Path) -> str:

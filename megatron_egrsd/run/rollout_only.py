@@ -1,12 +1,14 @@
 """`debug: rollout-only`: sampling and rewards alone. The other half of a run is rollout_source.ReplayedRollouts."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.problems import batch_indices
 from megatron_egrsd.data.samples import Prompt, save_rollouts
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.evaluation.evaluated_model import hugging_face
 from megatron_egrsd.learn import rollout_metrics
 from megatron_egrsd.objectives.load import load_objective
 from megatron_egrsd.objectives.signal import History, rollout_advantages
@@ -18,14 +20,17 @@ from megatron_egrsd.sampling.sampler import Sampler
 
 
 def rollout_only(config: Config, prompts: list[Prompt], tokenizer) -> None:
-    """Sample and reward every step's batch with the weights of model.path; write it to output/rollouts.
+    """Sample and reward every step's batch with model.path, and the adapter lora.init; write it to output/rollouts.
 
     Runs in one process, without torch.distributed and megatron-core. `debug: train-only` can train on its rollouts.
     """
     if config.parallel.model_parallel > 1:
         raise BadArgument("debug rollout-only starts no training engine; run it without torchrun and parallel sizes")
     output, settings = Path(config.output), config.rollout
-    with RolloutServers(settings.servers, config.model, config.seed, output / "logs") as servers:
+    with (
+        hugging_face(config) as path,
+        RolloutServers(settings.servers, replace(config.model, path=path), config.seed, output / "logs") as servers,
+    ):
         client = RolloutClient(servers, settings, [tokenizer.eos_token_id])
         sampler = Sampler(client, tokenizer, load_reward(config.data.reward, config.data.reward_timeout))
         log, history = RunLog(output, config.steps), History()
