@@ -21,7 +21,6 @@ import subprocess
 import tempfile
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -64,8 +63,8 @@ def size(directory: Path, pattern: str = "*") -> int:
 def measured(action: str, directory: Path) -> dict:
     """Seconds, of the clock and of the processors, and peak anonymous bytes of one conversion in a fresh process."""
     source, target = (directory / name for name in CONVERSIONS[action])
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(convert, action, source, target).result(900)
+    with multiprocessing.get_context("spawn").Pool(1) as process:  # ended with the block, also after a timeout
+        return process.apply_async(convert, (action, source, target)).get(900)
 
 
 def convert(action: str, source: Path, target: Path) -> dict:
