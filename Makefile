@@ -69,5 +69,5 @@ gpu-check:  ## on a CUDA machine: build, run tests/gpu, write the GPU table
 
 clean:  ## remove .venv, builds and caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find megatron_egrsd -name '*.so' -delete
+	find megatron_egrsd \( -name '*.so' -o -name _not_built.txt \) -delete
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import in_turn, seconds_of, table
-from megatron_egrsd.vocab_parallel import linear_log_prob_and_entropy, ops
+from megatron_egrsd.vocab_parallel import kernels, linear_log_prob_and_entropy, ops
 from megatron_egrsd.vocab_parallel.shard import Shard
 
 # --- forward: (logits [N, V], target [N]) -> whatever the implementation keeps and returns ---------------------------
@@ -156,8 +156,7 @@ def peak_extra_bytes(function, device: str) -> float:
 def floors(logits, device: str):
     """(read the logits, read and write them in place): the least any implementation can do."""
     if device == "cpu":
-        kernels = torch.ops.megatron_egrsd
-        return lambda: kernels.read_floor(logits), lambda: kernels.read_write_floor_(logits)
+        return lambda: kernels.read_floor(logits), lambda: kernels.read_write_floor(logits)
     # A copy reads and writes each byte once; half of its time is the read at that bandwidth.
     half = logits.view(-1)[: logits.numel() // 2]
     sink = torch.empty_like(half)
@@ -191,7 +190,7 @@ def compare_logits(n, v, dtype, device, rounds, compiled):
     memory = {name: peak_extra_bytes(f, device) for name, f in forward.items()}
     yield "forward", times, memory, "floor: read"
 
-    whole, log_prob, entropy = ours_forward(logits, target)
+    whole, log_prob, entropy, _ = ours_forward(logits, target)
     lse = logits.gather(1, target[:, None])[:, 0].float() - log_prob
     g_lp, g_h = torch.randn(2, n, generator=g, device=device)
     shard = Shard.of(v, None, None)
@@ -200,7 +199,9 @@ def compare_logits(n, v, dtype, device, rounds, compiled):
     _, write = floors(buffer, device)
 
     def ours(grad_entropy, inplace):
-        return lambda: ops.logits_grad(buffer, target, whole, g_lp, grad_entropy, shard, 1.0, inplace=inplace)
+        return lambda: ops.logits_grad(
+            buffer, target, whole, ops.Gradients(g_lp, grad_entropy), shard, 1.0, inplace=inplace
+        )
 
     backward = {
         "floor: read + write": write,
@@ -318,7 +319,7 @@ def machine(device: str, threads: int) -> str:
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         models = [x.split(":")[1].strip() for x in info.splitlines() if x.startswith("model name")]
         name = models[0] if models else platform.machine()
-        name += f", {threads} thread(s), kernels: {torch.ops.megatron_egrsd.instruction_set()}"
+        name += f", {threads} thread(s), kernels: {kernels.instruction_set()}"
     allocator = {k: v for k, v in os.environ.items() if "MALLOC" in k or "GLIBC_TUNABLES" in k} or "default"
     load = os.getloadavg()
     return f"{name}; torch {torch.__version__}; malloc settings: {allocator}; load average {load[0]:.1f} (1 min)"

@@ -67,10 +67,10 @@ def _nvcc() -> str | None:
 def _kernels() -> str | None:
     """Return the state of the kernels of csrc/, built by setup.py. A library that does not load counts as missing."""
     try:
-        from megatron_egrsd.vocab_parallel import ops
+        from megatron_egrsd.vocab_parallel import kernels
     except (ImportError, OSError):  # torch itself may be missing
         return None
-    return ("CPU and CUDA" if ops.HAS_CUDA_KERNELS else "CPU") if ops.LIBRARIES else None
+    return None if kernels.WHY_NOT else "CPU and CUDA" if kernels.HAS_CUDA else "CPU"
 
 
 PIECES = [

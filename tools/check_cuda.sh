@@ -2,7 +2,7 @@
 # Checks the CUDA kernels on a machine without a GPU: every architecture compiles with warnings as errors, no kernel
 # spills registers, the disassembly has 128-bit loads and stores, the bindings compile and link against them.
 #   tools/check_cuda.sh          needs nvcc (CUDA_HOME, /usr/local/cuda or PATH); says so and exits 0 without one
-# PYTHON chooses the interpreter whose torch the bindings are compiled against (default: python).
+# PYTHON chooses the interpreter whose headers, and pybind11 or torch, the bindings are compiled with (default: python).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -42,9 +42,12 @@ for arch in sm_80 sm_90 sm_100; do
   echo "check_cuda: $arch ok: $kernels kernels, no spills, at most ${registers#Used }, $widths"
 done
 
-include=$(${PYTHON:-python} -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parent / "include")')
-${CXX:-g++} -std=c++17 -O1 -fPIC -Wall -Wextra -Werror -DTORCH_TARGET_VERSION=0x020b000000000000 -isystem "$include" \
-  -c csrc/bind/ops_cuda.cpp -o "$build/ops_cuda.o"
-"$nvcc" -std=c++17 -O1 -Xcompiler -fPIC -arch=sm_90 -cudart static -shared csrc/cuda/kernels.cu "$build/ops_cuda.o" \
+read -r python_include pybind11_include < <(${PYTHON:-python} -c 'import sysconfig
+import importlib.util, pathlib
+found = importlib.util.find_spec("pybind11") or importlib.util.find_spec("torch")
+print(sysconfig.get_paths()["include"], pathlib.Path(found.origin).parent / "include")')
+${CXX:-g++} -std=c++17 -O1 -fPIC -Wall -Wextra -Werror -DEGRSD_CUDA -isystem "$python_include" \
+  -isystem "$pybind11_include" -c csrc/bind/module.cpp -o "$build/module.o"
+"$nvcc" -std=c++17 -O1 -Xcompiler -fPIC -arch=sm_90 -cudart static -shared csrc/cuda/kernels.cu "$build/module.o" \
   -o "$build/libcuda_part.so"
 echo "check_cuda: bindings compile and link"

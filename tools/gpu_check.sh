@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a CUDA machine, in one command and without network: build the kernels, run tests/gpu, write the GPU table.
-#   tools/gpu_check.sh            PYTHON chooses the interpreter (default: python); needs torch >= 2.11 with CUDA, nvcc,
+#   tools/gpu_check.sh            PYTHON chooses the interpreter (default: python); needs torch >= 2.6 with CUDA, nvcc,
 #                                 setuptools and pytest in it; trains where megatron-core and transformers are, too
 # Leaves docs/measurements/performance-cuda.md, docs/measurements/performance-cuda.png and docs/measurements/training-cuda.md.
 set -euo pipefail

@@ -26,6 +26,7 @@ namespace egrsd {
 constexpr double kLn2 = 0.6931471805599453;
 constexpr double kLog2e = 1.4426950408889634;
 constexpr int64_t kIgnoreIndex = -100;
+constexpr int64_t kNoTarget = -1;  // in no shard
 
 struct Statistics {
   float reference, rest, weighted, target;
@@ -56,7 +57,8 @@ EGRSD_HOST_DEVICE Statistics merged(const Statistics& a, const Statistics& b) {
 }
 
 struct Result {
-  double total, log_total, log_prob, entropy;  // A = R + e^d, ln A, and what the caller asked for, in nats
+  double total, log_total;  // A = R + e^d, ln A
+  double log_prob, entropy, log_normalizer;  // in nats; the last is ln sum e^(x_j / temperature)
 };
 
 // In fp64: it runs once a token, and H of a near-deterministic row is a small difference.
@@ -66,21 +68,25 @@ EGRSD_HOST_DEVICE Result finish(const Statistics& s) {
   const double weighted = s.weighted + (at_target > 0 ? target * at_target : 0.0);
   const double entropy = log_total - weighted / total;
   const double log_prob = at_target > s.rest ? 0.0 - log1p(s.rest / at_target) : target - log_total;
-  return {total, log_total, log_prob, entropy < 0 ? 0.0 : entropy};  // a NaN stays one
+  return {total, log_total, log_prob, entropy < 0 ? 0.0 : entropy,  // a NaN stays one
+          log_total + kLn2 * double(s.reference)};
 }
 
-// d(g log_prob + h entropy)/dx_j = 2^(y_j - c) (constant + slope (y_j - c)), and `at_target` for the target's column.
+// d(g log_prob + h entropy + l log_normalizer)/dx_j = 2^(y_j - c) (constant + slope (y_j - c)), and `at_target` for the
+// target's column.
 struct GradientCoefficients {
   float constant, slope, at_target;
 };
 
 EGRSD_HOST_DEVICE GradientCoefficients gradient_coefficients(const Statistics& s, double grad_log_prob,
-                                                             double grad_entropy, double inverse_temperature) {
+                                                             double grad_entropy, double grad_log_normalizer,
+                                                             double inverse_temperature) {
   const Result r = finish(s);
   const double scale = inverse_temperature / r.total, at_target = exp(double(s.target));
   const double entropy_term = at_target > 0 ? grad_entropy * at_target * (r.log_prob + r.entropy) : 0.0;
-  return {float(scale * (grad_entropy * (r.log_total - r.entropy) - grad_log_prob)), float(-scale * grad_entropy * kLn2),
-          float(scale * (grad_log_prob * s.rest - entropy_term))};
+  return {float(scale * (grad_entropy * (r.log_total - r.entropy) - grad_log_prob + grad_log_normalizer)),
+          float(-scale * grad_entropy * kLn2),
+          float(scale * (grad_log_prob * s.rest - entropy_term + grad_log_normalizer * at_target))};
 }
 
 }  // namespace egrsd

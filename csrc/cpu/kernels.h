@@ -2,34 +2,13 @@
 #pragma once
 #include <cstdint>
 
-#include "../common/statistics.h"
+#include "../common/logits.h"
 
 namespace egrsd::cpu {
-
-enum class Dtype { kFloat32, kBFloat16, kFloat16 };
-
-struct Logits {
-  const void* data;  // [rows, columns], unit column stride
-  Dtype dtype;
-  int64_t row_stride;     // in elements
-  int64_t columns;        // of this shard, padding included
-  int64_t valid;          // columns that are real tokens: the first `valid`
-  int64_t vocab_start;    // global id of the first column
-  const int64_t* target;  // [rows] global ids, or kIgnoreIndex
-  double inverse_temperature;
-};
 
 // Statistics of columns [column_first, column_last) of rows [row_first, row_last) into out[0 .. row_last - row_first).
 void statistics(const Logits&, int64_t row_first, int64_t row_last, int64_t column_first, int64_t column_last,
                 Statistics* out);
-
-struct Gradient {
-  void* data;  // [rows, columns] of the logits' dtype; may be the logits themselves
-  int64_t row_stride;
-  const Statistics* whole;     // [rows], of the whole vocabulary
-  const float* grad_log_prob;  // [rows]
-  const float* grad_entropy;   // [rows], or null
-};
 
 // Gradient of rows [row_first, row_last): zeros in padded columns and in rows whose target is ignored.
 void logits_grad(const Logits&, const Gradient&, int64_t row_first, int64_t row_last);

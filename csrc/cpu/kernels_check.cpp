@@ -34,14 +34,15 @@ void check(Dtype dtype, int64_t columns, int64_t valid, int64_t vocab_start, int
   }
   const int64_t target = kind == 5 ? kIgnoreIndex : vocab_start + (valid ? int64_t(random() % valid) / 3 * 3 : 0);
   const double inverse_temperature = 0.9;
-  const Logits logits{row.get(), dtype, columns, columns, valid, vocab_start, &target, inverse_temperature};
+  const RowLayout layout{1, columns, columns};
+  const Logits logits{row.get(), dtype, layout, 1, columns, valid, vocab_start, &target, nullptr, inverse_temperature};
   Statistics whole;
   statistics(logits, 0, 1, 0, columns, &whole);
   Statistics left, right;
   statistics(logits, 0, 1, 0, columns / 2, &left);
   statistics(logits, 0, 1, columns / 2, columns, &right);
   const float grad_log_prob = 0.7f, grad_entropy = -0.3f;
-  const Gradient g{gradient.get(), columns, &whole, &grad_log_prob, kind % 2 ? &grad_entropy : nullptr};
+  const Gradient g{gradient.get(), layout, &whole, &grad_log_prob, kind % 2 ? &grad_entropy : nullptr, nullptr};
   logits_grad(logits, g, 0, 1);
   for (int64_t j = kind == 5 ? 0 : valid; j < columns; ++j)
     expect(Scalar::to_float(gradient[j]) == 0.f, "padding or ignored row has a gradient", valid, 1);

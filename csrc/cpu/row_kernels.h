@@ -171,13 +171,14 @@ struct Rows {
   template <class T>
   static void statistics_of(const Logits& l, int64_t row_first, int64_t row_last, int64_t first, int64_t last,
                             Statistics* out) {
-    const float bits_per_logit = float(kLog2e * l.inverse_temperature);
     if (last > l.valid) last = l.valid;
-    for (int64_t r = row_first; r < row_last; ++r)
-      out[r - row_first] = l.target[r] == kIgnoreIndex
+    for (int64_t r = row_first; r < row_last; ++r) {
+      const int64_t target = l.target_of(r);
+      out[r - row_first] = target == kIgnoreIndex
                                ? ignored_statistics()
-                               : row_statistics(static_cast<const T*>(l.data) + r * l.row_stride, first, last,
-                                                l.target[r] - l.vocab_start, bits_per_logit);
+                               : row_statistics(static_cast<const T*>(l.data) + l.layout.offset(r), first, last,
+                                                target - l.vocab_start, float(kLog2e * l.inverse_temperature_of(r)));
+    }
   }
 
   template <bool kEntropy>
@@ -214,20 +215,20 @@ struct Rows {
 
   template <class T>
   static void gradient_of(const Logits& l, const Gradient& g, int64_t row_first, int64_t row_last) {
-    const float bits_per_logit = float(kLog2e * l.inverse_temperature);
     for (int64_t r = row_first; r < row_last; ++r) {
-      const T* p = static_cast<const T*>(l.data) + r * l.row_stride;
-      T* out = static_cast<T*>(g.data) + r * g.row_stride;
-      const bool ignored = l.target[r] == kIgnoreIndex;
-      const int64_t written = ignored ? 0 : l.valid;
-      if (!ignored) {
-        const GradientCoefficients k = gradient_coefficients(
-            g.whole[r], g.grad_log_prob[r], g.grad_entropy ? g.grad_entropy[r] : 0.f, l.inverse_temperature);
+      const T* p = static_cast<const T*>(l.data) + l.layout.offset(r);
+      T* out = static_cast<T*>(g.data) + g.layout.offset(r);
+      const int64_t target_id = l.target_of(r);
+      const int64_t written = target_id == kIgnoreIndex ? 0 : l.valid;
+      if (written > 0) {
+        const double inverse_temperature = l.inverse_temperature_of(r);
+        const float bits_per_logit = float(kLog2e * inverse_temperature);
+        const GradientCoefficients k = g.coefficients(r, inverse_temperature);
         if (g.grad_entropy)
           row_gradient<true>(p, out, written, bits_per_logit, g.whole[r].reference, k);
         else
           row_gradient<false>(p, out, written, bits_per_logit, g.whole[r].reference, k);
-        const int64_t target = l.target[r] - l.vocab_start;
+        const int64_t target = target_id - l.vocab_start;
         if (target >= 0 && target < written) out[target] = S::template from_float<T>(k.at_target);
       }
       std::memset(static_cast<void*>(out + written), 0, (l.columns - written) * sizeof(T));

@@ -85,17 +85,18 @@ struct RowGeometry {
 // Grid (rows, splits): block (r, k) takes part k of row r's vectors; part 0 also the unaligned ends and the target.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-statistics_kernel(const T* __restrict__ logits, int64_t row_stride, int64_t valid, const int64_t* __restrict__ targets,
-                  int64_t vocab_start, float bits_per_logit, Statistics* __restrict__ out) {
+statistics_kernel(const Logits logits, Statistics* __restrict__ out) {
   using V = Vector16<T>;
-  const int64_t row = blockIdx.x, target_id = targets[row], target = target_id - vocab_start;
+  const int64_t row = blockIdx.x, target_id = logits.target_of(row), target = target_id - logits.vocab_start;
+  const int64_t valid = logits.valid;
   const uint32_t part = blockIdx.y, parts = gridDim.y;
   Statistics* result = out + row * parts + part;
   if (target_id == kIgnoreIndex) {
     if (threadIdx.x == 0) *result = ignored_statistics();
     return;
   }
-  const T* p = logits + row * row_stride;
+  const T* __restrict__ p = static_cast<const T*>(logits.data) + logits.layout.offset(row);
+  const float bits_per_logit = float(kLog2e * logits.inverse_temperature_of(row));
   const RowGeometry<T> g(p, valid, target);
   const uint32_t share = (g.vectors + parts - 1) / parts;
   const uint32_t last = min((part + 1) * share, g.vectors);
@@ -154,7 +155,7 @@ statistics_kernel(const T* __restrict__ logits, int64_t row_stride, int64_t vali
 // One thread per token: merge `parts` statistics that are part_stride apart, and write the results if requested.
 __global__ void combine_kernel(const Statistics* __restrict__ in, int64_t rows, int64_t parts, int64_t row_stride,
                                int64_t part_stride, Statistics* __restrict__ whole, float* __restrict__ log_prob,
-                               float* __restrict__ entropy) {
+                               float* __restrict__ entropy, float* __restrict__ log_normalizer) {
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= rows) return;
   Statistics s = in[row * row_stride];
@@ -164,28 +165,26 @@ __global__ void combine_kernel(const Statistics* __restrict__ in, int64_t rows, 
     const Result r = finish(s);
     log_prob[row] = float(r.log_prob);
     entropy[row] = float(r.entropy);
+    log_normalizer[row] = float(r.log_normalizer);
   }
 }
 
-// Grid (rows, chunks of a row). `out` may be `logits`: every thread writes only what it has read.
+// Grid (rows, chunks of a row). The gradient may overwrite the logits: every thread writes only what it has read.
 template <class T, bool kEntropy>
-__global__ void __launch_bounds__(kThreads)
-gradient_kernel(const T* logits, T* out, int64_t row_stride, int64_t out_stride, int64_t columns, int64_t valid,
-                const int64_t* __restrict__ targets, int64_t vocab_start, float bits_per_logit,
-                double inverse_temperature, const Statistics* __restrict__ whole,
-                const float* __restrict__ grad_log_prob, const float* __restrict__ grad_entropy) {
+__global__ void __launch_bounds__(kThreads) gradient_kernel(const Logits logits, const Gradient out) {
   using V = Vector16<T>;
-  const int64_t row = blockIdx.x, target_id = targets[row], target = target_id - vocab_start;
+  const int64_t row = blockIdx.x, target_id = logits.target_of(row), target = target_id - logits.vocab_start;
+  const int64_t columns = logits.columns, valid = logits.valid;
   const bool ignored = target_id == kIgnoreIndex;
-  const T* p = logits + row * row_stride;
-  T* q = out + row * out_stride;
+  const T* p = static_cast<const T*>(logits.data) + logits.layout.offset(row);
+  T* q = static_cast<T*>(out.data) + out.layout.offset(row);
+  const double inverse_temperature = logits.inverse_temperature_of(row);
+  const float bits_per_logit = float(kLog2e * inverse_temperature);
   __shared__ GradientCoefficients shared_coefficients;
-  if (threadIdx.x == 0)
-    shared_coefficients = gradient_coefficients(whole[row], grad_log_prob[row], kEntropy ? grad_entropy[row] : 0.f,
-                                                inverse_temperature);
+  if (threadIdx.x == 0) shared_coefficients = out.coefficients(row, inverse_temperature);
   __syncthreads();
   const GradientCoefficients k = shared_coefficients;
-  const float reference = whole[row].reference;
+  const float reference = out.whole[row].reference;
   auto gradient = [&](float x, bool at_target) {
     const float y = max_keep_nan(fmaf(x, bits_per_logit, -reference), kLowest), e = exp2_approx(y);
     const float value = e * (kEntropy ? fmaf(k.slope, y, k.constant) : k.constant);
@@ -223,23 +222,18 @@ gradient_kernel(const T* logits, T* out, int64_t row_stride, int64_t out_stride,
 template <class T>
 int statistics_of(const Logits& l, int splits, Statistics* workspace, Statistics* out, cudaStream_t stream) {
   const dim3 grid(unsigned(l.rows), unsigned(splits));
-  statistics_kernel<T><<<grid, kThreads, 0, stream>>>(static_cast<const T*>(l.data), l.row_stride, l.valid, l.target,
-                                                      l.vocab_start, float(kLog2e * l.inverse_temperature),
-                                                      splits > 1 ? workspace : out);
+  statistics_kernel<T><<<grid, kThreads, 0, stream>>>(l, splits > 1 ? workspace : out);
   if (splits > 1)
     combine_kernel<<<unsigned((l.rows + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
-        workspace, l.rows, splits, splits, 1, out, nullptr, nullptr);
+        workspace, l.rows, splits, splits, 1, out, nullptr, nullptr, nullptr);
   return int(cudaGetLastError());
 }
 
 template <class T, bool kEntropy>
-int gradient_of(const Logits& l, const Statistics* whole, const float* grad_log_prob, const float* grad_entropy,
-                void* grad, int64_t grad_stride, cudaStream_t stream) {
+int gradient_of(const Logits& l, const Gradient& gradient, cudaStream_t stream) {
   const int64_t per_block = int64_t(kThreads) * kVectorsPerThread * Vector16<T>::kWidth;
   const dim3 grid(unsigned(l.rows), unsigned((l.columns + per_block - 1) / per_block));
-  gradient_kernel<T, kEntropy><<<grid, kThreads, 0, stream>>>(
-      static_cast<const T*>(l.data), static_cast<T*>(grad), l.row_stride, grad_stride, l.columns, l.valid, l.target,
-      l.vocab_start, float(kLog2e * l.inverse_temperature), l.inverse_temperature, whole, grad_log_prob, grad_entropy);
+  gradient_kernel<T, kEntropy><<<grid, kThreads, 0, stream>>>(l, gradient);
   return int(cudaGetLastError());
 }
 
@@ -272,22 +266,20 @@ int statistics(const Logits& l, int splits, Statistics* workspace, Statistics* o
 }
 
 int combine(const Statistics* parts, int64_t ranks, int64_t rows, Statistics* whole, float* log_prob, float* entropy,
-            void* stream) {
+            float* log_normalizer, void* stream) {
   if (rows == 0) return 0;
   combine_kernel<<<unsigned((rows + kThreads - 1) / kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      parts, rows, ranks, 1, rows, whole, log_prob, entropy);
+      parts, rows, ranks, 1, rows, whole, log_prob, entropy, log_normalizer);
   return int(cudaGetLastError());
 }
 
-int logits_grad(const Logits& l, const Statistics* whole, const float* grad_log_prob, const float* grad_entropy,
-                void* grad, int64_t grad_stride, void* stream) {
+int logits_grad(const Logits& l, const Gradient& gradient, void* stream) {
   if (l.rows == 0) return 0;
   if (!fits(l)) return int(cudaErrorInvalidValue);
   const auto s = static_cast<cudaStream_t>(stream);
   auto launch = [&](auto element) {
     using T = decltype(element);
-    return grad_entropy ? gradient_of<T, true>(l, whole, grad_log_prob, grad_entropy, grad, grad_stride, s)
-                        : gradient_of<T, false>(l, whole, grad_log_prob, grad_entropy, grad, grad_stride, s);
+    return gradient.grad_entropy ? gradient_of<T, true>(l, gradient, s) : gradient_of<T, false>(l, gradient, s);
   };
   switch (l.dtype) {
     case Dtype::kFloat32: return launch(float());

@@ -1,11 +1,34 @@
 """Vocab-parallel log-probability and entropy: one read of the logits, one collective, no collective in backward.
 
 The package works in any Megatron-style project: it imports only torch, and takes the tensor-parallel process group.
-`docs/guides/reuse.md` shows the call from Megatron-LM, slime and verl; `docs/measurements/performance.md` the times.
+`adapters/` has the functions of Megatron-LM, slime, verl, NeMo-RL and AReaL at their own signatures;
+`docs/guides/reuse.md` shows their use, `docs/measurements/performance.md` the times.
 """
 
-from megatron_egrsd.vocab_parallel.linear import linear_log_prob_and_entropy
-from megatron_egrsd.vocab_parallel.log_prob import LogRatio, log_prob_and_entropy, log_ratio
+from megatron_egrsd.vocab_parallel.cross_entropy import cross_entropy
+from megatron_egrsd.vocab_parallel.gather import gather_log_probs, log_softmax
+from megatron_egrsd.vocab_parallel.linear import linear_log_prob_and_entropy, linear_token_statistics
+from megatron_egrsd.vocab_parallel.log_prob import (
+    LogRatio,
+    TokenStatistics,
+    log_prob_and_entropy,
+    log_ratio,
+    token_statistics,
+)
+from megatron_egrsd.vocab_parallel.masked import masked_log_prob
 from megatron_egrsd.vocab_parallel.shard import IGNORE_INDEX
 
-__all__ = ["IGNORE_INDEX", "LogRatio", "linear_log_prob_and_entropy", "log_prob_and_entropy", "log_ratio"]
+__all__ = [
+    "IGNORE_INDEX",
+    "LogRatio",
+    "TokenStatistics",
+    "cross_entropy",
+    "gather_log_probs",
+    "linear_log_prob_and_entropy",
+    "linear_token_statistics",
+    "log_prob_and_entropy",
+    "log_ratio",
+    "log_softmax",
+    "masked_log_prob",
+    "token_statistics",
+]

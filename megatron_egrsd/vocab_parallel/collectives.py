@@ -24,6 +24,27 @@ def gather_sequence(hidden: torch.Tensor, shard: Shard) -> torch.Tensor:
     return gather_parts(hidden, shard).flatten(0, 1)
 
 
+def sum_over_ranks(x: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """Sum `x` over the ranks, in place. Its gradient on each rank is the upstream one: every rank has the same."""
+    if shard.ranks > 1:
+        dist.all_reduce(x, group=shard.group)
+    return x
+
+
+class SumGradient(torch.autograd.Function):
+    """The identity whose gradient is summed over the ranks: for a value that each rank uses on its own columns."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, shard: Shard) -> torch.Tensor:
+        ctx.shard = shard
+        return x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return sum_over_ranks(grad.clone(), ctx.shard), None
+
+
 def reduce_hidden(grad_ND: torch.Tensor, shard: Shard, sequence_parallel: bool) -> torch.Tensor:
     """Sum over the ranks' vocabulary shards. With sequence parallelism each rank keeps its own part of the tokens."""
     if shard.ranks == 1:

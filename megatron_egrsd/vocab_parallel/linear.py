@@ -5,32 +5,58 @@ so it goes straight into its rows of the result, and the transient memory (token
 Backward needs the logits once more. As many chunks as fit into a fixed budget are kept for it, the rest is recomputed.
 """
 
+from typing import Any, NamedTuple
+
 import torch
-import torch.distributed as dist
 
 from megatron_egrsd.vocab_parallel import ops
 from megatron_egrsd.vocab_parallel.collectives import gather_parts, gather_sequence, reduce_hidden
-from megatron_egrsd.vocab_parallel.shard import LOGIT_DTYPES, Shard, check_target, check_temperature
+from megatron_egrsd.vocab_parallel.log_prob import TokenStatistics, zero_where_unknown
+from megatron_egrsd.vocab_parallel.shard import (
+    IGNORE_INDEX,
+    LOGIT_DTYPES,
+    Shard,
+    prepare_target,
+    prepare_temperature,
+)
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits held at a time: fits the L3 cache; occupies a GPU
 _KEEP_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # a small part of the machine; TP 8 and 8192 bf16 tokens of Qwen3 fit
 
 
-def linear_log_prob_and_entropy(
+class _Plan(NamedTuple):
+    """How the chunks are computed and where the gradients go; the arguments of `linear_token_statistics`."""
+
+    chunk_size: int
+    kept_chunks: int
+    logits_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    gather_sequence: bool
+    reduce_hidden_grad: bool
+    main_grad: bool
+    entropy_grad: bool
+
+
+def linear_token_statistics(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     target: torch.Tensor,
     *,
-    group: dist.ProcessGroup | None = None,
+    group: Any = None,
     vocab_size: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     entropy_grad: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+    out_of_vocabulary: str = "error",
     chunk_size: int | None = None,
     sequence_parallel: bool = False,
+    reduce_hidden_grad: bool = True,
     logits_dtype: torch.dtype | None = None,
+    grad_dtype: torch.dtype | None = None,
+    main_grad: bool = False,
     keep_bytes: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute `log_prob_and_entropy(hidden @ weight.T, target)` without all logits: both results [...] fp32, nats.
+) -> TokenStatistics:
+    """Compute `token_statistics(hidden @ weight.T, target)` without all logits: three results [...] fp32, nats.
 
     Forward makes one all-gather of four floats a token; backward recomputes the logits that were not kept and reduces
     the gradient of `hidden` over the group once, in fp32. With `sequence_parallel` the sequence is gathered in forward
@@ -40,16 +66,26 @@ def linear_log_prob_and_entropy(
     weight             [V / ranks, D], dtype of hidden: the LM head, or the embedding table when the two are tied
     target             [...] int64 global ids (the full sequence also with sequence_parallel); -100 gives exact zeros
     chunk_size         vocabulary columns at a time; default: as many as keep tokens x columns at a fixed size
+    reduce_hidden_grad False if a layer before the call sums the gradient of `hidden` over the group, as Megatron's
+                       column-parallel layers and verl do: each rank then returns its own columns' part
     logits_dtype       float32 keeps the GEMM's accuracy (bf16 logits cost about 1e-2 in a log-prob). Default: float32
                        if the GEMM writes it at no cost (CUDA), else the dtype of hidden
+    grad_dtype         dtype of the logits' gradient in the two GEMMs of backward. float32: neither is rounded to the
+                       dtype of hidden, at the cost of fp32 GEMMs. Default: the dtype of hidden
+    main_grad          add the weight's gradient to `weight.main_grad`, as Megatron's gradient accumulation fusion
+                       does, and set `weight.grad_added_to_main_grad`; the gradient that autograd gets is then unset
+                       memory, which Megatron's hook ignores
     keep_bytes         logits kept from forward to backward, if a gradient is required; 0 keeps none. Default:
                        64 MiB (CPU), 1 GiB (CUDA). Each micro-batch in flight in a pipeline holds as much
-    The other arguments and the errors are those of `log_prob_and_entropy`.
+    The other arguments and the errors are those of `token_statistics`.
     """
-    _check_operands(hidden, weight, chunk_size, logits_dtype)
+    _check_operands(hidden, weight, chunk_size, logits_dtype, grad_dtype)
     if keep_bytes is not None and keep_bytes < 0:
         raise ValueError(f"keep_bytes must not be negative, got {keep_bytes}")
-    check_temperature(temperature)
+    if sequence_parallel and not reduce_hidden_grad:
+        raise ValueError("sequence_parallel reduces the gradient of hidden where it scatters it")
+    if main_grad and not (hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad")):
+        raise ValueError("main_grad needs a weight with main_grad and grad_added_to_main_grad, as Megatron's DDP sets")
     shard = Shard.of(weight.shape[0], group, vocab_size)
     sequence_ranks = shard.ranks if sequence_parallel else 1
     tokens_shape = hidden.shape[:-1]
@@ -57,7 +93,10 @@ def linear_log_prob_and_entropy(
         if hidden.dim() < 2:
             raise ValueError(f"sequence_parallel needs hidden [S / ranks, ..., D], got {tuple(hidden.shape)}")
         tokens_shape = torch.Size((hidden.shape[0] * sequence_ranks, *hidden.shape[1:-1]))
-    check_target(target, tokens_shape, "hidden's tokens", hidden.device, shard.vocab_size)
+    temperature = prepare_temperature(temperature, tokens_shape)
+    target_N = prepare_target(
+        target, tokens_shape, "hidden's tokens", hidden.device, shard.vocab_size, ignore_index, out_of_vocabulary
+    )
     if logits_dtype is None:
         logits_dtype = torch.float32 if hidden.is_cuda else hidden.dtype
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
@@ -65,11 +104,23 @@ def linear_log_prob_and_entropy(
     chunk_size, kept_chunks = chunk_plan(
         hidden.device.type, target.numel(), shard.columns, logits_dtype.itemsize, chunk_size, keep_bytes
     )
-    log_prob_N, entropy_N = _LinearLogProbAndEntropy.apply(
-        hidden, weight, target.reshape(-1), shard, temperature, entropy_grad,
-        chunk_size, sequence_ranks > 1, logits_dtype, kept_chunks,
+    plan = _Plan(
+        chunk_size, kept_chunks, logits_dtype, grad_dtype or hidden.dtype, sequence_ranks > 1, reduce_hidden_grad,
+        main_grad, entropy_grad,
     )  # fmt: skip
-    return log_prob_N.view(target.shape), entropy_N.view(target.shape)
+    results = _LinearTokenStatistics.apply(hidden, weight, target_N, shard, temperature, plan)
+    log_prob, entropy, log_normalizer = (x.view(target.shape) for x in results)
+    if out_of_vocabulary == "zero":
+        log_prob = zero_where_unknown(log_prob, target_N)
+    return TokenStatistics(log_prob, entropy, log_normalizer)
+
+
+def linear_log_prob_and_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first two of `linear_token_statistics(hidden, weight, target, **options)`."""
+    log_prob, entropy, _ = linear_token_statistics(hidden, weight, target, **options)
+    return log_prob, entropy
 
 
 def chunk_plan(
@@ -92,7 +143,7 @@ def chunk_plan(
     return chunk_size, keep_bytes // max(1, tokens * chunk_size * itemsize)
 
 
-def _check_operands(hidden, weight, chunk_size, logits_dtype) -> None:
+def _check_operands(hidden, weight, chunk_size, logits_dtype, grad_dtype) -> None:
     if hidden.dim() < 1 or hidden.dtype not in LOGIT_DTYPES:
         raise ValueError(f"hidden must be [..., D] fp32, bf16 or fp16, got {hidden.dtype} {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
@@ -104,76 +155,82 @@ def _check_operands(hidden, weight, chunk_size, logits_dtype) -> None:
         )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    if logits_dtype not in (None, torch.float32, hidden.dtype):
-        raise ValueError(f"logits_dtype must be float32 or hidden's {hidden.dtype}, got {logits_dtype}")
+    for name, dtype in (("logits_dtype", logits_dtype), ("grad_dtype", grad_dtype)):
+        if dtype not in (None, torch.float32, hidden.dtype):
+            raise ValueError(f"{name} must be float32 or hidden's {hidden.dtype}, got {dtype}")
 
 
-class _LinearLogProbAndEntropy(torch.autograd.Function):
+class _LinearTokenStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden, weight_VD, target_N, shard, temperature, entropy_grad, chunk, sequence_parallel, logits_dtype,
-        kept_chunks,
-    ):  # fmt: skip
-        hidden_ND = (gather_sequence(hidden, shard) if sequence_parallel else hidden).reshape(-1, hidden.shape[-1])
+    def forward(ctx, hidden, weight_VD, target_N, shard, temperature, plan):
+        hidden_ND = (gather_sequence(hidden, shard) if plan.gather_sequence else hidden).reshape(-1, hidden.shape[-1])
         part_N4 = None
-        ctx.kept = _empty_chunks(hidden_ND, shard, chunk, logits_dtype, kept_chunks)
-        for columns, logits_NC in _logit_chunks(hidden_ND, weight_VD, shard, chunk, logits_dtype, ctx.kept):
+        ctx.kept = _empty_chunks(hidden_ND, shard, plan)
+        for columns, logits_NC in _logit_chunks(hidden_ND, weight_VD, shard, plan, ctx.kept):
             chunk_N4 = ops.statistics(logits_NC, target_N, shard.slice(columns.start, columns.stop), temperature)
             part_N4 = chunk_N4 if part_N4 is None else ops.combine(torch.stack([part_N4, chunk_N4]))[0]
-        statistics_N4, log_prob_N, entropy_N = ops.combine(gather_parts(part_N4, shard))
+        statistics_N4, log_prob_N, entropy_N, log_normalizer_N = ops.combine(gather_parts(part_N4, shard))
         # The gathered sequence is kept, so that backward needs no second gather.
-        ctx.save_for_backward(hidden_ND, weight_VD, target_N, statistics_N4)
-        ctx.shard, ctx.temperature, ctx.entropy_grad = shard, temperature, entropy_grad
-        ctx.chunk, ctx.sequence_parallel, ctx.logits_dtype = chunk, sequence_parallel, logits_dtype
-        ctx.hidden_shape = hidden.shape
-        if not entropy_grad:
+        per_token = isinstance(temperature, torch.Tensor)
+        ctx.save_for_backward(hidden_ND, weight_VD, target_N, statistics_N4, temperature if per_token else None)
+        ctx.temperature = None if per_token else temperature
+        ctx.shard, ctx.plan, ctx.hidden_shape = shard, plan, hidden.shape
+        ctx.set_materialize_grads(False)
+        if not plan.entropy_grad:
             ctx.mark_non_differentiable(entropy_N)
-        return log_prob_N, entropy_N
+        return log_prob_N, entropy_N, log_normalizer_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_log_prob_N, grad_entropy_N):
-        hidden_ND, weight_VD, target_N, statistics_N4 = ctx.saved_tensors
+    def backward(ctx, grad_log_prob_N, grad_entropy_N, grad_log_normalizer_N):
+        hidden_ND, weight_VD, target_N, statistics_N4, temperature_N = ctx.saved_tensors
+        shard, plan = ctx.shard, ctx.plan
+        temperature = ctx.temperature if temperature_N is None else temperature_N
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_log_prob_N = grad_log_prob_N.contiguous()
-        grad_entropy_N = grad_entropy_N.contiguous() if ctx.entropy_grad else None
+        given = (grad_log_prob_N, grad_entropy_N if plan.entropy_grad else None, grad_log_normalizer_N)
+        gradients = ops.Gradients(*(None if g is None else g.contiguous() for g in given))
         # Chunks add up in fp32: a bf16 sum over tens of chunks has an error that the reduction over ranks multiplies.
         grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if need_hidden else None
         grad_weight_VD = torch.empty_like(weight_VD) if need_weight else None
+        wide_ND = hidden_ND.to(plan.grad_dtype)
         # The gradient overwrites the kept logits, so that a second backward pass must compute all of them.
         kept, ctx.kept = ctx.kept, []
-        chunks = _logit_chunks(hidden_ND, weight_VD, ctx.shard, ctx.chunk, ctx.logits_dtype, kept, computed=True)
-        for columns, logits_NC in chunks:
+        for columns, logits_NC in _logit_chunks(hidden_ND, weight_VD, shard, plan, kept, computed=True):
             grad_NC = ops.logits_grad(
-                logits_NC, target_N, statistics_N4, grad_log_prob_N, grad_entropy_N,
-                ctx.shard.slice(columns.start, columns.stop), ctx.temperature, inplace=True,
-            ).to(hidden_ND.dtype)  # fmt: skip
+                logits_NC, target_N, statistics_N4, gradients, shard.slice(columns.start, columns.stop), temperature,
+                inplace=True,
+            ).to(plan.grad_dtype)  # fmt: skip
             if need_hidden:
-                grad_hidden_ND += grad_NC @ weight_VD[columns]
-            if need_weight:
+                grad_hidden_ND += grad_NC @ weight_VD[columns].to(plan.grad_dtype)
+            if need_weight and plan.main_grad:
+                weight_VD.main_grad[columns] += grad_NC.t() @ wide_ND
+            elif need_weight and plan.grad_dtype == weight_VD.dtype:
                 torch.mm(grad_NC.t(), hidden_ND, out=grad_weight_VD[columns])
+            elif need_weight:
+                grad_weight_VD[columns] = (grad_NC.t() @ wide_ND).to(weight_VD.dtype)
+        if need_weight and plan.main_grad:
+            weight_VD.grad_added_to_main_grad = True
+        grad_hidden = None
         if need_hidden:
-            grad_hidden = reduce_hidden(grad_hidden_ND, ctx.shard, ctx.sequence_parallel)
-            grad_hidden = grad_hidden.to(hidden_ND.dtype).view(ctx.hidden_shape)
-        else:
-            grad_hidden = None
-        return grad_hidden, grad_weight_VD, *[None] * 8
+            if plan.reduce_hidden_grad:
+                grad_hidden_ND = reduce_hidden(grad_hidden_ND, shard, plan.gather_sequence)
+            grad_hidden = grad_hidden_ND.to(hidden_ND.dtype).view(ctx.hidden_shape)
+        return grad_hidden, grad_weight_VD, None, None, None, None
 
 
-def _empty_chunks(hidden_ND, shard: Shard, chunk: int, logits_dtype: torch.dtype, count: int) -> list[torch.Tensor]:
-    """Allocate [N, C] for the logits of each of the first `count` chunks, or of all if there are fewer."""
-    widths = [min(chunk, shard.columns - first) for first in range(0, shard.columns, chunk)][:count]
-    return [hidden_ND.new_empty((hidden_ND.shape[0], width), dtype=logits_dtype) for width in widths]
+def _empty_chunks(hidden_ND, shard: Shard, plan: _Plan) -> list[torch.Tensor]:
+    """Allocate [N, C] for the logits of each of the chunks to keep, or of all if there are fewer."""
+    chunk = plan.chunk_size
+    widths = [min(chunk, shard.columns - first) for first in range(0, shard.columns, chunk)][: plan.kept_chunks]
+    return [hidden_ND.new_empty((hidden_ND.shape[0], width), dtype=plan.logits_dtype) for width in widths]
 
 
-def _logit_chunks(
-    hidden_ND, weight_VD, shard: Shard, chunk: int, logits_dtype: torch.dtype, kept: list[torch.Tensor], computed=False
-):
+def _logit_chunks(hidden_ND, weight_VD, shard: Shard, plan: _Plan, kept: list[torch.Tensor], computed=False):
     """Yield (columns, logits [N, C] of those columns); the caller may overwrite them.
 
     The first chunks are stored in `kept` and read from it if `computed`; all other chunks share one buffer.
     """
-    tokens = hidden_ND.shape[0]
+    tokens, chunk, logits_dtype = hidden_ND.shape[0], plan.chunk_size, plan.logits_dtype
     widen = logits_dtype != hidden_ND.dtype
     left_over = shard.columns - sum(k.shape[1] for k in kept)
     buffer = hidden_ND.new_empty(tokens * min(chunk, left_over), dtype=logits_dtype)

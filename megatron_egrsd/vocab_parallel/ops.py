@@ -1,28 +1,27 @@
-"""The row kernels: compiled (`csrc/`, built by setup.py) if there is a build for the device, else plain torch.
+"""The row kernels: compiled (`kernels.py`) if there is a build for the device, else plain torch (`reference.py`).
 
 `statistics` reads the logits once, `combine` merges parts of the vocabulary and returns the results, `logits_grad`
-writes the gradient. They exchange four numbers per token, which `reference.py` describes.
+writes the gradient. They exchange four numbers per token, which `reference.py` describes. torch.compile, which cannot
+look into compiled kernels, sees them as the operators of `traced.py`.
 """
 
 import functools
 import warnings
-from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
-from megatron_egrsd.vocab_parallel import reference
+from megatron_egrsd.vocab_parallel import kernels, reference
+from megatron_egrsd.vocab_parallel.kernels import Gradients
+from megatron_egrsd.vocab_parallel.rows import row_views
 from megatron_egrsd.vocab_parallel.shard import Shard
 
-LIBRARIES = sorted(Path(__file__).parent.glob("_C.*so"))
-if LIBRARIES:
-    torch.ops.load_library(str(LIBRARIES[0]))
-_OPS = torch.ops.megatron_egrsd
-HAS_CUDA_KERNELS = hasattr(_OPS, "cuda_kernels")
+Temperature: TypeAlias = float | torch.Tensor  # a number, or [N] fp32
 
 
 def compiled(device: torch.device) -> bool:
-    """Return whether there are compiled kernels for this device; warns once if there are none."""
-    if LIBRARIES and (device.type == "cpu" or (device.type == "cuda" and HAS_CUDA_KERNELS)):
+    """Return whether there are compiled kernels for this device; warns once, with the reason, if there are none."""
+    if kernels.available(device):
         return True
     if not torch.compiler.is_compiling():
         _warn_slow_path(device.type)
@@ -32,63 +31,85 @@ def compiled(device: torch.device) -> bool:
 @functools.cache
 def _warn_slow_path(device_type: str) -> None:
     warnings.warn(
-        f"megatron_egrsd.vocab_parallel: no compiled kernels for {device_type}; using plain torch, which is several "
-        "times slower. Build them with `pip install --no-build-isolation -e .` (docs/measurements/performance.md).",
+        f"megatron_egrsd.vocab_parallel: no compiled kernels for {device_type} ({kernels.why_not(device_type)}); using "
+        "plain torch, which is several times slower. docs/guides/reuse.md says how they are built.",
         RuntimeWarning,
         stacklevel=4,
     )
 
 
-def statistics(logits_NV: torch.Tensor, target_N: torch.Tensor, shard: Shard, temperature: float) -> torch.Tensor:
-    """Return the statistics [N, 4] fp32 of this shard's columns."""
-    function = _OPS.statistics if compiled(logits_NV.device) else reference.statistics
-    return function(logits_NV, target_N, shard.start, shard.valid, 1.0 / temperature)
+def statistics(
+    logits: torch.Tensor, target_N: torch.Tensor | None, shard: Shard, temperature: Temperature
+) -> torch.Tensor:
+    """Return the statistics [N, 4] fp32 of this shard's columns of logits [..., V]."""
+    if compiled(logits.device):
+        if _is_traced(logits):
+            return torch.ops.megatron_egrsd.statistics(logits, target_N, *_scale(temperature), shard.start, shard.valid)
+        return kernels.statistics(logits, target_N, shard, temperature)
+    parts, first = [], 0
+    for view in row_views(logits):
+        rows = slice(first, first := first + view.shape[0])
+        target = None if target_N is None else target_N[rows]
+        parts.append(reference.statistics(view, target, shard.start, shard.valid, _inverse(temperature, rows)))
+    return torch.cat(parts)
 
 
-def combine(parts_RN4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Merge statistics [R, N, 4] of R disjoint parts: union [N, 4], log p(target) [N], entropy [N]; fp32, nats."""
-    function = _OPS.combine if compiled(parts_RN4.device) else reference.combine
-    return function(parts_RN4)
+def combine(parts_RN4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Merge statistics [R, N, 4] of R disjoint parts.
+
+    Returns their union [N, 4], log p(target) [N], entropy [N] and log-normaliser [N]; fp32, nats.
+    """
+    if not compiled(parts_RN4.device):
+        return reference.combine(parts_RN4)
+    return torch.ops.megatron_egrsd.combine(parts_RN4) if _is_traced(parts_RN4) else kernels.combine(parts_RN4)
 
 
 def logits_grad(
-    logits_NV: torch.Tensor,
-    target_N: torch.Tensor,
+    logits: torch.Tensor,
+    target_N: torch.Tensor | None,
     statistics_N4: torch.Tensor,
-    grad_log_prob_N: torch.Tensor,
-    grad_entropy_N: torch.Tensor | None,
+    gradients: Gradients,
     shard: Shard,
-    temperature: float,
+    temperature: Temperature,
     *,
     inplace: bool,
 ) -> torch.Tensor:
-    """Return the gradient with respect to the logits, [N, V] in their dtype; `inplace` writes it over them."""
-    rest = (target_N, statistics_N4, grad_log_prob_N, grad_entropy_N, shard.start, shard.valid, 1.0 / temperature)
-    if compiled(logits_NV.device):
-        if not inplace:
-            return _OPS.logits_grad(logits_NV, *rest)
-        _OPS.logits_grad_(logits_NV, *rest)
-        return logits_NV
-    grad_NV = logits_NV if inplace else torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
-    reference.logits_grad(logits_NV, grad_NV, *rest)
-    return grad_NV
+    """Return the gradient with respect to the logits, in their shape and dtype; `inplace` writes it over them."""
+    if compiled(logits.device):
+        if not _is_traced(logits):
+            return kernels.logits_grad(logits, target_N, statistics_N4, gradients, shard, temperature, inplace=inplace)
+        # The compiler plans the memory, and a backward graph may not overwrite what forward has saved.
+        return torch.ops.megatron_egrsd.logits_grad(
+            logits, target_N, statistics_N4, *gradients, *_scale(temperature), shard.start, shard.valid
+        )
+    views = row_views(logits)
+    out = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    out_views = views if inplace else out.view(-1, out.shape[-1]).split([view.shape[0] for view in views])
+    first = 0
+    for view, out_view in zip(views, out_views, strict=True):
+        rows = slice(first, first := first + view.shape[0])
+        given = (None if x is None else x[rows] for x in (target_N, statistics_N4, *gradients))
+        target, part_N4, log_prob, entropy, log_normalizer = given
+        reference.logits_grad(
+            view, out_view, target, part_N4, log_prob, entropy, log_normalizer,
+            shard.start, shard.valid, _inverse(temperature, rows),
+        )  # fmt: skip
+    return out
 
 
-if LIBRARIES:
+def _inverse(temperature: Temperature, rows: slice) -> float | torch.Tensor:
+    return 1.0 / (temperature[rows].double() if isinstance(temperature, torch.Tensor) else temperature)
 
-    @torch.library.register_fake("megatron_egrsd::statistics")
-    def _(logits, target, vocab_start, valid, inverse_temperature):
-        return logits.new_empty((logits.shape[0], 4), dtype=torch.float32)
 
-    @torch.library.register_fake("megatron_egrsd::combine")
-    def _(parts):
-        tokens = parts.shape[1]
-        return parts.new_empty((tokens, 4)), parts.new_empty(tokens), parts.new_empty(tokens)
+def _scale(temperature: Temperature) -> tuple[torch.Tensor | None, float]:
+    """Return (temperatures or None, temperature): a schema has no type for either."""
+    return (temperature, 1.0) if isinstance(temperature, torch.Tensor) else (None, temperature)
 
-    @torch.library.register_fake("megatron_egrsd::logits_grad")
-    def _(logits, target, statistics, grad_log_prob, grad_entropy, vocab_start, valid, inverse_temperature):
-        return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
-    @torch.library.register_fake("megatron_egrsd::logits_grad_")
-    def _(logits, target, statistics, grad_log_prob, grad_entropy, vocab_start, valid, inverse_temperature):
-        return None
+def _is_traced(x: torch.Tensor) -> bool:
+    """Return whether a tracer stands in for the tensor: it has no memory that a kernel could read."""
+    return torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
+
+
+if kernels.WHY_NOT == "":
+    from megatron_egrsd.vocab_parallel import traced  # noqa: F401 - registers the operators

@@ -15,18 +15,34 @@ from pathlib import Path
 
 import torch
 
+from megatron_egrsd.vocab_parallel.rows import row_layout
+
 HERE, CSRC = Path(__file__).parent, Path(__file__).parents[2] / "csrc"
 _LAUNCH = re.compile(r"(\w+(?:<[\w, ]+>)?)<<<(.+?), kThreads, 0, [^;]+?>>>\(", re.S)
 _DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+_LAYOUT = [(name, ctypes.c_int64) for name in ("inner_rows", "outer_stride", "inner_stride")]
+
+
 class _Logits(ctypes.Structure):
-    """cuda::Logits of csrc/cuda/kernels.h."""
+    """Logits of csrc/common/logits.h."""
 
     _fields_ = (
         [("data", ctypes.c_void_p), ("dtype", ctypes.c_int)]
-        + [(name, ctypes.c_int64) for name in ("row_stride", "rows", "columns", "valid", "vocab_start")]
-        + [("target", ctypes.c_void_p), ("inverse_temperature", ctypes.c_double)]
+        + _LAYOUT
+        + [(name, ctypes.c_int64) for name in ("rows", "columns", "valid", "vocab_start")]
+        + [("target", ctypes.c_void_p), ("temperature", ctypes.c_void_p), ("inverse_temperature", ctypes.c_double)]
+    )
+
+
+class _Gradient(ctypes.Structure):
+    """Gradient of csrc/common/logits.h."""
+
+    _fields_ = (
+        [("data", ctypes.c_void_p)]
+        + _LAYOUT
+        + [(name, ctypes.c_void_p) for name in ("whole", "grad_log_prob", "grad_entropy", "grad_log_normalizer")]
     )
 
 
@@ -68,33 +84,36 @@ class Kernels:
     def statistics(self, logits, target, shard, temperature):
         described = _describe(logits, target, shard, temperature)
         splits = self._library.split_statistics(ctypes.byref(described))
-        workspace, out = (
-            torch.full((max(1, len(target)) * splits, 4), torch.nan),
-            torch.full((len(target), 4), torch.nan),
-        )
+        workspace, out = (torch.full((max(1, described.rows) * n, 4), torch.nan) for n in (splits, 1))
         _check(self._library.statistics(ctypes.byref(described), splits, _pointer(workspace), _pointer(out)))
-        return out
+        return out[: described.rows]
 
     def combine(self, parts):
         parts = parts.contiguous()
         ranks, rows, _ = parts.shape
-        whole, log_prob, entropy = (torch.full((rows, *rest), torch.nan) for rest in ((4,), (), ()))
+        results = [torch.full((rows, *rest), torch.nan) for rest in ((4,), (), (), ())]
         sizes = ctypes.c_int64(ranks), ctypes.c_int64(rows)
-        _check(self._library.combine(_pointer(parts), *sizes, *map(_pointer, (whole, log_prob, entropy))))
-        return whole, log_prob, entropy
+        _check(self._library.combine(_pointer(parts), *sizes, *map(_pointer, results)))
+        return tuple(results)
 
-    def logits_grad(self, logits, target, statistics, grad_log_prob, grad_entropy, shard, temperature, *, inplace):
+    def logits_grad(self, logits, target, statistics, gradients, shard, temperature, *, inplace):
         grad = logits if inplace else torch.full_like(logits, torch.nan, memory_format=torch.contiguous_format)
         described = _describe(logits, target, shard, temperature)
-        given = [_pointer(x) for x in (statistics, grad_log_prob, grad_entropy, grad)]
-        _check(self._library.logits_grad(ctypes.byref(described), *given, ctypes.c_int64(grad.stride(0))))
+        log_prob = torch.zeros(described.rows) if gradients.log_prob is None else gradients.log_prob
+        given = [_pointer(x) for x in (statistics, log_prob, gradients.entropy, gradients.log_normalizer)]
+        gradient = _Gradient(grad.data_ptr(), *row_layout(grad)[1:], *given)
+        _check(self._library.logits_grad(ctypes.byref(described), ctypes.byref(gradient)))
+        if inplace:
+            torch.autograd.graph.increment_version(logits)
         return grad
 
 
 def _describe(logits, target, shard, temperature) -> _Logits:
-    rows, columns = logits.shape
-    return _Logits(logits.data_ptr(), _DTYPES.index(logits.dtype), logits.stride(0), rows, columns, shard.valid,
-                   shard.start, target.data_ptr(), 1.0 / temperature)  # fmt: skip
+    rows, *strides = row_layout(logits)
+    per_token = isinstance(temperature, torch.Tensor)
+    return _Logits(logits.data_ptr(), _DTYPES.index(logits.dtype), *strides, rows, logits.shape[-1], shard.valid,
+                   shard.start, _pointer(target), _pointer(temperature if per_token else None),
+                   1.0 if per_token else 1.0 / temperature)  # fmt: skip
 
 
 def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:

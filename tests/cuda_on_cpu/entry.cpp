@@ -5,18 +5,18 @@ using namespace egrsd;
 
 extern "C" {
 
-int split_statistics(const cuda::Logits* logits) {
+int split_statistics(const Logits* logits) {
   return cuda::splits_for(logits->rows, logits->valid, cuda::multiprocessors(0));
 }
-int statistics(const cuda::Logits* logits, int splits, Statistics* workspace, Statistics* out) {
+int statistics(const Logits* logits, int splits, Statistics* workspace, Statistics* out) {
   return cuda::statistics(*logits, splits, workspace, out, nullptr);
 }
-int combine(const Statistics* parts, int64_t ranks, int64_t rows, Statistics* whole, float* log_prob, float* entropy) {
-  return cuda::combine(parts, ranks, rows, whole, log_prob, entropy, nullptr);
+int combine(const Statistics* parts, int64_t ranks, int64_t rows, Statistics* whole, float* log_prob, float* entropy,
+            float* log_normalizer) {
+  return cuda::combine(parts, ranks, rows, whole, log_prob, entropy, log_normalizer, nullptr);
 }
-int logits_grad(const cuda::Logits* logits, const Statistics* whole, const float* grad_log_prob,
-                const float* grad_entropy, void* grad, int64_t grad_stride) {
-  return cuda::logits_grad(*logits, whole, grad_log_prob, grad_entropy, grad, grad_stride, nullptr);
+int logits_grad(const Logits* logits, const Gradient* gradient) {
+  return cuda::logits_grad(*logits, *gradient, nullptr);
 }
 
 }

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from megatron_egrsd.vocab_parallel import linear_log_prob_and_entropy, log_prob_and_entropy, log_ratio, ops
+from megatron_egrsd.vocab_parallel import (
+    linear_log_prob_and_entropy,
+    log_prob_and_entropy,
+    log_ratio,
+    ops,
+    token_statistics,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -103,8 +109,25 @@ def test_forward_allocates_by_tokens():
 def test_opcheck():
     kernels = torch.ops.megatron_egrsd
     logits, target = torch.randn(4, 130, device="cuda"), torch.randint(0, 120, (4,), device="cuda")
-    part, grad = kernels.statistics(logits, target, 0, 120, 1.0), torch.randn(4, device="cuda")
-    torch.library.opcheck(kernels.statistics, (logits, target, 0, 120, 1.0))
+    scale = (None, 1.0, 0, 120)
+    part, grad = kernels.statistics(logits, target, *scale), torch.randn(4, device="cuda")
+    torch.library.opcheck(kernels.statistics, (logits, target, *scale))
     torch.library.opcheck(kernels.combine, (part[None],))
-    torch.library.opcheck(kernels.logits_grad, (logits, target, part, grad, grad, 0, 120, 1.0))
-    torch.library.opcheck(kernels.logits_grad_, (logits, target, part, grad, None, 0, 120, 1.0))
+    torch.library.opcheck(kernels.logits_grad, (logits, target, part, grad, grad, None, *scale))
+
+
+def test_a_second_use_of_overwritten_logits_raises():
+    logits = torch.randn(4, 130, device="cuda", requires_grad=True) * 1
+    log_prob, _ = log_prob_and_entropy(logits, torch.arange(4, device="cuda"), inplace_backward=True)
+    log_prob.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        log_prob.sum().backward()
+
+
+def test_rows_that_do_not_merge_and_a_temperature_per_token():
+    logits, target = torch.randn(3, 5, 700), torch.randint(0, 700, (3, 4))
+    temperature = torch.rand(3, 4) + 0.5
+    expected = token_statistics(logits[:, :-1].contiguous(), target, temperature=temperature)
+    got = token_statistics(logits.cuda()[:, :-1], target.cuda(), temperature=temperature.cuda())
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b, atol=1e-5, rtol=1e-6)

@@ -171,14 +171,14 @@ def test_doctor_names_every_piece_and_its_cost(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("libraries", "cuda", "found"), [([], False, None), (["x"], False, "CPU"), (["x"], True, "CPU and CUDA")]
+    ("why_not", "cuda", "found"), [("not built", False, None), ("", False, "CPU"), ("", True, "CPU and CUDA")]
 )
-def test_doctor_tells_which_kernels_were_built(libraries, cuda, found, monkeypatch):
+def test_doctor_tells_which_kernels_were_built(why_not, cuda, found, monkeypatch):
     from megatron_egrsd import doctor
-    from megatron_egrsd.vocab_parallel import ops
+    from megatron_egrsd.vocab_parallel import kernels
 
-    monkeypatch.setattr(ops, "LIBRARIES", libraries)
-    monkeypatch.setattr(ops, "HAS_CUDA_KERNELS", cuda)
+    monkeypatch.setattr(kernels, "WHY_NOT", why_not)
+    monkeypatch.setattr(kernels, "HAS_CUDA", cuda)
     assert next(piece for piece in doctor.PIECES if piece.name == "our kernels").version() == found
 
 

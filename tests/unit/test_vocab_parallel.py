@@ -366,9 +366,9 @@ BAD_INPUT = {
     "no columns": (lambda: log_prob_and_entropy(torch.zeros(2, 0), torch.zeros(2).long()), r"logits.*\(2, 0\)"),
     "scalar": (lambda: log_prob_and_entropy(torch.tensor(1.0), torch.tensor(0)), "logits"),
     "strided rows": (lambda: log_prob_and_entropy(torch.zeros(5, 2).T, torch.zeros(2).long()), r"logits.*\(2, 5\)"),
-    "permuted": (
-        lambda: log_prob_and_entropy(torch.zeros(3, 2, 5).transpose(0, 1), torch.zeros(2, 3).long()),
-        r"logits.*\(2, 3, 5\)",
+    "permuted in three": (
+        lambda: log_prob_and_entropy(torch.zeros(4, 3, 2, 5).permute(2, 1, 0, 3), torch.zeros(2, 3, 4).long()),
+        r"logits.*\(2, 3, 4, 5\)",
     ),
     "target shape": (lambda: log_prob_and_entropy(torch.zeros(2, 5), torch.zeros(3).long()), r"target.*\(2,\).*\(3,\)"),
     "target dtype": (lambda: log_prob_and_entropy(torch.zeros(2, 5), torch.zeros(2).int()), "target.*int32"),
@@ -435,9 +435,7 @@ needs_kernels = pytest.mark.skipif(not ops.compiled(torch.device("cpu")), reason
 def test_every_instruction_set_of_this_processor(instruction_set):
     """A process chooses its instruction set once, so each set is tested in a process of its own."""
     environment = os.environ | {"MEGATRON_EGRSD_SIMD": instruction_set}
-    probe = (
-        "from megatron_egrsd.vocab_parallel import ops; import torch; print(torch.ops.megatron_egrsd.instruction_set())"
-    )
+    probe = "from megatron_egrsd.vocab_parallel import kernels; print(kernels.instruction_set())"
     used = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, timeout=120)
     if used.stdout.strip() != instruction_set:
         pytest.skip(f"this processor has {used.stdout.strip()} instead")
@@ -454,12 +452,13 @@ def test_every_instruction_set_of_this_processor(instruction_set):
 def test_opcheck(dtype):
     kernels = torch.ops.megatron_egrsd
     logits, target = torch.randn(4, 130).to(dtype), torch.randint(0, 120, (4,))
-    part = kernels.statistics(logits, target, 0, 120, 1.0)
+    part = kernels.statistics(logits, target, None, 1.0, 0, 120)
     grad = torch.randn(4)
-    torch.library.opcheck(kernels.statistics, (logits, target, 0, 120, 1.0))
+    for temperatures in (None, torch.rand(4) + 0.5):
+        scale = (temperatures, 1.0, 0, 120)
+        torch.library.opcheck(kernels.statistics, (logits, target, *scale))
+        torch.library.opcheck(kernels.logits_grad, (logits, target, part, grad, grad, None, *scale))
     torch.library.opcheck(kernels.combine, (part[None],))
-    torch.library.opcheck(kernels.logits_grad, (logits, target, part, grad, grad, 0, 120, 1.0))
-    torch.library.opcheck(kernels.logits_grad_, (logits, target, part, grad, None, 0, 120, 1.0))
 
 
 @needs_kernels
@@ -514,15 +513,6 @@ def test_the_linear_form_holds_one_chunk_whatever_the_vocabulary(vocab):
     with largest:
         linear_log_prob_and_entropy(hidden, weight, target, chunk_size=512)
     assert largest.numel == 32 * 512
-
-
-def test_the_slow_path_is_announced_once(recwarn, monkeypatch):
-    monkeypatch.setattr(ops, "LIBRARIES", [])
-    ops._warn_slow_path.cache_clear()
-    for _ in range(3):
-        log_prob_and_entropy(torch.zeros(1, 5), torch.tensor([0]))
-    assert sum("plain torch" in str(w.message) for w in recwarn) == 1
-    ops._warn_slow_path.cache_clear()
 
 
 def test_both_implementations_write_the_same_statistics():
