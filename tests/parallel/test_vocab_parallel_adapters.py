@@ -1,0 +1,179 @@
+"""The adapters at their peers' signatures on two ranks: what the peers' own tests ask of them, against fp64."""
+
+import importlib
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+
+VOCAB, TOKENS = 96, 11
+
+
+def _reference(logits, labels, g, h):
+    """log-prob, entropy and gradient by the definitions, in fp64, over the whole vocabulary."""
+    z = logits.double().requires_grad_()
+    log_p = z.log_softmax(-1)
+    log_prob = log_p.gather(-1, labels[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    ((log_prob * g).sum() + (entropy * h).sum()).backward()
+    return log_prob.detach(), entropy.detach(), z.grad
+
+
+def _adapters(rank, world_size):
+    import torch.distributed as dist
+    from megatron.core import parallel_state, tensor_parallel
+
+    from megatron_egrsd.vocab_parallel.adapters import areal, megatron_lm, miles, nemo_rl, slime, verl
+
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world_size)
+    group = parallel_state.get_tensor_model_parallel_group()
+    r = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(TOKENS, VOCAB, generator=r) * 3, torch.randint(0, VOCAB, (TOKENS,), generator=r)
+    g_lp, g_h = torch.randn(2, TOKENS, generator=r)
+    log_prob, entropy, gradient = _reference(logits, labels, g_lp, g_h)
+    own, columns = gradient.chunk(world_size, -1)[rank], VOCAB // world_size
+    start, end = rank * columns, (rank + 1) * columns
+    shard = logits.chunk(world_size, -1)[rank].contiguous()
+
+    def check(call):
+        leaf = shard.clone().requires_grad_()
+        lp, h = call(leaf)
+        ((lp.view(-1) * g_lp).sum() + (h.view(-1) * g_h).sum()).backward()
+        assert (lp.view(-1) - log_prob).abs().max() < 2e-6 * log_prob.abs().max()
+        assert (h.view(-1) - entropy).abs().max() < 2e-6
+        assert (leaf.grad - own).norm() <= 1e-6 * own.norm()
+
+    # None is the default group in slime and miles; verl takes Megatron's
+    check(lambda x: slime.calculate_log_probs_and_entropy(x, labels, None, with_entropy=True, chunk_size=4))
+    check(lambda x: miles.calculate_log_probs_and_entropy(x, labels, group, with_entropy=True))
+    check(lambda x: areal.gather_logprobs_entropy(x, labels, 1.0, group, chunk_size=3))
+    check(lambda x: (verl.vocab_parallel_log_probs_from_logits(x, labels), verl.vocab_parallel_entropy(x)))
+    batch = labels[None]
+    check(
+        lambda x: (
+            nemo_rl.ChunkedDistributedLogprob.apply(x[None], batch, start, end, 4, group),
+            -nemo_rl.ChunkedDistributedEntropy.apply(x[None], 4, group),
+        )
+    )
+    check(lambda x: (areal.gather_logprobs(x, labels, tp_group=group), verl.vocab_parallel_entropy(x)))
+
+    kept = torch.rand(TOKENS, VOCAB, generator=r) < 0.4  # slime: for the log-prob alone, with the sampled token in it
+    mine = kept.chunk(world_size, -1)[rank]
+    lp, h = slime.calculate_log_probs_and_entropy(shard, labels, None, with_entropy=True, log_prob_keep_mask=mine)
+    kept[torch.arange(TOKENS), labels] = True
+    exact = logits.double().masked_fill(~kept, -torch.inf).log_softmax(-1).gather(1, labels[:, None])
+    assert lp.shape == (TOKENS, 1) and (lp - exact).abs().max() < 1e-5 and (h - entropy).abs().max() < 2e-6
+    assert slime.calculate_log_probs_and_entropy(shard[:0], labels[:0], None)[0].shape == (0,)
+    assert slime.calculate_log_probs_and_entropy(shard, labels, None)[1] is None
+
+    leaf = shard.clone().requires_grad_()
+    ids = torch.randint(0, VOCAB, (1, TOKENS, 5), generator=r)
+    many = nemo_rl.ChunkedDistributedGatherLogprob.apply(leaf[None], ids, start, end, 4, group)
+    z = logits.double().requires_grad_()
+    wanted = z.log_softmax(-1)[None].gather(-1, ids)
+    assert (many - wanted).abs().max() < 1e-5
+    many.square().sum().backward()
+    wanted.square().sum().backward()
+    assert (leaf.grad - z.grad[:, start:end]).norm() <= 2e-6 * z.grad.norm()
+    with pytest.raises(ValueError, match="begins at"):
+        nemo_rl.DistributedLogprob.apply(shard[None], batch, start + 1, end + 1, group)
+
+    leaf = shard.clone().requires_grad_()  # each rank uses its own columns: the normaliser's gradient is summed
+    z = logits.double().requires_grad_()
+    weights = torch.randn(TOKENS, VOCAB, generator=r)
+    (nemo_rl._compute_distributed_log_softmax_with_grad(leaf, group) * weights[:, start:end]).sum().backward()
+    (z.log_softmax(-1) * weights).sum().backward()
+    assert (leaf.grad - z.grad[:, start:end]).norm() <= 2e-6 * z.grad.norm()
+
+    theirs = tensor_parallel.vocab_parallel_cross_entropy(shard[:, None].clone(), labels[:, None])
+    ours = megatron_lm.vocab_parallel_cross_entropy(shard[:, None], labels[:, None])
+    assert (ours - theirs).abs().max() < 2e-6 and ours.shape == theirs.shape
+    missing = megatron_lm.vocab_parallel_cross_entropy(shard[:, None], torch.full((TOKENS, 1), -100))
+    assert bool((missing == 0).all())
+
+    hidden, weight = torch.randn(TOKENS, 8, generator=r), torch.randn(VOCAB, 8, generator=r)
+    mine, part = hidden.clone().requires_grad_(), weight.chunk(world_size)[rank].clone().requires_grad_()
+    lp, h = verl.linear_cross_entropy(mine[None], part, labels[None], 1.5, "none", group)
+    ((lp * g_lp).sum() + (h * g_h).sum()).backward()
+    z, w = hidden.double().requires_grad_(), weight.double()
+    lp_h = _reference((z.detach() @ w.T) / 1.5, labels, g_lp, g_h)
+    assert (lp - lp_h[0]).abs().max() < 1e-5 and (h - lp_h[1]).abs().max() < 5e-6
+    dist.all_reduce(mine.grad)  # outside of the function, as verl does
+    exact = lp_h[2] @ w / 1.5
+    assert (mine.grad - exact).norm() <= 2e-6 * exact.norm()
+    dist.destroy_process_group()
+
+
+def test_adapters_on_two_ranks():
+    run_ranks(_adapters, 2)
+
+
+class DuckGroup:
+    def rank(self):
+        return 0
+
+    def size(self):
+        return 1
+
+
+def test_a_group_may_be_any_object_with_a_rank_and_a_size():
+    from megatron_egrsd.vocab_parallel.adapters import megatron_lm
+
+    logits, target = torch.randn(4, 9), torch.tensor([0, 8, 3, 1])
+    loss = megatron_lm.vocab_parallel_cross_entropy(logits, target, tp_group=DuckGroup())
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+    smooth = megatron_lm.vocab_parallel_cross_entropy(logits, target, 0.1, DuckGroup())
+    log_p = logits.log_softmax(-1)
+    weights = torch.full_like(log_p, 0.1 / 8).scatter(1, target[:, None], 0.9)
+    torch.testing.assert_close(smooth, -(weights * log_p).sum(-1))
+
+
+def _peer(tmp_path, monkeypatch):
+    """Write a package with slime's modules: one defines the function, one binds it at import."""
+    files = {
+        "slime/__init__.py": "",
+        "slime/utils/__init__.py": "",
+        "slime/utils/ppo_utils.py": "def calculate_log_probs_and_entropy(*args): return 'theirs'",
+        "slime/loss.py": """
+            from slime.utils.ppo_utils import calculate_log_probs_and_entropy as bound
+            TABLE = {"not a module's name": bound}
+        """,
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    for name in [n for n in sys.modules if n.partition(".")[0] == "slime"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+
+
+@pytest.mark.parametrize("when", ["before the peer is imported", "after"])
+def test_install_reaches_names_bound_by_an_import(when, tmp_path, monkeypatch):
+    from megatron_egrsd.vocab_parallel.adapters import slime
+
+    _peer(tmp_path, monkeypatch)
+    if when == "after":
+        importlib.import_module("slime.loss")
+    slime.install(args=None)
+    loss = importlib.import_module("slime.loss")
+    assert loss.bound is slime.calculate_log_probs_and_entropy
+    defined = importlib.import_module("slime.utils.ppo_utils").calculate_log_probs_and_entropy
+    assert defined is slime.calculate_log_probs_and_entropy
+    for name in [n for n in sys.modules if n.partition(".")[0] == "slime"]:
+        del sys.modules[name]
+
+
+def test_a_peer_that_has_moved_the_function_is_an_error(tmp_path, monkeypatch):
+    from megatron_egrsd.vocab_parallel.adapters import slime
+
+    _peer(tmp_path, monkeypatch)
+    (tmp_path / "slime/utils/ppo_utils.py").write_text("")
+    slime.install()
+    with pytest.raises(AttributeError, match="another version"):
+        importlib.import_module("slime.utils.ppo_utils")
+    sys.modules.pop("slime", None)
