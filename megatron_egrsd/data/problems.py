@@ -7,7 +7,7 @@ file, the line and the change to make. With `data.bad_rows: skip` it is left out
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,27 @@ def batch_indices(n_problems: int, batch_size: int, step: int, seed: int | str) 
     """
     if n_problems <= 0 or batch_size <= 0 or step < 0:
         raise BadArgument(f"no batch of {batch_size} from {n_problems} problems at step {step}")
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return [_permutation(n_problems, p // n_problems, seed)[p % n_problems] for p in positions]
+    return problem_indices(n_problems, step * batch_size, batch_size, seed)
+
+
+def problem_indices(n_problems: int, first: int, count: int, seed: int | str) -> list[int]:
+    """Return `count` problem indices of the endless order of `batch_indices`, from place `first` (from 0) on."""
+    return [_permutation(n_problems, p // n_problems, seed)[p % n_problems] for p in range(first, first + count)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in the endless order: `problems` of them are trained when `step` steps are.
+
+    A resumed run begins at the place of its checkpoint, so that a changed batch size leaves out no problem.
+    """
+
+    step: int = 0
+    problems: int = 0
+
+    def after(self, step: int, batch_size: int) -> int:
+        """Return the number of problems trained after `step` steps if each from `self.step` on trains `batch_size`."""
+        return self.problems + (step - self.step) * batch_size
 
 
 @lru_cache(maxsize=4)

@@ -31,7 +31,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_egrsd.engine.distributed import lost_contact, on_first_rank
 from megatron_egrsd.engine.engine import Engine
-from megatron_egrsd.engine.optimizer import parts
+from megatron_egrsd.engine.optimizer import parts, with_settings_of
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.hf.safe_pickle import check_metadata
 from megatron_egrsd.system.files import PARTIAL, sha256, write_text
@@ -61,6 +61,7 @@ def save(
     rewards: dict[str, Any],
     history: Path | None = None,
     best: bool = False,
+    notes: dict[str, Any] | None = None,
 ) -> Path:
     """Write `directory`/step_NNNNNN, then remove all but the newest `keep` and the best one. Collective.
 
@@ -68,6 +69,7 @@ def save(
         rewards: Running statistics of the rewards, as plain numbers.
         history: A file that becomes part of the checkpoint under the name HISTORY.
         best: This is the best checkpoint so far; it stays until a later one is.
+        notes: Plain values that `read_notes` returns before anything is loaded.
 
     Raises:
         RunError: It could not be written; what was there before is still there.
@@ -94,7 +96,8 @@ def save(
 
     with _as_run_error(f"{path} could not be written"):
         on_first_rank(prepare)
-        dist_checkpointing.save(_state(engine, step, rewards, loading=False), str(partial), verify_integrity=True)
+        state = _state(engine, step, rewards, loading=False) | {"notes": json.dumps(notes or {})}
+        dist_checkpointing.save(state, str(partial), verify_integrity=True)
         on_first_rank(publish)
     return path
 
@@ -163,8 +166,17 @@ def find(directory: Path, wanted: str) -> Path | None:
     return None
 
 
+def read_notes(path: Path) -> dict[str, Any]:
+    """Return the `notes` of a checkpoint that has passed `check`; {} if an older version saved it, without them."""
+    with _without_code():
+        return json.loads(dist_checkpointing.load_common_state_dict(str(path)).get("notes", "{}"))
+
+
 def load(engine: Engine, path: Path) -> tuple[int, dict[str, Any]]:
     """Continue from a checkpoint that has passed `check`, saved in any layout. Collective.
+
+    The checkpoint brings weights, moments and the position in the schedule; learning rates, decays and the schedule's
+    shape and end are those that the engine was configured with.
 
     Returns:
         Its step, and the running statistics of the rewards: {} if an older version saved it, without them.
@@ -188,12 +200,22 @@ def load(engine: Engine, path: Path) -> tuple[int, dict[str, Any]]:
         raise BadArgument(f"{path} does not belong to this model: {_reason(error)}") from None
     for i, chunk in enumerate(engine.chunks):
         chunk.load_state_dict(state["model"][str(i)])
-    engine.optimizer.load_state_dict(state["optimizer"])
-    engine.scheduler.load_state_dict(state["scheduler"])
+    engine.optimizer.load_state_dict(with_settings_of(state["optimizer"], engine.optimizer))
+    engine.scheduler.load_state_dict(state["scheduler"] | {"num_steps": _updates(engine, state)})
     if "teacher" in state:
         for (chunk_index, name), teacher in zip(_names(engine), engine.teacher_weights, strict=True):
             teacher.copy_(state["teacher"][chunk_index][name])
     return state["step"], state.get("rewards") or {}
+
+
+def _updates(engine: Engine, state: dict) -> int:
+    """Return the position in the schedule, in updates of this run's size.
+
+    Updates without a gradient do not count. A position beyond all updates up to the saved step would be trained with
+    the last rate of the schedule, which may be 0.
+    """
+    now, saved = engine.updates_per_batch, state.get("updates_per_batch", engine.updates_per_batch)
+    return min(state["scheduler"]["num_steps"] * now // saved, state["step"] * now)
 
 
 def _without_absent_extra_states(state: dict, path: Path) -> dict:
@@ -236,6 +258,7 @@ def _state(engine: Engine, step: int, rewards: dict[str, Any], *, loading: bool)
         "scheduler": engine.scheduler.state_dict(),
         "step": step,
         "rewards": rewards,
+        "updates_per_batch": engine.updates_per_batch,
         "distributed_optimizer": engine.parallel.distributed_optimizer,
     }
     if engine.teacher.weights in ("ema", "snapshot") and engine.teacher_weights is not None:

@@ -1,5 +1,7 @@
 """Adam through megatron-core, with its learning-rate schedule."""
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
@@ -13,6 +15,8 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_egrsd.config import OptimizerConfig
+
+_SETTINGS = ("lr", "max_lr", "min_lr", "betas", "eps")  # of a parameter group; the schedule sets its weight decay
 
 
 def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -51,5 +55,24 @@ def build_optimizer(
         end_wd=config.weight_decay,
         wd_incr_steps=updates,
         wd_incr_style="constant",
+        # At a resume the checkpoint brings the position in the schedule, the configuration its shape and its end.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def with_settings_of(saved: Any, optimizer: MegatronOptimizer) -> Any:
+    """Return a saved optimizer state with the rates and decays that `optimizer` was configured with.
+
+    megatron-core finds a saved parameter group by its learning rates, and takes betas and eps from it. The settings
+    are those of the configuration, so a resume may change them; moments and step counts stay as they were saved.
+    """
+    if isinstance(saved, dict) and "param_groups" in saved:
+        own = optimizer.param_groups[0]  # the groups differ in wd_mult and is_expert_parallel, not in these
+        settings = {key: own[key] for key in _SETTINGS if key in own}
+        groups = [group | {key: v for key, v in settings.items() if key in group} for group in saved["param_groups"]]
+        saved = saved | {"param_groups": groups}
+    if isinstance(saved, dict):
+        return {key: with_settings_of(v, optimizer) if isinstance(v, dict) else v for key, v in saved.items()}
+    return saved

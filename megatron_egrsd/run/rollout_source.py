@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from megatron_egrsd.config import Config
+from megatron_egrsd.data.problems import Place
 from megatron_egrsd.data.samples import Prompt, Rollout, load_rollouts
 from megatron_egrsd.engine.distributed import on_first_rank
 from megatron_egrsd.engine.engine import Engine
@@ -53,12 +54,13 @@ class RolloutSource(Protocol):
 class LiveRollouts:
     """Rollouts sampled by SGLang, which gets the engine's weights after every update.
 
-    `preemption` ends the sampling of requests in flight. `seed` is the servers'. `stack` ends requests, servers and
-    thread, in this order.
+    `preemption` ends the sampling of requests in flight. `seed` is the servers'. The problems begin at `begin`. `stack`
+    ends requests, servers and thread, in this order.
     """
 
     def __init__(self, config: Config, engine: Engine, tokenizer, preemption: Preemption, seed: int,
-                 stack: contextlib.ExitStack):  # fmt: skip
+                 begin: Place, stack: contextlib.ExitStack):  # fmt: skip
+        self.begin = begin
         self.config, self.engine, self.tokenizer, self.preemption = config, engine, tokenizer, preemption
         self.ending = False
         rollout, output = config.rollout, Path(config.output)
@@ -82,9 +84,9 @@ class LiveRollouts:
         client = RolloutClient(self.fleet.servers, rollout, [self.tokenizer.eos_token_id], self._check)
         self.sampler = Sampler(client, self.tokenizer, load_reward(config.data.reward, config.data.reward_timeout))
         if rollout.partial:
-            self.batches = PartialBatches(self.sampler, self.thread, rollout, config.steps, config.seed)
+            self.batches = PartialBatches(self.sampler, self.thread, rollout, config.steps, config.seed, self.begin)
         else:
-            self.batches = Batches(self.sampler, self.thread, rollout, config.objective, config.seed)
+            self.batches = Batches(self.sampler, self.thread, rollout, config.objective, config.seed, self.begin)
 
     def _check(self) -> None:
         """Raise if the sampling shall end; called while requests are in flight."""

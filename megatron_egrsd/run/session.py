@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_egrsd.config import Config
+from megatron_egrsd.data.problems import Place
 from megatron_egrsd.data.samples import Prompt, Rollout, save_rollouts
 from megatron_egrsd.engine import checkpoint
 from megatron_egrsd.engine.distributed import on_first_rank, on_first_rank_while
@@ -21,6 +22,7 @@ from megatron_egrsd.report.scored_dump import gather_scores, save_scores, scored
 from megatron_egrsd.run.guard import UpdateGuard
 from megatron_egrsd.run.log import RunLog
 from megatron_egrsd.run.preemption import Preemption
+from megatron_egrsd.run.resuming import load, notes_after
 from megatron_egrsd.run.rollout_source import LiveRollouts, ReplayedRollouts, RolloutSource
 from megatron_egrsd.run.run_directory import RunDirectory
 from megatron_egrsd.run.stopwatch import Stopwatch
@@ -50,7 +52,10 @@ class Session:
         self.history = History()  # of the steps so far; `learn` takes it
         self.unreported: tuple[int, list[Rollout], dict[str, float]] | None = None
         self.resumed: Path | None = on_first_rank(self.directory.checkpoint_to_resume)
-        resumed_step = checkpoint.step_of(self.resumed) if self.resumed else 0
+        self.begin = Place()
+        if self.resumed:  # first: a checkpoint that is refused leaves every file where it is
+            self.begin, self.history = load(engine, config, self.resumed)
+        resumed_step = self.begin.step
         if config.checkpoint.resume:
             on_first_rank(lambda: self.directory.move_stale_outputs(resumed_step))
         stack.callback(self._close_log)
@@ -59,7 +64,7 @@ class Session:
         self.rollouts: RolloutSource = (
             ReplayedRollouts(config, engine)
             if config.debug == "train-only"
-            else LiveRollouts(config, engine, tokenizer, preemption, seed, stack)
+            else LiveRollouts(config, engine, tokenizer, preemption, seed, self.begin, stack)
         )
         on_first_rank(self._open_log)
 
@@ -78,19 +83,12 @@ class Session:
     # -- starting and stopping ------------------------------------------------------------------------------------
 
     def resume(self) -> int:
-        """Return the step to continue from: 0, or that of the checkpoint to resume, after loading and serving it."""
-        if self.resumed is None:
-            if self.config.rollout.servers.urls:  # servers that the user started may hold any weights
-                self.push_weights(0)
-            return 0
-        self.rollouts.placement.enter("training")
-        step, rewards = checkpoint.load(self.engine, self.resumed)
-        self.history = History(**rewards)
-        self.push_weights(step)
-        self._say(f"continuing from {self.resumed}")
-        if not rewards:
-            self._say("warning: it holds no statistics of the rewards; the running advantage warms up anew")
-        return step
+        """Return the step to continue from, after giving its weights to servers that hold others."""
+        if self.resumed is not None:
+            self.rollouts.placement.enter("training")
+        if self.resumed is not None or self.config.rollout.servers.urls:  # the user's servers may hold any weights
+            self.push_weights(self.begin.step)
+        return self.begin.step
 
     def save(self, step: int) -> Path:
         """Save a checkpoint of the state after `step` steps, with the metrics so far; return its path."""
@@ -100,8 +98,9 @@ class Session:
             lambda: bool(accuracies) and self.evaluations[-1]["step"] == step and accuracies[-1] == max(accuracies)
         )
         keep, directory = self.config.checkpoint.keep, self.directory
+        notes = notes_after(step, self.config, self.begin)
         rewards = asdict(self.history)
-        return checkpoint.save(self.engine, directory.checkpoints, step, keep, rewards, directory.history, best)
+        return checkpoint.save(self.engine, directory.checkpoints, step, keep, rewards, directory.history, best, notes)
 
     def check_preemption(self) -> None:
         """Raise Preempted, on every rank, if any rank has been asked to stop."""

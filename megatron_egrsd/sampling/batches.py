@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from megatron_egrsd.config import ObjectiveConfig, RolloutConfig
-from megatron_egrsd.data.problems import batch_indices
+from megatron_egrsd.data.problems import Place, batch_indices, problem_indices
 from megatron_egrsd.data.samples import Prompt, Rollout
 from megatron_egrsd.errors import Preempted, RunError
 from megatron_egrsd.objectives.interface import Objective
@@ -15,6 +15,7 @@ from megatron_egrsd.objectives.signal import rollout_advantages
 from megatron_egrsd.rollout.servers import ServersLost
 from megatron_egrsd.sampling.sampler import Sampler
 
+START = Place()
 # (prompts, their finished responses as in RolloutClient.generate) -> rewarded rollouts of the prompts
 Sample = Callable[[list[Prompt], dict], list[Rollout]]
 
@@ -32,13 +33,13 @@ class BatchSampling:
     """The sampling of the batch of step `step` (from 0), on one process.
 
     Dynamic sampling: groups without a signal are replaced by groups of fresh prompts, `rollout.dynamic_sampling` times
-    at most. The prompts follow from seed, step and round: a resumed run draws the same.
+    at most. The prompts follow from seed, step, round and the `begin` of the run: a resumed run draws the same.
     """
 
     def __init__(self, sample: Sample, prompts: list[Prompt], config: RolloutConfig, objective: ObjectiveConfig,
-                 seed: int, step: int):  # fmt: skip
+                 seed: int, step: int, begin: Place = START):  # fmt: skip
         self.sample, self.prompts, self.config, self.objective = sample, prompts, config, objective
-        self.seed, self.step = seed, step
+        self.seed, self.step, self.begin = seed, step, begin
         self.rollouts: list[Rollout] = []
         self.rounds, self.sampled, self.seconds = 0, 0, 0.0
         self.done: dict = {}  # of the present round
@@ -81,19 +82,22 @@ class BatchSampling:
         return groups_without_signal(self.rollouts, load_objective(self.objective), self.config.max_response_tokens)
 
     def _prompts(self, groups: list[int]) -> list[Prompt]:
-        size, step = self.config.prompts_per_step, self.step
-        seed: int | str = self.seed
+        size, number = self.config.prompts_per_step, len(self.prompts)
         if self.rounds:
-            step, seed = step * self.config.dynamic_sampling + self.rounds - 1, f"{seed}/refill"
-        return [self.prompts[i] for i in batch_indices(len(self.prompts), size, step, seed)[: len(groups)]]
+            refill = self.step * self.config.dynamic_sampling + self.rounds - 1
+            indices = batch_indices(number, size, refill, f"{self.seed}/refill")
+        else:
+            indices = problem_indices(number, self.begin.after(self.step, size), size, self.seed)
+        return [self.prompts[i] for i in indices[: len(groups)]]
 
 
 class Batches:
     """The batches of a run, each sampled by one version of the weights; on one process."""
 
     def __init__(self, sampler: Sampler, thread: ThreadPoolExecutor, config: RolloutConfig, objective: ObjectiveConfig,
-                 seed: int):  # fmt: skip
-        self.sampler, self.thread, self.config, self.objective, self.seed = sampler, thread, config, objective, seed
+                 seed: int, begin: Place = START):  # fmt: skip
+        self.sampler, self.thread, self.config, self.objective = sampler, thread, config, objective
+        self.seed, self.begin = seed, begin
         self.sampling: BatchSampling | None = None
 
     def batch(self, prompts: list[Prompt], step: int) -> Batch:
@@ -117,7 +121,7 @@ class Batches:
         def sample(some: list[Prompt], done: dict) -> list[Rollout]:
             return self.sampler.sample(some, self.config.rollouts_per_prompt, self.config, done)
 
-        return BatchSampling(sample, prompts, self.config, self.objective, self.seed, step)
+        return BatchSampling(sample, prompts, self.config, self.objective, self.seed, step, self.begin)
 
 
 def groups_without_signal(rollouts: list[Rollout], objective: Objective, max_response_tokens: int) -> list[int]:

@@ -11,13 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from megatron_egrsd.config import RolloutConfig
-from megatron_egrsd.data.problems import batch_indices
+from megatron_egrsd.data.problems import Place, problem_indices
 from megatron_egrsd.data.samples import Prompt, Rollout
 from megatron_egrsd.errors import Preempted
 from megatron_egrsd.rollout.generation import NOTHING, Generation
 from megatron_egrsd.rollout.partial import SamplingPhase
 from megatron_egrsd.rollout.servers import ServersLost
-from megatron_egrsd.sampling.batches import Batch
+from megatron_egrsd.sampling.batches import START, Batch
 from megatron_egrsd.sampling.sampler import Sampler
 
 
@@ -51,11 +51,13 @@ def complete_batch(groups: list[Group], step: int, size: int, staleness: int) ->
 class PartialBatches:
     """The batches of a run of `steps` steps whose sampling stops only for new weights; used like batches.Batches.
 
-    The problems that are drawn follow from the seed, and from the step at which a run begins or resumes.
+    The problems that are drawn follow from the seed, and from the place at which a run begins or resumes.
     """
 
-    def __init__(self, sampler: Sampler, thread: ThreadPoolExecutor, config: RolloutConfig, steps: int, seed: int):
+    def __init__(self, sampler: Sampler, thread: ThreadPoolExecutor, config: RolloutConfig, steps: int, seed: int,
+                 begin: Place = START):  # fmt: skip
         self.sampler, self.thread, self.config, self.steps, self.seed = sampler, thread, config, steps, seed
+        self.begin = begin
         self.groups: list[Group] = []  # outstanding, in the order of their problems
         self.drawn: int | None = None  # number of problems drawn from the endless order, trained ones included
         self.phase: SamplingPhase | None = None
@@ -64,7 +66,7 @@ class PartialBatches:
 
     def batch(self, prompts: list[Prompt], step: int) -> Batch:
         """Return the batch of `step`, or raise the error of its sampling; after ServersLost, call again to go on."""
-        self.drawn = step * self.config.prompts_per_step if self.drawn is None else self.drawn
+        self.drawn = self._place(step) if self.drawn is None else self.drawn
         self.ahead(prompts, step)
         if self.phase is None:
             self._start()
@@ -83,11 +85,10 @@ class PartialBatches:
     def ahead(self, prompts: list[Prompt], step: int) -> None:
         """Draw problems until all groups that may be outstanding are, or the rest of the run has its problems."""
         settings = self.config
-        while (
-            len(self.groups) < settings.prompts_per_step + settings.extra_prompts
-            and self.drawn < self.steps * settings.prompts_per_step
+        while len(self.groups) < settings.prompts_per_step + settings.extra_prompts and self.drawn < self._place(
+            self.steps
         ):
-            [index] = batch_indices(len(prompts), 1, self.drawn, self.seed)
+            [index] = problem_indices(len(prompts), self.drawn, 1, self.seed)
             self.groups.append(Group(prompts[index], [NOTHING] * settings.rollouts_per_prompt))
             self.drawn += 1
             if self.phase is not None:
@@ -100,6 +101,9 @@ class PartialBatches:
             with suppress(ServersLost, Preempted):
                 phase.stop()
             self._count_seconds()
+
+    def _place(self, step: int) -> int:
+        return self.begin.after(step, self.config.prompts_per_step)
 
     def _complete_batch(self, step: int) -> list[Group]:
         return complete_batch(self.groups, step, self.config.prompts_per_step, self.config.staleness)

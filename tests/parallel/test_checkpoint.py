@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import pickle
 import random
 import shutil
@@ -277,3 +278,57 @@ def test_a_checkpoint_cannot_run_code(dotted, saved, tmp_path):
     with pytest.raises(BadArgument, match="could run code"):
         checkpoint.check(copy)
     assert not (tmp_path / "ran").exists()
+
+
+def _resumed_settings(rank, world_size, config, path):
+    """Load a checkpoint; return the groups' settings and the learning rates that the remaining updates would have."""
+    from megatron_egrsd.engine import checkpoint
+
+    with open_engine(config) as engine:
+        step, _ = checkpoint.load(engine, path)
+        rates = []
+        for _ in range((config.steps - step) * config.optimizer.updates_per_batch):
+            rates.append(engine.optimizer.param_groups[0]["lr"])
+            engine.scheduler.step(increment=1)
+        groups = [{k: g[k] for k in ("betas", "eps", "weight_decay", "wd_mult")} for g in engine.optimizer.param_groups]
+    return groups, rates
+
+
+COSINE = {"schedule": "cosine", "warmup_steps": 0}
+KINDS = {"plain": {}, "distributed": {"distributed_optimizer": True}, "bfloat16": {}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resume_takes_the_settings_of_the_configuration(kind, tmp_path):
+    """Each of these ended in a learning rate of 0 or in megatron-core's "Could not find parameter group"."""
+    save_rollouts(made_up_rollouts(), tmp_path / "rollouts.jsonl")
+    parallel = ParallelConfig(max_tokens_per_microbatch=256, **KINDS[kind])
+    model = make_qwen3(tmp_path / "model", vocab_size=VOCAB)
+    old = training_config(model, steps=2, parallel=parallel, optimizer=OptimizerConfig(lr=1e-3, **COSINE))
+    if kind == "bfloat16":
+        old = dataclasses.replace(old, model=dataclasses.replace(old.model, dtype=kind))
+    _run(1, old, tmp_path / "rollouts.jsonl", tmp_path / "run", 0, 2)
+    path = tmp_path / "run" / "step_000002"
+
+    longer = dataclasses.replace(old, steps=4)
+    ((_, rates),) = run_ranks(_resumed_settings, 1, longer, path)
+    assert rates == pytest.approx([1e-3 * 0.5 * (1 + math.cos(math.pi * x)) for x in (0.5, 0.75)])
+
+    other = OptimizerConfig(
+        lr=1e-4, min_lr=1e-5, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.1, updates_per_batch=2, schedule="linear"
+    )
+    ((groups, rates),) = run_ranks(_resumed_settings, 1, dataclasses.replace(longer, optimizer=other), path)
+    assert rates == pytest.approx([1e-4 - 9e-5 * x for x in (4 / 8, 5 / 8, 6 / 8, 7 / 8)])
+    for group in groups:
+        assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6)
+        assert group["weight_decay"] == pytest.approx(0.1 * group["wd_mult"])
+
+
+def test_fewer_updates_a_batch_at_a_resume_never_reach_the_end_of_the_schedule(tmp_path):
+    save_rollouts(made_up_rollouts(), tmp_path / "rollouts.jsonl")
+    model = make_qwen3(tmp_path / "model", vocab_size=VOCAB)
+    old = training_config(model, steps=4, optimizer=OptimizerConfig(lr=1e-3, updates_per_batch=4, **COSINE))
+    _run(1, old, tmp_path / "rollouts.jsonl", tmp_path / "run", 0, 1)  # of 4 updates, one has no signal
+    new = dataclasses.replace(old, optimizer=dataclasses.replace(old.optimizer, updates_per_batch=1))
+    ((_, rates),) = run_ranks(_resumed_settings, 1, new, tmp_path / "run" / "step_000001")
+    assert len(rates) == 3 and min(rates) > 1e-4

@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, RolloutConfig
+from megatron_egrsd.data.problems import Place, problem_indices
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout
 from megatron_egrsd.rollout.servers import ServersLost
 from megatron_egrsd.sampling.batches import BatchSampling
@@ -92,3 +93,10 @@ def test_servers_lost_in_any_round_leave_the_batch_as_it_would_have_been(lost):
         sampling.result()
     result = sampling.result()
     assert (result.rollouts, result.sampled) == expected and first.asked == undisturbed.asked
+
+
+def test_a_resumed_run_begins_behind_the_problems_that_its_checkpoint_counts():
+    sampled, settings = Sampled(dull=0), config(0)
+    begin = Place(2, 4)  # two steps of two prompts; now eight
+    BatchSampling(sampled, PROMPTS, settings.rollout, settings.objective, settings.seed, 3, begin).result()
+    assert sampled.asked == [problem_indices(len(PROMPTS), 4 + 8, 8, settings.seed)]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_egrsd.config import DataConfig
-from megatron_egrsd.data.problems import BadRows, batch_indices, load_problems
+from megatron_egrsd.data.problems import BadRows, Place, batch_indices, load_problems, problem_indices
 from megatron_egrsd.errors import BadArgument
 
 DATA = Path(__file__).parents[1] / "data"
@@ -148,3 +148,14 @@ def test_a_file_of_bad_rows_alone_is_refused_with_the_reasons(tmp_path):
 def test_a_duplicate_is_refused_naming_both_lines(tmp_path):
     with pytest.raises(BadArgument, match=r"line 3: the problem of .* line 1 again.*data.bad_rows skip"):
         load_problems(write(tmp_path, GOOD, {**GOOD, "problem": "other"}, GOOD), DataConfig())
+
+
+def test_a_batch_size_that_changes_at_a_resume_leaves_out_no_problem():
+    """A resume with twice the batch began at twice the place, and 16 of 64 problems were never seen."""
+    n, before, after = 64, 8, 16
+    seen = [i for step in range(2) for i in batch_indices(n, before, step, 0)]
+    begin = Place(2, 2 * before)
+    for step in range(2, 5):
+        seen += problem_indices(n, begin.after(step, after), after, 0)
+    assert sorted(seen) == list(range(n))
+    assert problem_indices(n, Place().after(3, 8), 8, 0) == batch_indices(n, 8, 3, 0)
