@@ -3,7 +3,15 @@
 import re
 from typing import NamedTuple
 
-_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?:\{|(?= ?[\w$]))")
+# "\\boxed 5" and "\\boxed x" are boxes; in "mark it with \\boxed as asked" the command is only mentioned.
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?:\{|(?= ?(?:[\d$.-]|[A-Za-z](?:\W*\Z|[.,;$}]|\n))))")
+_FORM = re.compile(  # what stands in a box that only shows the form of an answer
+    r"(?:\\text\w{0,2}\s?\{|[\[<_\s])*"
+    r"(?:\.{2,}|…|\\[lcd]?dots[a-z]?|_{2,}|\?|#"
+    r"|(?:your |the |my )?(?:final |numerical |numeric )?(?:answer|result|solution|value)(?: goes)?(?: here)?)"
+    r"[\]>}_\s]*",
+    re.IGNORECASE,
+)
 _MOST = 20  # boxes of one text, the last ones
 
 
@@ -16,7 +24,7 @@ class Box(NamedTuple):
 
 
 def boxes(text: str) -> list[Box]:
-    """Return the last boxes of a text in order, empty ones left out; of nested ones the outer."""
+    """Return the last boxes of a text in order, those without an answer left out; of nested ones the outer."""
     found: list[Box] = []
     for match in list(_BOX.finditer(text))[-_MOST:]:
         start = match.end()
@@ -33,4 +41,9 @@ def boxes(text: str) -> list[Box]:
             end += 1
         if not depth and (not found or match.start() >= found[-1].end):
             found.append(Box(match.start(), end, text[start : end - 1].strip()))
-    return [box for box in found if box.content]
+    return [box for box in found if box.content and not is_form(box.content)]
+
+
+def is_form(text: str) -> bool:
+    """Return whether a text stands for an answer instead of being one: "...", "your answer"."""
+    return bool(_FORM.fullmatch(text[:200].strip()))

@@ -63,32 +63,18 @@ class PromptBuilder:
     def _teacher(self, problem: Problem) -> list[int]:
         return self._encode(self._render(problem.teacher_turns or fill(self.config.teacher_template, problem)))
 
-    def _render(self, turns: Turns, generation_prompt: bool = True) -> str:
+    def _render(self, turns: Turns) -> str:
         messages = list(turns)
         if self.config.system_prompt and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.config.system_prompt})
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                enable_thinking=self.config.enable_thinking,
-            )
-        except Exception as error:  # a template is a program: it can raise any exception
-            raise BadArgument(f"the tokenizer's chat template fails on a user turn: {error}") from None
+        return _apply_template(self.tokenizer, self.config, messages, generation_prompt=True)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)  # the template contains them
 
     def _generation_ids(self) -> list[int]:
         """Return the ids of the generation prompt: assistant header and, with thinking off, an empty thinking block."""
-        closed, opened = (self._render([{"role": "user", "content": "1 + 1?"}], add) for add in (False, True))
-        if len(opened) <= len(closed) or not opened.startswith(closed):
-            raise BadArgument(
-                "the tokenizer's chat template adds no generation prompt after the user's turn; "
-                "without one, student and teacher cannot be aligned"
-            )
-        return self._encode(opened[len(closed) :])
+        return self._encode(generation_prompt(self.tokenizer, self.config))
 
     def _check_suffix(self, student: list[int], teacher: list[int]) -> None:
         n = len(self.generation_ids)
@@ -115,6 +101,39 @@ class PromptBuilder:
             f"the {reader} prompt of problem {problem_id} has {len(ids)} tokens, {excess}, remove the problem, or set "
             "data.bad_rows skip",
         )
+
+
+def generation_prompt(tokenizer: Any, config: DataConfig) -> str:
+    """Return what the chat template adds after the user's turn. Raises BadArgument if it adds nothing."""
+    turns = [{"role": "user", "content": "1 + 1?"}]
+    closed, opened = (_apply_template(tokenizer, config, turns, generation_prompt=add) for add in (False, True))
+    if len(opened) <= len(closed) or not opened.startswith(closed):
+        raise BadArgument(
+            "the tokenizer's chat template adds no generation prompt after the user's turn; "
+            "without one, student and teacher cannot be aligned"
+        )
+    return opened[len(closed) :]
+
+
+def opened_thinking(tokenizer: Any, config: DataConfig) -> str:
+    """Return "<think>" if the generation prompt opens the thinking and leaves it open to the response, else "".
+
+    Qwen3-*-Thinking-2507 and other models that always think have such templates: their responses hold no <think>.
+    """
+    _, tag, after = generation_prompt(tokenizer, config).rpartition("<think>")
+    return "" if "</think>" in after else tag
+
+
+def _apply_template(tokenizer: Any, config: DataConfig, turns: Turns, *, generation_prompt: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            enable_thinking=config.enable_thinking,
+        )
+    except Exception as error:  # a template is a program: it can raise any exception
+        raise BadArgument(f"the tokenizer's chat template fails on a user turn: {error}") from None
 
 
 def fill(template: str | Turns, problem: Problem) -> Turns:

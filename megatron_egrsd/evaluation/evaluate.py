@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.benchmarks import ProblemSet, load_sets
-from megatron_egrsd.data.prompt_builder import PromptBuilder, prompt_builder
+from megatron_egrsd.data.prompt_builder import PromptBuilder, opened_thinking, prompt_builder
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.evaluation.evaluated_model import digest, hugging_face
 from megatron_egrsd.evaluation.protocol import overridden, published_models, samples_per_problem
@@ -28,7 +28,7 @@ from megatron_egrsd.evaluation.sample_file import SampleFile
 from megatron_egrsd.evaluation.summary import Estimate, Sample, summarize
 from megatron_egrsd.evaluation.table import deviations, evaluation_table, paper_summary, paper_table
 from megatron_egrsd.rewards.answers import final_answer, states_answer
-from megatron_egrsd.rewards.equality import normalize
+from megatron_egrsd.rewards.normal_form import normalize
 from megatron_egrsd.rewards.reward import Reward, decode_and_grade, load_reward
 from megatron_egrsd.rollout.client import RolloutClient, truncation
 from megatron_egrsd.rollout.deterministic import check_deterministic, deterministic
@@ -89,8 +89,7 @@ class Evaluation:
         ]
         ids = builder.tokenizer.convert_tokens_to_ids("</think>")
         self.end_of_thinking = None if ids == builder.tokenizer.unk_token_id else ids
-        header = builder.tokenizer.decode(builder.generation_ids)
-        self.starts_thinking = header.rpartition("<think>")[1] != "" and "</think>" not in header
+        self.opened = opened_thinking(builder.tokenizer, builder.config)
 
     def check_file(self) -> None:
         """Raise BadArgument if the file holds samples of a problem that has changed since then."""
@@ -188,9 +187,11 @@ class Evaluation:
 
     def _row(self, i: int, j: int, generation: Generation) -> dict[str, Any]:
         (name, problem), ids, reason = self.problems[i], generation.response_ids, generation.finish_reason
-        text, reward, error = decode_and_grade(self.builder.tokenizer, ids, problem.answer, reason, self.reward)
+        text, reward, error = decode_and_grade(
+            self.builder.tokenizer, ids, problem.answer, reason, self.reward, self.opened
+        )
         truncated = reason == "length"
-        readings = [] if truncated else final_answer(text)
+        readings = [] if truncated else final_answer(self.opened + text)
         return {
             "set": name,
             "id": problem.id,
@@ -202,7 +203,7 @@ class Evaluation:
             "finish_reason": reason,
             "tokens": len(ids),
             "thinking_tokens": self._thinking(ids, text),
-            "states_answer": not truncated and states_answer(text),
+            "states_answer": not truncated and states_answer(self.opened + text),
             "vote": normalize(readings[0][:400]) if readings else "",
             "response": text,
         }
@@ -210,7 +211,7 @@ class Evaluation:
     def _thinking(self, ids: list[int], text: str) -> int:
         """Count the tokens up to and with the last </think>; all if the thinking never ends, 0 without thinking."""
         if "</think>" not in text:
-            return len(ids) if self.starts_thinking or "<think>" in text else 0
+            return len(ids) if self.opened or "<think>" in text else 0
         if self.end_of_thinking in ids:
             return len(ids) - ids[::-1].index(self.end_of_thinking)
         thinking = text[: text.rindex("</think>") + len("</think>")]

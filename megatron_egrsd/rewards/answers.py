@@ -5,17 +5,35 @@ Every loop and pattern is bounded, because a response is any string that a polic
 
 import re
 
-from megatron_egrsd.data.boxes import boxes
+from megatron_egrsd.data.boxes import boxes, is_form
+from megatron_egrsd.rewards.languages import CHOOSE, LETTERS, MARKER, SENTENCE_END, is_sentence, plain
+from megatron_egrsd.rewards.quantities import CURRENCY, SCALE
 
+THINKING = ("<think>", "</think>")
 _TAIL = 20_000  # characters at the end of a text that are searched for an answer
 _SPAN = 400  # characters behind "the answer is" that are searched for an answer
 
+_LETTER = r"(?-i:[A-J])(?![A-Za-z])"  # of a choice
 _MARKER = re.compile(
     r"(?<!to )\banswer\b[^.\n:=]{0,60}?(?:\bis\b|\bare\b|\bbe\b|[:=])[:\s]*"  # the answer is, final answer:, answer =
     r"|^\W{0,4}A:\s"  # A: 18
     r"|^[#*\s]{0,6}(?:the )?(?:final )?answer[*\s]{0,6}\n"  # a heading
-    r"|答案[是为：:\s]{1,3}",
+    # the correct option is A
+    rf"|\b(?:option|choice)s?\b[^.\n:=]{{0,30}}?(?:\bis\b|[:=])\s*(?=[*(\\]{{0,4}}{_LETTER})"
+    rf"|\b(?:so|hence|thus|therefore|choose|select|pick) (?:the )?(?:option|choice) (?=[*(]{{0,4}}{_LETTER})"
+    rf"|\b(?:option|choice) (?=\(?{_LETTER}\)? is (?:correct|right)\b)"
+    rf"|(?<!\w)(?=\(?{_LETTER}\)? is (?:the )?(?:correct|right) (?:answer|option|choice)\b)"
+    rf"|{CHOOSE}(?=[*(]{{0,3}}{_LETTER})"
+    rf"|{MARKER}",
     re.IGNORECASE | re.MULTILINE,
+)
+_TAGGED = re.compile(r"<(?:final[_ ]?)?answer>(.{0,2000}?)(?:</(?:final[_ ]?)?answer>|\Z)", re.IGNORECASE | re.DOTALL)
+_CHOSEN = re.compile(
+    r"(?:(?:the )?(?:option|choice|选项|選項|вариант|opción) ?)?(?:\\text(?:bf)?\{)?"
+    rf"[*(\[]{{0,3}}({_LETTER})[)\]*}}]{{0,4}}"
+    r"(?!\s*(?:,|and|or|&|/)\s*\(?(?-i:[A-J])\b)"  # one choice of several
+    r"(?=\s*(?:[.,;:!]|\Z|\n|[^\x00-\x7f])|\s+(?:because|since|as|is|which|\$|-?\d))",
+    re.IGNORECASE,
 )
 _HASHES = re.compile(r"####[ \t]*([^\s#][^\n]*)")
 _HEADING = re.compile(r"\d+\.\s+[A-Z]|[A-Z][a-z]{2,}")  # "#### Step 3" with text below it is no answer
@@ -23,8 +41,12 @@ _MATH = re.compile(
     r"\$\$(.{1,2000}?)\$\$|(?<!\\)\$(.{1,2000}?)(?<!\\)\$|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]", re.DOTALL
 )
 _NUMBER = re.compile(
-    r"-?(?:\\?\$\s?)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+    rf"-?(?:(?:\\?\$|[{CURRENCY}]|\bRs\.?)\s?)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
     r"(?:/\d+|e[+-]?\d+|\s?(?:\\times|\\cdot|[x×*])\s?10\^\{?[+-]?\d+\}?)?(?:\s?\\?%)?"
+    rf"(?i:{SCALE})?"
+)
+_STARTING_NUMBER = re.compile(
+    rf"{_NUMBER.pattern}(?=\s+[A-Za-z]{{2,}}|[.,;*]*\s|[.,;*]*\Z|[.,;*\s]*[{LETTERS}。、]|\s?(?:°|\^\\circ)|</)"
 )
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}[\s,]|\n")  # a word that is not a LaTeX command
 _VERB = re.compile(r"(?<![\\A-Za-z])(?:is|are|equals|be)\b:?\s*")
@@ -38,9 +60,10 @@ def final_answer(response: str) -> list[str]:
     """Return readings of a response's final answer, best first; empty if it has none.
 
     Only the part after the last </think> counts; a response whose thinking never ends has no answer. In this part the
-    last \\boxed{} wins (unless "the final answer is" follows it), then "####", then "the answer is" or "A:", then the
-    last formula or number. A second reading is added if boxes or formulas may be one list, or if a number is part of a
-    sentence.
+    last \\boxed{} wins, unless <answer> follows, or "the answer is" with a value right behind it. Then <answer>, then
+    "####", then "the answer is" or "A:" in any of the languages of languages.py, then the last formula or number. A
+    second reading is added if boxes or formulas may be one list, if a number is part of a sentence, or if a choice has
+    a text.
     """
     text = answer_part(response)
     return (_marked_answer(text) or _last_value(text)) if text else []
@@ -54,12 +77,15 @@ def states_answer(response: str) -> bool:
 
 def answer_part(response: str) -> str:
     """Return the text after the thinking: all of it without <think>, "" if the thinking never ends."""
-    _, closed, after = response.rpartition("</think>")
-    return "" if not closed and "<think>" in response else (after if closed else response).strip()
+    opening, closing = THINKING
+    _, closed, after = response.rpartition(closing)
+    part = after if closed else response
+    return "" if opening in part else plain(part).strip()
 
 
 def gold_answer(answer: str) -> str:
     """Return the answer in a dataset's field: plain, boxed, or a GSM8K solution that ends in "#### 18" or "A: 18"."""
+    answer = plain(answer)
     if boxes := _boxes(answer)[0]:
         return boxes[-1]  # the whole list if there are several
     if "####" in answer:
@@ -73,18 +99,30 @@ def _marked_answer(text: str) -> list[str]:
     """Return readings of an answer that is marked as one; empty if none is marked."""
     text = text[-_TAIL:]
     boxes, end = _boxes(text)
+    tagged = [m for m in _TAGGED.finditer(text) if m.end() >= end and m[1].strip() and not is_form(m[1])]
+    if tagged:
+        inner = tagged[-1][1].strip()
+        return _marked_answer(inner) or _read_statement(inner) or [inner]
     markers = list(_MARKER.finditer(text, end))
     if boxes:
-        is_final = markers and text[: markers[-1].start()].lower().endswith("final ")
-        value = _value_at_start(text[markers[-1].end() :].lstrip(" \n*:")) if is_final else ""
-        return [value] if value else boxes
+        stated = (_values_at_start(_statement(text, marker)) for marker in reversed(markers))
+        return next(filter(None, stated), boxes)
     for line in reversed(list(_HASHES.finditer(text))):
         if not (_HEADING.match(line[1]) and text[line.end() :].strip()):
             return [line[1].strip()]
-    if markers and (readings := _read_statement(text[markers[-1].end() :])):
+    if markers and (readings := _read_statement(_statement(text, markers[-1]))):
         return readings
     bare = text.strip().strip("*").strip()
-    return [bare] if bare and len(bare) <= _SPAN and not _PROSE.search(bare) else []
+    return [bare] if bare and len(bare) <= _SPAN and not _is_prose(bare) else []
+
+
+def _is_prose(text: str) -> bool:
+    return bool(_PROSE.search(text)) or is_sentence(text)
+
+
+def _statement(text: str, marker: re.Match) -> str:
+    """Return the text behind a marker of an answer."""
+    return text[marker.end() : marker.end() + 2 * _SPAN].lstrip(" \t\n*:")[:_SPAN]
 
 
 def _last_value(text: str) -> list[str]:
@@ -97,28 +135,34 @@ def _last_value(text: str) -> list[str]:
 
 def _read_statement(text: str) -> list[str]:
     """Return readings of the text after "the answer is": a value, or a sentence that has one."""
-    text = text.lstrip(" \t\n*:")[:_SPAN]
-    formula = _MATH.match(text)  # a formula may span lines
-    end = re.compile(r"\.(?:\s|\Z)|\n").search(text, formula.end() if formula else 0)
-    line = text[: end.start() if end else None].strip().strip("*").strip()
-    formulas = list(_MATH.finditer(line))
-    if not _PROSE.search(line) and not formulas:
+    line, formulas = _first_sentence(text)
+    if not _is_prose(line) and not formulas and not _CHOSEN.match(line):
         return [line] if line else []
-    if value := _value_at_start(line):
-        return [value, *_joined_formulas(line, formulas), line]
+    if values := _values_at_start(text):
+        return values
     if verbs := list(_VERB.finditer(line)):  # Final answer: the largest n is 34.
-        return _read_statement(line[verbs[-1].end() :])
+        return _read_statement(line[verbs[-1].end() :].lstrip(" \t\n*:"))
     values = [_formula_text(m) for m in formulas] or _NUMBER.findall(line)
     return [line, *values[-1:]]
 
 
-def _value_at_start(line: str) -> str:
-    """Return the formula or number that `line` begins with, or an empty string."""
-    match = _MATH.match(line)
-    if match:
-        return _formula_text(match)
-    number = re.match(_NUMBER.pattern + r"(?=\s+[A-Za-z]{2,}|[.,;*]*\s|[.,;*]*\Z)", line)
-    return number[0] if number else ""
+def _first_sentence(text: str) -> tuple[str, list[re.Match]]:
+    """Return the first sentence, which ends with its line, and the formulas in it."""
+    formula = _MATH.match(text)  # a formula may span lines
+    end = SENTENCE_END.search(text, formula.end() if formula else 0)
+    line = text[: end.start() if end else None].strip().strip("*").strip()
+    return line, list(_MATH.finditer(line))
+
+
+def _values_at_start(text: str) -> list[str]:
+    """Return readings of a statement that begins with a formula, a number or the letter of a choice; else []."""
+    line, formulas = _first_sentence(text)
+    if chosen := _CHOSEN.match(text):
+        return [chosen[1], text.partition("\n")[0].strip()]
+    if _MATH.match(line):
+        return [_formula_text(formulas[0]), *_joined_formulas(line, formulas), line]
+    number = _STARTING_NUMBER.match(line)
+    return [number[0], line] if number else []
 
 
 def _joined_formulas(line: str, formulas: list[re.Match]) -> list[str]:

@@ -7,57 +7,21 @@ because an answer is any string that a policy can sample.
 import re
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
 
+from megatron_egrsd.rewards.normal_form import NAME, normalize, number
+from megatron_egrsd.rewards.quantities import other_quantity
 from megatron_egrsd.rewards.verifier import GaveUp, algebra_equal
 
 _SPAN = 400  # characters beyond which an answer is compared as plain text
-_DIGITS = 300  # digits and decimal exponents beyond which a number stays text
 _ITEMS = 30  # items beyond which two lists are unequal
 _ALGEBRA_ITEMS = 12  # items of one list that only algebra can match
 _TOLERANCE = Fraction(2, 10**6)  # relative, if one of the two is a decimal: 1/3 and 0.333333
 
-_SYMBOLS = str.maketrans(
-    dict(zip("−–⁄÷，（）：\u202f\u00a0\u2009", "--//,():   ", strict=True))
-    | {"×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\leq ", "≥": r"\geq ", "±": r"\pm "}
-    | {"。": ".", "∪": r"\cup ", "∈": r"\in ", "²": "^2", "³": "^3", "½": r"\frac{1}{2}"}
+_CHOICE = re.compile(  # (C) 27, \textbf{(A)}\ 12, C. 27
+    r"\s*\$?(?:\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox)\s?\{\s?|\*\*)?"
+    r"(?:\((?P<letter>[A-J])\)|(?P<bare>[A-J])[.)])(?:\s|\\ |~|\}|\*\*){1,6}\$?\s?(?P<text>[\w$\\.\-\"'“(].*)",
+    re.DOTALL,
 )
-_WORDS = r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|operatorname|mbox|rm)"
-_NAME = r"(?:\\?[a-zA-Z]+(?:_\{?\w+\}?)?'?(?:\(\w+\))?|\((?:[a-zA-Z],)+[a-zA-Z]\))"  # x, x_1, f(x), \theta, (x,y)
-_SPELLINGS: list[tuple[re.Pattern[str], Any]] = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
-        (r",\s*\\!\s*|\{,\}", ","),  # a thousands separator
-        (r"(?<!\\)\\[,;:!> ]|~|\\q?quad(?![a-zA-Z])", " "),
-        (r"\\?\$|\\[()]", ""),
-        (r"\\%", "%"),
-        (r"√\s*\(?(\w+)\)?", r"\\sqrt{\1}"),
-        (r"\\[lr]brace(?![a-zA-Z])", lambda m: r"\{" if "l" in m[0][:2] else r"\}"),
-        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (r"\\frac\s*(\\[a-zA-Z]+|\w)\s*(\\[a-zA-Z]+|\w)", r"\\frac{\1}{\2}"),  # \frac12, \frac \pi4
-        (r"\\(le|ge|ne)(?![a-zA-Z])", r"\\\1q"),
-        (r"([<>!])=", lambda m: {"<": r"\leq ", ">": r"\geq ", "!": r"\neq "}[m[1]]),
-        (r"\[(-\s*\\infty)", r"(\1"),
-        (r"(\\infty\s*)\]", r"\1)"),
-        (r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|°|\\degree|\\deg(?![a-zA-Z]))", ""),
-        # Units after a value; "5 \text{ or } 7" and "6 \text{ p.m.}" have no unit.
-        (
-            rf"(?<=[\d}})])\s*(?:{_WORDS}\s*\{{(?!\s*(?:and|or|[ap]\.?\s?m)\b)[^{{}}]*\}}(?:\^\{{?-?\d\}}?)?[\s/]*)+\Z",
-            "",
-        ),
-        (rf"{_WORDS}\s*\{{([^{{}}]*)\}}", r" \1 "),
-        (r"(?i)(?<![a-z])([ap])\.\s?m\b\.?", r"\1m"),
-        (r"(?<=\d)\s*\^?\{?\s*(?:st|nd|rd|th)\b\s*\}?", ""),
-        (rf"^{_NAME}\s*\\in(?![a-zA-Z])", ""),
-        (r"(?<!\\)\{(\d{1,3}(?:,\d{3})+)\}", lambda m: "{" + m[1].replace(",", "") + "}"),  # \frac{20,000}{3}
-    ]
-]
-_UNIT = re.compile(
-    r"(-?[\d.,/ ]*\d(?:e[+-]?\d+)?%?\s?|.*(?:[\d})]|\\pi)\s)"  # 18 dollars, 5cm^2, \sqrt{3} square inches
-    r"([A-Za-z]{2,}[A-Za-z .'/-]*(?:\^\{?\d\}?)?)"
-)
-_NOT_UNITS = {"pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "or", "and", "to", "mod", "am", "pm"}
 _CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::00)?\s?([ap])?m?")
 _BASED = re.compile(r"(-?[\d.a-f]*\d[\d.a-f]*)_\{?(\w+)\}?")
 _MORE_THAN_A_LIST = re.compile(r"[<>]|\\(?:leq|geq|cup|cap|begin|in(?![a-z])|setminus)")
@@ -74,54 +38,13 @@ def equal(gold: str, answer: str) -> bool:
     """
     if max(len(gold), len(answer)) > _SPAN:
         return gold.strip() == answer.strip() != ""
+    if (verdict := other_quantity(gold, answer)) is not None:
+        return verdict
     try:
-        return _equal(normalize(gold), normalize(answer))
+        verdict = _choices_with_texts(gold, answer)
+        return _equal(normalize(gold), normalize(answer)) if verdict is None else verdict
     except (GaveUp, RecursionError):
         return False
-
-
-def normalize(answer: str) -> str:
-    """Rewrite an answer in one spelling: no math delimiters, typesetting, unit or currency; plain words lower-case."""
-    s = answer.strip().strip("*").strip().translate(_SYMBOLS).rstrip(".,;").strip()
-    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
-        if s.startswith(opening) and s.endswith(closing) and len(s) >= len(opening) + len(closing):
-            s = s[len(opening) : -len(closing)].strip().rstrip(".,;").strip()
-    for pattern, replacement in _SPELLINGS:
-        s = pattern.sub(replacement, s)
-    s = re.sub(r"\s+", " ", s).strip()
-    if re.fullmatch(r"-?\d{1,3}(?:[, ] ?\d{3})+(?:\.\d+)?(?!\d)[^,\d]*", s):
-        s = re.sub(r"(?<=\d)[, ] ?(?=\d{3}(?!\d))", "", s)
-    unit = _UNIT.fullmatch(s)
-    if unit and re.match("[A-Za-z]+", unit[2])[0].lower() not in _NOT_UNITS:
-        s = unit[1].strip()
-    if choice := re.fullmatch(r"\(?([A-Za-z])\)?", s):
-        return choice[1].lower()
-    if "\\" not in s:
-        s = s.lower()
-    if re.search(r"[a-z\\]", s):  # in an expression 2/3 x is a fraction before x; alone it may be part of 1 2/3
-        s = re.sub(r"(?<![\w.^_{}/])(?<!sqrt )(\d+)/(\d+)(?![a-hj-zA-Z\d_./({^])", r"\\frac{\1}{\2}", s)
-    # Spaces have a meaning between words and letters, and in 1 2/3.
-    return re.sub(r"(?<![a-zA-Z]) (?!\d+/\d)| (?![a-zA-Z\d])", "", s).rstrip(".")
-
-
-def number(text: str) -> Fraction | None:
-    """Return the value of a normalised number (decimal, scientific, fraction, mixed fraction), else None."""
-    s = text.rstrip("%").strip().replace("\\cdot", "\\times")
-    if len(s) > _DIGITS:
-        return None
-    sign = -1 if s.startswith("-") else 1
-    s = s.lstrip("+-").strip() if s[:1] in "+-" else s
-    decimal = r"(\d+\.?\d*|\.\d+)"
-    if m := re.fullmatch(decimal + r"(?:\s*(?:e|\\times\s*10\^|[x*×]\s*10\^)\{?([+-]?\d+)\}?)?", s):
-        exponent = int(m[2][:6]) if m[2] else 0
-        return sign * Fraction(m[1]) * Fraction(10) ** exponent if abs(exponent) <= _DIGITS else None
-    if m := re.fullmatch(r"10\^\{?([+-]?\d{1,3})\}?", s):
-        return sign * Fraction(10) ** int(m[1]) if abs(int(m[1])) <= _DIGITS else None
-    fraction = r"(?:\\frac(?:\{(-?\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))|(\d+)\s?/\s?(\d+))"
-    if m := re.fullmatch(r"(\d+ ?(?=\\)|\d+ (?=\d))?\s*" + fraction, s):
-        top, bottom = Fraction(m[2] or m[3] or m[6]), Fraction(m[4] or m[5] or m[7])
-        return sign * (Fraction((m[1] or "0").strip()) + top / bottom) if bottom else None
-    return None
 
 
 def _equal(gold: str, answer: str) -> bool:
@@ -152,6 +75,30 @@ def _choices(gold: str, answer: str) -> bool | None:
     """Compare a choice with a choice that is followed by its text: C and (C) 5."""
     named = re.match(r"\(?([a-jA-J])(?:\)|[.:])(?=.)", answer)
     return named[1].lower() == gold if named and re.fullmatch("[a-j]", gold) else None
+
+
+def _choices_with_texts(gold: str, answer: str) -> bool | None:
+    """Compare a choice that has a text, (C) 27, with another one, with a lone letter, or with a lone text."""
+    named, given = _CHOICE.fullmatch(gold), _CHOICE.fullmatch(answer)
+    if not named and not given:
+        return None
+    letter, text = (_letter(named), _text_of(named)) if named else ("", gold)
+    other_letter, other_text = (_letter(given), _text_of(given)) if given else ("", answer)
+    if named and given:
+        return letter == other_letter and _equal(normalize(text), normalize(other_text))
+    lone = normalize(other_text if named else text)
+    if re.fullmatch("[a-j]", lone):
+        return lone == (letter or other_letter).lower()
+    return _equal(normalize(text), normalize(other_text)) or _equal(normalize(gold), normalize(answer))
+
+
+def _letter(choice: re.Match) -> str:
+    return choice["letter"] or choice["bare"]
+
+
+def _text_of(choice: re.Match) -> str:
+    text = choice["text"]
+    return text[:-1] if text.endswith("}") and text.count("{") < text.count("}") else text
 
 
 def _clocks(gold: str, answer: str) -> bool | None:
@@ -198,13 +145,13 @@ def _lists(gold: str, answer: str) -> bool | None:
 
 
 def _all_named(items: list[str]) -> bool:
-    return all(re.match(rf"{_NAME}=", item) for item in items)
+    return all(re.match(rf"{NAME}=", item) for item in items)
 
 
 def _without_names(items: list[str]) -> list[str]:
     """Return the values of x=1, y=2, in the order of the names if all items have one."""
     ordered = sorted(items, key=lambda item: item.partition("=")[0]) if _all_named(items) else items
-    return [re.sub(rf"^{_NAME}=", "", item) for item in ordered]
+    return [re.sub(rf"^{NAME}=", "", item) for item in ordered]
 
 
 def _same_in_any_order(wanted: list[str], given: list[str]) -> bool:
@@ -227,7 +174,7 @@ def _same_in_any_order(wanted: list[str], given: list[str]) -> bool:
 
 def _names_match(item: str, candidate: str) -> bool:
     """Return False if the two items have different names (x=1, y=1)."""
-    names = [re.match(rf"({_NAME})=", s) for s in (item, candidate)]
+    names = [re.match(rf"({NAME})=", s) for s in (item, candidate)]
     return not all(names) or names[0][1] == names[1][1]
 
 
@@ -270,25 +217,28 @@ def _closes_at_the_end(s: str) -> bool:
 
 
 def _words(gold: str, answer: str) -> bool | None:
-    word = re.compile(r"[a-z' -]{3,}")
-    return False if word.fullmatch(gold) and word.fullmatch(answer) else None
+    if not all(re.fullmatch(r"[a-z' -]{3,}", text) for text in (gold, answer)):
+        return None
+    singular, other = (re.sub(r"^the |(?<=[a-z]{3})s$", "", text) for text in (gold, answer))
+    return singular == other
 
 
 def _equations(gold: str, answer: str) -> bool | None:
     """Compare an equation with a value: x=5 is 5, m+n=16 is 16, but 2x=5 is not 5. None for two equations."""
-    head, approximately, tail = answer.partition(r"\approx")
-    if approximately:
-        return _equal(gold, tail if re.fullmatch(_NAME, head) else head)
+    for one, other in ((answer, gold), (gold, answer)):
+        head, approximately, tail = one.partition(r"\approx")
+        if approximately and r"\approx" not in other:
+            return _equal(other, tail if re.fullmatch(NAME, head) else head)
     (name, gold_is, value), (left, answer_is, right) = gold.rpartition("="), answer.rpartition("=")
     if not gold_is and not answer_is:
         return None
     if gold_is and answer_is:
-        plain = re.fullmatch(_NAME, name) and re.fullmatch(_NAME, left)
+        plain = re.fullmatch(NAME, name) and re.fullmatch(NAME, left)
         return _equal(value, right) if plain else None
     if gold_is:
-        return bool(re.fullmatch(_NAME, name) or not re.search(r"[-+*^=]|^\d", name)) and _equal(value, answer)
+        return bool(re.fullmatch(NAME, name) or not re.search(r"[-+*^=]|^\d", name)) and _equal(value, answer)
     variables = re.findall(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])", left)
-    return (len(variables) != 1 or bool(re.match(rf"{_NAME}(?:=|\Z)", left))) and _equal(gold, right)
+    return (len(variables) != 1 or bool(re.match(rf"{NAME}(?:=|\Z)", left))) and _equal(gold, right)
 
 
 def _ratios(gold: str, answer: str) -> bool | None:

@@ -2,6 +2,7 @@
 
 import atexit
 import importlib.util
+import itertools
 import logging
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import pebble
 
 from megatron_egrsd.errors import BadArgument, RunError
-from megatron_egrsd.rewards.answers import final_answer, gold_answer
+from megatron_egrsd.rewards.answers import THINKING, final_answer, gold_answer
 from megatron_egrsd.rewards.equality import equal
 from megatron_egrsd.system import import_path
 
@@ -27,9 +28,9 @@ WORKERS = min(8, os.cpu_count() or 1)  # responses rewarded at once; processes o
 def math_reward(response: str, answer: str) -> float:
     """Return 1.0 if the response's final answer equals `answer`, else 0.0.
 
-    Thinking does not count, and thinking that never ends scores 0 (answers.py). `answer` is plain, boxed, or a GSM8K
-    solution that ends in "#### 18". Takes a few seconds at most, and raises for no string. Raises RunError if
-    math-verify is missing.
+    `response` stands behind the <think> that its prompt may have opened. Thinking does not count, and thinking that never
+    ends scores 0 (answers.py). `answer` is plain, boxed, or a GSM8K solution that ends in "#### 18". Takes a few seconds
+    at most, and raises for no string. Raises RunError if math-verify is missing.
     """
     gold = gold_answer(answer)
     return float(any(equal(gold, reading) for reading in final_answer(response)))
@@ -103,11 +104,25 @@ def warn_of_failures(rollouts: list["Rollout"]) -> None:
 
 
 def decode_and_grade(
-    tokenizer, response_ids: list[int], answer: str, finish_reason: str, reward: Reward
+    tokenizer, response_ids: list[int], answer: str, finish_reason: str, reward: Reward, opened: str = ""
 ) -> tuple[str, float, str]:
-    """Return the text of a response without special tokens, and its (reward, failure) by `grade`."""
-    text = tokenizer.decode(response_ids, skip_special_tokens=True)
-    return text, *grade(text, answer, finish_reason, reward)
+    """Return the text of a response without special tokens, and its (reward, failure) by `grade`.
+
+    `opened` is the thinking tag that the prompt has opened, or "": the reward reads it before the text.
+    """
+    text = _decode(tokenizer, response_ids)
+    return text, *grade(opened + text, answer, finish_reason, reward)
+
+
+def _decode(tokenizer, ids: list[int]) -> str:
+    """Return the text of `ids` without special tokens; the tags of thinking stay even if the tokenizer says special."""
+    tags = [token for token in tokenizer.all_special_tokens if token in THINKING]
+    if not tags:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+    names = dict(zip(tokenizer.convert_tokens_to_ids(tags), tags, strict=True))
+    parts = itertools.groupby(ids, key=names.get)
+    return "".join(tag * len(list(run)) if tag else tokenizer.decode(list(run), skip_special_tokens=True)
+                   for tag, run in parts)  # fmt: skip
 
 
 def grade(response: str, answer: str, finish_reason: str, reward: Reward) -> tuple[float, str]:

@@ -51,7 +51,8 @@ def comparison() -> Callable[[bytes], bytes]:
         expressions = parsed(gold), parsed(answer)
         if _far_apart(*expressions):
             return False
-        return verify(*expressions, timeout_seconds=None, allow_set_relation_comp=True)
+        same = verify(*expressions, timeout_seconds=None, allow_set_relation_comp=True)
+        return same or _equal_for_positive(*expressions)
 
     def answer(request: bytes) -> bytes:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # SIGPROF, unhandled, ends the process
@@ -73,3 +74,22 @@ def _far_apart(golds: list, answers: list) -> bool:
         return False
     a, b = (e.evalf(20) for e in numbers)
     return bool(abs(a - b) > 1e-5 * max(abs(a), abs(b)))
+
+
+def _equal_for_positive(golds: list, answers: list) -> bool:
+    """Return whether two expressions with roots are equal for positive variables: sqrt(1/n) and 1/sqrt(n).
+
+    Not for absolute values, nor for roots of even powers, which differ for negative variables as everybody knows.
+    """
+    import sympy
+
+    found = [e for e in (*golds[:1], *answers[:1]) if isinstance(e, sympy.Expr)]
+    if len(found) != 2 or not all(e.free_symbols for e in found):
+        return False
+    powers = [p for e in found for p in e.atoms(sympy.Pow)]
+    roots = [p for p in powers if p.exp.is_Rational and not p.exp.is_Integer]
+    hidden = [p for root in roots for p in root.base.atoms(sympy.Pow) if p.exp.is_even]
+    if not roots or hidden or any(e.has(sympy.Abs) for e in found):
+        return False
+    positive = {s: sympy.Symbol(s.name, positive=True) for e in found for s in e.free_symbols}
+    return sympy.simplify(found[0].subs(positive) - found[1].subs(positive)) == 0

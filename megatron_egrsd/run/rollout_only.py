@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.problems import batch_indices
+from megatron_egrsd.data.prompt_builder import opened_thinking
 from megatron_egrsd.data.samples import Prompt, save_rollouts
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.evaluation.evaluated_model import hugging_face
@@ -32,7 +33,8 @@ def rollout_only(config: Config, prompts: list[Prompt], tokenizer) -> None:
         RolloutServers(settings.servers, replace(config.model, path=path), config.seed, output / "logs") as servers,
     ):
         client = RolloutClient(servers, settings, [tokenizer.eos_token_id])
-        sampler = Sampler(client, tokenizer, load_reward(config.data.reward, config.data.reward_timeout))
+        reward = load_reward(config.data.reward, config.data.reward_timeout)
+        sampler = Sampler(client, tokenizer, reward, opened_thinking(tokenizer, config.data))
         log, history = RunLog(output, config.steps), History()
         for step in range(config.steps):
             started = time.perf_counter()

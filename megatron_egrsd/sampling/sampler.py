@@ -11,10 +11,13 @@ from megatron_egrsd.rollout.generation import Generation
 
 
 class Sampler:
-    """Samples responses through SGLang, decodes and rewards them."""
+    """Samples responses through SGLang, decodes and rewards them.
 
-    def __init__(self, client: RolloutClient, tokenizer, reward: Callable[[str, str], float]):
-        self.client, self.tokenizer, self.reward = client, tokenizer, reward
+    `opened` is what the prompts open and leave to the responses to close (prompt_builder.opened_thinking).
+    """
+
+    def __init__(self, client: RolloutClient, tokenizer, reward: Callable[[str, str], float], opened: str = ""):
+        self.client, self.tokenizer, self.reward, self.opened = client, tokenizer, reward, opened
         self.threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="reward")
 
     def sample(
@@ -52,7 +55,9 @@ class Sampler:
 
     def _rollout(self, prompt: Prompt, group: int, g: Generation) -> Rollout:
         answer = prompt.problem.answer
-        text, reward, error = decode_and_grade(self.tokenizer, g.response_ids, answer, g.finish_reason, self.reward)
+        text, reward, error = decode_and_grade(
+            self.tokenizer, g.response_ids, answer, g.finish_reason, self.reward, self.opened
+        )
         return Rollout(
             prompt=prompt,
             group=group,

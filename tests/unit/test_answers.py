@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_egrsd.rewards.answers import final_answer, gold_answer, states_answer
-from megatron_egrsd.rewards.equality import normalize, number
+from megatron_egrsd.rewards.normal_form import normalize, number
 from megatron_egrsd.rewards.reward import math_reward
 
 DATA = Path(__file__).parents[1] / "data"
@@ -271,6 +271,13 @@ def test_right(response, answer):
 @pytest.mark.parametrize(("response", "answer"), WRONG)
 def test_wrong(response, answer):
     assert math_reward(response, answer) == 0.0
+
+
+def test_answers_in_many_languages_and_forms():
+    """Each line has a response, the right answer, and the reward of the one for the other."""
+    rows = [json.loads(line) for line in (DATA / "answer_forms.jsonl").read_text().splitlines()]
+    wrong = [row for row in rows if math_reward(row["response"], row["gold"]) != row["reward"]]
+    assert len(rows) > 270 and not wrong
 
 
 FORMATS = [

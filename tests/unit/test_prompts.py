@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_egrsd.config import DataConfig
 from megatron_egrsd.data.problems import load_problems
-from megatron_egrsd.data.prompt_builder import PromptBuilder, fill
+from megatron_egrsd.data.prompt_builder import PromptBuilder, fill, opened_thinking
 from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.errors import BadArgument
 
@@ -217,3 +217,17 @@ def test_unusable_templates(tokenizer):
 def test_empty_problem(tokenizer):
     with pytest.raises(BadArgument, match="problem p1 is empty"):
         builder(tokenizer).build(replace(LATEX, problem=" \n"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "opened"),
+    [
+        (r"<|im_start|>assistant\n<think>\n", "<think>"),
+        (r"<|im_start|>assistant\n<think>\n\n</think>\n\n", ""),
+        (r"<|im_start|>assistant\n", ""),
+    ],
+)
+def test_the_thinking_that_a_generation_prompt_opens_is_known(tokenizer, prompt, opened):
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    always = with_template(tokenizer, template + "{% if add_generation_prompt %}{{ '" + prompt + "' }}{% endif %}")
+    assert opened_thinking(always, DataConfig()) == opened

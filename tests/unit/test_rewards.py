@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.rewards import verifier
-from megatron_egrsd.rewards.reward import WORKERS, grade, load_reward, math_reward
+from megatron_egrsd.rewards.reward import WORKERS, decode_and_grade, grade, load_reward, math_reward
 
 
 def test_plain_numbers_are_fast_and_never_start_math_verify(monkeypatch):
@@ -209,3 +209,19 @@ def test_a_users_reward_can_neither_hang_nor_end_the_run():
     reasons = [error for _, error in grades]
     assert [bool(reason) for reason in reasons] == [False, True, False, True, True, False, True, False]
     assert "data.reward_timeout = 3 s" in reasons[1] and "MemoryError: no room" in reasons[4]
+
+
+def test_the_tags_of_thinking_stay_in_the_text_of_a_tokenizer_that_calls_them_special():
+    class Tokenizer:
+        all_special_tokens = ("<eos>", "<think>", "</think>")
+        words = ("<eos>", "<think>", "</think>", r"\boxed{4}", r"\boxed{5}")
+
+        def convert_tokens_to_ids(self, tokens):
+            return [self.words.index(token) for token in tokens]
+
+        def decode(self, ids, skip_special_tokens):
+            return "".join(self.words[i] for i in ids if self.words[i] not in self.all_special_tokens)
+
+    text, value, _ = decode_and_grade(Tokenizer(), [1, 4, 2, 3, 0], "4", "stop", math_reward)
+    assert (text, value) == (r"<think>\boxed{5}</think>\boxed{4}", 1.0)
+    assert decode_and_grade(Tokenizer(), [1, 3, 0], "4", "stop", math_reward)[1] == 0.0

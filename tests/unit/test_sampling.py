@@ -7,6 +7,7 @@ import pytest
 
 from megatron_egrsd.config import RolloutConfig
 from megatron_egrsd.data.samples import Problem, Prompt
+from megatron_egrsd.rewards.reward import math_reward
 from megatron_egrsd.rollout.generation import Generation
 from megatron_egrsd.rollout.servers import ServersLost
 from megatron_egrsd.sampling.sampler import Sampler
@@ -15,6 +16,8 @@ PROMPTS = [Prompt(Problem(f"p{i}", "?", str(i)), [10 + i], [20 + i]) for i in ra
 
 
 class Tokenizer:
+    all_special_tokens = ()
+
     def decode(self, ids, skip_special_tokens):
         return str(ids[0])
 
@@ -98,3 +101,25 @@ def test_one_warning_says_how_many_rewards_failed(caplog):
         )
     assert [(r.reward, bool(r.reward_error)) for r in rollouts] == [(0.0, True), (0.0, False), (0.0, True)]
     assert len(caplog.records) == 1 and "2 of 3 responses" in caplog.text and "problem p0: KeyError" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("response", "opened", "right"),
+    [
+        (r"So 2 + 2 = \boxed{4}. Wait, let me check this again.", "<think>", 0),
+        (r"So 2 + 2 = \boxed{5}. Wait.</think> It is \boxed{4}.", "<think>", 1),
+        (r"So 2 + 2 = \boxed{4}.", "", 1),
+        (r"</think> It is \boxed{4}. <think> Or is it? \boxed{4}", "<think>", 0),
+    ],
+)
+def test_thinking_that_the_prompt_has_opened_and_nothing_ends_is_no_answer(response, opened, right):
+    """Qwen3-*-Thinking-2507: the generation prompt ends in <think>, so that no response holds one."""
+
+    class Says(Tokenizer):
+        def decode(self, ids, skip_special_tokens):
+            return response
+
+    prompt = Prompt(Problem("p", "2 + 2?", "4"), [1], [2])
+    sampler = Sampler(Responses(), Says(), math_reward, opened)
+    (rollout,) = sampler.sample([prompt], 1, RolloutConfig())
+    assert (rollout.reward, rollout.text) == (right, response)
