@@ -98,6 +98,8 @@ class RolloutConfig:
         top_p: Sample from the smallest set of tokens of this probability.
         top_k: Sample from the k most likely tokens; 0 from all.
         max_response_tokens: A response is cut here and then counts as unfinished (L_max of the length bonus).
+        stop_tokens: Tokens that end a response, besides the tokenizer's end of text and the one that the chat template
+            ends a turn of the assistant with.
         dynamic_sampling: Rounds in which groups without a signal (all right or all wrong) are replaced by fresh
             prompts before a batch is trained; 0 trains the batch as it came.
         staleness: Updates that may lie between the weights that sample a token and those that it trains. 0 is exactly
@@ -116,6 +118,7 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0
     max_response_tokens: int = 8192
+    stop_tokens: list[str] = field(default_factory=list)
     dynamic_sampling: int = 0
     staleness: int = 0
     partial: bool = False

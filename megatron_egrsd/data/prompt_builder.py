@@ -39,6 +39,7 @@ class PromptBuilder:
         self.max_response_tokens = max_response_tokens
         self.context_length = context_length
         self.generation_ids = self._generation_ids()
+        self.opened = opened_thinking(tokenizer, config)
         for probe in (Problem("probe", "1 + 1?", "2", "1 + 1 = 2"), Problem("probe", "Hm", "x", "so {x}")):
             self._check_suffix(self._student(probe), self._teacher(probe))
 
@@ -67,7 +68,7 @@ class PromptBuilder:
         messages = list(turns)
         if self.config.system_prompt and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.config.system_prompt})
-        return _apply_template(self.tokenizer, self.config, messages, generation_prompt=True)
+        return apply_template(self.tokenizer, self.config, messages, generation_prompt=True)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)  # the template contains them
@@ -106,7 +107,7 @@ class PromptBuilder:
 def generation_prompt(tokenizer: Any, config: DataConfig) -> str:
     """Return what the chat template adds after the user's turn. Raises BadArgument if it adds nothing."""
     turns = [{"role": "user", "content": "1 + 1?"}]
-    closed, opened = (_apply_template(tokenizer, config, turns, generation_prompt=add) for add in (False, True))
+    closed, opened = (apply_template(tokenizer, config, turns, generation_prompt=add) for add in (False, True))
     if len(opened) <= len(closed) or not opened.startswith(closed):
         raise BadArgument(
             "the tokenizer's chat template adds no generation prompt after the user's turn; "
@@ -124,7 +125,8 @@ def opened_thinking(tokenizer: Any, config: DataConfig) -> str:
     return "" if "</think>" in after else tag
 
 
-def _apply_template(tokenizer: Any, config: DataConfig, turns: Turns, *, generation_prompt: bool) -> str:
+def apply_template(tokenizer: Any, config: DataConfig, turns: Turns, *, generation_prompt: bool) -> str:
+    """Return the text of a conversation. Raises BadArgument if the chat template fails on it."""
     try:
         return tokenizer.apply_chat_template(
             turns,

@@ -20,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.benchmarks import ProblemSet, load_sets
-from megatron_egrsd.data.prompt_builder import PromptBuilder, opened_thinking, prompt_builder
+from megatron_egrsd.data.prompt_builder import PromptBuilder, prompt_builder
+from megatron_egrsd.data.stopping import stop_token_ids
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.evaluation.evaluated_model import digest, hugging_face
 from megatron_egrsd.evaluation.protocol import overridden, published_models, samples_per_problem
@@ -89,7 +90,7 @@ class Evaluation:
         ]
         ids = builder.tokenizer.convert_tokens_to_ids("</think>")
         self.end_of_thinking = None if ids == builder.tokenizer.unk_token_id else ids
-        self.opened = opened_thinking(builder.tokenizer, builder.config)
+        self.opened = builder.opened
 
     def check_file(self) -> None:
         """Raise BadArgument if the file holds samples of a problem that has changed since then."""
@@ -130,7 +131,8 @@ class Evaluation:
         ):
             if seeded:
                 check_deterministic(servers)
-            client = RolloutClient(servers, config.rollout, [self.builder.tokenizer.eos_token_id])
+            stop = stop_token_ids(self.builder.tokenizer, config.data, config.rollout.stop_tokens)
+            client = RolloutClient(servers, config.rollout, stop)
             task = progress.add_task("", total=total, completed=total - missing)
 
             gradings: deque[Future] = deque()
@@ -230,6 +232,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "evaluation.instruction": e.benchmarks.instruction,
         "evaluation.deterministic": e.benchmarks.deterministic,
         "data.student_template": d.student_template,
+        **({"rollout.stop_tokens": config.rollout.stop_tokens} if config.rollout.stop_tokens else {}),
         **{f"data.{key}": getattr(d, key) for key in ("system_prompt", "enable_thinking", "reward")},
         "seed": config.seed,
     }

@@ -8,6 +8,7 @@ from megatron_egrsd.config import Config
 from megatron_egrsd.data.problems import batch_indices
 from megatron_egrsd.data.prompt_builder import opened_thinking
 from megatron_egrsd.data.samples import Prompt, save_rollouts
+from megatron_egrsd.data.stopping import stop_token_ids
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.evaluation.evaluated_model import hugging_face
 from megatron_egrsd.learn import rollout_metrics
@@ -16,6 +17,7 @@ from megatron_egrsd.objectives.signal import History, rollout_advantages
 from megatron_egrsd.rewards.reward import load_reward
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import RolloutServers
+from megatron_egrsd.run.health import Health
 from megatron_egrsd.run.log import RunLog
 from megatron_egrsd.sampling.sampler import Sampler
 
@@ -32,10 +34,11 @@ def rollout_only(config: Config, prompts: list[Prompt], tokenizer) -> None:
         hugging_face(config) as path,
         RolloutServers(settings.servers, replace(config.model, path=path), config.seed, output / "logs") as servers,
     ):
-        client = RolloutClient(servers, settings, [tokenizer.eos_token_id])
+        stop = stop_token_ids(tokenizer, config.data, settings.stop_tokens)
+        client = RolloutClient(servers, settings, stop)
         reward = load_reward(config.data.reward, config.data.reward_timeout)
         sampler = Sampler(client, tokenizer, reward, opened_thinking(tokenizer, config.data))
-        log, history = RunLog(output, config.steps), History()
+        log, history, health = RunLog(output, config.steps), History(), Health(config)
         for step in range(config.steps):
             started = time.perf_counter()
             batch = batch_indices(len(prompts), settings.prompts_per_step, step, config.seed)
@@ -46,5 +49,7 @@ def rollout_only(config: Config, prompts: list[Prompt], tokenizer) -> None:
             history = history.after(rewards)
             metrics = rollout_metrics(rollouts, rewards, advantage) | {"time/generate": seconds, "time/step": seconds}
             log.step({"step": step + 1} | metrics)
+            for warning in health.warnings(step + 1, metrics):
+                log.message(warning)
             save_rollouts(rollouts, output / "rollouts" / f"step_{step + 1:06d}.jsonl")
         log.close()

@@ -11,6 +11,7 @@ from megatron_egrsd.config import Config
 from megatron_egrsd.data.problems import Place
 from megatron_egrsd.data.prompt_builder import opened_thinking
 from megatron_egrsd.data.samples import Prompt, Rollout, load_rollouts
+from megatron_egrsd.data.stopping import stop_token_ids
 from megatron_egrsd.engine.distributed import on_first_rank
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.errors import BadArgument, RunError
@@ -82,7 +83,8 @@ class LiveRollouts:
 
     def _prepare_sampling(self) -> None:
         config, rollout = self.config, self.config.rollout
-        client = RolloutClient(self.fleet.servers, rollout, [self.tokenizer.eos_token_id], self._check)
+        stop = stop_token_ids(self.tokenizer, config.data, rollout.stop_tokens)
+        client = RolloutClient(self.fleet.servers, rollout, stop, self._check)
         reward = load_reward(config.data.reward, config.data.reward_timeout)
         self.sampler = Sampler(client, self.tokenizer, reward, opened_thinking(self.tokenizer, config.data))
         if rollout.partial:

@@ -20,6 +20,7 @@ from megatron_egrsd.objectives.signal import History, shaped_rewards
 from megatron_egrsd.report import plot_frontier, summary_table
 from megatron_egrsd.report.scored_dump import gather_scores, save_scores, scored_rollouts
 from megatron_egrsd.run.guard import UpdateGuard
+from megatron_egrsd.run.health import Health
 from megatron_egrsd.run.log import RunLog
 from megatron_egrsd.run.preemption import Preemption
 from megatron_egrsd.run.resuming import load, notes_after
@@ -47,6 +48,7 @@ class Session:
         self.config, self.engine, self.tokenizer, self.preemption = config, engine, tokenizer, preemption
         self.directory = RunDirectory(config)
         self.guard = UpdateGuard(config, self.directory)
+        self.health = Health(config)
         self.log: RunLog | None = None  # on rank 0
         self.evaluations: list[dict[str, float]] = []  # on rank 0
         self.history = History()  # of the steps so far; `learn` takes it
@@ -168,6 +170,8 @@ class Session:
             metrics["rollout/staleness"] = sum(updates * tokens for updates, tokens in behind) / metrics["batch/tokens"]
             metrics["rollout/staleness/max"] = max(updates for updates, _ in behind)
             self.log.step({"step": step, "rollout/restarts": self.rollouts.restarts} | metrics)
+            for warning in self.health.warnings(step, metrics):
+                self.log.message(warning)
             if self.config.dump_rollouts:
                 save_rollouts(rollouts, self.directory.dump("rollouts", step))
 

@@ -14,6 +14,7 @@ from megatron_egrsd.config import DataConfig
 from megatron_egrsd.data.problems import load_problems
 from megatron_egrsd.data.prompt_builder import PromptBuilder, fill, opened_thinking
 from megatron_egrsd.data.samples import Problem
+from megatron_egrsd.data.stopping import stop_token_ids
 from megatron_egrsd.errors import BadArgument
 
 DATA = Path(__file__).parents[1] / "data"
@@ -231,3 +232,19 @@ def test_the_thinking_that_a_generation_prompt_opens_is_known(tokenizer, prompt,
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     always = with_template(tokenizer, template + "{% if add_generation_prompt %}{{ '" + prompt + "' }}{% endif %}")
     assert opened_thinking(always, DataConfig()) == opened
+
+
+def test_a_response_ends_with_the_turn_whatever_the_tokenizer_calls_its_end(tokenizer):
+    """Qwen3-*-Base: tokenizer and configuration name <|endoftext|>, and the template ends turns with <|im_end|>."""
+    end_of_turn, end_of_text = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    base = with_template(tokenizer, tokenizer.chat_template)
+    base.eos_token = "<|endoftext|>"
+    assert stop_token_ids(base, DataConfig(), []) == [end_of_text, end_of_turn]
+    assert stop_token_ids(base, DataConfig(enable_thinking=False), []) == [end_of_text, end_of_turn]
+    assert stop_token_ids(tokenizer, DataConfig(), []) == [end_of_turn]
+    assert stop_token_ids(tokenizer, DataConfig(), ["<|endoftext|>"]) == [end_of_turn, end_of_text]
+    with pytest.raises(BadArgument, match=r"rollout.stop_tokens has 'no token', which is \d tokens"):
+        stop_token_ids(tokenizer, DataConfig(), ["no token"])
+    plain = with_template(tokenizer, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    plain.eos_token = "<|endoftext|>"
+    assert stop_token_ids(plain, DataConfig(), []) == [end_of_text]

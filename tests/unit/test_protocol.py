@@ -145,7 +145,7 @@ def evaluation(monkeypatch):
         sets = [ProblemSet(n, "-", [Problem(str(i), f"{n} {i}", "1") for i in range(2)]) for n in ("aime24", "gsm8k")]
         tokenizer = SimpleNamespace(convert_tokens_to_ids=lambda _: 0, unk_token_id=0, decode=lambda _: "")
         prompt = SimpleNamespace(student_ids=[1])
-        builder = SimpleNamespace(tokenizer=tokenizer, generation_ids=[], build=lambda *_, **__: prompt)
+        builder = SimpleNamespace(tokenizer=tokenizer, opened="", build=lambda *_, **__: prompt)
         run = module.Evaluation(c, sets, builder, None)
         run.file = SimpleNamespace(rows={})
         return run
@@ -172,7 +172,7 @@ def test_client_is_asked_for_the_samples_of_each_set(evaluation, monkeypatch):
             asked.extend((i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done)
 
     run = evaluation(protocol("--evaluation.benchmarks.deterministic", "false"))
-    run.builder.tokenizer.eos_token_id = 0
+    monkeypatch.setattr(module, "stop_token_ids", lambda *_: [0])
     run.file.rows = {("gsm8k", "1", 2): {}, ("aime24", "0", 19): {}}
     monkeypatch.setattr(module, "RolloutClient", Client)
     monkeypatch.setattr(module, "RolloutServers", lambda *_: contextlib.nullcontext())

@@ -1,0 +1,58 @@
+"""Warnings of a run: each failure of training has one, a healthy run has none, and none is repeated at every step."""
+
+import dataclasses
+
+import pytest
+
+from megatron_egrsd.config import Config, DataConfig, ModelConfig
+from megatron_egrsd.run.health import RULES, Health
+
+CONFIG = Config(ModelConfig("m"), DataConfig(train="d"))
+HEALTHY = {
+    "response/truncated": 0.1, "batch/degenerate_share": 0.2, "student/entropy": 0.5, "gate/closed_share": 0.2,
+    "sync/log_prob_difference": 1e-3, "weight/clip_share": 0.3, "response/length": 400.0, "optimizer/lr": 1e-6,
+}  # fmt: skip
+ILL = {
+    "cut off": ({"response/truncated": 0.88}, "88% of the responses are cut off"),
+    "no signal": ({"batch/degenerate_share": 1.0}, "no rollout of the batch has an advantage"),
+    "entropy": ({"student/entropy": 0.01}, "fallen to 0.01 nats"),
+    "gate": ({"gate/closed_share": 0.99}, "the gate is closed at 99%"),
+    "drift": ({"sync/log_prob_difference": 0.06}, "drift apart, 0.06 nats"),
+    "clip": ({"weight/clip_share": 0.95}, "clipped at 95%"),
+    "length": ({"response/length": 1500.0}, "1500 tokens on average, three times"),
+    "learning rate": ({"optimizer/lr": 0.0}, "the learning rate is 0"),
+}
+
+
+def test_a_healthy_run_has_no_warning_and_every_rule_a_test():
+    health = Health(CONFIG)
+    assert not [w for step in range(1, 20) for w in health.warnings(step, HEALTHY)]
+    assert [rule.name for rule in RULES] == list(ILL)
+
+
+@pytest.mark.parametrize("name", ILL)
+def test_what_goes_wrong_is_said_once_and_again_after_many_steps(name):
+    change, words = ILL[name]
+    health = Health(CONFIG)
+    for step in range(1, 6):
+        health.warnings(step, HEALTHY)
+    (warning,) = health.warnings(6, HEALTHY | change)
+    assert warning.startswith("warning: ") and words in warning
+    later = {step: health.warnings(step, HEALTHY | change) for step in range(7, 120)}
+    assert [step for step, given in later.items() if given] == [56, 106]
+    assert health.warnings(120, HEALTHY) == []
+    assert len(health.warnings(121, HEALTHY | change)) == 1  # it has begun anew
+
+
+def test_the_first_step_may_warn_and_missing_metrics_do_not():
+    assert "cut off" in Health(CONFIG).warnings(1, HEALTHY | {"response/truncated": 0.9})[0]
+    health = Health(CONFIG)
+    assert not [w for step in range(1, 6) for w in health.warnings(step, {"response/length": 5.0})]
+
+
+def test_rules_follow_the_configuration():
+    """Without a gate no gate is closed, and a limit of the user's decides when log-probs drift."""
+    open_gate = dataclasses.replace(CONFIG, objective=dataclasses.replace(CONFIG.objective, attenuation=0.0))
+    assert not Health(open_gate).warnings(1, HEALTHY | {"gate/closed_share": 1.0})
+    loose = dataclasses.replace(CONFIG, max_log_prob_difference=1.0)
+    assert not Health(loose).warnings(1, HEALTHY | {"sync/log_prob_difference": 0.06})
