@@ -26,6 +26,7 @@ class ModelConfig:
 
 
 Turns = list[dict[str, str]]  # a conversation: {"role": "system" | "user" | "assistant", "content": text} each
+_BRACED = re.compile(r"(?<![A-Za-z}])\{(\w+)\}")  # no argument of a LaTeX command: \\text{solutions}
 _PLACEHOLDERS = ("problem", "solution", "answer")
 
 
@@ -46,7 +47,7 @@ def check_template(key: str, template: str | Turns) -> None:
             and isinstance(turn["content"], str),
             f'{key} is a list of turns {{"role": "system", "user" or "assistant", "content": text}}, but holds {turn}',
         )
-        for word in re.findall(r"{(\w+)}", turn["content"]):
+        for word in _BRACED.findall(turn["content"]):
             if word not in _PLACEHOLDERS and (near := difflib.get_close_matches(word, _PLACEHOLDERS, 1, 0.75)):
                 raise BadArgument(f"{key} contains {{{word}}}, which would stay as it is; did you mean {{{near[0]}}}?")
     require(bool(turns) and turns[-1]["role"] == "user", f"{key} must end with a turn of the user, which is answered")

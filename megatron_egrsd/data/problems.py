@@ -16,6 +16,7 @@ from megatron_egrsd.config import DataConfig
 from megatron_egrsd.config.model import check_template, placeholders
 from megatron_egrsd.data.boxes import boxes
 from megatron_egrsd.data.samples import Problem
+from megatron_egrsd.data.values import is_wrapped, plain_value
 from megatron_egrsd.errors import BadArgument
 
 _ID_KEYS = ("id", "idx", "unique_id")
@@ -71,8 +72,12 @@ def load_problems(
                 problem = replace(problem, teacher_turns=_teacher_turns(row, config.teacher_key, location))
             text = " ".join(problem.problem.split())
             if text in seen:
-                raise _bad_row("duplicate", location, f"the problem of {seen[text]} again; remove one of them")
-            seen[text] = location
+                place, answer = seen[text]
+                other, kind = "", "duplicate"
+                if problem.answer.strip() != answer.strip():
+                    other, kind = f" with the answer {problem.answer!r} instead of {answer!r}", "contradicting"
+                raise _bad_row(kind, location, f"the problem of {place} again{other}; remove one of them")
+            seen[text] = location, problem.answer
             problems.append(problem)
         except BadRow as error:
             bad.add(error)
@@ -239,8 +244,8 @@ def _text(row: dict[str, Any], key: str, location: str, setting: str, blank: boo
         has = ", ".join(map(repr, row)) or "none"
         raise _bad_row(f"without {key!r}", location, f"no field {key!r}; it has {has[:300]}: set {setting}")
     value = row[key]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    if isinstance(value, float):
+        value = int(value) if value.is_integer() else plain_value(value)  # None if it is no finite number
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) and value is not None:
@@ -251,6 +256,9 @@ def _text(row: dict[str, Any], key: str, location: str, setting: str, blank: boo
         raise _bad_row(
             f"with an empty {key!r}", location, f"field {key!r} is empty; fill it, remove the row, set {setting}"
         )
+    if is_wrapped(value or ""):
+        spelling = f"field {key!r} is {value[:40]!r}, another type of value in text"
+        raise _bad_row(f"with another type of {key!r}", location, f"{spelling}; prepare-data unwraps or drops it")
     if not (value or "").isascii():
         try:
             value.encode()

@@ -16,6 +16,7 @@ from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.preparation.contamination import Contamination, words
 from megatron_egrsd.preparation.readers import read_problems
+from megatron_egrsd.rewards.normal_form import normalize
 from megatron_egrsd.system.arguments import Parser
 from megatron_egrsd.system.files import atomic
 
@@ -52,7 +53,7 @@ def prepare(sources: list[str], evaluation: list[str], output: Path, max_charact
     if output.exists():
         raise BadArgument(f"{output} exists; remove it or choose another --output")
     contamination = Contamination(evaluation)
-    counts, hits, seen, without_solution = Counter(), [], set(), 0
+    counts, hits, seen, without_solution = Counter(), [], _Seen(), 0
     with atomic(output) as partial:
         with partial.open("w", encoding="utf-8") as file:
             for source in sources:
@@ -71,21 +72,40 @@ def prepare(sources: list[str], evaluation: list[str], output: Path, max_charact
         print(f"{n:>9,} {fate}" + (f" to {output}" if fate == "written" else ""))
     for own, other in hits[:_SHOWN]:
         print(f"          contaminated: {own} is like {other}")
+    for sentence in seen.contradictions[:_SHOWN]:
+        print(f"          contradicting: {sentence}")
     if not evaluation:
         print("no --evaluation was given: nothing was checked for contamination")
     if without_solution:
         print(f"{without_solution:,} rows have no solution: let data.teacher_template use {{answer}} instead")
 
 
-def _fate(problem: Problem, contamination: Contamination, seen: set, hits: list, max_characters: int) -> str:
+class _Seen:
+    """The problems so far, and the later ones among them that give another answer."""
+
+    def __init__(self):
+        self.first: dict[tuple[str, ...], Problem] = {}
+        self.contradictions: list[str] = []
+
+    def again(self, text: tuple[str, ...], problem: Problem) -> str:
+        """Return the fate of a problem that was there before, else "". The first one is kept in any case."""
+        first = self.first.setdefault(text, problem)
+        if first is problem:
+            return ""
+        if normalize(first.answer) == normalize(problem.answer):
+            return "duplicates"
+        self.contradictions.append(f"{first.id} says {first.answer[:40]}, {problem.id} says {problem.answer[:40]}")
+        return "duplicates with another answer than the first, which was kept: look at both"
+
+
+def _fate(problem: Problem, contamination: Contamination, seen: _Seen, hits: list, max_characters: int) -> str:
     text = words(problem.problem)
     if not text or not problem.answer:
         return "without a problem or a verifiable answer"
     if len(problem.problem) + len(problem.solution) > max_characters:
         return f"longer than {max_characters:,} characters"
-    if text in seen:
-        return "duplicates"
-    seen.add(text)
+    if again := seen.again(text, problem):
+        return again
     if other := contamination.find(problem.problem):
         hits.append((problem.id, other))
         return "contaminated"

@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_egrsd.data.boxes import boxes
 from megatron_egrsd.data.problems import read_rows
 from megatron_egrsd.data.samples import Problem
+from megatron_egrsd.data.values import answer_text, plain_value
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.rewards.answers import gold_answer
 
@@ -71,14 +72,18 @@ def reader(row: dict, location: str) -> Callable[[dict], tuple[str, str, str]]:
 
 
 def read_problems(source: str) -> Iterator[Problem]:
-    """Yield every row of `source` as a Problem; an answer or a solution that the row does not have is empty."""
+    """Yield every row of `source` as a Problem; an answer or a solution that is missing or no text is empty."""
     read = None
     for location, number, row in read_rows(source):
         read = read or reader(row, location)
+        row = {key: plain_value(value) for key, value in row.items()}
         try:
-            problem, answer, solution = ("" if v is None else str(v).strip() for v in read(row))
+            problem, answer, solution = read(row)
+            problem, solution = ("" if text is None else str(text).strip() for text in (problem, solution))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise BadArgument(f"{location} is not like the rows before it ({type(error).__name__}: {error})") from None
         extra = row.get("extra_info")
         own = row.get("id", extra.get("index") if isinstance(extra, dict) else None)
-        yield Problem(str(own) if own is not None else f"{Path(source).stem}-{number}", problem, answer, solution)
+        yield Problem(
+            str(own) if own is not None else f"{Path(source).stem}-{number}", problem, answer_text(answer), solution
+        )

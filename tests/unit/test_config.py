@@ -325,3 +325,21 @@ def test_old_keys_stand_beside_new_ones_and_mistakes_name_the_new(tmp_path):
     assert (servers.args, servers.host, servers.port, servers.urls) == ({"a": 1, "b": 2}, "h", 5, ["u"])
     assert parse_error([*BASE, "--rollout.port", "x"]).startswith("rollout.servers.port is 'x'")
     assert "did you mean rollout.servers.args?" in parse_error([*BASE, "--parallel.server_args", "1"])
+
+
+def test_latex_in_templates_is_text():
+    """LaTeX is full of braces; only a misspelt placeholder is refused."""
+    for text in (
+        r"Put your final answer within \boxed{}.",
+        r"\boxed{answers}, \text{solutions}",
+        r"\frac{1}{2}",
+        "{}",
+        "{ }",
+    ):
+        config = DataConfig(
+            teacher_template=f"{{problem}}\n{{solution}}\n{text}", student_template=f"{{problem}} {text}"
+        )
+        assert text in config.teacher_template
+    for text in ("{solutions}", "{Problem}"):
+        with pytest.raises(BadArgument, match="did you mean"):
+            DataConfig(teacher_template=f"{{problem}} {{solution}} {text}")

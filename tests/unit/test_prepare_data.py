@@ -9,6 +9,10 @@ import pytest
 
 from megatron_egrsd.config import DataConfig
 from megatron_egrsd.data.problems import load_problems
+from megatron_egrsd.data.values import answer_text
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.preparation import command as prepare_command
+from megatron_egrsd.preparation.readers import read_problems
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests/data"
@@ -195,3 +199,76 @@ def test_an_existing_file_is_kept(tmp_path):
     out = jsonl(tmp_path / "out.jsonl", {"mine": 1})
     done = prepare(jsonl(tmp_path / "in.jsonl", ROWS["plain"][0]), "-o", out)
     assert done.returncode == 2 and "exists" in done.stderr and written(out) == [{"mine": 1}]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ('["2"]', "2"),
+        ("['$7$']", "$7$"),
+        (["2"], "2"),
+        ([["2"]], "2"),
+        ([3.0], "3"),
+        (b"2", "2"),
+        ("b'2'", "2"),
+        (27.0, "27"),
+        (" 5 ", "5"),
+        ("[1, 2)", "[1, 2)"),
+        ("[1, 2]", "[1, 2]"),  # an interval
+        ("[-1]", "[-1]"),
+        (r"\{1,2\}", r"\{1,2\}"),
+        (float("nan"), ""),
+        (float("inf"), ""),
+        ("nan", ""),
+        ('["2", "3"]', ""),
+        (["2", "3"], ""),
+        ([], ""),
+        ({"value": 2}, ""),
+        (True, ""),
+        (b"\xff", ""),
+        (None, ""),
+        ('["2', '["2'),
+    ],
+)
+def test_answers_of_other_types_are_unwrapped_or_dropped(value, text):
+    assert answer_text(value) == text
+
+
+def test_parquet_rows_whose_answers_are_no_text(tmp_path):
+    """Each was written as its spelling in Python: rewards of 0 for ever."""
+    import pyarrow
+    import pyarrow.parquet
+
+    for name, answers, kept in (
+        ("text", ['["2"]', "['$7$']", '["1", "2"]'], ["2", "$7$"]),
+        ("lists", [["2"], ["3", "4"], []], ["2"]),
+        ("bytes", [b"2", b"\xff", b"3"], ["2", "3"]),
+        ("numbers", [2.0, float("nan"), 0.5], ["2", "0.5"]),
+    ):
+        rows = [{"problem": f"Problem {i} of {name}?", "answer": a, "solution": "s"} for i, a in enumerate(answers)]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+        problems = list(read_problems(str(tmp_path / f"{name}.parquet")))
+        assert [p.answer for p in problems if p.answer] == kept, name
+    prepare_command.prepare([str(tmp_path / "numbers.parquet")], [], tmp_path / "out.jsonl", 8000)
+    assert [row["answer"] for row in written(tmp_path / "out.jsonl")] == ["2", "0.5"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), '["2"]', "['$7$']", "b'2'", "nan", ["2"]])
+def test_training_refuses_values_that_are_no_text(value, tmp_path):
+    file = jsonl(tmp_path / "d.jsonl", {"problem": "p", "answer": value, "solution": "s"})
+    with pytest.raises(BadArgument, match="line 1: field 'answer'"):
+        load_problems(str(file), DataConfig())
+    file = jsonl(tmp_path / "e.jsonl", {"problem": "p", "answer": "1", "solution": value})
+    with pytest.raises(BadArgument, match="line 1: field 'solution'"):
+        load_problems(str(file), DataConfig())
+
+
+def test_one_problem_with_two_answers_is_named_and_counted_apart(tmp_path, capsys):
+    rows = [("a", "What is 2 + 2?", "4"), ("b", "What is 2 + 2 ?", "$4$"), ("c", "What is 2 + 2?", "8")]
+    file = jsonl(tmp_path / "d.jsonl", *({"id": i, "problem": p, "answer": a, "solution": "s"} for i, p, a in rows))
+    prepare_command.prepare([str(file)], [], tmp_path / "out.jsonl", 8000)
+    out = capsys.readouterr().out
+    assert "1 duplicates\n" in out and "1 duplicates with another answer than the first" in out
+    assert "contradicting: a says 4, c says 8" in out
+    with pytest.raises(BadArgument, match=r"line 2: the problem of .* line 1 again with the answer '8' instead of '4'"):
+        load_problems(str(jsonl(tmp_path / "e.jsonl", *written(file)[::2])), DataConfig())
