@@ -75,7 +75,7 @@ class DataConfig:
         reward: "math" or the import path of a function (response: str, answer: str) -> float in [0, 1].
         reward_timeout: Seconds that one call of a reward function of the user's may take.
         bad_rows: Refuse a file with rows that cannot be trained on (not JSON, not UTF-8, empty, without an answer,
-            over-long, duplicate), or leave those rows out and say how many and where.
+            over-long, duplicate, with special tokens), or leave those rows out and say how many and where.
     """
 
     train: str = ""

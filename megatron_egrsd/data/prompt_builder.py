@@ -40,17 +40,23 @@ class PromptBuilder:
         self.context_length = context_length
         self.generation_ids = self._generation_ids()
         self.opened = opened_thinking(tokenizer, config)
+        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self.special = re.compile("|".join(map(re.escape, {*added, *tokenizer.all_special_tokens})) or r"(?!)")
         for probe in (Problem("probe", "1 + 1?", "2", "1 + 1 = 2"), Problem("probe", "Hm", "x", "so {x}")):
             self._check_suffix(self._student(probe), self._teacher(probe))
 
     def build(self, problem: Problem, *, privileged: bool = True) -> Prompt:
         """Build the prompts of `problem`. Without `privileged` no teacher will read it, and `teacher_ids` is empty.
 
-        Raises BadRow if the prompt is empty or too long, BadArgument if student's and teacher's prompt do not end in
-        the template's generation prompt.
+        Raises BadRow if the prompt is empty or too long, or holds a special token, which could forge a turn; BadArgument
+        if student's and teacher's prompt do not end in the template's generation prompt.
         """
         if not problem.problem.strip():
             raise BadRow("empty", f"problem {problem.id}", f"problem {problem.id} is empty")
+        if found := next(filter(None, map(self.special.search, problem.texts[1:])), None):
+            place = f"problem {problem.id}"
+            reason = f"contains {found[0]!r}, which the tokenizer reads as the end or the begin of a turn, not as text"
+            raise BadRow("with special tokens", place, f"{place} {reason}; remove it, or set data.bad_rows skip")
         student = self._student(problem)
         teacher = self._teacher(problem) if privileged else []
         self._check_length(problem.id, "student", student)
