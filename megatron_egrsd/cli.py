@@ -14,8 +14,9 @@ import sys
 import time
 from collections.abc import Callable
 
-from megatron_egrsd.errors import BadArgument, Preempted, RunError
+from megatron_egrsd.errors import BadArgument, Interrupted, Preempted, RunError
 from megatron_egrsd.system import torchrun
+from megatron_egrsd.system.files import disk_error
 
 _PATIENCE = 20.0  # seconds
 
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None, name: str = "megatron-egrsd") -> int:
         return _run(command, rest) or 0
     except SystemExit as exit:  # argparse has printed the help
         return int(exit.code or 0)
+    except Interrupted as reason:
+        return _fail(name, reason, 130)
     except Preempted as reason:
         return _fail(name, reason, 0)
     except BadArgument as error:
@@ -52,6 +55,10 @@ def main(argv: list[str] | None = None, name: str = "megatron-egrsd") -> int:
         return _fail(
             name, f"the package {error.name} is not installed; `megatron-egrsd doctor` lists what is missing", 1
         )
+    except OSError as error:
+        if not (sentence := disk_error(error)):
+            raise
+        return _fail(name, sentence, 1)
     except KeyboardInterrupt as interrupt:
         return _fail(name, "; ".join(["interrupted", *interrupt.args]), 130)
 

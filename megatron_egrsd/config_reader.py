@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import functools
 import json
+import os
 import re
 from typing import Any
 
@@ -28,6 +30,11 @@ RENAMED = {
     "rollout.sync_timeout": "rollout.sync.timeout",
     "rollout.lora_sync": "rollout.sync.lora",
 }
+PATHS = (
+    "model.path", "lora.init", "data.train", "data.evaluation", "data.reward", "objective.function", "output", "replay",
+    "checkpoint.resume", "evaluation.benchmarks.directory", "evaluation.benchmarks.like", "evaluation.benchmarks.sets",
+)  # fmt: skip
+_HOME = re.compile(r"(?:^|(?<==))~[^=]*")
 _OLD_OPTION = re.compile(f"--({'|'.join(map(re.escape, RENAMED))})(?=$|[.+=])")
 
 
@@ -82,7 +89,21 @@ def parse_config(arguments: list[str]) -> Config:
         raise
     except (ArgumentError, ValueError, TypeError) as error:
         raise BadArgument(_one_sentence(str(error))) from None
-    return Config(**{f.name: namespace[f.name] for f in dataclasses.fields(Config)})
+    config = Config(**{f.name: namespace[f.name] for f in dataclasses.fields(Config)})
+    return functools.reduce(_with_home, PATHS, config)
+
+
+def _with_home(config: Any, key: str) -> Any:
+    """Return `config` with the ~ of one of its paths expanded; a set of an evaluation may be NAME=PATH."""
+    name, _, rest = key.partition(".")
+    value = getattr(config, name)
+    if rest:
+        return dataclasses.replace(config, **{name: _with_home(value, rest)})
+    if isinstance(value, list):
+        return dataclasses.replace(
+            config, **{name: [_HOME.sub(lambda m: os.path.expanduser(m[0]), word) for word in value]}
+        )
+    return dataclasses.replace(config, **{name: os.path.expanduser(value)}) if value.startswith("~") else config
 
 
 def _with_keys_of(name: str, keys: dict[str, object], arguments: list[str]) -> list[str]:

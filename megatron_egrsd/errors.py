@@ -11,3 +11,7 @@ class RunError(RuntimeError):
 
 class Preempted(RunError):
     """The run was asked to stop (SIGTERM). Exit status 0."""
+
+
+class Interrupted(Preempted):
+    """The run was stopped by Ctrl-C, and saved. Exit status 130."""

@@ -37,6 +37,7 @@ def main(config: Config) -> None:
         open_session(config, engine, tokenizer, preemption) as session,
     ):
         step = session.resume()
+        preemption.save_on_interrupt()
         try:
             if config.evaluation.at_start:
                 session.evaluate(heldout, step)

@@ -35,6 +35,9 @@ class OptimizerConfig:
     updates_per_batch: int = 1
 
     def __post_init__(self):
-        require_positive(self, "optimizer", "lr", "updates_per_batch")
-        require_not_negative(self, "optimizer", "warmup_steps")
+        require_positive(self, "optimizer", "lr", "eps", "updates_per_batch")
+        require_not_negative(self, "optimizer", "warmup_steps", "weight_decay", "clip_grad")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name} is {value}; it must lie in [0, 1)")
         require(0 <= self.min_lr <= self.lr, "optimizer.min_lr must lie in [0, optimizer.lr]")

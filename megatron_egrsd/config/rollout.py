@@ -1,5 +1,6 @@
 """Sampling, the SGLang servers that do it, and the weights that are sent to them."""
 
+import urllib.parse
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -59,6 +60,13 @@ class ServersConfig:
             not (self.colocated and self.urls),
             "rollout.servers.colocated shares GPUs with servers that the run launches; empty rollout.servers.urls",
         )
+        for url in self.urls:
+            parts = urllib.parse.urlsplit(url)
+            guess = f"http://{url.partition('://')[2] or url}"
+            require(
+                parts.scheme in ("http", "https") and bool(parts.hostname),
+                f"rollout.servers.urls has {url!r}, which is no address; write {guess}",
+            )
         require(0 <= self.port < 65536, f"rollout.servers.port is {self.port}; it must lie in [0, 65535]")
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_egrsd.config.check import require, require_not_negative, require_positive
+from megatron_egrsd.config.check import require, require_finite, require_not_negative, require_positive
 from megatron_egrsd.config.evaluation import EvaluationConfig
 from megatron_egrsd.config.lora import LoraConfig
 from megatron_egrsd.config.model import DataConfig, ModelConfig
@@ -87,6 +87,10 @@ class Config:
     dump_scores: bool = False
 
     def __post_init__(self):
+        require_finite(self, "")
+        require(0 <= self.seed < 2**31, f"seed is {self.seed}; it must lie in [0, 2^31)")
+        require(self.max_log_prob_difference is None or self.max_log_prob_difference > 0,
+                f"max_log_prob_difference is {self.max_log_prob_difference}; it must be positive")  # fmt: skip
         require(self.steps > 0, f"steps is {self.steps}; it must be positive")
         require(self.max_skipped_steps >= 0, "max_skipped_steps must not be negative")
         require(

@@ -52,7 +52,7 @@ def load_sets(benchmarks: BenchmarksConfig, data: DataConfig) -> list[ProblemSet
 
 
 def _load(word: str, benchmarks: BenchmarksConfig, data: DataConfig) -> ProblemSet:
-    name, named, source = word.partition("=")
+    name, named, source = ("", "", word) if Path(word).is_file() else word.partition("=")  # out/lr=1e-6/test.jsonl
     if not named:
         name, source = (word, _find(word, benchmarks)) if word in BENCHMARKS else (_stem(word), word)
     if not Path(source).suffix and ":" in source and not benchmarks.hub:

@@ -48,8 +48,8 @@ class PromptBuilder:
     def build(self, problem: Problem, *, privileged: bool = True) -> Prompt:
         """Build the prompts of `problem`. Without `privileged` no teacher will read it, and `teacher_ids` is empty.
 
-        Raises BadRow if the prompt is empty or too long, or holds a special token, which could forge a turn; BadArgument
-        if student's and teacher's prompt do not end in the template's generation prompt.
+        Raises BadRow if the prompt is empty or too long, or holds a special token, which could forge a turn. Raises
+        BadArgument if student's and teacher's prompt do not end in the template's generation prompt.
         """
         if not problem.problem.strip():
             raise BadRow("empty", f"problem {problem.id}", f"problem {problem.id} is empty")

@@ -40,7 +40,12 @@ HISTORY = "metrics.jsonl"  # the run's metrics up to the checkpoint's step
 _BEST = "best"  # names the checkpoint of the best evaluation
 _NAME = r"step_\d+"
 _SUMS = "integrity.json"  # megatron-core's list of SHA-256 sums
+_LITTLE = 1 << 20  # free bytes below which a disk counts as full
 _READERS = 8  # threads that compute them
+
+
+# torch's is no Exception but a BaseException.
+_FAILURES = (dist_checkpointing.core.CheckpointingException, torch.distributed.checkpoint.CheckpointException)
 
 
 def complete(directory: Path) -> list[Path]:
@@ -94,7 +99,7 @@ def save(
             if old.name not in kept:
                 shutil.rmtree(old)
 
-    with _as_run_error(f"{path} could not be written"):
+    with _as_run_error(f"{path} could not be written", directory):
         on_first_rank(prepare)
         state = _state(engine, step, rewards, loading=False) | {"notes": json.dumps(notes or {})}
         dist_checkpointing.save(state, str(partial), verify_integrity=True)
@@ -103,16 +108,25 @@ def save(
 
 
 @contextlib.contextmanager
-def _as_run_error(what: str) -> Iterator[None]:
+def _as_run_error(what: str, directory: Path) -> Iterator[None]:
     """An error of the disk, or of megatron-core about the disk, in a sentence; one of the network passes through."""
     try:
         yield
     except RunError:
         raise
-    except (OSError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+    except (OSError, RuntimeError, *_FAILURES) as error:
         if lost_contact(error):
             raise
-        raise RunError(f"{what}: {_reason(error)}") from error
+        raise RunError(f"{what}: {_full(directory) or _reason(error)}") from error
+
+
+def _full(directory: Path) -> str:
+    """A sentence if the disk of `directory` is full: torch says then that it is at another place in the file."""
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(directory).free
+        if free < _LITTLE:
+            return f"no space left on its disk ({free >> 10} KiB are free)"
+    return ""
 
 
 def _reason(error: BaseException) -> str:
@@ -196,7 +210,7 @@ def load(engine: Engine, path: Path) -> tuple[int, dict[str, Any]]:
                 )
             wanted = _without_absent_extra_states(_state(engine, 0, {}, loading=True), path)
             state = dist_checkpointing.load(wanted, str(path))
-    except (dist_checkpointing.core.CheckpointingException, torch.distributed.checkpoint.CheckpointException) as error:
+    except _FAILURES as error:
         raise BadArgument(f"{path} does not belong to this model: {_reason(error)}") from None
     for i, chunk in enumerate(engine.chunks):
         chunk.load_state_dict(state["model"][str(i)])

@@ -16,9 +16,11 @@ from megatron_egrsd.hf.mapping import Entry, hf_shapes
 from megatron_egrsd.hf.safetensors_file import DTYPES, INDEX, SHARD_BYTES, SINGLE, SafetensorsWriter, data_ranges
 from megatron_egrsd.hf.staging import staged
 
+CONFIG = "config.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+_MARKS = (CONFIG, "metrics.jsonl", "metadata.json", "latest_checkpointed_iteration.txt")  # of a directory of its own
 _INDICES = (".safetensors.index.json", ".bin.index.json")
 
 
@@ -101,6 +103,11 @@ class HFCheckpoint:
             raise BadArgument(f"the weights in {self.path} are {what}; one of {', '.join(DTYPES)} is supported")
         return DTYPES[next(iter(found))]
 
+    def describe(self) -> str:
+        """Return the number of tensors and files, and their type."""
+        files = len(set(self._files.values()))
+        return f"{len(self._files)} tensors of {str(self.dtype()).removeprefix('torch.')} in {files} file(s)"
+
     def check_tied_head(self) -> None:
         """Raise BadArgument if a tied model stores a head that differs from its embedding."""
         if self.stores_tied_head:
@@ -153,6 +160,7 @@ def save_hf(
         raise RunError("there are no weights to export")
     with staged(path) as directory:
         copy_assets(like, directory)
+        set_config_dtype(directory / CONFIG, tensor.dtype)
         writer = SafetensorsWriter(directory, shapes, tensor.dtype, shard_bytes)
         writer.write(first, tensor.cpu())
         for name, later in tensors:
@@ -160,16 +168,30 @@ def save_hf(
         writer.finish()
 
 
+def holds_weights(path: Path) -> bool:
+    """Return whether a directory holds any file of weights, or an index of them."""
+    return any(file.suffix in _WEIGHTS or file.name.endswith(_INDICES) for file in path.iterdir())
+
+
+def set_config_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Write the type of the weights into config.json, which transformers rounds them to; the rest stays as it is."""
+    content, name = json.loads(config.read_text(encoding="utf-8")), str(dtype).removeprefix("torch.")
+    keys = [key for key in ("torch_dtype", "dtype") if key in content] or ["dtype"]
+    if any(content.get(key) != name for key in keys):
+        content |= dict.fromkeys(keys, name)
+        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def assets(path: str | Path) -> dict[str, Path]:
     """Return {relative name: path} of a checkpoint's files other than weights: configs, tokenizer, templates, licence.
 
-    Hidden directories (download caches) are left out.
+    Hidden directories (download caches) are left out, and so are other models, checkpoints and runs below it.
     """
     path = Path(path)
-    found = {}
+    found, others = {}, {mark.parent for name in _MARKS for mark in path.rglob(name)} - {path}
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path)
-        hidden = any(part.startswith(".") for part in relative.parts)
+        hidden = any(part.startswith(".") for part in relative.parts) or not others.isdisjoint(file.parents)
         if file.is_file() and not hidden and file.suffix not in _WEIGHTS and not file.name.endswith(_INDICES):
             found[relative.as_posix()] = file
     return found

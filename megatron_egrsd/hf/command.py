@@ -11,10 +11,10 @@ One process, no GPU, no parallel layout: any TP x PP x EP loads the result. docs
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.system.arguments import Parser
+from megatron_egrsd.system.arguments import path as file_path
 
 
 def main(words: list[str]) -> None:
@@ -47,7 +47,7 @@ def _parser() -> Parser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function)
         for path in paths:
-            command.add_argument(path, required=True, type=Path, help=_PATHS[path])
+            command.add_argument(path, required=True, type=file_path, help=_PATHS[path])
         command.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
                              help="round the weights to this type (default: keep theirs)")  # fmt: skip
         command.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -57,11 +57,13 @@ def _parser() -> Parser:
     _add_dry_run(command)
     command = add("to-hf", _to_hf, "Megatron-LM -> Hugging Face", "--megatron-path", "--hf-path")
     _add_dry_run(command)
-    command.add_argument("--like", type=Path, help="Hugging Face model to take config and tokenizer from, for a "
+    command.add_argument("--like", type=file_path, help="Hugging Face model to take config and tokenizer from, for a "
                          "checkpoint that does not carry them")  # fmt: skip
     _add_shard_size(command)
     command = add("verify", _verify, "compare every tensor of the two, bit by bit", "--hf-path", "--megatron-path")
-    command.add_argument("--report", type=Path, metavar="FILE", help="write names, shapes and SHA-256 of all tensors")
+    command.add_argument(
+        "--report", type=file_path, metavar="FILE", help="write names, shapes and SHA-256 of all tensors"
+    )
     command = add("merge", _merge, "adapter + its model -> Hugging Face", "--hf-path", "--adapter", "--output")
     _add_dry_run(command)
     _add_shard_size(command)

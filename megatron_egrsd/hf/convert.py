@@ -14,7 +14,7 @@ import torch
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.byte_ranges import Advance, in_threads, pieces
-from megatron_egrsd.hf.checkpoint import EMBEDDING, HEAD, HFCheckpoint, copy_assets
+from megatron_egrsd.hf.checkpoint import CONFIG, EMBEDDING, HEAD, HFCheckpoint, copy_assets, set_config_dtype
 from megatron_egrsd.hf.mapping import Entry, entries, hf_shapes
 from megatron_egrsd.hf.megatron_checkpoint import (
     RELEASE,
@@ -31,6 +31,7 @@ from megatron_egrsd.hf.megatron_checkpoint import (
 from megatron_egrsd.hf.safetensors_file import SHARD_BYTES, SafetensorsWriter
 from megatron_egrsd.hf.staging import check_absent, free_bytes, staged
 from megatron_egrsd.hf.torch_dist_writer import Object, Part, write_torch_dist
+from megatron_egrsd.system.files import check_outside, check_writable
 
 RECORD = "conversion.json"
 
@@ -41,6 +42,8 @@ class ToMegatron:
     def __init__(self, source: str | Path, target: str | Path, dtype: torch.dtype | None = None):
         self.source, self.target = Path(source), Path(target)
         check_absent(self.target)
+        check_outside(self.target, "the target", self.source, "the source")
+        check_writable(self.target.parent, "the target's directory")
         self.checkpoint = HFCheckpoint(source)
         self.architecture = self.checkpoint.architecture
         self.source_dtype = self.checkpoint.dtype()
@@ -66,8 +69,7 @@ class ToMegatron:
             types, common = (self.source_dtype, self.dtype), common_state(arch, self.dtype)
             write_torch_dist(directory / RELEASE, parts, objects, common, *types, advance)
             copy_assets(self.source, directory / SIDECAR)
-            if self.dtype != self.source_dtype:
-                set_config_dtype(directory / SIDECAR / "config.json", self.dtype)
+            set_config_dtype(directory / SIDECAR / CONFIG, self.dtype)
             record = record_of(checkpoint, self.dtype)
             (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             (directory / TRACKER).write_text(RELEASE, encoding="utf-8")
@@ -80,6 +82,8 @@ class ToHF:
                  dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES):  # fmt: skip
         self.source, self.target = Path(source), Path(target)
         check_absent(self.target)
+        check_outside(self.target, "the target", self.source, "the source")
+        check_writable(self.target.parent, "the target's directory")
         self.checkpoint = MegatronCheckpoint(source, like)
         self.architecture = self.checkpoint.architecture
         raise_problems(self.checkpoint.problems(), self.source)
@@ -105,8 +109,7 @@ class ToHF:
             shapes = {HEAD: shapes[EMBEDDING], **shapes}
         with staged(self.target, self.nbytes) as directory:
             copy_assets(self.checkpoint.like, directory)
-            if self.dtype != self.source_dtype:
-                set_config_dtype(directory / "config.json", self.dtype)
+            set_config_dtype(directory / CONFIG, self.dtype)
             writer = SafetensorsWriter(directory, shapes, self.dtype, self.shard_bytes)
 
             def copy(entry: Entry) -> Iterator[int]:
@@ -131,13 +134,6 @@ def record_of(checkpoint: HFCheckpoint, dtype: torch.dtype) -> dict:
 def weight_bytes(arch: Architecture, dtype: torch.dtype) -> int:
     """Return the bytes of all weights. Tied embeddings count once, padding does not count."""
     return arch.num_parameters * dtype.itemsize
-
-
-def set_config_dtype(config: Path, dtype: torch.dtype) -> None:
-    """Write `dtype` into config.json; every other key stays."""
-    content = read_json(config)
-    key = "torch_dtype" if "torch_dtype" in content and "dtype" not in content else "dtype"
-    config.write_text(json.dumps(content | {key: _name(dtype)}, indent=2) + "\n", encoding="utf-8")
 
 
 def raise_problems(problems: list[str], path: Path) -> None:

@@ -6,7 +6,6 @@ It needs one process and no GPU for any world size. A run that cannot work is re
 import functools
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +23,7 @@ from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.adapter_file import configured_spec
 from megatron_egrsd.hf.adapters import adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.hf.checkpoint import HFCheckpoint, holds_weights
 from megatron_egrsd.objectives.load import needs_teacher
 from megatron_egrsd.planning.memory import SERVER_SHARE, Placement, RankMemory, rank_memory
 from megatron_egrsd.planning.preflight import prepare
@@ -96,6 +96,7 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
         count = _trained_parameters(config, arch)
         plan.add("", f"LoRA r {spec.rank}, alpha {spec.alpha:g}, on {', '.join(spec.targets)}: {count:,} parameters "
                      f"({count / arch.num_parameters:.2%}) are trained")  # fmt: skip
+    _add_weights(plan, config)
     plan.add(
         "vocabulary",
         f"{arch.vocab_size:,} tokens, padded to {padded:,} ({padded // p.tensor:,} a tensor-parallel rank)",
@@ -144,6 +145,20 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
         f"{len(heldout)} held-out problems",
     )
     return longest
+
+
+def _add_weights(plan: Plan, config: Config) -> None:
+    """Add what the headers of the weights say, and a refusal if they are not the model's, incomplete, or quantised.
+
+    A directory without any weights is planned as well: the model may lie on the cluster.
+    """
+    if not holds_weights(Path(config.model.path)):
+        plan.add("", "no weights are in model.path: a run needs them")
+        return
+    try:
+        plan.add("", f"weights: {HFCheckpoint(config.model.path).describe()}")
+    except BadArgument as error:
+        plan.refusals.append(str(error))
 
 
 def _longest_micro_batch(config: Config, longest: int, ranks: int) -> int:
@@ -334,8 +349,6 @@ def _add_disk(plan: Plan, config: Config, arch: Architecture) -> None:
     plan.add("output", str(config.output), f"  {' + '.join(parts)}; {readable(free)} free")
     if not count:
         plan.add("", f"  a run that is stopped leaves a checkpoint of {readable(one_checkpoint)} besides")
-    if not os.access(existing, os.W_OK):
-        plan.refusals.append(f"{existing} is not writable, so output = {config.output} cannot be")
     if needed > free:
         plan.refusals.append(
             f"output = {config.output} needs {readable(needed)} of disk, and {readable(free)} are free"

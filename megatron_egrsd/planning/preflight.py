@@ -15,6 +15,7 @@ from megatron_egrsd.objectives.load import check_objective, needs_teacher
 from megatron_egrsd.rewards.reward import load_reward
 from megatron_egrsd.rollout.server_command import check_served
 from megatron_egrsd.system import torchrun
+from megatron_egrsd.system.files import check_outside, check_writable, is_empty
 
 
 def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], list[Prompt], AutoTokenizer]:
@@ -33,8 +34,11 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
         AdapterFile(config.lora.init, arch)
     config.check_world(ranks or torchrun.world_size())
     check_objective(config.objective)
-    output = Path(config.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not config.checkpoint.resume:
+    output, model = Path(config.output), Path(config.model.path)
+    check_writable(output, "output")
+    check_outside(output, "output", model, "model.path")
+    check_outside(model, "model.path", output / "hf", "the exported model of output")
+    if output.exists() and not is_empty(output) and not config.checkpoint.resume:
         raise BadArgument(
             f"output = {output} exists and is not an empty directory; choose another one, remove it, or continue its "
             "run with --resume auto"

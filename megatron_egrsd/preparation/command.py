@@ -17,7 +17,7 @@ from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.preparation.contamination import Contamination, words
 from megatron_egrsd.preparation.readers import read_problems
 from megatron_egrsd.rewards.normal_form import normalize
-from megatron_egrsd.system.arguments import Parser
+from megatron_egrsd.system.arguments import Parser, path
 from megatron_egrsd.system.files import atomic
 
 _FIELDS = ("id", "problem", "answer", "solution")
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
     parser = Parser(prog="megatron-egrsd prepare-data", description=__doc__)
     parser.add_argument("sources", nargs="+", help=".jsonl or .parquet files, or hub datasets name[:config]:split")
     parser.add_argument("--evaluation", action="append", default=[], help="an evaluation set; may be repeated")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the .jsonl file to write; must not exist")
+    parser.add_argument("-o", "--output", type=path, required=True, help="the .jsonl file to write; must not exist")
     parser.add_argument(
         "--max-characters",
         type=int,

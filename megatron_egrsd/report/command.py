@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.system.arguments import Parser
+from megatron_egrsd.system.arguments import Parser, path
 
 _DESCRIPTION = """\
 report RUN ...       the table before/after, report.html and its pictures: accuracy against length, training,
@@ -16,12 +16,12 @@ report --mechanism X  where the teacher is unsure: gap and weight by entropy, to
 
 def _parser() -> Parser:
     parser = Parser(prog="megatron-egrsd report", description=_DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument("runs", nargs="*", type=path, metavar="RUN", help="directory of a run")
     parser.add_argument(
-        "--output", type=Path, help="directory of the report (default: the run's, or ./report for several), or file"
+        "--output", type=path, help="directory of the report (default: the run's, or ./report for several), or file"
     )
-    parser.add_argument("--tokens", type=Path, metavar="X", help="a dump (scores/step_NNNNNN.jsonl), or a run")
-    parser.add_argument("--mechanism", type=Path, metavar="X", help="a dump, or a run: all its dumps")
+    parser.add_argument("--tokens", type=path, metavar="X", help="a dump (scores/step_NNNNNN.jsonl), or a run")
+    parser.add_argument("--mechanism", type=path, metavar="X", help="a dump, or a run: all its dumps")
     parser.add_argument("--step", type=int, help="with --tokens RUN: the step to show (default: the newest)")
     parser.add_argument(
         "--groups", type=_numbers, metavar="N,N", help="with --tokens: the groups to show (default: those that fit)"

@@ -46,7 +46,7 @@ _FOREIGN_UNIT = re.compile(rf"(?<=[\d}})%])\s*[{LETTERS}][{LETTERS} .]{{0,40}}\Z
 _IN_BRACKETS = re.compile(rf"(?<=[\d}}%])\s{{1,4}}\((?:[{LATIN}]{{3}}[{LATIN} /.-]{{0,40}}|[{LETTERS} ]{{1,20}})\)\Z")
 
 # Unit -> (dimension, factor to its first unit). Only units of one dimension are compared.
-_FACTORS = {
+_FACTORS: dict[str, dict[str, int | str]] = {
     "length": {"m": 1, "mm": "1e-3", "cm": "1e-2", "dm": "1e-1", "km": 1000, "meter": 1, "metre": 1, "kilometer": 1000,
                "kilometre": 1000, "centimeter": "1e-2", "centimetre": "1e-2", "millimeter": "1e-3",
                "millimetre": "1e-3"},

@@ -28,9 +28,9 @@ WORKERS = min(8, os.cpu_count() or 1)  # responses rewarded at once; processes o
 def math_reward(response: str, answer: str) -> float:
     """Return 1.0 if the response's final answer equals `answer`, else 0.0.
 
-    `response` stands behind the <think> that its prompt may have opened. Thinking does not count, and thinking that never
-    ends scores 0 (answers.py). `answer` is plain, boxed, or a GSM8K solution that ends in "#### 18". Takes a few seconds
-    at most, and raises for no string. Raises RunError if math-verify is missing.
+    `response` stands behind the <think> that its prompt may have opened. Thinking does not count, and thinking that
+    never ends scores 0 (answers.py). `answer` is plain, boxed, or a GSM8K solution that ends in "#### 18". Takes a few
+    seconds at most, and raises for no string. Raises RunError if math-verify is missing.
     """
     gold = gold_answer(answer)
     return float(any(equal(gold, reading) for reading in final_answer(response)))

@@ -2,13 +2,19 @@
 
 import contextlib
 import fcntl
+import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import psutil
 
+from megatron_egrsd.errors import BadArgument
+
 _PREFIX = "megatron-egrsd-"
+_SHORT = Path("/tmp")
+# The path of a socket has at most 107 characters; behind TMPDIR come "/megatron-egrsd-XXXXXXXX/tmpXXXXXXXX".
+_LONGEST = 107 - len(f"/.{_PREFIX}XXXXXXXX/tmpXXXXXXXX") - 8
 _SHARED = Path("/dev/shm")
 _SHARED_LIST = "shared"  # file with names below /dev/shm, one per line
 
@@ -20,10 +26,11 @@ class Scratch:
     """
 
     def __init__(self):
-        for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        place = _place()
+        for path in place.glob(f"{_PREFIX}*"):
             with contextlib.suppress(OSError):  # locked by a live process, or another user's
                 _clear(path, _lock(path))
-        hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
+        hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=place))
         self._lock_file = _lock(hidden)
         self._listed: set[str] = set()
         self.path = hidden.rename(hidden.with_name(hidden.name[1:]))  # visible to others only after it is locked
@@ -42,6 +49,21 @@ class Scratch:
         """Remove the directory and the listed shared memory, after the servers have ended. Idempotent."""
         if not self._lock_file.closed:
             _clear(self.path, self._lock_file)
+
+
+def _place() -> Path:
+    """Return the directory for temporary files: TMPDIR's, or /tmp if the names of SGLang's sockets would be too long.
+
+    Raises BadArgument, naming TMPDIR, if neither can be used.
+    """
+    wanted = Path(tempfile.gettempdir())
+    for place in (wanted, _SHORT):
+        if len(os.fsencode(place.absolute())) <= _LONGEST and place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+            return place
+    raise BadArgument(
+        f"TMPDIR is {wanted}, more than the {_LONGEST} characters that leave room for the names of SGLang's sockets, "
+        f"and {_SHORT} cannot be written; set TMPDIR to a shorter path"
+    )
 
 
 def _lock(directory: Path):

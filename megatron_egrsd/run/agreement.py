@@ -4,11 +4,13 @@ import hashlib
 import inspect
 from pathlib import Path
 
-import megatron_egrsd
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.samples import Prompt
 from megatron_egrsd.engine.distributed import Facts
 from megatron_egrsd.objectives.load import load_objective
+
+# Not by the package's name: from the folder above a clone of the same name, Python takes the clone for the package.
+_PACKAGE = Path(__file__).parents[1]
 
 HINTS = {
     "code": "install the same version of megatron_egrsd, and of the file of objective.function, on every node",
@@ -21,7 +23,7 @@ def facts(config: Config, prompts: list[Prompt]) -> Facts:
     """Return the hash of each, with its hint, by the names in HINTS."""
     code = hashlib.sha256()
     objective = inspect.getfile(type(load_objective(config.objective)))
-    for path in (*sorted(Path(megatron_egrsd.__file__).parent.rglob("*.py")), Path(objective)):
+    for path in (*sorted(_PACKAGE.rglob("*.py")), Path(objective)):
         code.update(path.read_bytes())
     hashes = {
         "code": code.hexdigest(),

@@ -14,6 +14,7 @@ from typing import IO
 from rich.console import Console
 from rich.text import Text
 
+from megatron_egrsd.errors import RunError
 from megatron_egrsd.run.metrics import METRICS, Metric
 
 _BAR = 8  # characters of the progress bar
@@ -77,12 +78,15 @@ class RunLog:
         numbers = {k: v if isinstance(v, int) else float(v) for k, v in metrics.items()}
         # JSON has no NaN: null keeps the file readable by everything that reads JSON.
         row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in numbers.items()}
-        self.jsonl.write(json.dumps(row) + "\n")
-        self.jsonl.flush()
-        if self.writer:
-            for key, value in numbers.items():
-                self.writer.add_scalar(key, value, step)
-            self.writer.flush()
+        try:
+            self.jsonl.write(json.dumps(row) + "\n")
+            self.jsonl.flush()
+            if self.writer:
+                for key, value in numbers.items():
+                    self.writer.add_scalar(key, value, step)
+                self.writer.flush()
+        except OSError as error:
+            raise RunError(f"the metrics of step {step} cannot be written to {self.jsonl.name}: {error}") from error
 
     def _columns(self) -> list[Metric]:
         columns = [m for m in METRICS if m.label]

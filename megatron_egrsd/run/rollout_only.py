@@ -20,6 +20,7 @@ from megatron_egrsd.rollout.servers import RolloutServers
 from megatron_egrsd.run.health import Health
 from megatron_egrsd.run.log import RunLog
 from megatron_egrsd.sampling.sampler import Sampler
+from megatron_egrsd.system.files import locked
 
 
 def rollout_only(config: Config, prompts: list[Prompt], tokenizer) -> None:
@@ -31,6 +32,7 @@ def rollout_only(config: Config, prompts: list[Prompt], tokenizer) -> None:
         raise BadArgument("debug rollout-only starts no training engine; run it without torchrun and parallel sizes")
     output, settings = Path(config.output), config.rollout
     with (
+        locked(output),
         hugging_face(config) as path,
         RolloutServers(settings.servers, replace(config.model, path=path), config.seed, output / "logs") as servers,
     ):

@@ -28,6 +28,7 @@ from megatron_egrsd.run.rollout_source import LiveRollouts, ReplayedRollouts, Ro
 from megatron_egrsd.run.run_directory import RunDirectory
 from megatron_egrsd.run.stopwatch import Stopwatch
 from megatron_egrsd.sampling.batches import Batch
+from megatron_egrsd.system.files import locked
 
 
 @contextlib.contextmanager
@@ -53,6 +54,7 @@ class Session:
         self.evaluations: list[dict[str, float]] = []  # on rank 0
         self.history = History()  # of the steps so far; `learn` takes it
         self.unreported: tuple[int, list[Rollout], dict[str, float]] | None = None
+        on_first_rank(lambda: stack.enter_context(locked(self.directory.path)) and None)
         self.resumed: Path | None = on_first_rank(self.directory.checkpoint_to_resume)
         self.begin = Place()
         if self.resumed:  # first: a checkpoint that is refused leaves every file where it is

@@ -1,9 +1,16 @@
 """A command-line parser that raises BadArgument for a mistake."""
 
 import argparse
+import os
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_egrsd.errors import BadArgument
+
+
+def path(text: str) -> Path:
+    """Return a path of the command line; a shell leaves the ~ of --output=~/run to the program."""
+    return Path(os.path.expanduser(text))
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,12 +1,20 @@
-"""Files that are complete or absent, and the SHA-256 of a file."""
+"""Files that are complete or absent, output directories that one process writes, and the SHA-256 of a file."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_egrsd.errors import RunError
+from megatron_egrsd.errors import BadArgument, RunError
 
+_LOCK = ".lock"  # of an output directory
+_OF_THE_DISK = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
+    errno.EEXIST, errno.ENOENT, errno.EIO, errno.ENAMETOOLONG, errno.ESTALE,
+}  # fmt: skip
 PARTIAL = ".partial"  # ends the name of an output that is still being written
 
 
@@ -33,6 +41,69 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` as UTF-8, all of it or nothing. Raises as `atomic` does."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of an output directory, which is made if it is missing.
+
+    The lock is that of an open file and ends with its process, also a killed one. Raises BadArgument if another process
+    holds it, RunError if the directory cannot be written.
+    """
+    path, new = directory / _LOCK, not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadArgument(
+                f"another run is writing {directory}; wait for its end, stop it, or choose another output"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            if new and is_empty(directory):  # nothing was written: leave no trace
+                path.unlink()
+                directory.rmdir()
+
+
+def is_empty(directory: Path) -> bool:
+    """Return whether a directory holds nothing but the lock that an earlier run has left, unlocked."""
+    return all(path.name == _LOCK for path in directory.iterdir())
+
+
+def check_writable(path: Path, key: str) -> None:
+    """Raise BadArgument, beginning with `key`, if no directory can be made at `path`, or it cannot be written."""
+    path = path.absolute()
+    existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if not existing.is_dir():
+        raise BadArgument(f"{key} = {path} cannot be a directory, because {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+        reason = "lies on a read-only file system" if read_only else "is not writable for this user"
+        raise BadArgument(f"{key} = {path} cannot be written, because {existing} {reason}")
+
+
+def check_outside(path: Path, key: str, source: Path, source_key: str) -> None:
+    """Raise BadArgument if the output `path` is `source` or lies within it, and would be copied with its files."""
+    if path.resolve().is_relative_to(source.resolve()):
+        raise BadArgument(
+            f"{key} = {path} lies within {source_key} = {source}, whose files are copied beside the weights; choose a "
+            "place outside"
+        )
+
+
+def disk_error(error: OSError) -> str:
+    """Return a sentence with the path for an error of the disk, "" for any other error, such as a connection's."""
+    if error.errno not in _OF_THE_DISK:
+        return ""
+    return f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
 
 
 def sha256(path: Path) -> str:

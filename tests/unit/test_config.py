@@ -11,10 +11,11 @@ import yaml
 
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_egrsd.config.page import page
-from megatron_egrsd.config_reader import RENAMED, parse_config, preset_objective, valid_keys
+from megatron_egrsd.config_reader import PATHS, RENAMED, parse_config, preset_objective, valid_keys
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives import presets
 from megatron_egrsd.objectives.load import needs_teacher
+from megatron_egrsd.system.arguments import Parser, path
 
 BASE = ["--model.path", "m", "--data.train", "t.jsonl"]
 PARTIAL = ["--rollout.partial", "true"]
@@ -320,9 +321,9 @@ def test_old_keys_work_on_the_command_line_and_in_yaml(tmp_path):
 def test_old_keys_stand_beside_new_ones_and_mistakes_name_the_new(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("rollout: {server_args: {a: 1}, port: 5, servers: {host: h}}\n")
-    servers = parse_config([*BASE, "--config", str(file), "--rollout.server_args.b", "2", "--rollout.urls=[u]"])
+    servers = parse_config([*BASE, "--config", str(file), "--rollout.server_args.b", "2", "--rollout.urls=[http://u]"])
     servers = servers.rollout.servers
-    assert (servers.args, servers.host, servers.port, servers.urls) == ({"a": 1, "b": 2}, "h", 5, ["u"])
+    assert (servers.args, servers.host, servers.port, servers.urls) == ({"a": 1, "b": 2}, "h", 5, ["http://u"])
     assert parse_error([*BASE, "--rollout.port", "x"]).startswith("rollout.servers.port is 'x'")
     assert "did you mean rollout.servers.args?" in parse_error([*BASE, "--parallel.server_args", "1"])
 
@@ -343,3 +344,45 @@ def test_latex_in_templates_is_text():
     for text in ("{solutions}", "{Problem}"):
         with pytest.raises(BadArgument, match="did you mean"):
             DataConfig(teacher_template=f"{{problem}} {{solution}} {text}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("optimizer.beta1", "1.5", "optimizer.beta1 is 1.5; it must lie in [0, 1)"),
+        ("optimizer.beta2", "-0.1", "optimizer.beta2 is -0.1; it must lie in [0, 1)"),
+        ("optimizer.eps", "0", "optimizer.eps is 0.0; it must be positive"),
+        ("optimizer.weight_decay", "-1", "optimizer.weight_decay is -1.0; it must not be negative"),
+        ("optimizer.clip_grad", "-1", "optimizer.clip_grad is -1.0; it must not be negative"),
+        ("optimizer.lr", ".inf", "optimizer.lr is inf; it must be a finite number"),
+        ("optimizer.lr", ".nan", "optimizer.lr is nan; it must be positive"),
+        ("objective.advantage_baseline", ".nan", "objective.advantage_baseline is nan; it must be a finite number"),
+        ("rollout.sync.timeout", ".inf", "rollout.sync.timeout is inf; it must be a finite number"),
+        ("max_log_prob_difference", "-1", "max_log_prob_difference is -1.0; it must be positive"),
+        ("seed", "-1", "seed is -1; it must lie in [0, 2^31)"),
+        (
+            "rollout.servers.urls",
+            '["localhost:30000"]',
+            "'localhost:30000', which is no address; write http://localhost:30000",
+        ),
+        ("rollout.servers.urls", '["ftp://a:1"]', "'ftp://a:1', which is no address; write http://a:1"),
+        ("rollout.servers.urls", '["http://"]', "which is no address"),
+    ],
+)
+def test_values_that_torch_or_megatron_core_would_refuse_later(key, value, reason):
+    assert reason in parse_error([*BASE, f"--{key}", value])
+
+
+def test_home_is_expanded_wherever_a_path_is_taken(monkeypatch, tmp_path):
+    """A shell leaves --output=~/run as it is, and YAML has no shell."""
+    monkeypatch.setenv("HOME", "/home/me")
+    words = [f"--{key}=~/x" for key in PATHS if key != "evaluation.benchmarks.sets"]
+    config = parse_config(
+        [*words, "--debug=train-only", '--evaluation.benchmarks.sets=["~/a.jsonl","b=~/b.jsonl","c~d"]']
+    )
+    for key in PATHS[:-1]:
+        assert functools.reduce(getattr, key.split("."), config) == "/home/me/x", key
+    assert config.evaluation.benchmarks.sets == ["/home/me/a.jsonl", "b=/home/me/b.jsonl", "c~d"]
+    parser = Parser()
+    parser.add_argument("file", type=path)
+    assert parser.parse_args(["~/f"]).file == Path("/home/me/f")

@@ -203,3 +203,28 @@ def test_two_runs_to_one_place_do_not_meet(hf, tmp_path):
         (first / "file").touch()
         ToMegatron(hf, tmp_path / "m").run()
     assert (tmp_path / "m" / "file").exists()
+
+
+def test_a_place_within_the_source_is_refused(hf, tmp_path):
+    refused(convert("to-megatron", "--hf-path", hf, "--megatron-path", hf / "mcore"), 2, "lies within the source")
+    (tmp_path / "file").touch()
+    refused(convert("to-megatron", "--hf-path", hf, "--megatron-path", tmp_path / "file" / "m"), 2, "is a file")
+
+
+def test_an_export_says_its_type_and_carries_the_models_own_files_alone(hf, tmp_path):
+    """config.json said bfloat16 of weights trained in float32: transformers rounded them."""
+    from megatron_egrsd.hf.checkpoint import HFCheckpoint, save_hf
+
+    _edit_config(hf, torch_dtype="bfloat16", dtype="bfloat16")
+    (hf / "rl" / "checkpoints" / "step_000001").mkdir(parents=True)
+    for name in ("metrics.jsonl", "config.yaml", "checkpoints/step_000001/__0_0.distcp"):
+        (hf / "rl" / name).write_text("")
+    (hf / "figures").mkdir()
+    (hf / "figures" / "curve.svg").write_text("")
+    checkpoint = HFCheckpoint(hf)
+    save_hf(((name, checkpoint[name].float()) for name in checkpoint.names()), hf, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    assert not (tmp_path / "out" / "rl").exists() and (tmp_path / "out" / "figures" / "curve.svg").exists()
+    save_hf(((name, checkpoint[name].bfloat16()) for name in checkpoint.names()), hf, tmp_path / "same")
+    assert (tmp_path / "same" / "config.json").read_bytes() == (hf / "config.json").read_bytes()

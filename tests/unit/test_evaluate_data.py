@@ -143,3 +143,13 @@ def test_mistakes_are_one_line_and_leave_nothing(words, message, tmp_path, capsy
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_file_whose_path_holds_an_equals_sign_is_that_file(tmp_path):
+    place = tmp_path / "lr=1e-6" / "test.jsonl"
+    place.parent.mkdir()
+    place.write_text('{"problem": "p", "answer": "1"}\n')
+    (found,) = load(str(place))
+    assert (found.name, found.source) == ("test", str(place))
+    (named,) = load(f"mine={place}")
+    assert (named.name, named.source) == ("mine", str(place))

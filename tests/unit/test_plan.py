@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_egrsd import cli
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ParallelConfig
@@ -21,7 +22,15 @@ from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.adapters import AdapterSpec, adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.memory import Placement
-from megatron_egrsd.planning.plan import checkpoint_bytes, memory_of_stages, placement, print_plan, resolve
+from megatron_egrsd.planning.plan import (
+    Plan,
+    _add_weights,
+    checkpoint_bytes,
+    memory_of_stages,
+    placement,
+    print_plan,
+    resolve,
+)
 from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.rollout.server_command import check_served
 from tests.adapters import random_adapter
@@ -322,3 +331,25 @@ def test_transformer_engine_is_for_bf16_unless_demanded(choice, dtype, wanted):
         model=ModelConfig("m", dtype), data=DataConfig(train="t"), parallel=ParallelConfig(transformer_engine=choice)
     )
     assert placement(config, gpu_memory=80 << 30).transformer_engine is wanted
+
+
+@pytest.mark.parametrize("damage", ["fp8", "shard", "fused", "none"])
+def test_the_plan_reads_the_headers_of_the_weights(damage, tmp_path):
+    """FP8, a shard that has not been copied, and fused experts passed the dry run, and training refused them."""
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(ROOT / "examples/tiny/model", tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    words = {"fp8": "F8_E4M3", "shard": "the shard", "fused": "unknown", "none": ""}[damage]
+    if damage == "fp8":
+        save_file({k: v.to(torch.float8_e4m3fn) for k, v in weights.items()}, model / "model.safetensors")
+    elif damage == "shard":
+        (model / "model.safetensors").unlink()
+        index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00002.safetensors")}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif damage == "fused":
+        save_file(weights | {"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(2, 4)}, model / "model.safetensors")
+    plan, config = Plan(), Config(ModelConfig(str(model)), DataConfig(train="d"))
+    _add_weights(plan, config)
+    assert (words in "".join(plan.refusals)) if words else not plan.refusals
+    assert ("of float32 in 1 file" in "\n".join(plan.lines)) == (damage == "none")

@@ -3,9 +3,11 @@
 import hashlib
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -285,3 +287,22 @@ def test_requests_in_flight_are_counted_by_server_and_fit_the_limit_of_files(tmp
         monkeypatch.setattr(client_module.resource, "getrlimit", lambda kind, s=soft, h=hard: (s, h))
         assert client.slots()._value == slots
         assert limits == ({client_module.resource.RLIMIT_NOFILE: raised} if raised else {})
+
+
+@pytest.mark.parametrize(("length", "kept"), [(40, True), (79, False), (120, False)])
+def test_the_names_of_sglangs_sockets_fit_into_any_tmpdir(length, kept, monkeypatch, tmp_path):
+    """Slurm's scratch directories have long names, and a path of a socket has at most 107 characters."""
+    place = Path("/tmp") / f"{os.getpid()}-".ljust(length - len("/tmp/"), "x")
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    try:
+        scratch = Scratch()
+        assert (scratch.path.parent == place) == kept
+        assert len(str(scratch.path / "tmpabcdefgh")) <= 107
+        scratch.remove()
+        monkeypatch.setattr("megatron_egrsd.rollout.scratch._SHORT", tmp_path / "none")
+        if not kept:
+            with pytest.raises(BadArgument, match="TMPDIR is /tmp/"):
+                Scratch()
+    finally:
+        shutil.rmtree(place)

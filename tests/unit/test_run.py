@@ -1,8 +1,18 @@
 """Parts of a run that need neither ranks nor servers: the output directory and the stopwatch."""
 
+import os
+import signal
 import time
+from dataclasses import asdict, replace
 
-from megatron_egrsd.config import Config, DataConfig, ModelConfig
+import pytest
+
+import megatron_egrsd
+from megatron_egrsd.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from megatron_egrsd.errors import Interrupted, Preempted
+from megatron_egrsd.run import agreement
+from megatron_egrsd.run.preemption import Preemption
+from megatron_egrsd.run.resuming import changed_settings
 from megatron_egrsd.run.run_directory import RunDirectory
 from megatron_egrsd.run.stopwatch import Stopwatch
 
@@ -30,3 +40,45 @@ def test_the_stopwatch_adds_up_by_name():
                 time.sleep(0.01)
     assert list(watch.seconds) == ["part", "whole"]
     assert 0.02 <= watch.seconds["part"] <= watch.seconds["whole"]
+
+
+def stopped(preemption: Preemption, error: type[Exception]) -> None:
+    deadline = time.monotonic() + 30
+    with pytest.raises(error):
+        while time.monotonic() < deadline:
+            preemption.check()
+            time.sleep(0.01)
+
+
+def test_the_first_ctrl_c_stops_the_run_as_sigterm_does_and_the_second_ends_it(capsys):
+    with Preemption() as preemption, pytest.raises(KeyboardInterrupt):  # nothing to save yet
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    with Preemption() as preemption:
+        preemption.save_on_interrupt()
+        os.kill(os.getpid(), signal.SIGINT)
+        stopped(preemption, Interrupted)
+        assert "Ctrl-C again ends at once" in capsys.readouterr().out
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with Preemption() as preemption:
+        preemption.save_on_interrupt()
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopped(preemption, Preempted)
+
+
+def test_the_facts_of_a_run_do_not_need_the_packages_own_path(monkeypatch):
+    """From the folder above a clone called megatron_egrsd the package is a namespace, whose __file__ is None."""
+    config = Config(ModelConfig("m"), DataConfig(train="d"))
+    expected = agreement.facts(config, [])
+    monkeypatch.setattr(megatron_egrsd, "__file__", None)
+    assert agreement.facts(config, []) == expected
+
+
+def test_changed_settings_are_named():
+    before = Config(ModelConfig("m"), DataConfig(train="d"), output="a", steps=2)
+    now = replace(before, output="b", steps=4, optimizer=OptimizerConfig(lr=1e-5))
+    assert changed_settings(asdict(before), asdict(now)) == ["optimizer.lr 1e-06 -> 1e-05", "steps 2 -> 4"]
+    assert changed_settings({}, asdict(now)) == []
