@@ -4,6 +4,7 @@ Every projection of Hugging Face has adapters A [r, in] and B [out, r] of its ow
 others, so that no adapter needs converting on the way in or out.
 """
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ def adapter_shapes(arch: Architecture, spec: AdapterSpec) -> dict[str, tuple[int
     return found
 
 
+@functools.cache
 def adapter_parameters(arch: Architecture, spec: AdapterSpec) -> int:
     """Return the number of parameters of the adapter."""
     return sum(map(math.prod, adapter_shapes(arch, spec).values()))

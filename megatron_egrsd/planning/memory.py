@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_egrsd.config import ParallelConfig, TeacherConfig
-from megatron_egrsd.hf.adapters import AdapterSpec, adapter_entries, adapter_shapes
+from megatron_egrsd.hf.adapters import ROW_PARALLEL, AdapterSpec, adapter_entries, adapter_shapes
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.mapping import entries, hf_shapes
 from megatron_egrsd.vocab_parallel.linear import chunk_plan
@@ -102,12 +102,21 @@ def adapter_shards(
     arch: Architecture, parallel: ParallelConfig, stage: int, spec: AdapterSpec
 ) -> list[dict[str, torch.Size]]:
     """Return {local name (layers from 0): shape} of every adapter tensor of a rank of `stage`, one dict per chunk."""
-    template, shapes = replace(arch, num_layers=arch.num_layers // parallel.layer_chunks), {}
-    full = adapter_shapes(template, spec)
-    for entry in adapter_entries(template, spec):
-        tensor = torch.empty(full[entry.hf[0]], device="meta")
-        shapes[entry.megatron] = entry.layout.shard(tensor, 0, parallel.tensor).shape
-    return [dict(shapes) for _ in range(parallel.virtual_pipeline)]
+    template, first = _one_layer_of_adapters(arch, parallel.tensor, spec), "decoder.layers.0."
+    layers = range(arch.num_layers // parallel.layer_chunks)
+    chunk = {name.replace(first, f"decoder.layers.{i}."): shape for i in layers for name, shape in template.items()}
+    return [dict(chunk) for _ in range(parallel.virtual_pipeline)]
+
+
+@functools.cache
+def _one_layer_of_adapters(arch: Architecture, tensor: int, spec: AdapterSpec) -> dict[str, torch.Size]:
+    """Return the shapes of a rank's shards for a model of one layer, from the table of adapters (hf/adapters.py)."""
+    arch = replace(arch, num_layers=1)
+    full, shapes = adapter_shapes(arch, spec), {}
+    for entry in adapter_entries(arch, spec):
+        whole = torch.empty(full[entry.hf[0]], device="meta")
+        shapes[entry.megatron] = entry.layout.shard(whole, 0, tensor).shape
+    return shapes
 
 
 def rank_memory(
@@ -155,11 +164,17 @@ def rank_memory(
     is_last = stage == parallel.pipeline - 1
     h = arch.hidden_size // (parallel.tensor if parallel.sequence_parallel else 1)
     layer = layer_activations(arch, parallel.tensor, h, b, place, parallel.context)
-    layer += adapter_activations(arch, parallel.tensor, b, lora) if lora else 0
+    if lora:
+        layer += adapter_activations(parallel, b, lora) - frozen_norms(arch, parallel.tensor, h, b, place)
     kept = layers * (h * b if parallel.recompute else layer) + (0 if is_last else h * b)
     activations = {"activations": in_flight * tokens * kept}
+    if lora and not parallel.recompute:
+        activations["adapters: A of fused projections"] = in_flight * sum(
+            math.prod(shape) * b for name, shape in trained[0].items() if name.endswith("lora_A")
+        )
+    final_norm = _norm(h, b, place) - (h * b if lora and not place.transformer_engine else 0)
     head = lm_head(arch, parallel.tensor, tokens, b, place, frozen=lora is not None) | {
-        "final norm": tokens * (_norm(h, b, place) + (arch.hidden_size * b if parallel.sequence_parallel else 0))
+        "final norm": tokens * (final_norm + (arch.hidden_size * b if parallel.sequence_parallel else 0))
     }
     backward = {"gradients of activations": tokens * _layer_gradients(arch, parallel.tensor, h, b, place)}
     if parallel.recompute:
@@ -248,12 +263,23 @@ def layer_activations(arch: Architecture, tensor: int, h: int, b: int, place: Pl
     return norms + attention + _mlp(arch, tensor, h, b, place)
 
 
-def adapter_activations(arch: Architecture, tensor: int, b: int, lora: AdapterSpec) -> int:
+def adapter_activations(parallel: ParallelConfig, b: int, lora: AdapterSpec) -> int:
     """Return the bytes per token that the adapters of one layer keep: A x of each projection.
 
-    Its input x is kept for the layer's norm or activation already.
+    Its input x is counted with the layer, which keeps it for an adapter where it would for a gradient of W. Sequence
+    parallelism divides A x where it divides the layer's output.
     """
-    return b * lora.rank * len(lora.targets)
+    divided = [name in ROW_PARALLEL and parallel.sequence_parallel for name in lora.targets]
+    return sum(b * lora.rank // (parallel.tensor if split else 1) for split in divided)
+
+
+def frozen_norms(arch: Architecture, tensor: int, h: int, b: int, place: Placement) -> int:
+    """Return the bytes per token that the four norms of a layer keep for the gradients of their weights alone.
+
+    They are the normalised inputs; Transformer Engine computes them again.
+    """
+    heads, groups = arch.num_heads // tensor, max(1, arch.num_kv_heads // tensor)
+    return 0 if place.transformer_engine else b * (2 * h + (heads + groups) * arch.head_dim)
 
 
 def _mlp(arch: Architecture, tensor: int, h: int, b: int, place: Placement) -> int:

@@ -7,6 +7,7 @@ those of the ring algorithms. Within a phase nothing overlaps; `step_seconds` pu
 docs/measurements/scaling.md derives and discusses it.
 """
 
+import functools
 import heapq
 import math
 from collections.abc import Sequence
@@ -195,6 +196,14 @@ def generate_seconds(step, responses: Sequence[int], prompt: int, slots: int) ->
     return seconds
 
 
+@functools.cache
+def _synchronised(arch: Architecture, lora: AdapterSpec | None) -> tuple[int, int]:
+    """Return the number of weights that a sync sends, and their parameters."""
+    shapes = hf_shapes(arch)
+    names = adapted_weights(arch, lora) if lora else shapes
+    return len(names), sum(math.prod(shapes[name]) for name in names)
+
+
 def sync_seconds(
     machine: Machine, arch: Architecture, parallel: ParallelConfig, bucket_bytes: int, lora: AdapterSpec | None = None
 ) -> float:
@@ -202,9 +211,8 @@ def sync_seconds(
 
     Gathered over TP within the node, sent to the first stage, broadcast in buckets; each part waits for the one before.
     """
-    shapes = hf_shapes(arch)
-    names = adapted_weights(arch, lora) if lora else shapes
-    size, tensors = 2 * sum(math.prod(shapes[name]) for name in names), len(names)
+    tensors, parameters = _synchronised(arch, lora)
+    size = 2 * parameters
     gathered = size * (parallel.tensor - 1) / parallel.tensor / machine.link
     sent = size * (parallel.pipeline - 1) / parallel.pipeline / machine.network
     buckets = math.ceil(size / bucket_bytes)
