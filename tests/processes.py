@@ -15,6 +15,14 @@ def tree(pid: int) -> list[psutil.Process]:
         return []
 
 
+def is_running(process: psutil.Process) -> bool:
+    """Return whether a process still runs; a zombie does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def kill(process: psutil.Process, number: int = signal.SIGKILL) -> None:
     """Send a signal to a process that may have ended."""
     with contextlib.suppress(psutil.NoSuchProcess):

@@ -30,7 +30,7 @@ from megatron_egrsd.rollout.server_command import server_command
 from megatron_egrsd.rollout.servers import RolloutServers, Server, last_error
 from megatron_egrsd.rollout.transports import buckets
 from megatron_egrsd.rollout.weight_checksums import checksum, expected_checksums
-from tests.processes import kill, kill_tree, tree
+from tests.processes import is_running, kill, kill_tree, tree
 
 MODEL = ModelConfig("/models/tiny", "float32")
 
@@ -224,7 +224,7 @@ def test_the_process_that_reads_ends_with_its_parent():
     )
     child = int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=100).stdout)
     deadline = time.monotonic() + 20
-    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+    while any(process.pid == child and is_running(process) for process in tree(child)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
