@@ -151,14 +151,21 @@ def _fail(name: str, reason: object, status: int) -> int:
 
 
 def _doctor(words: list[str]) -> int | None:
-    if words in (["-h"], ["--help"]):
-        print(f"usage: megatron-egrsd doctor\n\n{COMMANDS['doctor'][1]}")
+    if "-h" in words or "--help" in words:
+        print(f"usage: megatron-egrsd doctor [MODEL DATA [--section.key VALUE ...]]\n\n{COMMANDS['doctor'][1]}")
         return None
-    if words:
-        raise BadArgument("doctor takes no arguments")
-    from megatron_egrsd.doctor import run_doctor
+    if not words:
+        from megatron_egrsd.doctor import run_doctor
 
-    return run_doctor()
+        return run_doctor()
+    if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
+        raise BadArgument("doctor takes no arguments, or MODEL and DATA: a model's directory and a file of problems")
+    from megatron_egrsd.config_reader import parse_config
+    from megatron_egrsd.planning.inspection import inspect
+
+    model, data, *rest = words
+    config = parse_config([*rest, "--model.path", model, "--data.train", data])
+    return 0 if inspect(config) else 1
 
 
 def _main_of(module: str) -> Callable[[list[str]], None]:
@@ -194,6 +201,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
 """),
     "doctor": (_doctor, """\
   doctor             what of the stack is installed, and what each missing piece costs
+  doctor MODEL DATA  what a run would read: prompts of student and teacher, lengths, answers, stop tokens, bad rows
 """),
 }  # fmt: skip
 
