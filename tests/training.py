@@ -1,6 +1,7 @@
 """A training run on made-up rollouts of a small model, on any number of ranks, and the comparison of two such runs."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -84,23 +85,56 @@ def take_steps(engine, rollouts: list[Rollout], config: Config, steps: int, hist
     return metrics, history
 
 
+def final_weights(engine) -> dict:
+    """Return the weights on rank 0, and the adapter's tensors if there is one, as fp32 numpy arrays by name."""
+    tensors = itertools.chain(engine.export_weights(), engine.export_adapter() if engine.adapter else ())
+    return {name: tensor.clone().float().numpy() for name, tensor in tensors}
+
+
 def _train_on_rank(rank, world_size, config, path):
-    """Take `config.steps` steps; (metrics of each step, final weights) on rank 0, None on the others."""
+    """Take `config.steps` steps; (metrics of each step, final weights, adapters too) on rank 0, None on the others."""
     rollouts = load_rollouts(path)
     with open_engine(config) as engine:
         metrics, _ = take_steps(engine, rollouts, config, config.steps)
-        weights = {name: tensor.clone().numpy() for name, tensor in engine.export_weights()}
+        weights = final_weights(engine)
     return (metrics, weights) if rank == 0 else None
 
 
 def run_training(world_size, config, path):
     """Train on the rollouts at `path` in `world_size` processes; (metrics of each step, final weights by name)."""
-    metrics, weights = run_ranks(_train_on_rank, world_size, config, path)[0]
+    return _as_torch(run_ranks(_train_on_rank, world_size, config, path)[0])
+
+
+def _as_torch(result):
+    metrics, weights = result
     return metrics, {k: torch.from_numpy(v) for k, v in weights.items()}
 
 
+def _train_between_checkpoints(rank, world_size, config, path, directory, start, stop):
+    from megatron_egrsd.engine import checkpoint
+
+    rollouts, history = load_rollouts(path), History()
+    with open_engine(config) as engine:
+        if start:
+            step, rewards = checkpoint.load(engine, checkpoint.complete(directory)[0])
+            history = History(**rewards)
+            assert step == history.steps == start
+        metrics, history = take_steps(engine, rollouts, config, stop - start, history)
+        checkpoint.save(engine, directory, stop, keep=2, rewards=dataclasses.asdict(history))
+        weights = final_weights(engine)
+    return (metrics, weights) if rank == 0 else None
+
+
+def run_steps(world_size, config, path, directory, start, stop):
+    """Train steps start .. stop - 1 from a checkpoint in `directory` to the next one; what `run_training` returns."""
+    return _as_torch(run_ranks(_train_between_checkpoints, world_size, config, path, directory, start, stop)[0])
+
+
 def assert_same_training(got, expected, rtol=1e-5):
-    """Compare two results of `run_training`: metrics but times, and final weights in relative norm."""
+    """Compare two results of `run_training`: metrics but times, and final weights in relative norm.
+
+    Adapters, whose B starts at zero, to a hundredfold: Adam moves by the learning rate what has next to no gradient.
+    """
     for step, (a, b) in enumerate(zip(got[0], expected[0], strict=True)):
         assert set(a) == set(b)
         for name in a:
@@ -109,4 +143,4 @@ def assert_same_training(got, expected, rtol=1e-5):
             assert a[name] == pytest.approx(b[name], rel=rtol, abs=rtol * 1e-2), f"step {step}: {name}"
     for name, weight in expected[1].items():
         difference = (got[1][name] - weight).norm() / weight.norm()
-        assert difference < rtol, f"{name}: relative difference {difference:.1e}"
+        assert difference < rtol * (100 if ".lora_" in name else 1), f"{name}: relative difference {difference:.1e}"

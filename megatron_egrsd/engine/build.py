@@ -3,10 +3,15 @@
 from megatron_egrsd.config import Config
 from megatron_egrsd.engine.distributed import Facts
 from megatron_egrsd.engine.engine import Engine
+from megatron_egrsd.hf.adapter_file import AdapterFile, configured_spec
+from megatron_egrsd.hf.architecture import Architecture
 
 
 def build_engine(config: Config, facts: Facts | None = None, *, needs_teacher: bool) -> Engine:
     """Give `Engine` its sections of `config`, which never says by itself whether its objective needs a teacher."""
+    initial = None
+    if config.lora.init:
+        initial = AdapterFile(config.lora.init, Architecture.from_pretrained(config.model.path)).__getitem__
     return Engine(
         config.model,
         config.parallel,
@@ -19,4 +24,6 @@ def build_engine(config: Config, facts: Facts | None = None, *, needs_teacher: b
         needs_teacher=needs_teacher,
         needs_reference=bool(config.objective.kl_coef),
         facts=facts,
+        adapter=configured_spec(config.lora),
+        initial_adapter=initial,
     )

@@ -1,5 +1,7 @@
 """Training checkpoints: weights, optimizer, schedule, reward statistics, teacher; megatron-core's sharded format.
 
+A run that trains an adapter saves the adapter in place of the weights, which model.path holds.
+
 A checkpoint is a directory step_NNNNNN. It is written under another name and renamed when every rank has finished, so
 it is complete or it is not there; SHA-256 sums of all its files tell later whether it still is what was written. Any
 layout can load it, with the same kind of optimizer (distributed or not). What needs no saving: the order of the
@@ -29,6 +31,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_egrsd.engine import adapter_checkpoint
 from megatron_egrsd.engine.distributed import lost_contact, on_first_rank
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.engine.optimizer import parts, with_settings_of
@@ -101,7 +104,8 @@ def save(
 
     with _as_run_error(f"{path} could not be written", directory):
         on_first_rank(prepare)
-        state = _state(engine, step, rewards, loading=False) | {"notes": json.dumps(notes or {})}
+        state = _state(engine, step, rewards, loading=False)
+        state |= {"notes": json.dumps(notes or {}), "adapter": _adapter(engine)}
         dist_checkpointing.save(state, str(partial), verify_integrity=True)
         on_first_rank(publish)
     return path
@@ -196,24 +200,25 @@ def load(engine: Engine, path: Path) -> tuple[int, dict[str, Any]]:
         Its step, and the running statistics of the rewards: {} if an older version saved it, without them.
 
     Raises:
-        BadArgument: `path` does not belong to this model.
+        BadArgument: `path` does not belong to this model, or to a run that trains the same parameters.
     """
     sharded = engine.parallel.distributed_optimizer
     for optimizer in _distributed_optimizers(engine):
         _prepare_torch_adam(optimizer)
     try:
         with _without_code():
-            saved = dist_checkpointing.load_common_state_dict(str(path)).get("distributed_optimizer", sharded)
-            if saved != sharded:
+            saved = dist_checkpointing.load_common_state_dict(str(path))
+            adapter_checkpoint.check(path, saved.get("adapter"), _adapter(engine))
+            if (other := saved.get("distributed_optimizer", sharded)) != sharded:
                 raise BadArgument(
-                    f"{path} was saved with parallel.distributed_optimizer {str(saved).lower()}; continue with the same"
+                    f"{path} was saved with parallel.distributed_optimizer {str(other).lower()}; continue with the same"
                 )
             wanted = _without_absent_extra_states(_state(engine, 0, {}, loading=True), path)
             state = dist_checkpointing.load(wanted, str(path))
     except _FAILURES as error:
         raise BadArgument(f"{path} does not belong to this model: {_reason(error)}") from None
     for i, chunk in enumerate(engine.chunks):
-        chunk.load_state_dict(state["model"][str(i)])
+        chunk.load_state_dict(state["model"][str(i)], strict=engine.adapter is None)
     engine.optimizer.load_state_dict(with_settings_of(state["optimizer"], engine.optimizer))
     engine.scheduler.load_state_dict(state["scheduler"] | {"num_steps": _updates(engine, state)})
     if "teacher" in state:
@@ -283,14 +288,29 @@ def _state(engine: Engine, step: int, rewards: dict[str, Any], *, loading: bool)
     return state
 
 
+def _adapter(engine: Engine) -> dict[str, Any] | None:
+    """Return the form of the adapter and the hash of its base; None for a run that trains all weights."""
+    return on_first_rank(lambda: adapter_checkpoint.describe(engine.adapter, engine.model_path))
+
+
 def _sharded_chunks(engine: Engine, metadata: dict, prefix: str = "") -> dict[str, dict]:
-    """Each chunk's weights with their places in the checkpoint. Its number is no part of a place, only of this key."""
+    """Each chunk's trained parameters with their places in the checkpoint.
+
+    The chunk's number is no part of a place, only of this key.
+    """
+    if engine.adapter:
+        return adapter_checkpoint.sharded_adapter(engine.chunks, engine.arch, engine.adapter, prefix)
     return {str(i): c.sharded_state_dict(prefix=prefix, metadata=metadata) for i, c in enumerate(engine.chunks)}
 
 
 def _names(engine: Engine) -> list[tuple[str, str]]:
-    """(chunk, name) of engine.parameters()."""
-    return [(str(i), name) for i, chunk in enumerate(engine.chunks) for name, _ in chunk.named_parameters()]
+    """(chunk, name) of engine.trainable()."""
+    return [
+        (str(i), name)
+        for i, chunk in enumerate(engine.chunks)
+        for name, parameter in chunk.named_parameters()
+        if parameter.requires_grad
+    ]
 
 
 def _with_data(sharded: ShardedTensor | ShardedTensorFactory, data: torch.Tensor):

@@ -25,12 +25,14 @@ from megatron.core.transformer.module import Float16Module
 from megatron_egrsd.config import ModelConfig, OptimizerConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.data.packing import Sequence, balance_passes
 from megatron_egrsd.engine import distributed
+from megatron_egrsd.engine.adapters import adapters_off, attach_adapters
 from megatron_egrsd.engine.model import build_model, transformer_config
 from megatron_egrsd.engine.offload import OffloadedStorages, without
 from megatron_egrsd.engine.optimizer import build_optimizer, parts
 from megatron_egrsd.engine.passes import Passes
 from megatron_egrsd.engine.update import LossFunction, TokenSums, Update, differentiate, sum_over_ranks
-from megatron_egrsd.engine.weights import export_hf, load_hf
+from megatron_egrsd.engine.weights import export_adapter, export_hf, load_hf
+from megatron_egrsd.hf.adapters import AdapterSpec, adapter_shapes, initial_tensor
 from megatron_egrsd.hf.checkpoint import HFCheckpoint
 
 
@@ -59,6 +61,8 @@ class Engine:
         needs_teacher: bool,
         needs_reference: bool,
         facts: distributed.Facts | None = None,
+        adapter: AdapterSpec | None = None,
+        initial_adapter: Callable[[str], torch.Tensor] | None = None,
     ):
         """Join the process groups, load the model and build its optimizer.
 
@@ -70,19 +74,24 @@ class Engine:
             updates: Optimizer steps of the whole run, for the schedule.
             rollouts_per_update: Rollouts that the data-parallel ranks share in each update.
             temperature: Temperature of all scores.
-            seed: Seed of torch's generators.
-            needs_teacher: Whether to keep the teacher's weights, if they are not the current ones.
-            needs_reference: Whether to keep the initial weights, for a KL penalty.
+            seed: Seed of torch's generators and of a new adapter.
+            needs_teacher: Whether to score with the teacher's weights.
+            needs_reference: Whether to score with the initial weights, for a KL penalty.
             facts: Values that all ranks must have in common (run/agreement.py), compared before anything is built.
+            adapter: The adapter to train in place of the weights, which are then frozen; None trains the weights.
+            initial_adapter: Returns the tensor of a PEFT name that the adapter begins with; None begins a new one.
 
         Raises:
-            BadArgument: The layout does not divide the model, the ranks or the rollouts; or the ranks' facts differ.
+            BadArgument: The layout does not divide the model, the ranks or the rollouts; the model cannot have the
+                adapter; or the ranks' facts differ.
         """
-        self.parallel, self.teacher = parallel, teacher
+        self.parallel, self.teacher, self.adapter, self.model_path = parallel, teacher, adapter, model.path
         self.updates_per_batch = optimizer.updates_per_batch
         checkpoint = HFCheckpoint(model.path)
         self.arch = checkpoint.architecture
         self.arch.check_parallel(parallel)
+        if adapter:
+            adapter.check(self.arch)
         self.device = distributed.initialize(parallel, seed, facts)
         self.data_parallel = parallel.check_world(dist.get_world_size(), rollouts_per_update)
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
@@ -91,8 +100,12 @@ class Engine:
 
         dtype = getattr(torch, model.dtype)
         transformer = transformer_config(self.arch, parallel, dtype)
-        self.chunks = [chunk.to(self.device) for chunk in build_model(self.arch, transformer, parallel)]
+        self.chunks = [chunk.to(self.device) for chunk in build_model(self.arch, transformer, parallel, adapter)]
         load_hf(self.chunks, checkpoint)
+        if adapter:
+            shapes = adapter_shapes(self.arch, adapter)
+            new = initial_adapter or (lambda name: initial_tensor(name, shapes[name], seed))
+            attach_adapters(self.chunks, self.arch, transformer, adapter, new)
         reduction = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=parallel.distributed_optimizer,
@@ -115,15 +128,16 @@ class Engine:
         transformer.finalize_model_grads_func = lambda model, *_, **__: finalize_model_grads(model, None)
         transformer.grad_scale_func = self.optimizer.scale_loss
 
+        # An adapter that is switched off leaves the initial weights, which then need no copy.
         self.teacher_weights = None
-        if needs_teacher and teacher.weights != "live":
+        if needs_teacher and teacher.weights != "live" and not (adapter and teacher.weights == "frozen"):
             # The moving average is kept in fp32: in bf16 a step of (1 - decay) would round away.
             kept = torch.float32 if teacher.weights == "ema" else dtype
-            self.teacher_weights = [p.detach().to(kept, copy=True) for p in self.parameters()]
+            self.teacher_weights = [p.detach().to(kept, copy=True) for p in self.trainable()]
         self.reference_weights = None
-        if needs_reference:
+        if needs_reference and not adapter:
             frozen = self.teacher_weights if teacher.weights == "frozen" else None
-            self.reference_weights = frozen or [p.detach().clone() for p in self.parameters()]
+            self.reference_weights = frozen or [p.detach().clone() for p in self.trainable()]
         self._weights = OffloadedStorages(self.parameters)
         self._gradients = OffloadedStorages(self.gradients, contents=False)
         self._state = OffloadedStorages(self._training_state)
@@ -142,6 +156,10 @@ class Engine:
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Yield the parameters of all chunks of this rank."""
         return itertools.chain.from_iterable(chunk.parameters() for chunk in self.chunks)
+
+    def trainable(self) -> Iterator[torch.nn.Parameter]:
+        """Yield the parameters that are trained: the adapter's, or all."""
+        return (p for p in self.parameters() if p.requires_grad)
 
     def gradients(self) -> Iterator[torch.Tensor]:
         """Yield the gradient buffers of all chunks of this rank."""
@@ -199,8 +217,7 @@ class Engine:
         batches = self.passes.micro_batches(sequences, partition)
         for chunk in self.model:
             chunk.eval()
-        other = {"current": None, "teacher": self.teacher_weights, "reference": self.reference_weights}[weights]
-        with self._holding(other):
+        with self._scoring_with(weights):
             outputs = self.passes.run(batches, lambda output, batch, **_: output, forward_only=True)
         packed = torch.empty(2, sum(b.targets.numel() for b in batches), device=self.device)
         if outputs:
@@ -241,7 +258,7 @@ class Engine:
         self.scheduler.step(increment=1)
         if self.teacher_weights is not None and self.teacher.weights == "ema":
             rate = 1 - self.teacher.ema_decay ** (1 / self.updates_per_batch)  # the decay is that of a rollout batch
-            for teacher, student in zip(self.teacher_weights, self.parameters(), strict=True):
+            for teacher, student in zip(self.teacher_weights, self.trainable(), strict=True):
                 teacher.lerp_(student.detach().float(), rate)
         return Update(sums, grad_norm=float(grad_norm), lr=lr, micro_batches=len(batches))
 
@@ -250,7 +267,7 @@ class Engine:
         """Copy the current weights to the teacher if it is a snapshot that is due after `step` steps."""
         teacher = self.teacher
         if self.teacher_weights is not None and teacher.weights == "snapshot" and step % teacher.snapshot_every == 0:
-            for copy, student in zip(self.teacher_weights, self.parameters(), strict=True):
+            for copy, student in zip(self.teacher_weights, self.trainable(), strict=True):
                 copy.copy_(student)
 
     def _gradient_is_finite(self) -> bool:
@@ -262,13 +279,19 @@ class Engine:
 
     # -- weights ------------------------------------------------------------------------------------------------
 
+    def _scoring_with(
+        self, weights: Literal["current", "teacher", "reference"]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Run the model with the weights of `score`."""
+        if self.adapter and (weights == "reference" or (weights == "teacher" and self.teacher.weights == "frozen")):
+            return adapters_off(self.chunks)
+        others = {"current": None, "teacher": self.teacher_weights, "reference": self.reference_weights}[weights]
+        return self._holding(others) if others else contextlib.nullcontext()
+
     @contextlib.contextmanager
-    def _holding(self, weights: list[torch.Tensor] | None):
-        """Run the model with these weights (None: its own), exchanged by pointer; only another type is copied."""
-        if weights is None:
-            yield
-            return
-        parameters = list(self.parameters())
+    def _holding(self, weights: list[torch.Tensor]) -> Iterator[None]:
+        """Run the model with these trained weights, exchanged by pointer; only another type is copied."""
+        parameters = list(self.trainable())
         current = [p.data for p in parameters]
         for p, other in zip(parameters, weights, strict=True):
             p.data = other.to(p.dtype)
@@ -278,9 +301,20 @@ class Engine:
             for p, data in zip(parameters, current, strict=True):
                 p.data = data
 
-    def export_weights(self, placeholders: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (Hugging Face name, full tensor) on rank 0; every rank must exhaust the iterator.
+    def export_weights(
+        self, placeholders: bool = False, *, adapted_only: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (Hugging Face name, full tensor) on rank 0, adapters added in; every rank must exhaust the iterator.
 
-        Other ranks get nothing or, with `placeholders`, the same names with tensors on the meta device.
+        Other ranks get nothing or, with `placeholders`, the same names with tensors on the meta device. With
+        `adapted_only` the weights without an adapter, which training does not change, are left out.
         """
-        return ((name, t) for name, t in export_hf(self.chunks, self.arch) if placeholders or not t.is_meta)
+        weights = export_hf(self.chunks, self.arch, adapted_only=adapted_only)
+        return ((name, t) for name, t in weights if placeholders or not t.is_meta)
+
+    def export_adapter(self, placeholders: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (PEFT name, full tensor) of the adapter, as `export_weights` does."""
+        if not self.adapter:
+            raise ValueError("this engine trains all weights: there is no adapter to export")
+        tensors = export_adapter(self.chunks, self.arch, self.adapter)
+        return ((name, t) for name, t in tensors if placeholders or not t.is_meta)

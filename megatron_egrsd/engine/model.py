@@ -13,12 +13,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.engine.layers import CausalAttention, RMSNorm
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.hf.adapters import AdapterSpec
 from megatron_egrsd.hf.architecture import Architecture
 
 # Fields of TransformerConfig that change how a result is computed, not which: what parallel.megatron may hold.
@@ -134,14 +135,19 @@ def _experts(arch: Architecture, parallel: ParallelConfig, fused: bool) -> dict:
     }
 
 
-def build_model(arch: Architecture, config: TransformerConfig, parallel: ParallelConfig) -> list[GPTModel]:
-    """This rank's shard of its stage, with weights still undefined: parallel.virtual_pipeline chunks of layers."""
+def build_model(
+    arch: Architecture, config: TransformerConfig, parallel: ParallelConfig, adapter: AdapterSpec | None = None
+) -> list[GPTModel]:
+    """This rank's shard of its stage, with weights still undefined: parallel.virtual_pipeline chunks of layers.
+
+    Every linear layer that can have an `adapter` is one whose input can be seen.
+    """
     fused = use_transformer_engine(parallel, config.params_dtype)
     chunks = range(parallel.interleaved) if parallel.interleaved else [None]
     return [
         GPTModel(
             config=config,
-            transformer_layer_spec=_layer_spec(config, fused, chunk),
+            transformer_layer_spec=_layer_spec(config, fused, chunk, adapter),
             vocab_size=arch.padded_vocab_size(parallel.tensor),
             max_sequence_length=arch.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
@@ -156,11 +162,12 @@ def build_model(arch: Architecture, config: TransformerConfig, parallel: Paralle
     ]
 
 
-def _layer_spec(config: TransformerConfig, fused: bool, chunk: int | None):
+def _layer_spec(config: TransformerConfig, fused: bool, chunk: int | None, adapter: AdapterSpec | None):
     if fused:
-        return get_gpt_layer_with_transformer_engine_spec(
+        layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
         )
+        return _with_norms_apart(layer, config) if adapter else layer
     layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=True, normalization="RMSNorm")
     if config.num_moe_experts:
         # The local spec stores this norm as if an MLP followed it; Transformer Engine's spec, which GPUs run, does not.
@@ -173,3 +180,16 @@ def _layer_spec(config: TransformerConfig, fused: bool, chunk: int | None):
     attention.core_attention = CausalAttention
     # The block's own submodules, so that the final norm is ours as well.
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=RMSNorm)
+
+
+def _with_norms_apart(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
+    """Give Transformer Engine's layer norms of their own: fused with a linear layer they hide its input."""
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # needs Transformer Engine
+
+    engine, parts = TESpecProvider(), layer.submodules
+    parts.input_layernorm = engine.layer_norm()
+    parts.self_attention.submodules.linear_qkv = engine.column_parallel_linear()
+    if not config.num_moe_experts:
+        parts.pre_mlp_layernorm = engine.layer_norm()
+        parts.mlp.keywords["submodules"].linear_fc1 = engine.column_parallel_linear()
+    return layer

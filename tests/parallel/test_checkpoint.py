@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from megatron_egrsd.config import OptimizerConfig, ParallelConfig, TeacherConfig
-from megatron_egrsd.data.samples import load_rollouts, save_rollouts
+from megatron_egrsd.data.samples import save_rollouts
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.objectives.signal import History
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
 from tests.training import (
@@ -23,30 +22,9 @@ from tests.training import (
     assert_same_training,
     made_up_rollouts,
     open_engine,
-    take_steps,
+    run_steps,
     training_config,
 )
-
-
-def _train(rank, world_size, config, rollouts, directory, start, stop):
-    """Train steps start .. stop - 1 from a checkpoint to a checkpoint; returns (metrics, weights) of rank 0."""
-    from megatron_egrsd.engine import checkpoint
-
-    rollouts, history = load_rollouts(rollouts), History()
-    with open_engine(config) as engine:
-        if start:
-            step, rewards = checkpoint.load(engine, checkpoint.complete(directory)[0])
-            history = History(**rewards)
-            assert step == history.steps == start
-        metrics, history = take_steps(engine, rollouts, config, stop - start, history)
-        checkpoint.save(engine, directory, stop, keep=2, rewards=dataclasses.asdict(history))
-        weights = {name: tensor.clone().numpy() for name, tensor in engine.export_weights()}
-    return (metrics, weights) if rank == 0 else None
-
-
-def _run(world_size, *args):
-    metrics, weights = run_ranks(_train, world_size, *args)[0]
-    return metrics, {k: torch.from_numpy(v) for k, v in weights.items()}
 
 
 @pytest.fixture
@@ -81,9 +59,9 @@ def setting(tmp_path):
 def test_resume_is_bit_identical(world_size, parallel, setting):
     config, rollouts, root = setting
     config = dataclasses.replace(config, parallel=parallel)
-    metrics, weights = _run(world_size, config, rollouts, root / "whole", 0, 4)
-    _run(world_size, config, rollouts, root / "parts", 0, 2)
-    resumed, resumed_weights = _run(world_size, config, rollouts, root / "parts", 2, 4)
+    metrics, weights = run_steps(world_size, config, rollouts, root / "whole", 0, 4)
+    run_steps(world_size, config, rollouts, root / "parts", 0, 2)
+    resumed, resumed_weights = run_steps(world_size, config, rollouts, root / "parts", 2, 4)
     for a, b in zip(resumed, metrics[2:], strict=True):
         assert {k: v for k, v in a.items() if "time/" not in k} == {k: v for k, v in b.items() if "time/" not in k}
     assert all(torch.equal(resumed_weights[k], v) for k, v in weights.items())
@@ -107,9 +85,9 @@ def test_resume_is_bit_identical_with_running_statistics(name, setting):
     config, rollouts, root = setting
     changes, stop = RUNNING[name]
     config = dataclasses.replace(config, steps=5, **changes)
-    metrics, weights = _run(1, config, rollouts, root / "whole", 0, 5)
-    _run(1, config, rollouts, root / "parts", 0, stop)
-    resumed, resumed_weights = _run(1, config, rollouts, root / "parts", stop, 5)
+    metrics, weights = run_steps(1, config, rollouts, root / "whole", 0, 5)
+    run_steps(1, config, rollouts, root / "parts", 0, stop)
+    resumed, resumed_weights = run_steps(1, config, rollouts, root / "parts", stop, 5)
     for a, b in zip(resumed, metrics[stop:], strict=True):
         assert {k: v for k, v in a.items() if "time/" not in k} == {k: v for k, v in b.items() if "time/" not in k}
     assert all(torch.equal(resumed_weights[k], v) for k, v in weights.items())
@@ -118,23 +96,23 @@ def test_resume_is_bit_identical_with_running_statistics(name, setting):
 
 def test_resume_in_another_layout(setting):
     config, rollouts, root = setting
-    metrics, weights = _run(1, config, rollouts, root / "whole", 0, 4)
+    metrics, weights = run_steps(1, config, rollouts, root / "whole", 0, 4)
     split = ParallelConfig(max_tokens_per_microbatch=256, pipeline=2, virtual_pipeline=2, distributed_optimizer=True)
     sharded = dataclasses.replace(config, parallel=split)
-    _run(2, sharded, rollouts, root / "parts", 0, 2)
+    run_steps(2, sharded, rollouts, root / "parts", 0, 2)
     tensor = dataclasses.replace(config, parallel=ParallelConfig(max_tokens_per_microbatch=256, tensor=2,
                                                                  distributed_optimizer=True))  # fmt: skip
-    assert_same_training(_run(2, tensor, rollouts, root / "parts", 2, 4), (metrics[2:], weights))
+    assert_same_training(run_steps(2, tensor, rollouts, root / "parts", 2, 4), (metrics[2:], weights))
 
 
 @pytest.mark.slow
 def test_context_parallel_resumes_in_another_layout_and_back(setting):
     config, rollouts, root = setting
-    metrics, weights = _run(1, config, rollouts, root / "whole", 0, 4)
+    metrics, weights = run_steps(1, config, rollouts, root / "whole", 0, 4)
     layouts = ({"context": 2}, {"tensor": 2}, {"pipeline": 2}, {"context": 2})
     for step, layout in enumerate(layouts):
         parallel = ParallelConfig(max_tokens_per_microbatch=64, distributed_optimizer=True, **layout)
-        found = _run(2, dataclasses.replace(config, parallel=parallel), rollouts, root / "parts", step, step + 1)
+        found = run_steps(2, dataclasses.replace(config, parallel=parallel), rollouts, root / "parts", step, step + 1)
     assert_same_training(found, (metrics[3:], weights))
 
 
@@ -143,11 +121,11 @@ def test_experts_resume_in_another_layout(setting):
     config, rollouts, root = setting
     model = make_qwen3(root / "mixture", tied=False, vocab_size=VOCAB, num_experts=6, num_hidden_layers=2)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model)))
-    metrics, weights = _run(1, config, rollouts, root / "whole", 0, 4)
+    metrics, weights = run_steps(1, config, rollouts, root / "whole", 0, 4)
     for start, layout in ((0, {"expert": 2}), (2, {"tensor": 2, "sequence_parallel": True})):
         parallel = ParallelConfig(max_tokens_per_microbatch=256, distributed_optimizer=True, **layout)
         halved = dataclasses.replace(config, parallel=parallel)
-        found = _run(2, halved, rollouts, root / "parts", start, start + 2)
+        found = run_steps(2, halved, rollouts, root / "parts", start, start + 2)
     assert_same_training(found, (metrics[2:], weights))
 
 
@@ -183,7 +161,7 @@ def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp("saved")
     save_rollouts(made_up_rollouts(), root / "rollouts.jsonl")
     config = training_config(make_qwen3(root / "model", vocab_size=VOCAB), steps=4)
-    _run(1, config, root / "rollouts.jsonl", root / "run", 0, 1)
+    run_steps(1, config, root / "rollouts.jsonl", root / "run", 0, 1)
     return root / "run" / "step_000001"
 
 
@@ -191,7 +169,7 @@ def test_the_other_optimizer_is_refused(saved):
     root = saved.parent.parent
     config = training_config(root / "model", steps=4, parallel=ParallelConfig(distributed_optimizer=True))
     with pytest.raises(AssertionError, match=r"was saved with parallel.distributed_optimizer false; continue with"):
-        _run(1, config, root / "rollouts.jsonl", saved.parent, 1, 2)
+        run_steps(1, config, root / "rollouts.jsonl", saved.parent, 1, 2)
 
 
 def _load_with_extra_states(rank, world_size, config, path):
@@ -224,7 +202,7 @@ def test_a_checkpoint_of_another_model_is_refused(saved, tmp_path):
     root = saved.parent.parent
     config = training_config(make_qwen3(tmp_path / "deeper", vocab_size=VOCAB, num_hidden_layers=6), steps=4)
     with pytest.raises(AssertionError, match=r"BadArgument: .*step_000001 does not belong to this model: .*$"):
-        _run(1, config, root / "rollouts.jsonl", saved.parent, 1, 2)
+        run_steps(1, config, root / "rollouts.jsonl", saved.parent, 1, 2)
 
 
 def test_any_damage_is_noticed(saved, tmp_path):
@@ -307,7 +285,7 @@ def test_a_resume_takes_the_settings_of_the_configuration(kind, tmp_path):
     old = training_config(model, steps=2, parallel=parallel, optimizer=OptimizerConfig(lr=1e-3, **COSINE))
     if kind == "bfloat16":
         old = dataclasses.replace(old, model=dataclasses.replace(old.model, dtype=kind))
-    _run(1, old, tmp_path / "rollouts.jsonl", tmp_path / "run", 0, 2)
+    run_steps(1, old, tmp_path / "rollouts.jsonl", tmp_path / "run", 0, 2)
     path = tmp_path / "run" / "step_000002"
 
     longer = dataclasses.replace(old, steps=4)
@@ -328,7 +306,7 @@ def test_fewer_updates_a_batch_at_a_resume_never_reach_the_end_of_the_schedule(t
     save_rollouts(made_up_rollouts(), tmp_path / "rollouts.jsonl")
     model = make_qwen3(tmp_path / "model", vocab_size=VOCAB)
     old = training_config(model, steps=4, optimizer=OptimizerConfig(lr=1e-3, updates_per_batch=4, **COSINE))
-    _run(1, old, tmp_path / "rollouts.jsonl", tmp_path / "run", 0, 1)  # of 4 updates, one has no signal
+    run_steps(1, old, tmp_path / "rollouts.jsonl", tmp_path / "run", 0, 1)  # of 4 updates, one has no signal
     new = dataclasses.replace(old, optimizer=dataclasses.replace(old.optimizer, updates_per_batch=1))
     ((_, rates),) = run_ranks(_resumed_settings, 1, new, tmp_path / "run" / "step_000001")
     assert len(rates) == 3 and min(rates) > 1e-4

@@ -1,10 +1,14 @@
-"""The layout is no hyper-parameter: TP, PP, VPP, SP, CP, DP, EP, packing and micro-batch size train alike."""
+"""The layout is no hyper-parameter: TP, PP, VPP, SP, CP, DP, EP, packing and micro-batch size train alike.
+
+Weights and adapters.
+"""
 
 import dataclasses
 
 import pytest
 
-from megatron_egrsd.config import OptimizerConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.config import LoraConfig, OptimizerConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.config.lora import ATTENTION, TARGETS
 from megatron_egrsd.data.samples import save_rollouts
 from tests.models import make_qwen3
 from tests.training import GROUPS, PAPER, VOCAB, assert_same_training, made_up_rollouts, run_training, training_config
@@ -94,6 +98,39 @@ def test_layout_does_not_change_training_of_experts(layout, paths, mixture):
     world_size, parallel = EXPERT_LAYOUTS[layout]
     config = training_config(mixture[0], parallel=ParallelConfig(**{"max_tokens_per_microbatch": 256, **parallel}))
     assert_same_training(run_training(world_size, config, paths[1]), mixture[1])
+
+
+ADAPTER_LAYOUTS = {
+    "TP2 SP PP2": (4, {"tensor": 2, "sequence_parallel": True, "pipeline": 2}, TARGETS),
+    "PP2 VPP2, recompute": (2, {"pipeline": 2, "virtual_pipeline": 2, "recompute": True}, TARGETS),
+    "TP2, some projections": (2, {"tensor": 2}, ("q_proj", "v_proj", "up_proj", "o_proj")),
+    "recompute the MLP": (
+        1,
+        {"megatron": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}},
+        ("gate_proj", "down_proj"),
+    ),
+    "DP2, ranks with padding alone": (
+        2,
+        {"max_tokens_per_microbatch": 1, "distributed_optimizer": True, "overlap_grad_reduce": True},
+        TARGETS,
+    ),
+    "experts TP2 SP EP2": (2, {"tensor": 2, "sequence_parallel": True, "expert": 2}, ATTENTION),
+}
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(x, marks=pytest.mark.slow if x == "TP2 SP PP2" else ()) for x in ADAPTER_LAYOUTS]
+)
+def test_layout_does_not_change_training_of_adapters(layout, paths, mixture):
+    """test_lora.py has the plain layouts, against PEFT."""
+    world_size, parallel, targets = ADAPTER_LAYOUTS[layout]
+    model = mixture[0] if "experts" in layout else paths[0][False]
+    changes = PAPER | {"lora": LoraConfig(rank=4, targets=list(targets))}
+    expected = run_training(1, training_config(model, **changes), paths[1])
+    parallel = ParallelConfig(**{"max_tokens_per_microbatch": 256, **parallel})
+    assert_same_training(
+        run_training(world_size, training_config(model, parallel=parallel, **changes), paths[1]), expected
+    )
 
 
 @pytest.mark.parametrize(

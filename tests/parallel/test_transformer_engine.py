@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from megatron_egrsd.config import ParallelConfig
+from megatron_egrsd.config.lora import ATTENTION, TARGETS
 from tests.random_checkpoints import DENSE, MOE, random_qwen3
 from tests.ranks import run_ranks
 
@@ -94,6 +95,57 @@ def _build(rank, world_size, path, parallel):
         for chunk in chunks:
             _collect(chunk.sharded_state_dict(metadata={"distrib_optim_sharding_type": "fully_reshardable"}), stored)
         answer[layers] = differing, sorted((n, *_marks(p)) for n, p in parameters), stored
+    distributed.shutdown()
+    return answer
+
+
+@pytest.mark.parametrize("layout", ["TP2 SP", "PP2 VPP2", "experts TP2 SP"])
+def test_adapters_are_beside_both_kinds_of_layers(layout, tmp_path):
+    """Names, marks and shapes are alike, and so are the weights that leave; no input is hidden in a fused norm."""
+    base, sizes = LAYOUTS[layout]
+    parallel = ParallelConfig(**sizes)
+    path = random_qwen3(tmp_path / "model", base=base, hidden_size=32, num_hidden_layers=4)
+    targets = ATTENTION if base is MOE else TARGETS
+    for answer in run_ranks(_build_with_adapters, 2, path, parallel, targets, fresh=True):
+        engine, local = answer["always"], answer["never"]
+        assert engine[0] == local[0], "parameters and marks"
+        assert engine[1].keys() == local[1].keys()
+        assert all((engine[1][name] == local[1][name]).all() for name in local[1])
+        assert not engine[2], "linear layers with a norm inside"
+
+
+def _build_with_adapters(rank, world_size, path, parallel, targets):
+    """Return, for both kinds of layers: marks of the trained parameters, exported bits, adapted layers with a norm."""
+    _stand_in()
+    from megatron_egrsd.engine import distributed, model
+    from megatron_egrsd.engine.adapters import attach_adapters
+    from megatron_egrsd.engine.weights import export_adapter, export_hf, load_hf
+    from megatron_egrsd.hf.adapters import AdapterSpec, adapter_shapes
+    from megatron_egrsd.hf.checkpoint import HFCheckpoint
+
+    distributed.initialize(parallel, seed=0)
+    checkpoint = HFCheckpoint(path)
+    arch, spec = checkpoint.architecture, AdapterSpec(4, 8.0, targets)
+    values = {n: torch.rand(shape, generator=torch.Generator().manual_seed(len(n))) for n, shape in
+              adapter_shapes(arch, spec).items()}  # fmt: skip
+    model.use_transformer_engine = lambda parallel, dtype: parallel.transformer_engine == "always"
+    answer = {}
+    for layers in ("always", "never"):
+        chosen = dataclasses.replace(parallel, transformer_engine=layers)
+        config = model.transformer_config(arch, chosen, torch.bfloat16)
+        torch.cuda.is_available = lambda: True  # Transformer Engine's layers refuse to exist without
+        try:
+            chunks = model.build_model(arch, config, chosen, spec)
+        finally:
+            torch.cuda.is_available = lambda: False
+        load_hf(chunks, checkpoint)
+        attach_adapters(chunks, arch, config, spec, values.__getitem__)
+        named = [(name, p) for chunk in chunks for name, p in chunk.named_parameters()]
+        marks = sorted((name, *_marks(p)) for name, p in named if p.requires_grad)
+        tensors = [*export_hf(chunks, arch), *export_adapter(chunks, arch, spec)]
+        bits = {name: tensor.view(torch.int16).numpy() for name, tensor in tensors if not tensor.is_meta}
+        hidden = [name for name, _ in named if "layer_norm_weight" in name]
+        answer[layers] = marks, bits, hidden
     distributed.shutdown()
     return answer
 

@@ -1,4 +1,4 @@
-"""Algorithm 1 of EGRSD (arXiv 2605.13255, appendix K), written a second time: Hugging Face and plain PyTorch in fp64.
+"""Algorithm 1 of EGRSD (arXiv 2605.13255, appendix K), written a second time: Hugging Face, PEFT and PyTorch in fp64.
 
 No line of the package is used, and nothing is packed, sharded or fused: one rollout at a time, and for the weights one
 token at a time. tests/parallel/test_algorithm1.py holds the trainer against it.
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
 
@@ -49,19 +50,31 @@ def read_rollouts(path: Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def train(model: Path, batches: list[list[dict]], settings: Settings) -> tuple[list[Step], dict[str, torch.Tensor]]:
-    """Take one step on each batch of rollouts; returns the steps and the final weights by Hugging Face name."""
+def train(
+    model: Path, batches: list[list[dict]], settings: Settings, adapter: Path | None = None
+) -> tuple[list[Step], dict[str, torch.Tensor]]:
+    """Take one step on each batch of rollouts; returns the steps and the final weights by Hugging Face name.
+
+    With an `adapter`, PEFT trains it in place of the weights; returns its final tensors by PEFT's names.
+    """
     student = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
     teacher = copy.deepcopy(student).eval()  # frozen: the initial weights
+    if adapter:
+        student = PeftModel.from_pretrained(student, adapter, is_trainable=True, autocast_adapter_dtype=False).double()
     optimizer = torch.optim.AdamW(
-        student.parameters(), lr=settings.lr, betas=settings.betas, eps=settings.adam_epsilon, weight_decay=0.0
+        _trained(student), lr=settings.lr, betas=settings.betas, eps=settings.adam_epsilon, weight_decay=0.0
     )
     earlier_rewards: list[float] = []
     steps = []
     for number, batch in enumerate(batches):
         steps.append(_step(student, teacher, optimizer, batch, number, earlier_rewards, settings))
         earlier_rewards += steps[-1].rewards  # after the update (line 20)
-    return steps, {name: weight.detach().clone() for name, weight in student.state_dict().items()}
+    state = get_peft_model_state_dict(student) if adapter else student.state_dict()
+    return steps, {name: weight.detach().clone() for name, weight in state.items()}
+
+
+def _trained(model) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _step(student, teacher, optimizer, batch: list[dict], number: int, earlier: list[float], s: Settings) -> Step:
@@ -95,7 +108,7 @@ def _step(student, teacher, optimizer, batch: list[dict], number: int, earlier: 
         step.gates.append(gates)
     optimizer.zero_grad()
     loss.backward()
-    step.grad_norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), s.clip_norm))
+    step.grad_norm = float(torch.nn.utils.clip_grad_norm_(_trained(student), s.clip_norm))
     optimizer.step()
     step.loss = float(loss)
     return step

@@ -1,11 +1,13 @@
 """Names, shapes and places of adapters, held against PEFT's own."""
 
 import math
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_egrsd.config import LoraConfig
@@ -20,6 +22,8 @@ from megatron_egrsd.hf.adapters import (
     initial_tensor,
 )
 from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.hf.checkpoint import save_hf
+from megatron_egrsd.hf.fingerprint import fingerprint
 from megatron_egrsd.hf.mapping import hf_shapes
 from tests.models import make_qwen3
 
@@ -74,3 +78,23 @@ def test_the_first_values_follow_from_the_seed_and_the_name():
     torch.nn.init.kaiming_uniform_(reference, a=math.sqrt(5))  # what PEFT does
     assert a.abs().max() <= 1 / 20 and float(a.std()) == pytest.approx(float(reference.std()), rel=0.05)
     assert not initial_tensor(name.replace("lora_A", "lora_B"), (400, 8), seed=1).any()
+
+
+def test_the_hash_of_the_weights_does_not_depend_on_their_files(tmp_path):
+    path = make_qwen3(tmp_path / "model", tied=False)
+    tensors = load_file(path / "model.safetensors")
+    save_hf(((name, tensors[name]) for name in hf_shapes(Architecture.from_pretrained(path))), path, tmp_path / "split",
+            shard_bytes=50_000)  # fmt: skip
+    assert len(list((tmp_path / "split").glob("*.safetensors"))) > 1
+    assert fingerprint(path) == fingerprint(tmp_path / "split")
+
+    changed = shutil.copytree(path, tmp_path / "changed")
+    tensors["model.layers.1.mlp.up_proj.weight"].view(torch.int32)[3, 5] ^= 1  # the last bit of one number
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(path) != fingerprint(changed)
+
+    other = shutil.copytree(path, tmp_path / "other")
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert (other / "config.json").read_text() != config
+    assert fingerprint(path) != fingerprint(other)
