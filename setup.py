@@ -19,7 +19,7 @@ import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CPU_SOURCES = ["csrc/bind/module.cpp", *(f"csrc/cpu/{n}.cpp" for n in (
+CPU_SOURCES = ["csrc/bind/module.cpp", "csrc/bind/divergence.cpp", *(f"csrc/cpu/{n}.cpp" for n in (
     "dispatch", "simd_avx512", "simd_avx2", "simd_portable"))]  # fmt: skip
 CUDA_ARCHITECTURES = ("80", "90", "100")
 

@@ -46,8 +46,10 @@ read -r python_include pybind11_include < <(${PYTHON:-python} -c 'import sysconf
 import importlib.util, pathlib
 found = importlib.util.find_spec("pybind11") or importlib.util.find_spec("torch")
 print(sysconfig.get_paths()["include"], pathlib.Path(found.origin).parent / "include")')
-${CXX:-g++} -std=c++17 -O1 -fPIC -Wall -Wextra -Werror -DEGRSD_CUDA -isystem "$python_include" \
-  -isystem "$pybind11_include" -c csrc/bind/module.cpp -o "$build/module.o"
-"$nvcc" -std=c++17 -O1 -Xcompiler -fPIC -arch=sm_90 -cudart static -shared csrc/cuda/kernels.cu "$build/module.o" \
+for source in module divergence; do
+  ${CXX:-g++} -std=c++17 -O1 -fPIC -Wall -Wextra -Werror -DEGRSD_CUDA -isystem "$python_include" \
+    -isystem "$pybind11_include" -c "csrc/bind/$source.cpp" -o "$build/$source.o"
+done
+"$nvcc" -std=c++17 -O1 -Xcompiler -fPIC -arch=sm_90 -cudart static -shared csrc/cuda/kernels.cu "$build"/{module,divergence}.o \
   -o "$build/libcuda_part.so"
 echo "check_cuda: bindings compile and link"

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "divergence.h"
 #include "parallel.h"
 #ifdef EGRSD_CUDA
 #include "../cuda/kernels.h"
@@ -136,6 +137,7 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("read_floor", &read_floor, release());
   m.def("read_write_floor", &read_write_floor, release());
   m.def("instruction_set", &cpu::instruction_set);
+  bind_divergence(m);
 #ifdef EGRSD_CUDA
   m.def("cuda_statistics", &cuda_statistics, release());
   m.def("cuda_combine", &cuda_combine, release());

@@ -48,6 +48,21 @@ void logits_grad(const Logits& logits, const Gradient& gradient, int64_t row_fir
   kernels().logits_grad(logits, gradient, row_first, row_last);
 }
 
+void pair_statistics(const Pair& pair, bool other_entropy, int64_t row_first, int64_t row_last, int64_t column_first,
+                     int64_t column_last, PairStatistics* out) {
+  kernels().pair.statistics(pair, other_entropy, row_first, row_last, column_first, column_last, out);
+}
+
+void entry_sums(const Pair& pair, const Entries& entries, int64_t row_first, int64_t row_last, int64_t column_first,
+                int64_t column_last, EntrySums* out) {
+  kernels().pair.entry_sums(pair, entries, row_first, row_last, column_first, column_last, out);
+}
+
+void pair_gradient(const Pair& pair, const Entries& entries, const PairGradient& gradient, int64_t row_first,
+                   int64_t row_last) {
+  kernels().pair.gradient(pair, entries, gradient, row_first, row_last);
+}
+
 // Eight independent 64-byte streams of plain vector code: as fast as the memory, on every processor tried.
 typedef int32_t Line __attribute__((vector_size(64), aligned(4), may_alias));
 

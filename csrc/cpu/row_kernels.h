@@ -235,7 +235,7 @@ struct Rows {
     }
   }
 
-  static constexpr RowKernels entry_points() { return {S::kName, &statistics, &logits_grad}; }
+  static constexpr RowKernels entry_points() { return {S::kName, &statistics, &logits_grad, {}}; }
 
   static void statistics(const Logits& l, int64_t r0, int64_t r1, int64_t c0, int64_t c1, Statistics* out) {
     switch (l.dtype) {

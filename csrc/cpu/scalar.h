@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "divergence.h"
 #include "kernels.h"
 
 namespace egrsd::cpu {
@@ -15,11 +16,19 @@ struct Float32 { float value; };
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
+// Entry points of one instruction set for two tensors (divergence_kernels.h).
+struct PairKernels {
+  void (*statistics)(const Pair&, bool, int64_t, int64_t, int64_t, int64_t, PairStatistics*);
+  void (*entry_sums)(const Pair&, const Entries&, int64_t, int64_t, int64_t, int64_t, EntrySums*);
+  void (*gradient)(const Pair&, const Entries&, const PairGradient&, int64_t, int64_t);
+};
+
 // Entry points of one instruction set; null if the compiler cannot generate them.
 struct RowKernels {
   const char* name;
   void (*statistics)(const Logits&, int64_t, int64_t, int64_t, int64_t, Statistics*);
   void (*logits_grad)(const Logits&, const Gradient&, int64_t, int64_t);
+  PairKernels pair;
 };
 const RowKernels* avx512_bf16_kernels();  // AVX-512 F, BW, DQ, VL and BF16
 const RowKernels* avx512_kernels();       // AVX-512 F, BW, DQ, VL

@@ -5,7 +5,7 @@
 #include <immintrin.h>
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
-#include "row_kernels.h"
+#include "divergence_kernels.h"
 
 namespace egrsd::cpu {
 namespace {
@@ -59,7 +59,7 @@ struct Avx2 : Scalar {
   INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
 
   // Relative error below 2e-7: y = n + f with f in [-1/2, 1/2], n in the low bits of y + 1.5 * 2^23.
-  INLINE F exp2(F y) {
+  INLINE F exp2_of_number(F y) {
     const F shifted = _mm256_add_ps(y, set(12582912.f));
     const F f = _mm256_sub_ps(y, _mm256_sub_ps(shifted, set(12582912.f)));
     F p = fma(set(0.0013264727f), f, set(0.009671513f));
@@ -68,9 +68,23 @@ struct Avx2 : Scalar {
     p = fma(p, f, set(0.693147f));
     p = fma(p, f, set(1.f));
     const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
-    // a NaN passes through f and p; adding to its exponent must not make a number of it
-    const F scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), n));
-    return _mm256_blendv_ps(scaled, y, _mm256_cmp_ps(y, y, _CMP_UNORD_Q));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), n));
+  }
+  // a NaN passes through f and p; adding to its exponent must not make a number of it
+  INLINE F exp2(F y) { return _mm256_blendv_ps(exp2_of_number(y), y, _mm256_cmp_ps(y, y, _CMP_UNORD_Q)); }
+
+  INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+  INLINE F select_above(F a, F b, F x, F y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+  // n + 127 in the low bits of n + 1.5 * 2^23 + 127
+  INLINE F exp2_integer(F n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(_mm256_add_ps(n, set(12583039.f))), 23));
+  }
+  INLINE F normalised(F x, F& n) {
+    const __m256i u = _mm256_castps_si256(x), above = _mm256_sub_epi32(u, _mm256_set1_epi32(0x3f2aaaab));
+    const __m256i exponent = _mm256_srai_epi32(above, 23);
+    n = _mm256_cvtepi32_ps(exponent);
+    return _mm256_castsi256_ps(_mm256_sub_epi32(u, _mm256_slli_epi32(exponent, 23)));
   }
 
   INLINE bool any_above(F x, float limit) { return _mm256_movemask_ps(_mm256_cmp_ps(x, set(limit), _CMP_NLE_UQ)) != 0; }
@@ -97,7 +111,7 @@ struct Avx2 : Scalar {
 }  // namespace
 
 const RowKernels* avx2_kernels() {
-  static constexpr RowKernels kernels = Rows<Avx2>::entry_points();
+  static constexpr RowKernels kernels = entry_points<Avx2>();
   return &kernels;
 }
 }  // namespace egrsd::cpu

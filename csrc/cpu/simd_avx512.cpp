@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
-#include "row_kernels.h"
+#include "divergence_kernels.h"
 
 namespace egrsd::cpu {
 namespace {
@@ -86,6 +86,19 @@ struct Avx512 : Scalar {
     return _mm512_scalef_ps(_mm512_fmadd_ps(_mm512_mul_ps(root, f), slope, root), y);
   }
 
+  INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+  INLINE F select_above(F a, F b, F x, F y) { return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), x); }
+  INLINE F exp2_integer(F n) { return _mm512_scalef_ps(set(1.f), n); }
+  INLINE F normalised(F x, F& n) {
+    const __m512i u = _mm512_castps_si512(x), above = _mm512_sub_epi32(u, _mm512_set1_epi32(0x3f2aaaab));
+    const __m512i exponent = _mm512_srai_epi32(above, 23);
+    n = _mm512_cvtepi32_ps(exponent);
+    return _mm512_castsi512_ps(_mm512_sub_epi32(u, _mm512_slli_epi32(exponent, 23)));
+  }
+
+  INLINE F exp2_of_number(F y) { return exp2(y); }
+
   INLINE bool any_above(F x, float limit) { return _mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLE_UQ) != 0; }
   INLINE bool any_nan(F x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
   INLINE double sum(F x) {
@@ -101,11 +114,11 @@ struct Avx512 : Scalar {
 }  // namespace
 
 const RowKernels* avx512_bf16_kernels() {
-  static constexpr RowKernels kernels = Rows<Avx512<true>>::entry_points();
+  static constexpr RowKernels kernels = entry_points<Avx512<true>>();
   return &kernels;
 }
 const RowKernels* avx512_kernels() {
-  static constexpr RowKernels kernels = Rows<Avx512<false>>::entry_points();
+  static constexpr RowKernels kernels = entry_points<Avx512<false>>();
   return &kernels;
 }
 }  // namespace egrsd::cpu

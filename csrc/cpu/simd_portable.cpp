@@ -1,5 +1,5 @@
 // Any processor: four lanes in the compiler's vector extension (SSE2 on x86-64, NEON on aarch64).
-#include "row_kernels.h"
+#include "divergence_kernels.h"
 
 namespace egrsd::cpu {
 namespace {
@@ -41,15 +41,25 @@ struct Portable : Scalar {
   static inline F min(F a, F b) { return a < b ? a : b; }
 
   // As in simd_avx2.cpp.
-  static inline F exp2(F y) {
+  static inline F exp2_of_number(F y) {
     const F magic = set(12582912.f), shifted = y + magic, f = y - (shifted - magic);
     F p = set(0.0013264727f) * f + set(0.009671513f);
     p = p * f + set(0.055507336f);
     p = p * f + set(0.24022242f);
     p = p * f + set(0.693147f);
     p = p * f + set(1.f);
-    const F scaled = (F)((I)p + ((I)shifted << 23));
-    return y == y ? scaled : y;
+    return (F)((I)p + ((I)shifted << 23));
+  }
+  static inline F exp2(F y) { return y == y ? exp2_of_number(y) : y; }
+
+  static inline F sub(F a, F b) { return a - b; }
+  static inline F div(F a, F b) { return a / b; }
+  static inline F select_above(F a, F b, F x, F y) { return a > b ? x : y; }
+  static inline F exp2_integer(F n) { return (F)((I)(n + set(12583039.f)) << 23); }
+  static inline F normalised(F x, F& n) {
+    const I u = (I)x, exponent = (u - 0x3f2aaaab) >> 23;
+    n = __builtin_convertvector(exponent, F);
+    return (F)(u - (exponent << 23));
   }
 
   static inline bool any(I mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
@@ -69,7 +79,7 @@ struct Portable : Scalar {
 }  // namespace
 
 const RowKernels* portable_kernels() {
-  static constexpr RowKernels kernels = Rows<Portable>::entry_points();
+  static constexpr RowKernels kernels = entry_points<Portable>();
   return &kernels;
 }
 }  // namespace egrsd::cpu

@@ -1,4 +1,4 @@
-"""Vocab-parallel log-probability and entropy: one read of the logits, one collective, no collective in backward.
+"""Vocab-parallel log-probability, entropy and divergence: one collective in forward, none in backward.
 
 The package works in any Megatron-style project: it imports only torch, and takes the tensor-parallel process group.
 `adapters/` has the functions of Megatron-LM, slime, verl, NeMo-RL and AReaL at their own signatures;
@@ -6,6 +6,7 @@ The package works in any Megatron-style project: it imports only torch, and take
 """
 
 from megatron_egrsd.vocab_parallel.cross_entropy import cross_entropy
+from megatron_egrsd.vocab_parallel.divergence import Divergence, divergence
 from megatron_egrsd.vocab_parallel.gather import gather_log_probs, log_softmax
 from megatron_egrsd.vocab_parallel.linear import linear_log_prob_and_entropy, linear_token_statistics
 from megatron_egrsd.vocab_parallel.log_prob import (
@@ -20,9 +21,11 @@ from megatron_egrsd.vocab_parallel.shard import IGNORE_INDEX
 
 __all__ = [
     "IGNORE_INDEX",
+    "Divergence",
     "LogRatio",
     "TokenStatistics",
     "cross_entropy",
+    "divergence",
     "gather_log_probs",
     "linear_log_prob_and_entropy",
     "linear_token_statistics",

@@ -1,0 +1,196 @@
+"""The kernels of two tensors of logits, the teacher's and the student's: compiled if built, else plain torch.
+
+`statistics` reads both tensors once; `combine` merges the parts of the vocabulary; `entry_sums` reads both again for
+what needs the normalised probabilities; `gradient` reads both and writes one. The method is in
+`csrc/common/divergence.h`.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from megatron_egrsd.vocab_parallel import kernels, ops, pair_reference
+from megatron_egrsd.vocab_parallel.rows import row_layout, row_views
+from megatron_egrsd.vocab_parallel.shard import Shard
+
+KINDS = {"forward_kl": pair_reference.FORWARD_KL, "reverse_kl": pair_reference.REVERSE_KL, "jsd": pair_reference.JSD}
+
+
+class Form(NamedTuple):
+    """Which divergence: its kind, the limit of an entry (inf: none), and JSD's beta."""
+
+    kind: str
+    limit: float = math.inf
+    beta: float = 0.5
+
+    @property
+    def second_reading(self) -> bool:
+        """Whether the value needs the normalised probabilities, and so a second reading of both tensors."""
+        return self.kind == "jsd" or self.limit < math.inf
+
+    @property
+    def student_first(self) -> bool:
+        """Whether the first reading takes KL(student || teacher)."""
+        return self.kind == "reverse_kl" and not self.second_reading
+
+    @property
+    def arguments(self) -> tuple[int, float, float]:
+        return KINDS[self.kind], self.limit, self.beta
+
+
+def compiled(device: torch.device) -> bool:
+    name = "cuda_pair_statistics" if device.type == "cuda" else "pair_statistics"
+    return ops.compiled(device) and hasattr(kernels._kernels, name)
+
+
+def statistics(
+    first: torch.Tensor, second: torch.Tensor, shard: Shard, temperature: float, other_entropy: bool
+) -> torch.Tensor:
+    """Return the PairStatistics [N, 8] fp32 of this shard; `other_entropy`: the second tensor's is wanted too."""
+    if compiled(first.device):
+        pair, rows = _pair(first, second, shard, temperature), _rows(first)
+        out_N8 = first.new_empty((rows, 8), dtype=torch.float32)
+        if first.is_cuda:
+            splits = kernels._kernels.cuda_splits(rows, shard.valid, first.get_device())
+            workspace = first.new_empty((rows * splits if splits > 1 else 0, 8), dtype=torch.float32)
+            addresses = workspace.data_ptr(), out_N8.data_ptr()
+            kernels._on_device(first, kernels._kernels.cuda_pair_statistics, pair, other_entropy, splits, *addresses)
+        else:
+            kernels._kernels.pair_statistics(pair, other_entropy, torch.get_num_threads(), out_N8.data_ptr())
+        return out_N8
+    views = _row_views(first, second)
+    return torch.cat([pair_reference.statistics(a, b, shard.valid, 1.0 / temperature) for a, b in views])
+
+
+def merge(parts_RN8: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Merge the PairStatistics of R disjoint parts of the vocabulary: [N, 8] fp32."""
+    if not compiled(parts_RN8.device):
+        return pair_reference.merge(parts_RN8, 1.0 / temperature).float()
+    parts_RN8 = parts_RN8.contiguous()
+    ranks, rows, _ = parts_RN8.shape
+    out_N8 = parts_RN8.new_empty((rows, 8))
+    _call(parts_RN8, "merge_pairs", parts_RN8.data_ptr(), ranks, rows, 1.0 / temperature, out_N8.data_ptr())
+    return out_N8
+
+
+def combine(
+    parts_RN8: torch.Tensor, temperature: float, student_first: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Merge PairStatistics [R, N, 8] of R disjoint parts.
+
+    Returns the PairScale [N, 5], KL(first || second) [N] and the teacher's entropy [N]; fp32, nats.
+    """
+    if not compiled(parts_RN8.device):
+        return pair_reference.combine(parts_RN8, 1.0 / temperature, student_first)
+    parts_RN8 = parts_RN8.contiguous()
+    ranks, rows, _ = parts_RN8.shape
+    results = [parts_RN8.new_empty(shape) for shape in ((rows, 5), (rows,), (rows,))]
+    addresses = [x.data_ptr() for x in results]
+    _call(
+        parts_RN8, "combine_pairs", parts_RN8.data_ptr(), ranks, rows, 1.0 / temperature, student_first, *addresses
+    )  # fmt: skip
+    return results[0], results[1], results[2]
+
+
+def entry_sums(
+    teacher: torch.Tensor, student: torch.Tensor, scale_N5: torch.Tensor, form: Form, shard: Shard, temperature: float
+) -> torch.Tensor:
+    """Return the EntrySums [N, 3] fp32 of this shard."""
+    if compiled(teacher.device):
+        pair, rows = _pair(teacher, student, shard, temperature), _rows(teacher)
+        out_N3 = scale_N5.new_empty((rows, 3))
+        entries = kernels._kernels.Entries(_floats(scale_N5, "scale", 5 * rows), *form.arguments)
+        if teacher.is_cuda:
+            splits = kernels._kernels.cuda_splits(rows, shard.valid, teacher.get_device())
+            workspace = scale_N5.new_empty((rows * splits if splits > 1 else 0, 3))
+            addresses = workspace.data_ptr(), out_N3.data_ptr()
+            kernels._on_device(teacher, kernels._kernels.cuda_entry_sums, pair, entries, splits, *addresses)
+        else:
+            kernels._kernels.entry_sums(pair, entries, torch.get_num_threads(), out_N3.data_ptr())
+        return out_N3
+    parts, first = [], 0
+    for a, b in _row_views(teacher, student):
+        rows_of_view = slice(first, first := first + a.shape[0])
+        scale = scale_N5[rows_of_view]
+        parts.append(pair_reference.entry_sums(a, b, scale, *form.arguments, shard.valid, 1.0 / temperature))
+    return torch.cat(parts)
+
+
+def gradient(
+    teacher: torch.Tensor,
+    student: torch.Tensor,
+    scale_N5: torch.Tensor,
+    sums_N3: torch.Tensor,
+    grad_value_N: torch.Tensor,
+    form: Form,
+    shard: Shard,
+    temperature: float,
+    *,
+    inplace: bool,
+) -> torch.Tensor:
+    """Return the gradient with respect to the student's logits; `inplace` writes it over them."""
+    out = student if inplace else torch.empty_like(student, memory_format=torch.contiguous_format)
+    if compiled(teacher.device):
+        pair, rows = _pair(teacher, student, shard, temperature), _rows(teacher)
+        entries = kernels._kernels.Entries(_floats(scale_N5, "scale", 5 * rows), *form.arguments)
+        addresses = _floats(sums_N3, "sums", 3 * rows), _floats(grad_value_N, "grad_value", rows)
+        described = kernels._kernels.PairGradient(out.data_ptr(), _layout(out), *addresses)
+        _call(teacher, "pair_gradient", pair, entries, described, *_threads(teacher))
+        if inplace:
+            torch.autograd.graph.increment_version(student)
+        return out
+    first = 0
+    for a, b, c in _row_views(teacher, student, out):
+        rows_of_view = slice(first, first := first + a.shape[0])
+        scale, sums, grad_value = (x[rows_of_view] for x in (scale_N5, sums_N3, grad_value_N))
+        inverse = 1.0 / temperature
+        pair_reference.gradient(a, b, c, scale, sums, grad_value, *form.arguments, shard.valid, inverse)
+    return out
+
+
+def _row_views(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Return views [N, V] of tensors of one shape that hold the same rows of each, in order."""
+    views = [row_views(x) for x in tensors]
+    if all(len(v) == 1 for v in views):
+        return list(zip(*views, strict=True))
+    return [pair for parts in zip(*(x.unbind(0) for x in tensors), strict=True) for pair in _row_views(*parts)]
+
+
+def _rows(logits: torch.Tensor) -> int:
+    return logits.numel() // logits.shape[-1]
+
+
+def _threads(x: torch.Tensor) -> tuple[int, ...]:
+    return () if x.is_cuda else (torch.get_num_threads(),)
+
+
+def _call(x: torch.Tensor, name: str, *arguments) -> None:
+    if x.is_cuda:
+        kernels._on_device(x, getattr(kernels._kernels, f"cuda_{name}"), *arguments)
+    else:
+        getattr(kernels._kernels, name)(*arguments)
+
+
+def _layout(x: torch.Tensor) -> tuple[int, int, int]:
+    layout = row_layout(x)
+    if layout is None or (x.shape[-1] > 1 and x.stride(-1) != 1):
+        raise ValueError(f"logits {tuple(x.shape)} with strides {x.stride()} have no such rows")
+    return layout[1:]
+
+
+def _pair(first: torch.Tensor, second: torch.Tensor, shard: Shard, temperature: float):
+    """Describe two tensors of logits to the kernels; raises ValueError for what they would read beyond their memory."""
+    if first.shape != second.shape or first.dtype != second.dtype or first.device != second.device:
+        raise ValueError(f"{first.dtype} {tuple(first.shape)} and {second.dtype} {tuple(second.shape)} are no pair")
+    columns = first.shape[-1]
+    if first.dtype not in kernels._DTYPES or not 0 <= shard.valid <= columns:
+        raise ValueError(f"{shard.valid} valid columns of {first.dtype} {tuple(first.shape)}")
+    return kernels._kernels.Pair(
+        first.data_ptr(), second.data_ptr(), kernels._DTYPES[first.dtype], _layout(first), _layout(second),
+        _rows(first), columns, shard.valid, 1.0 / temperature,
+    )  # fmt: skip
+
+
+def _floats(x: torch.Tensor, name: str, numel: int) -> int:
+    return kernels._address(x, name, numel, x.device)

@@ -1,0 +1,225 @@
+"""The divergence of two sharded distributions against fp64 on one shard: values, gradients, hard rows, bad input."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_egrsd.vocab_parallel import divergence, pair_ops
+from tests.unit.divergence_cases import FORMS, FULL, fp64, hard_pairs, near_pairs
+from tests.unit.test_vocab_parallel import DTYPES, LargestTensor
+
+IMPLEMENTATIONS = ["compiled", "plain torch"]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request, monkeypatch):
+    use(request.param, monkeypatch)
+    return request.param
+
+
+def use(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if implementation == "plain torch":
+        monkeypatch.setattr(pair_ops, "compiled", lambda device: False)
+    elif not pair_ops.compiled(torch.device("cpu")):
+        pytest.skip("the kernels are not built on this machine")
+
+
+def run(teacher, student, grad_value, **arguments):
+    leaf = student.clone().requires_grad_()
+    result = divergence(teacher, leaf, **arguments)
+    finite = torch.where(result.value.isfinite(), result.value, 0.0)
+    (torch.where(result.value.isfinite(), finite, result.value) * grad_value).sum().backward()
+    return result.value.detach(), result.teacher_entropy, leaf.grad
+
+
+def check(teacher, student, where="", **arguments):
+    """Compare with fp64: values to 3e-6 of their size and 1e-6, entropies to 5e-6, gradients to their rounding."""
+    grad_value = torch.linspace(0.5, -1.5, teacher[..., 0].numel()).view(teacher.shape[:-1])
+    value, entropy, gradient = run(teacher, student, grad_value, **arguments)
+    expected, expected_entropy, exact, infinite = fp64(teacher, student, grad_value, **arguments)
+    assert torch.equal(value == math.inf, infinite), f"{where}: infinite where it should not be, or not"
+    error = (value - expected)[~infinite].abs()
+    allowed = 3e-6 * expected[~infinite].abs() + 1e-6
+    assert bool((error <= allowed).all()), f"{where}: value off by {(error - allowed).max():.1e}"
+    assert bool(((entropy - expected_entropy).abs() <= 5e-6).all()), f"{where}: entropy"
+    if arguments["kind"] != "forward_kl":
+        gradient, exact, expected = gradient[~infinite], exact[~infinite], expected[~infinite]
+        grad_value = grad_value[~infinite]
+    rounding = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[student.dtype]
+    smallest = 2**-24 if student.dtype == torch.float16 else 0.0
+    scale = grad_value.abs()[..., None] * expected.abs().nan_to_num(posinf=1.0).clamp_min(1.0)[..., None]
+    error = (gradient.double() - exact).abs()
+    allowed = 2e-6 * scale + rounding * exact.abs() + smallest
+    assert bool((error <= allowed).all()), f"{where}: gradient off by {(error - allowed).max():.1e}"
+    assert bool((gradient[..., arguments.get("vocab_size") or gradient.shape[-1] :] == 0).all())
+
+
+@pytest.mark.parametrize("vocab", [7, 5003])
+@pytest.mark.parametrize("form", FULL)
+def test_hard_rows(implementation, form, vocab):
+    for name, (teacher, student) in hard_pairs(vocab).items():
+        check(teacher, student, f"{form}, {name}", temperature=1.3, **FORMS[form])
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if name not in FULL])
+def test_top_k_and_the_rest(implementation, form):
+    for name, (teacher, student) in hard_pairs(300).items():
+        # Ties have no unique top k, and the rest's probability is known to 1e-7 only.
+        if name in ("independent", "flat", "apart by 0.1", "all negative", "offset", "the mass comes late"):
+            check(teacher, student, f"{form}, {name}", temperature=1.3, vocab_size=290, **FORMS[form])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+def test_half_precision(implementation, form, dtype):
+    g = torch.Generator().manual_seed(3)
+    teacher, student = (torch.randn(2, 5, 3001, generator=g) * 2).to(dtype)
+    check(teacher, student, form, temperature=0.8, **FORMS[form])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    vocab=st.integers(1, 5000),
+    padding=st.integers(0, 70),
+    scale=st.sampled_from([0.01, 1.0, 4.0, 100.0]),
+    apart=st.sampled_from([1e-4, 0.1, 3.0, 50.0]),
+    offset=st.sampled_from([0.0, -50.0, 200.0]),
+    temperature=st.sampled_from([0.5, 1.0, 1.7]),
+    form=st.sampled_from(FULL),
+    dtype=st.sampled_from(DTYPES),
+    misalignment=st.integers(0, 3),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(rows, vocab, padding, scale, apart, offset, temperature, form, dtype, misalignment, seed):
+    check_any_shape(rows, vocab, padding, scale, apart, offset, temperature, form, dtype, misalignment, seed)
+
+
+def check_any_shape(rows, vocab, padding, scale, apart, offset, temperature, form, dtype, misalignment, seed):
+    g = torch.Generator().manual_seed(seed)
+    memory = torch.full((2, rows, misalignment + vocab + padding + 5), math.nan, dtype=dtype)
+    a, b = torch.randn(2, rows, vocab, generator=g)
+    memory[0, :, misalignment : misalignment + vocab] = (a * scale).to(dtype)
+    memory[1, :, misalignment : misalignment + vocab] = (a * scale + b * apart + offset).to(dtype)
+    teacher, student = memory[:, :, misalignment : misalignment + vocab + padding]
+    check(teacher, student, temperature=temperature, vocab_size=vocab, **FORMS[form])
+
+
+@pytest.mark.parametrize("vocab", [200, 20001])
+@pytest.mark.parametrize("form", ["forward", "reverse", "jsd", "jsd 0.1", "forward clipped", "reverse clipped"])
+def test_near_equal_distributions_keep_their_digits(implementation, form, vocab):
+    """A divergence of 1e-9 is right to two percent: a sum of p ln(p / q) in fp32 would be noise of 1e-7."""
+    for name, (teacher, student) in near_pairs(vocab).items():
+        value, _, gradient = run(teacher, student, torch.ones(len(teacher)), **FORMS[form])
+        expected, _, exact, _ = fp64(teacher, student, torch.ones(len(teacher)), **FORMS[form])
+        assert bool((expected < 4e-9).all() and (expected > 1e-12).all()), name
+        assert bool(((value - expected).abs() <= 0.02 * expected).all()), (name, value, expected)
+        assert (gradient - exact).norm() <= 0.02 * exact.norm(), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_distributions_give_exact_zeros(implementation, form, dtype):
+    for name, (teacher, _) in hard_pairs(3001).items():
+        if "top" in form and name in ("range 1e4", "rising"):
+            continue  # x / temperature in fp32 moves such a logit by 1e-3; the rest is below its floor
+        teacher = teacher.to(dtype)
+        value, _, gradient = run(teacher, teacher.clone(), torch.ones(len(teacher)), **FORMS[form])
+        if "top" in form:
+            assert bool((value.abs() < 1e-9).all()) and bool((gradient.abs() < 3e-6).all()), name
+        else:
+            assert bool((value == 0).all()) and bool((gradient == 0).all()), name
+
+
+@pytest.mark.parametrize("form", ["forward", "reverse", "jsd", "jsd 0.1"])
+def test_values_are_never_negative(implementation, form):
+    g = torch.Generator().manual_seed(5)
+    a, b = torch.randn(2, 64, 999, generator=g)
+    for apart in (0.0, 1e-7, 1e-6, 1e-5, 1e-3, 1.0):
+        assert bool((divergence(a * 3 + 7, a * 3 + b * apart - 5, **FORMS[form]).value >= 0).all())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_nan_stays_in_its_row(implementation, form):
+    g = torch.Generator().manual_seed(6)
+    for of in (0, 1):
+        logits = torch.randn(2, 4, 4500, generator=g)
+        logits[of, 1, 4499], logits[of, 3, 2] = math.nan, math.inf
+        value, _ = divergence(*logits, **FORMS[form])
+        assert value.isnan().tolist() == [False, True, False, True]
+
+
+def test_rows_of_any_strides(implementation):
+    logits = torch.randn(2, 4, 6, 50)
+    for view in (lambda x: x[:, :-1], lambda x: x.transpose(0, 1), lambda x: x[1]):
+        check(view(logits[0]), view(logits[1]), kind="forward_kl")
+        check(view(logits[0]), view(logits[1]), kind="jsd")
+        check(view(logits[0]), view(logits[1]), kind="jsd", top_k=4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (1,), (2, 3)])
+def test_few_tokens(implementation, form, shape):
+    teacher, student = torch.randn(2, *shape, 40), torch.randn(2, *shape, 40)
+    check(teacher[0], student[0], kind="forward_kl")
+    value, entropy = divergence(teacher[0], student[0].requires_grad_(), **FORMS[form])
+    assert value.shape == entropy.shape == shape and not entropy.requires_grad
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_gradient_is_written_over_the_logits_and_autograd_knows(implementation, form):
+    teacher, leaf = torch.randn(3, 70), torch.randn(3, 70, requires_grad=True)
+    (expected,) = torch.autograd.grad(divergence(teacher, leaf, **FORMS[form]).value.sum(), leaf)
+    student = leaf * 1
+    value, _ = divergence(teacher, student, inplace_backward=True, **FORMS[form])
+    (gradient,) = torch.autograd.grad(value.sum(), student, retain_graph=True)
+    assert gradient.data_ptr() == student.data_ptr() and torch.equal(gradient, expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.sum().backward()
+
+
+@pytest.mark.skipif(not pair_ops.compiled(torch.device("cpu")), reason="the kernels are not built")
+@pytest.mark.parametrize("form", FORMS)
+def test_extra_memory_is_proportional_to_the_tokens(form):
+    teacher, student = torch.randn(8, 50000), torch.randn(8, 50000, requires_grad=True) * 1
+    largest = LargestTensor()
+    largest.ignore(teacher, student)
+    with largest:
+        value, _ = divergence(teacher, student, inplace_backward=True, **FORMS[form])
+        torch.autograd.grad(value.sum(), student)
+    assert 0 < largest.numel <= 8 * 20
+
+
+BAD_INPUT = {
+    "kind": (dict(kind="kl"), "kind.*'kl'"),
+    "beta": (dict(kind="jsd", beta=1.0), "beta.*1.0.*reverse_kl"),
+    "clip": (dict(kind="forward_kl", entry_clip=0.0), "entry_clip.*0.0"),
+    "top k": (dict(kind="jsd", top_k=0), "top_k.*0"),
+    "top k of": (dict(kind="jsd", top_k=3, top_k_of="both"), "both"),
+    "temperature": (dict(kind="jsd", temperature=0.0), "temperature.*0.0"),
+    "temperatures": (dict(kind="jsd", temperature=torch.ones(2)), "temperature.*a number"),
+    "vocabulary": (dict(kind="jsd", vocab_size=6), r"vocab_size 6.*\[1, 5\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_options_are_named(case):
+    arguments, message = BAD_INPUT[case]
+    with pytest.raises(ValueError, match=message):
+        divergence(torch.zeros(2, 5), torch.zeros(2, 5), **arguments)
+
+
+def test_bad_logits_are_named():
+    for teacher, student, message in (
+        (torch.zeros(2, 5), torch.zeros(2, 6), r"teacher_logits.*\(2, 5\).*student_logits.*\(2, 6\)"),
+        (torch.zeros(2, 5).bfloat16(), torch.zeros(2, 5), "bfloat16.*float32"),
+        (torch.zeros(2, 5).double(), torch.zeros(2, 5).double(), "teacher_logits.*float64"),
+        (torch.zeros(2, 5), torch.zeros(5, 2).T, "student_logits"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            divergence(teacher, student, kind="forward_kl")
+    with pytest.raises(ValueError, match="inplace_backward"):
+        divergence(torch.zeros(2, 5), torch.zeros(5).expand(2, 5), kind="forward_kl", inplace_backward=True)
