@@ -48,9 +48,14 @@ if [[ -n "$ROLLOUT_URLS" || "$COLOCATED" == 1 ]]; then
 else
     NPROC_PER_NODE="${NPROC_PER_NODE:-$(((GPUS_PER_NODE + 1) / 2))}"  # or half of them, the others sample
 fi
+# What is trained: adapters (LoRA) as in the paper, or all weights.
+LORA_RANK="${LORA_RANK:-}"                   # rank of the adapters; 0: all weights; empty: CONFIG's, which is 64
+FULL_TENSOR="${FULL_TENSOR:-4}"              # TP for all weights (LORA_RANK=0); recomputation is on then
+[[ "$LORA_RANK" =~ ^(|0|[1-9][0-9]*)$ ]] || fail "LORA_RANK is '$LORA_RANK'; it must be a whole number, 0 for all weights"
+[[ "$LORA_RANK" != 0 ]] || TENSOR="${TENSOR:-$FULL_TENSOR}"
 # TENSOR, PIPELINE, VIRTUAL_PIPELINE, CONTEXT, EXPERT and ENGINE_TENSOR replace the layout of CONFIG if they are set.
 
-for name in NNODES MASTER_PORT RENDEZVOUS_TIMEOUT SAVE_SECONDS GPUS_PER_NODE NPROC_PER_NODE \
+for name in NNODES MASTER_PORT RENDEZVOUS_TIMEOUT SAVE_SECONDS GPUS_PER_NODE NPROC_PER_NODE FULL_TENSOR \
     ${TENSOR:+TENSOR} ${PIPELINE:+PIPELINE} ${VIRTUAL_PIPELINE:+VIRTUAL_PIPELINE} ${CONTEXT:+CONTEXT} \
     ${EXPERT:+EXPERT} ${ENGINE_TENSOR:+ENGINE_TENSOR}; do
     positive "$name"
@@ -76,6 +81,7 @@ command -v torchrun >/dev/null || fail "torchrun is not on PATH; activate the en
 
 MODEL_ARGS=(
     --model.path "$MODEL"
+    ${LORA_RANK:+--lora.rank "$LORA_RANK"}
 )
 DATA_ARGS=(
     --data.train "$DATA"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_egrsd.config.lora import ATTENTION, TARGETS
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import BadArgument
 
@@ -18,8 +19,8 @@ TINY = {"MODEL": "examples/tiny/model", "DATA": "examples/tiny/train.jsonl"}
 # Training ranks that each configuration and script is written for, up to the largest run of docs/guides/cluster.md.
 WORLDS = {
     "tiny_cpu.yaml": (1, 2, 4),
-    "qwen3_4b_cl_egrsd.yaml": (2, 4, 8, 16, 32, 64),
-    "qwen3_8b_cl_egrsd.yaml": (4, 8, 16, 32, 64),
+    "qwen3_4b_cl_egrsd.yaml": (1, 2, 4, 8, 16, 32),
+    "qwen3_8b_cl_egrsd.yaml": (1, 2, 4, 8, 16, 32),
     "qwen3_30b_a3b_cl_egrsd.yaml": (8, 16, 32, 64),
 }
 
@@ -66,6 +67,8 @@ def test_scripts_are_bash(script):
         ({"CONTEXT": "no"}, "CONTEXT is 'no'"),
         ({"NPROC_PER_NODE": "8"}, "leaves no 1 for SGLang"),
         ({"COLOCATED": "yes"}, "COLOCATED is 'yes'"),
+        ({"LORA_RANK": "-1"}, "LORA_RANK is '-1'"),
+        ({"FULL_TENSOR": "0"}, "FULL_TENSOR is '0'"),
         ({"COLOCATED": "1", "ROLLOUT_URLS": "http://a:1"}, "COLOCATED=1 launches its servers, and ROLLOUT_URLS"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
@@ -91,11 +94,17 @@ def started(tmp_path):
     return start
 
 
-@pytest.mark.parametrize(("script", "tensor", "data_parallel"), [(RUN_4B, 2, 2), (RUN_8B, 4, 1)], ids=["4b", "8b"])
-def test_a_node_of_eight_gpus(script, tensor, data_parallel, started):
-    launch, config = started(script, "--steps", "7", "--objective.mix", "0.25", LOOKAHEAD="5")
+@pytest.mark.parametrize(
+    ("script", "rank", "tensor", "data_parallel"),
+    [(RUN_4B, "", 1, 4), (RUN_8B, "", 1, 4), (RUN_8B, "16", 1, 4), (RUN_4B, "0", 2, 2), (RUN_8B, "0", 4, 1)],
+    ids=["4b", "8b", "8b rank 16", "4b all weights", "8b all weights"],
+)
+def test_a_node_of_eight_gpus(script, rank, tensor, data_parallel, started):
+    """Adapters as in the paper, or all weights in a layout of their own."""
+    launch, config = started(script, "--steps", "7", "--objective.mix", "0.25", LOOKAHEAD="5", LORA_RANK=rank)
     assert launch[:6] == ["--nnodes", "1", "--node-rank", "0", "--nproc-per-node", "4"]
-    assert config.parallel.tensor == tensor and config.parallel.sequence_parallel
+    assert (config.lora.rank, config.lora.targets) == (int(rank or "64"), list(TARGETS))
+    assert config.parallel.tensor == tensor and config.parallel.sequence_parallel == (tensor > 1)
     assert config.check_world(4) == data_parallel
     assert config.rollout.servers.engines == 4 and config.rollout.servers.args == {"base_gpu_id": 4}
     assert (config.steps, config.objective.mix, config.objective.lookahead) == (7, 0.25, 5)
@@ -105,8 +114,8 @@ def test_a_node_of_eight_gpus(script, tensor, data_parallel, started):
 @pytest.mark.parametrize(
     ("script", "variables", "reason"),
     [
-        (RUN_4B, {"NPROC_PER_NODE": "3"}, "3 training ranks do not divide into replicas"),
-        (RUN_4B, {"CONTEXT": "3"}, "parallel.tensor x parallel.pipeline x parallel.context = 2 x 1 x 3 = 6"),
+        (RUN_4B, {"NPROC_PER_NODE": "3", "LORA_RANK": "0"}, "3 training ranks do not divide into replicas"),
+        (RUN_4B, {"CONTEXT": "3"}, "parallel.tensor x parallel.pipeline x parallel.context = 1 x 1 x 3 = 3"),
         (RUN_30B, {"LOOKAHEAD": "two"}, "objective.lookahead is 'two'"),
     ],
     ids=["nproc", "context", "lookahead"],
@@ -120,7 +129,7 @@ def test_the_layout_is_that_of_the_configuration(started, tmp_path):
     """A variable that is set, and a word, replace it."""
     config = tmp_path / "own.yaml"
     text = (EXAMPLES / "configs/qwen3_8b_cl_egrsd.yaml").read_text()
-    config.write_text(text.replace("tensor: 4", "tensor: 2").replace("tensor_parallel: 1", "tensor_parallel: 2"))
+    config.write_text(text.replace("tensor: 1", "tensor: 2").replace("tensor_parallel: 1", "tensor_parallel: 2"))
     _, own = started(RUN_8B, CONFIG=str(config))
     assert (own.parallel.tensor, own.rollout.servers.tensor_parallel, own.rollout.servers.engines) == (2, 2, 2)
     _, own = started(RUN_8B, "--rollout.servers.tensor_parallel", "4", CONFIG=str(config), TENSOR="1")
@@ -133,7 +142,7 @@ def test_servers_of_two_gpus(started):
 
 
 def test_external_servers_leave_every_gpu_to_training(started):
-    nodes = {"NNODES": "2", "SLURM_NODEID": "1", "MASTER_ADDR": "10.0.0.1", "PIPELINE": "2"}
+    nodes = {"NNODES": "2", "SLURM_NODEID": "1", "MASTER_ADDR": "10.0.0.1", "PIPELINE": "2", "LORA_RANK": "0"}
     launch, config = started(RUN_8B, ROLLOUT_URLS="http://a:1,http://b:2", **nodes)
     assert launch[launch.index("--node-rank") + 1] == "1" and launch[launch.index("--nproc-per-node") + 1] == "8"
     assert config.rollout.servers.urls == ["http://a:1", "http://b:2"] and config.rollout.servers.args == {}
@@ -152,6 +161,7 @@ def test_colocated_servers_share_every_gpu_with_the_training_ranks(started):
 
 def test_long_responses_on_two_nodes(started):
     nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "CONTEXT": "4", "MAX_RESPONSE": "32768"}
+    nodes |= {"LORA_RANK": "0"}
     _, config = started(RUN_8B, ROLLOUT_URLS="http://a:1", **nodes)
     assert (config.parallel.context, config.parallel.tensor, config.check_world(16)) == (4, 4, 1)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
@@ -163,7 +173,8 @@ def test_dry_run_is_one_process_for_every_rank(tmp_path):
     done = run(RUN_4B, "--dry-run", NNODES="4", NODE_RANK="3", MASTER_ADDR="10.0.0.1", OUTPUT=str(tmp_path / "run"),
                **TINY, MAX_RESPONSE="200")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("layout      16 ranks = TP 2 x PP 1 x DP 8, sequence parallel") == 1
+    assert done.stdout.count("layout      16 ranks = TP 1 x PP 1 x DP 16, distributed optimizer") == 1
+    assert done.stdout.count("LoRA r 64, alpha 128, on q_proj") == 1
 
 
 def test_a_mixture_on_two_nodes(started):
@@ -171,6 +182,7 @@ def test_a_mixture_on_two_nodes(started):
     _, config = started(RUN_30B, **nodes)
     assert (config.parallel.tensor, config.parallel.expert, config.check_world(16)) == (4, 8, 4)
     assert started(RUN_30B)[1].rollout.servers.engines == 1  # of four GPUs
+    assert config.lora.rank == 0 and started(RUN_30B, LORA_RANK="64")[1].lora.targets == list(ATTENTION)
     with pytest.raises(BadArgument, match=r"parallel.expert = 3 does not divide the 16 ranks"):
         started(RUN_30B, **nodes, EXPERT="3")[1].check_world(16)
 

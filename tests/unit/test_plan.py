@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 PROMPTS = [Prompt(Problem(str(i), "p", "a", "s"), [1] * (300 + i), [1] * (900 + i)) for i in range(1000)]
 GIB = 2**30
 # All weights are trained, in the layout for it; the configuration trains adapters.
-FULL = ["--lora.rank", "0", "--parallel.tensor", "4", "--parallel.recompute", "true"]
+FULL = ["--lora.rank", "0", "--parallel.tensor", "4", "--parallel.sequence_parallel", "true"]
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_512_ranks_in_one_process(model, tmp_path):
                  tmp_path / "run", "--data.evaluation", "examples/tiny/heldout.jsonl"]  # fmt: skip
     command = [sys.executable, "-m", "megatron_egrsd.cli", "train", "--config",
                "examples/configs/qwen3_8b_cl_egrsd.yaml", *arguments, "--dry-run", "--world-size", "512",
-               "--gpu-memory", "80GB", "--checkpoint.every", "0", "--rollout.rollouts_per_prompt", "8",
+               "--gpu-memory", "80GB", "--checkpoint.every", "0", *FULL, "--rollout.rollouts_per_prompt", "8",
                "--rollout.max_response_tokens", "8192"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
     room = shutil.disk_usage(tmp_path).free > 16 * GIB  # for the final model
