@@ -1,15 +1,19 @@
 """The SGLang servers of a run: every node's first rank launches its own, and rank 0 speaks to all of them."""
 
+import functools
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from megatron_egrsd.config import ModelConfig, RolloutConfig
+from megatron_egrsd.config import ModelConfig, RolloutConfig, ServersConfig
 from megatron_egrsd.engine.distributed import on_first_rank, on_first_rank_while
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.fleet.nodes import Nodes
+from megatron_egrsd.hf.adapter_file import peft_config
 from megatron_egrsd.rollout.process_group import address_towards
+from megatron_egrsd.rollout.server_command import lora_arguments
 from megatron_egrsd.rollout.servers import RolloutServers
 from megatron_egrsd.rollout.transports import NamedTensors
 from megatron_egrsd.rollout.weight_sync import WeightSync
@@ -30,6 +34,7 @@ class Fleet:
         self.nodes = Nodes(timeout)
         self.servers: RolloutServers | None = None
         self.sync: WeightSync | None = None
+        self.version: int | None = None  # of the last push
 
     def start(self, seed: int) -> None:
         """Launch `engines` servers on every node, or attach to `rollout.servers.urls`, and await their health.
@@ -39,7 +44,7 @@ class Fleet:
 
         Raises the errors of RolloutServers, on every rank; `close` ends servers that were started.
         """
-        config, logs = self.config.servers, self.output / "logs"
+        config, logs, adapter = self._server_settings(), self.output / "logs", self._adapter()
         several = len(self.nodes) > 1 and not config.urls
         key = on_first_rank(lambda: secrets.token_hex(16)) if several and not config.api_key_variable else ""
 
@@ -57,7 +62,7 @@ class Fleet:
             self.servers.attach([url for urls in launched[1:] for url in urls])
 
         def connect() -> None:
-            self.sync = WeightSync(self.servers, self.config.sync, self.engine.device, self.output)
+            self.sync = WeightSync(self.servers, self.config.sync, self.engine.device, self.output, adapter)
 
         if self.config.sync.transport == "ipc":
             self.nodes.each(connect)
@@ -67,24 +72,56 @@ class Fleet:
     def push(self, version: int) -> None:
         """Send the engine's weights to every server; compare them there if `rollout.sync.verify` is set.
 
+        With adapters, servers that have the weights of the last push get those that have changed since, or the adapters
+        alone (`rollout.sync.lora`).
+
         Raises ServersLost if a server did not get them: call `mark_lost` and `recover`, and try again. Raises RunError
         if a server refused, cannot be started again, or holds other weights.
         """
         abandoned = on_first_rank(lambda: self.servers.abandoned)  # only rank 0 knows
         if self.servers is not None:
             self.servers.abandoned = abandoned
-        self._send(lambda weights: self.sync.push(weights, version))
+        if self._adapter():
+            self._send(lambda tensors: self.sync.push(tensors, version), self.engine.export_adapter)
+            return
+        export = functools.partial(self.engine.export_weights, adapted_only=self._hold_the_rest())
+        self._send(lambda weights: self.sync.push(weights, version), export)
+        self.version = version
         if self.config.sync.verify:
-            self._send(lambda weights: self.sync.verify(weights))
+            self._send(lambda weights: self.sync.verify(weights), self.engine.export_weights)
 
-    def _send(self, receive: Callable[[NamedTensors], object]) -> None:
-        """Stream the weights to `receive` on rank 0; by "ipc", on the first rank of every node."""
+    def _send(self, receive: Callable[[NamedTensors], object], export: Callable[..., Iterator]) -> None:
+        """Stream what the engine exports to `receive` on rank 0; by "ipc", on the first rank of every node."""
         if self.config.sync.transport == "ipc":
-            weights = self.engine.export_weights(placeholders=True)
-            weights = self.nodes.share(weights, self.engine.device, self.config.sync.bucket_mib << 20)
-            self.nodes.each_while(receive, weights)
+            tensors = self.nodes.share(export(placeholders=True), self.engine.device, self.config.sync.bucket_mib << 20)
+            self.nodes.each_while(receive, tensors)
         else:
-            on_first_rank_while(receive, self.engine.export_weights())
+            on_first_rank_while(receive, export())
+
+    def _adapter(self) -> dict[str, Any] | None:
+        """Return adapter_config.json if the servers get adapters, None if they get weights."""
+        by_sglang = self.engine.adapter is not None and self.config.sync.lora == "adapter"
+        return peft_config(self.engine.adapter, self.model.path) if by_sglang else None
+
+    def _server_settings(self) -> ServersConfig:
+        """Return `rollout.servers`, with the arguments of SGLang's LoRA if the servers get adapters."""
+        settings = self.config.servers
+        if not self._adapter():
+            return settings
+        spec, device = self.engine.adapter, self.engine.device.type
+        return replace(settings, args=lora_arguments(spec.rank, spec.targets, device) | settings.args)
+
+    def _hold_the_rest(self) -> bool:
+        """Return whether the servers have all weights of the last push, so that those with adapters are enough.
+
+        Colocated servers have given them up, and one that was started again serves another version.
+        """
+        version = self.version
+        if version is None or self.engine.adapter is None or self.config.servers.colocated:
+            return False
+        if self.config.sync.transport == "ipc":
+            return all(self.nodes.each(lambda: self.sync.serves(version)))
+        return on_first_rank(lambda: self.sync.serves(version))
 
     def mark_lost(self, reason: str) -> None:
         """Count all servers as lost: a push in which one did not take part leaves the others half done."""

@@ -23,6 +23,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.history = self.path / checkpoint.HISTORY
         self.model = self.path / "hf"
+        self.adapter = self.path / "adapter"
         self.frontier = self.path / "frontier.png"
 
     def checkpoint_to_resume(self) -> Path | None:
@@ -37,7 +38,7 @@ class RunDirectory:
         """Rename outputs written after `step`, so that the resumed run can write them again. Nothing is deleted."""
         dumps = [p for kind in ("rollouts", "scores", "skipped") for p in self.path.glob(f"{kind}/step_*.jsonl")]
         stale = [p for p in dumps if int(p.stem.removeprefix("step_")) > step]
-        again = [p for pattern in ("hf", "metrics.jsonl", "logs/*.log") for p in self.path.glob(pattern)]
+        again = [p for pattern in ("hf", "adapter", "metrics.jsonl", "logs/*.log") for p in self.path.glob(pattern)]
         for left in [*stale, *again]:
             left.rename(left.with_name(f"{left.name}.before-{time.time_ns()}"))
 

@@ -14,6 +14,7 @@ from megatron_egrsd.engine.distributed import on_first_rank, on_first_rank_while
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.evaluation.summary import summarize_rollouts
+from megatron_egrsd.hf.adapter_file import save_adapter
 from megatron_egrsd.hf.checkpoint import save_hf
 from megatron_egrsd.learn import Record
 from megatron_egrsd.objectives.signal import History, shaped_rewards
@@ -90,7 +91,8 @@ class Session:
         """Return the step to continue from, after giving its weights to servers that hold others."""
         if self.resumed is not None:
             self.rollouts.placement.enter("training")
-        if self.resumed is not None or self.config.rollout.servers.urls:  # the user's servers may hold any weights
+        # The user's servers may hold any weights, and those of the run hold model.path without lora.init.
+        if self.resumed is not None or self.config.rollout.servers.urls or self.config.lora.init:
             self.push_weights(self.begin.step)
         return self.begin.step
 
@@ -122,17 +124,14 @@ class Session:
         return type(error)(f"{error}; resumable: step {step} is saved in {path}, --resume auto continues")
 
     def finish(self) -> None:
-        """Write the final Hugging Face checkpoint and the plot, and print the table."""
+        """Write the final Hugging Face checkpoint, the adapter and the plot, and print the table."""
         self.rollouts.placement.enter("training")
-        model, target = self.config.model.path, self.directory.model
-        on_first_rank_while(lambda weights: save_hf(weights, model, target), self.engine.export_weights())
-        if self.engine.is_first_rank:
-            self.log.message(f"model {target}")
-            if self.evaluations:
-                plot_frontier(self.evaluations, self.directory.frontier)
-                self.log.message(f"plot  {self.directory.frontier}")
-                if len(self.evaluations) > 1:
-                    self.log.message(summary_table(self.evaluations[0], self.evaluations[-1]))
+        _export(self)
+        if self.engine.is_first_rank and self.evaluations:
+            plot_frontier(self.evaluations, self.directory.frontier)
+            self.log.message(f"plot  {self.directory.frontier}")
+            if len(self.evaluations) > 1:
+                self.log.message(summary_table(self.evaluations[0], self.evaluations[-1]))
 
     # -- one step -------------------------------------------------------------------------------------------------
 
@@ -188,6 +187,18 @@ class Session:
             result = summarize_rollouts(rollouts)
             self.evaluations.append(result | {"step": step})
             self.log.evaluation(step, result)
+
+
+def _export(session: Session) -> None:
+    """Write the final model and, as `lora.export` says, the adapter."""
+    engine, base, export = session.engine, session.config.model.path, session.config.lora.export
+    spec, model, adapter = engine.adapter, session.directory.model, session.directory.adapter
+    if spec is None or export != "adapter":
+        on_first_rank_while(lambda weights: save_hf(weights, base, model), engine.export_weights())
+        session._say(f"model {model}")
+    if spec is not None and export != "merged":
+        on_first_rank_while(lambda tensors: save_adapter(tensors, spec, base, adapter), engine.export_adapter())
+        session._say(f"adapter {adapter}")
 
 
 def _recorder(session: Session, step: int, rollouts: list[Rollout]) -> Record:
