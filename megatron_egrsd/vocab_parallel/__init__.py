@@ -9,6 +9,7 @@ from megatron_egrsd.vocab_parallel.cross_entropy import cross_entropy
 from megatron_egrsd.vocab_parallel.divergence import Divergence, divergence
 from megatron_egrsd.vocab_parallel.gather import gather_log_probs, log_softmax
 from megatron_egrsd.vocab_parallel.linear import linear_log_prob_and_entropy, linear_token_statistics
+from megatron_egrsd.vocab_parallel.linear_divergence import linear_divergence
 from megatron_egrsd.vocab_parallel.log_prob import (
     LogRatio,
     TokenStatistics,
@@ -27,6 +28,7 @@ __all__ = [
     "cross_entropy",
     "divergence",
     "gather_log_probs",
+    "linear_divergence",
     "linear_log_prob_and_entropy",
     "linear_token_statistics",
     "log_prob_and_entropy",

@@ -64,7 +64,7 @@ def divergence(
     """
     shard = check_pair(teacher_logits, student_logits, group, vocab_size)
     form = check_form(kind, entry_clip, beta)
-    temperature = _number(temperature)
+    temperature = check_temperature(temperature)
     if inplace_backward and overlap(student_logits):
         raise ValueError(
             f"inplace_backward needs student_logits whose rows do not overlap, got strides {student_logits.stride()}"
@@ -105,7 +105,8 @@ def check_form(kind: str, entry_clip: float | None, beta: float) -> Form:
     return Form(kind, math.inf if entry_clip is None else entry_clip, beta)
 
 
-def _number(temperature: float) -> float:
+def check_temperature(temperature: float) -> float:
+    """Return `temperature`; raises ValueError unless it is a number above zero."""
     if isinstance(temperature, torch.Tensor):
         raise ValueError("temperature must be a number here, not a tensor")
     return prepare_temperature(temperature, torch.Size())

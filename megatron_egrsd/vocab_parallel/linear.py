@@ -79,7 +79,7 @@ def linear_token_statistics(
                        64 MiB (CPU), 1 GiB (CUDA). Each micro-batch in flight in a pipeline holds as much
     The other arguments and the errors are those of `token_statistics`.
     """
-    _check_operands(hidden, weight, chunk_size, logits_dtype, grad_dtype)
+    check_operands(hidden, weight, chunk_size, logits_dtype, grad_dtype)
     if keep_bytes is not None and keep_bytes < 0:
         raise ValueError(f"keep_bytes must not be negative, got {keep_bytes}")
     if sequence_parallel and not reduce_hidden_grad:
@@ -143,7 +143,8 @@ def chunk_plan(
     return chunk_size, keep_bytes // max(1, tokens * chunk_size * itemsize)
 
 
-def _check_operands(hidden, weight, chunk_size, logits_dtype, grad_dtype) -> None:
+def check_operands(hidden, weight, chunk_size, logits_dtype, grad_dtype=None) -> None:
+    """Raise ValueError unless the operands of an LM head fit each other and the dtypes are fp32 or theirs."""
     if hidden.dim() < 1 or hidden.dtype not in LOGIT_DTYPES:
         raise ValueError(f"hidden must be [..., D] fp32, bf16 or fp16, got {hidden.dtype} {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:

@@ -66,3 +66,47 @@ def test_shards_agree_with_one(ranks):
         assert bool((joined[..., VOCAB:] == 0).all())
         forward = 1 if name.startswith(("forward,", "reverse,")) else 2
         assert all(part[name][3] == forward and part[name][4] == 0 for part in parts), name
+
+
+def _linear(rank, world_size):
+    """Return values and the student's gradients of the linear form, plain and with sequence parallelism."""
+    import torch.distributed as dist
+
+    from megatron_egrsd.vocab_parallel import linear_divergence
+
+    group = None
+    if world_size > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+        group = dist.group.WORLD
+    g = torch.Generator().manual_seed(0)
+    teacher, hidden = torch.randn(2, 4, 3, 16, generator=g)
+    weight, out = torch.randn(COLUMNS, 16, generator=g).chunk(world_size)[rank].contiguous(), {}
+    for form in ("forward", "reverse", "jsd", "forward clipped"):
+        for sequence_parallel in (False, True):
+            inputs = (teacher, hidden)
+            if sequence_parallel:
+                inputs = tuple(x.chunk(world_size)[rank] for x in inputs)
+            mine, head = inputs[1].clone().requires_grad_(), weight.clone().requires_grad_()
+            value, _ = linear_divergence(
+                inputs[0], head, mine, head, group=group, vocab_size=VOCAB, chunk_size=100,
+                sequence_parallel=sequence_parallel, **FORMS[form],
+            )  # fmt: skip
+            value.sum().backward()
+            out[form, sequence_parallel] = (value.detach(), mine.grad, head.grad)
+    if world_size > 1:
+        dist.destroy_process_group()
+    file = io.BytesIO()
+    torch.save(list(out.values()), file)
+    return file.getvalue()
+
+
+@pytest.mark.heavy
+def test_the_linear_form_agrees_with_one_shard():
+    one = torch.load(io.BytesIO(_linear(0, 1)), weights_only=True)
+    parts = [torch.load(io.BytesIO(x), weights_only=True) for x in run_ranks(_linear, 2)]
+    for i, (value, hidden_grad, weight_grad) in enumerate(one):
+        values, hidden_grads, weight_grads = zip(*(part[i] for part in parts), strict=True)
+        assert all(torch.allclose(x, value, rtol=2e-6, atol=1e-6) for x in values)
+        joined = torch.cat(hidden_grads) if i % 2 else hidden_grads[1]
+        assert (joined - hidden_grad).norm() <= 2e-6 * hidden_grad.norm()
+        assert (torch.cat(weight_grads) - weight_grad).norm() <= 2e-6 * weight_grad.norm()

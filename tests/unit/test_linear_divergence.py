@@ -1,0 +1,77 @@
+"""The divergence of two LM heads without logits against fp64, chunk by chunk."""
+
+import pytest
+import torch
+
+from megatron_egrsd.vocab_parallel import linear_divergence, pair_ops
+from tests.unit.divergence_cases import FORMS, FULL, fp64
+from tests.unit.test_divergence import implementation  # noqa: F401 - a fixture
+from tests.unit.test_vocab_parallel import LargestTensor
+
+
+def operands(shared: bool, tokens=(3, 5), vocab=200):
+    g = torch.Generator().manual_seed(0)
+    student_weight = torch.randn(vocab, 16, generator=g)
+    teacher_weight = student_weight if shared else torch.randn(vocab, 24, generator=g)
+    teacher_hidden = torch.randn(*tokens, teacher_weight.shape[1], generator=g)
+    return teacher_hidden, teacher_weight, torch.randn(*tokens, 16, generator=g).requires_grad_(), student_weight
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("chunk_size", [1, 48, 1000])
+@pytest.mark.parametrize("form", FULL)
+def test_equals_fp64(implementation, form, chunk_size, shared):  # noqa: F811
+    teacher_hidden, teacher_weight, hidden, weight = operands(shared)
+    weight = weight.requires_grad_()
+    arguments = dict(vocab_size=180, temperature=1.3, **FORMS[form])
+    teacher_weight = weight if shared else teacher_weight
+    value, entropy = linear_divergence(
+        teacher_hidden, teacher_weight, hidden, weight, chunk_size=chunk_size, **arguments
+    )
+    g = torch.linspace(-1, 1, 15).view(3, 5)
+    (value * g).sum().backward()
+    teacher = teacher_hidden.double() @ teacher_weight.detach().double().T
+    student = hidden.detach().double() @ weight.detach().double().T
+    expected, expected_entropy, exact, _ = fp64(teacher, student, g, **arguments)
+    assert ((value - expected).abs() <= 5e-6 * (1 + expected.abs())).all()
+    assert ((entropy - expected_entropy).abs() <= 1e-5).all()
+    for got, want in (
+        (hidden.grad, exact @ weight.detach().double()),
+        (weight.grad, torch.einsum("abv,abd->vd", exact, hidden.detach().double())),
+    ):
+        assert (got.double() - want).norm() <= 5e-6 * want.norm()
+    assert bool((weight.grad[180:] == 0).all())
+
+
+@pytest.mark.skipif(not pair_ops.compiled(torch.device("cpu")), reason="the kernels are not built")
+@pytest.mark.parametrize("form", ["forward", "jsd"])
+@pytest.mark.parametrize("vocab", [4096, 32768])
+def test_one_chunk_of_both_is_held_whatever_the_vocabulary(vocab, form):
+    inputs = operands(False, (32,), vocab)
+    largest = LargestTensor()
+    largest.ignore(*inputs)
+    with largest:
+        value, _ = linear_divergence(*inputs, chunk_size=512, **FORMS[form])
+        torch.autograd.grad(value.sum(), inputs[2])
+    assert largest.numel == 2 * 32 * 512
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (1,)])
+def test_no_tokens_and_one(implementation, shape):  # noqa: F811
+    inputs = operands(False, shape)
+    value, entropy = linear_divergence(*inputs, kind="jsd", chunk_size=64)
+    value.sum().backward()
+    assert value.shape == entropy.shape == shape and inputs[2].grad.shape == inputs[2].shape
+
+
+def test_bad_operands_are_named():
+    teacher_hidden, teacher_weight, hidden, weight = operands(False)
+    for inputs, message in (
+        ((teacher_hidden[:1], teacher_weight, hidden, weight), "must have the same tokens"),
+        ((teacher_hidden, teacher_weight[:100], hidden, weight), "one vocabulary"),
+        ((teacher_hidden, weight, hidden, weight), r"weight must be \[V, 24\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_divergence(*inputs, kind="forward_kl")
+    with pytest.raises(ValueError, match="kind must be"):
+        linear_divergence(teacher_hidden, teacher_weight, hidden, weight, kind="kl")
