@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_egrsd.config import ModelConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.config import LoraConfig, ModelConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.memory import Placement
@@ -107,6 +107,7 @@ LAYOUTS = {
     "CP2": (2, "float32", {"context": 2}, False, "live"),
     "CP2 distributed optimizer": (2, "bfloat16", {"context": 2, "distributed_optimizer": True}, True, "ema"),
     "experts EP2": (2, "bfloat16", {"expert": 2, "distributed_optimizer": True}, False, "frozen"),
+    "LoRA TP2 SP": (2, "bfloat16", {"tensor": 2, "sequence_parallel": True}, True, "snapshot"),
 }
 
 
@@ -127,6 +128,7 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
         model=ModelConfig(path=str(model), dtype=dtype),
         parallel=ParallelConfig(max_tokens_per_microbatch=1200, **parallel),
         teacher=TeacherConfig(weights=teacher),
+        lora=LoraConfig(rank=16 * ("LoRA" in name)),
         max_log_prob_difference=100.0,  # the rollouts are made up
     )
     for rank, (resident, peak, tokens, stage) in enumerate(
@@ -135,6 +137,8 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
         arch = Architecture.from_pretrained(model)
         predicted = memory_of_stages(config, arch, ranks, Placement(False, False), tokens)[stage]
         expected = dict(predicted.resident)
+        if "LoRA" in name:
+            expected["weights"] = expected.pop("frozen weights") + expected.pop("adapters")
         expected["teacher"] = expected.pop(f"teacher ({teacher})", 0) + expected.pop("initial weights (KL)", 0)
         assert resident == expected, f"rank {rank}"
         phases = {k: sum(v.values()) for k, v in predicted.phases.items() if k != "weight sync"}
