@@ -49,6 +49,7 @@ _STARTING_NUMBER = re.compile(
     rf"{_NUMBER.pattern}(?=\s+[A-Za-z]{{2,}}|[.,;*]*\s|[.,;*]*\Z|[.,;*\s]*[{LETTERS}。、]|\s?(?:°|\^\\circ)|</)"
 )
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}[\s,]|\n")  # a word that is not a LaTeX command
+_DENIED = re.compile(r"not\b(?:.{0,80}?\bbut\b(?: rather)?(\s+))?", re.IGNORECASE)  # the answer is not 4; not 4 but 5
 _VERB = re.compile(r"(?<![\\A-Za-z])(?:is|are|equals|be)\b:?\s*")
 _BETWEEN = re.compile(  # text allowed between the parts of one list
     r"(?:[\s,;.$&]|\\[()\]\[]|\\q?quad\b|\\text ?\{ {0,9}(?:and|or)? {0,9}\}|\b(?:and|or)\b"
@@ -136,6 +137,8 @@ def _last_value(text: str) -> list[str]:
 def _read_statement(text: str) -> list[str]:
     """Return readings of the text after "the answer is": a value, or a sentence that has one."""
     line, formulas = _first_sentence(text)
+    if denied := _DENIED.match(line):
+        return _read_statement(line[denied.end() :]) if denied[1] else [line]
     if not _is_prose(line) and not formulas and not _CHOSEN.match(line):
         return [line] if line else []
     if values := _values_at_start(text):

@@ -79,7 +79,9 @@ _NOTHING = [
 ]
 _UNIT = re.compile(
     r"(-?[\d.,/ ]*\d(?:e[+-]?\d+)?%?\s?|.*(?:[\d})]|\\pi)\s)"  # 18 dollars, 5cm^2, \sqrt{3} square inches
-    rf"([{LATIN}]{{2,}}[{LATIN} .'/-]*(?:\^\{{?\d\}}?)?)"
+    rf"([{LATIN}]{{2,}}[{LATIN} .'/-]*(?:\^\{{?\d\}}?)?"
+    # 10 m/s^2
+    r"|(?:m|g|l|L|J|N|W|[kcm]?mol|[kcm]m|[km]g|m[lL]|k[JNW])/(?:s|h|hr|min|m|cm|k?g|l|L|mol|day)(?:\^\{?\d\}?)?)"
 )
 _NOT_A_UNIT = re.compile(
     rf"(?:pi|sqrt|sin|cos|tan|log|ln|exp|or|and|to|mod|am|pm|{_OPERATIONS})(?![A-Za-z])", re.IGNORECASE

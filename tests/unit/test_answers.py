@@ -17,6 +17,9 @@ RIGHT = [
     ("The answer is 18.", "#### 18"),
     ("A: 18", "so\n#### 18"),
     (r"\boxed{1,234}", "1234"),
+    (r"\boxed{10 m/s}", "10"),
+    (r"\boxed{9.8\text{ m/s}^2}", "9.8"),
+    ("The answer is not 4 but 5.", "5"),
     ("$1,234.00", "#### 1,234"),
     ("It is 07", "7"),
     ("7", "07"),
@@ -190,6 +193,9 @@ RIGHT = [
 ]
 
 WRONG = [
+    ("The answer is not 4.", "4"),
+    ("The answer is not 4 but 5.", "4"),
+    (r"\boxed{2 m/n}", "2"),
     ("41", "42"),
     (r"\boxed{2}", r"2\pi"),
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{3}"),
