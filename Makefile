@@ -43,13 +43,17 @@ browser: install  ## headless Chromium for the tests of the pages
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/install_browser.sh $(VENV)
 
 check: lint  ## lint and the unit tests that are quick: under two minutes
-	@$(RUN) python -m pytest tests/unit -m "not heavy and not slow"
+	@$(RUN) python -m pytest tests/unit -m "not heavy and not slow" -n 2 --dist loadfile
 
-test: install browser  ## every test that needs minutes, not more
-	@$(RUN) python -m pytest -m "not slow"
+# The unit tests are single processes and share the cores; the others start ranks and servers, and run one at a time.
+test: MARKED := -m "not slow"
+test test-all: install browser
+	@$(RUN) python -m pytest $(MARKED) tests/unit -n 2 --dist loadfile || unit=$$?; \
+	$(RUN) python -m pytest $(MARKED) --ignore tests/unit || others=$$?; \
+	exit $$(( $${unit:-0} | $${others:-0} ))
 
-test-all: install browser  ## the slow ones as well
-	@$(RUN) python -m pytest
+test:  ## every test that needs minutes, not more
+test-all:  ## the slow ones as well
 
 fuzz: install  ## 10^5 hostile inputs to everything that reads
 	@$(RUN) FUZZ_TOTAL=100000 python -m pytest tests/faults/test_fuzz.py --durations=5
