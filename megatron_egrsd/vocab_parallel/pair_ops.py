@@ -5,7 +5,9 @@ what needs the normalised probabilities; `gradient` reads both and writes one. T
 `csrc/common/divergence.h`.
 """
 
+import functools
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -40,8 +42,21 @@ class Form(NamedTuple):
 
 
 def compiled(device: torch.device) -> bool:
-    name = "cuda_pair_statistics" if device.type == "cuda" else "pair_statistics"
-    return ops.compiled(device) and hasattr(kernels._kernels, name)
+    """Return whether there are compiled kernels for this device; warns once if there are none."""
+    if device.type == "cuda" and not hasattr(kernels._kernels, "cuda_pair_statistics"):
+        _warn_of_cuda()
+        return False
+    return ops.compiled(device)
+
+
+@functools.cache
+def _warn_of_cuda() -> None:
+    warnings.warn(
+        "megatron_egrsd.vocab_parallel: the divergences have no CUDA kernels yet; using plain torch in fp64, which is "
+        "many times slower",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def statistics(
