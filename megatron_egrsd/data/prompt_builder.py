@@ -32,7 +32,7 @@ class PromptBuilder:
         if max_response_tokens >= context_length:
             raise BadArgument(
                 f"rollout.max_response_tokens = {max_response_tokens} leaves no room for a prompt in "
-                f"the model's context of {context_length} tokens"
+                f"the model's context of {context_length} tokens; set a smaller one"
             )
         self.tokenizer = tokenizer
         self.config = config
