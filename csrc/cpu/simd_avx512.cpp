@@ -3,7 +3,10 @@
 #include "scalar.h"
 
 #if defined(__x86_64__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of its own _mm512_undefined_pd
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 #include "divergence_kernels.h"
