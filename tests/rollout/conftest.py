@@ -67,6 +67,7 @@ def model(model_directory) -> ModelConfig:
 
 @pytest.fixture(scope="package")
 def servers(model, tmp_path_factory):
+    """One server for all tests; those that change its weights are in test_weight_sync*.py, which run last."""
     with RolloutServers(servers_config(), model, 0, tmp_path_factory.mktemp("logs")) as running:
         yield running
 
