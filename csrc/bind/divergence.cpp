@@ -5,20 +5,15 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <vector>
 
 #include "../cpu/divergence.h"
+#include "address.h"
 #include "parallel.h"
 
 namespace py = pybind11;
 
 namespace egrsd {
 namespace {
-
-using Address = uintptr_t;
-
-template <class T>
-T* at(Address address) { return reinterpret_cast<T*>(address); }
 
 using Layout = std::array<int64_t, 3>;  // inner rows, outer stride, inner stride
 
@@ -39,35 +34,9 @@ PairGradient gradient_of(Address data, const Layout& layout, Address sums, Addre
           at<const float>(grad_value)};
 }
 
-// Calls sum(row, row + rows of the piece, first column, last column, result) over the threads: some of the rows each,
-// or if there are too few rows, parts of rows, whose results `add` puts together.
-template <class Result, class Sum, class Add>
-void by_rows(const Pair& pair, int threads, Result* out, const Sum& sum, const Add& add) {
-  constexpr int64_t kSmallestPart = 4096;
-  const int64_t rows = pair.rows, valid = pair.valid;
-  const int64_t wanted = rows >= 4 * threads || rows == 0 ? 1 : (4 * threads + rows - 1) / rows;
-  const int64_t parts = std::max<int64_t>(1, std::min(wanted, valid / kSmallestPart));
-  if (parts == 1) {
-    parallel_for(rows, threads, [&](int64_t first, int64_t last) { sum(first, last, 0, valid, out + first); });
-    return;
-  }
-  const int64_t width = (valid + parts - 1) / parts;
-  std::vector<Result> pieces(rows * parts);
-  parallel_for(rows * parts, threads, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t row = i / parts, column = i % parts * width;
-      sum(row, row + 1, column, std::min(column + width, valid), &pieces[i]);
-    }
-  });
-  for (int64_t row = 0; row < rows; ++row) {
-    out[row] = pieces[row * parts];
-    for (int64_t k = 1; k < parts; ++k) out[row] = add(out[row], pieces[row * parts + k]);
-  }
-}
-
 void pair_statistics(const Pair& pair, bool other_entropy, int threads, Address out) {
   by_rows(
-      pair, threads, at<PairStatistics>(out),
+      pair.rows, pair.valid, threads, at<PairStatistics>(out),
       [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, PairStatistics* result) {
         cpu::pair_statistics(pair, other_entropy, r0, r1, c0, c1, result);
       },
@@ -87,7 +56,7 @@ void combine_pairs(Address parts, int64_t ranks, int64_t rows, double inverse_te
   const PairStatistics* part = at<const PairStatistics>(parts);
   for (int64_t i = 0; i < rows; ++i) {
     const PairSums sums = merged_over_parts(part + i, ranks, rows, inverse_temperature);
-    const PairValues values = pair_values(sums, student_first);
+    const PairValues values = pair_values(sums, inverse_temperature, student_first);
     at<PairScale>(scale)[i] = values.scale;
     at<float>(divergence)[i] = values.divergence;
     at<float>(teacher_entropy)[i] = values.teacher_entropy;
@@ -96,7 +65,7 @@ void combine_pairs(Address parts, int64_t ranks, int64_t rows, double inverse_te
 
 void entry_sums(const Pair& pair, const Entries& entries, int threads, Address out) {
   by_rows(
-      pair, threads, at<EntrySums>(out),
+      pair.rows, pair.valid, threads, at<EntrySums>(out),
       [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, EntrySums* result) {
         cpu::entry_sums(pair, entries, r0, r1, c0, c1, result);
       },

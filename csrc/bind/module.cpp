@@ -4,9 +4,9 @@
 
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "../cpu/kernels.h"
+#include "address.h"
 #include "divergence.h"
 #include "parallel.h"
 #ifdef EGRSD_CUDA
@@ -17,11 +17,6 @@ namespace py = pybind11;
 
 namespace egrsd {
 namespace {
-
-using Address = uintptr_t;  // 0 stands for a tensor that is not given
-
-template <class T>
-T* at(Address address) { return reinterpret_cast<T*>(address); }
 
 Logits logits_of(Address data, int dtype, int64_t inner_rows, int64_t outer_stride, int64_t inner_stride, int64_t rows,
                  int64_t columns, int64_t valid, int64_t vocab_start, Address target, Address temperature,
@@ -37,30 +32,12 @@ Gradient gradient_of(Address data, int64_t inner_rows, int64_t outer_stride, int
 }
 
 void statistics(const Logits& logits, int threads, Address out) {
-  Statistics* result = at<Statistics>(out);
-  const int64_t rows = logits.rows, valid = logits.valid;
-  // Each thread gets some of the rows; if there are too few rows, each gets parts of rows.
-  constexpr int64_t kSmallestPart = 4096;
-  const int64_t wanted = rows >= 4 * threads || rows == 0 ? 1 : (4 * threads + rows - 1) / rows;
-  const int64_t parts = std::max<int64_t>(1, std::min(wanted, valid / kSmallestPart));
-  if (parts == 1) {
-    parallel_for(rows, threads, [&](int64_t first, int64_t last) {
-      cpu::statistics(logits, first, last, 0, valid, result + first);
-    });
-    return;
-  }
-  const int64_t width = (valid + parts - 1) / parts;
-  std::vector<Statistics> pieces(rows * parts);
-  parallel_for(rows * parts, threads, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t row = i / parts, column = i % parts * width;
-      cpu::statistics(logits, row, row + 1, column, std::min(column + width, valid), &pieces[i]);
-    }
-  });
-  for (int64_t row = 0; row < rows; ++row) {
-    result[row] = pieces[row * parts];
-    for (int64_t k = 1; k < parts; ++k) result[row] = merged(result[row], pieces[row * parts + k]);
-  }
+  by_rows(
+      logits.rows, logits.valid, threads, at<Statistics>(out),
+      [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, Statistics* result) {
+        cpu::statistics(logits, r0, r1, c0, c1, result);
+      },
+      [](const Statistics& a, const Statistics& b) { return merged(a, b); });
 }
 
 void combine(Address parts, int64_t ranks, int64_t rows, Address whole, Address log_prob, Address entropy,

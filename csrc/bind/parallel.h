@@ -49,4 +49,29 @@ void parallel_for(int64_t count, int threads, const Body& body) {
   for (std::thread& other : others) other.join();
 }
 
+// Calls sum(row, row + rows of the piece, first column, last column, result) over the threads: some of the rows each,
+// or if there are too few rows, parts of rows, whose results `add` puts together.
+template <class Result, class Sum, class Add>
+void by_rows(int64_t rows, int64_t valid, int threads, Result* out, const Sum& sum, const Add& add) {
+  constexpr int64_t kSmallestPart = 4096;
+  const int64_t wanted = rows >= 4 * threads || rows == 0 ? 1 : (4 * threads + rows - 1) / rows;
+  const int64_t parts = std::max<int64_t>(1, std::min(wanted, valid / kSmallestPart));
+  if (parts == 1) {
+    parallel_for(rows, threads, [&](int64_t first, int64_t last) { sum(first, last, 0, valid, out + first); });
+    return;
+  }
+  const int64_t width = (valid + parts - 1) / parts;
+  std::vector<Result> pieces(rows * parts);
+  parallel_for(rows * parts, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t row = i / parts, column = i % parts * width;
+      sum(row, row + 1, column, std::min(column + width, valid), &pieces[i]);
+    }
+  });
+  for (int64_t row = 0; row < rows; ++row) {
+    out[row] = pieces[row * parts];
+    for (int64_t k = 1; k < parts; ++k) out[row] = add(out[row], pieces[row * parts + k]);
+  }
+}
+
 }  // namespace egrsd

@@ -97,10 +97,11 @@ EGRSD_HOST_DEVICE PairSums merged_over_parts(const PairStatistics* part, int64_t
   return sums;
 }
 
-// ln(A / B), precise if A and B are close.
-EGRSD_HOST_DEVICE double log_total_ratio(const PairSums& s) {
-  const double change = (s.excess - s.weighted) / s.total;
-  return fabs(change) < 0.5 ? -log1p(change) : log(s.total / s.other_total);
+// Whether A and B are so close that B / A - 1 is better known from G and M than from A and B.
+EGRSD_HOST_DEVICE bool close(const PairSums& s) { return s.excess + fabs(s.weighted) < 0.5 * s.total; }
+
+EGRSD_HOST_DEVICE double log_total_ratio(const PairSums& s) {  // ln(A / B)
+  return close(s) ? -log1p((s.excess - s.weighted) / s.total) : log(s.total / s.other_total);
 }
 
 struct PairResult {
@@ -110,7 +111,7 @@ struct PairResult {
 
 EGRSD_HOST_DEVICE PairResult finish(const PairSums& s) {
   const double log_ratio = log_total_ratio(s), change = (s.excess - s.weighted) / s.total;
-  double divergence = fabs(change) < 0.5 ? s.excess / s.total - (change + log_ratio) : s.weighted / s.total - log_ratio;
+  double divergence = close(s) ? s.excess / s.total - (change + log_ratio) : s.weighted / s.total - log_ratio;
   if (s.weighted == INFINITY) divergence = INFINITY;
   const double entropy = log(s.total) - s.entropy / s.total;
   const double other_entropy = log(s.other_total) - s.other_entropy / s.other_total;
@@ -180,14 +181,23 @@ struct PairValues {
   PairScale scale;  // in the roles of Entries
 };
 
-EGRSD_HOST_DEVICE PairValues pair_values(const PairSums& s, bool student_first) {
+EGRSD_HOST_DEVICE PairValues pair_values(const PairSums& s, double inverse_temperature, bool student_first) {
   const PairResult r = finish(s);
-  const float scale = float(1 / s.total), other_scale = float(1 / s.other_total);
-  const float log_ratio = float(kLog2e * r.log_ratio);
-  const float reference = float(s.reference), other_reference = float(s.other_reference);
-  if (student_first)
-    return {float(r.divergence), float(r.other_entropy), {other_reference, reference, other_scale, scale, -log_ratio}};
-  return {float(r.divergence), float(r.entropy), {reference, other_reference, scale, other_scale, log_ratio}};
+  double other_reference = s.other_reference, other_total = s.other_total, log_ratio = r.log_ratio;
+  // Where A and B are far apart, log2(q / p) of a column would be the small difference of large numbers. With the r' that
+  // makes them equal, up to its rounding, it is not.
+  if (fabs(log_ratio) > 0.5 && fabs(log_ratio) < INFINITY) {
+    other_reference = double(float(s.other_reference - log_ratio / inverse_temperature));
+    const double shift = (other_reference - s.other_reference) * inverse_temperature;
+    other_total *= exp(-shift);
+    log_ratio += shift;
+  }
+  const PairScale scale = {float(s.reference), float(other_reference), float(1 / s.total), float(1 / other_total),
+                           float(kLog2e * log_ratio)};
+  if (!student_first) return {float(r.divergence), float(r.entropy), scale};
+  return {float(r.divergence),
+          float(r.other_entropy),
+          {scale.other_reference, scale.reference, scale.other_scale, scale.scale, -scale.log_ratio}};
 }
 
 }  // namespace egrsd

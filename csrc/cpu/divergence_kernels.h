@@ -110,7 +110,7 @@ struct Divergence : PairColumns<S> {
     out.weighted = -out.weighted;
     if (!kOtherEntropy) out.other_total = out.total + out.excess - out.weighted;
     // Below a small B its difference has lost digits that B, and so the gradient, would miss.
-    if (whole && !(std::fabs(out.weighted) <= 64 * out.other_total)) return false;
+    if (whole && !(std::fabs(out.weighted) <= 16 * out.other_total)) return false;
     if (whole < n) out = merged(out, general_sums(t + whole, s + whole, n - whole, bits_per_logit, frame), 1.0);
     return out.entropy == out.entropy && out.other_entropy == out.other_entropy;  // the other sums may hide a NaN
   }

@@ -16,6 +16,7 @@ from megatron_egrsd.hf.adapters import AdapterSpec, adapter_shapes, adapter_spec
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.safetensors_file import DTYPES, SafetensorsWriter
 from megatron_egrsd.hf.staging import staged
+from megatron_egrsd.system.files import read_json_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -140,13 +141,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
         raise BadArgument(f"{path} holds no {CONFIG}, so it is not an adapter in PEFT's format")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadArgument(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise BadArgument(f"{file} is not a JSON object")
-    return config
+    return read_json_object(file)
 
 
 def _spec(config: dict[str, Any], file: Path) -> AdapterSpec:

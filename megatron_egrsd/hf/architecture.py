@@ -1,11 +1,11 @@
 """The architecture of a Qwen3 model, read from a Hugging Face config.json and checked."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.system.files import read_json_object
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,7 @@ class Architecture:
             raise BadArgument(f"the model directory {path} does not exist; give a local Hugging Face checkpoint")
         if not file.is_file():
             raise BadArgument(f"{path} holds no config.json, so it is not a Hugging Face checkpoint")
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BadArgument(f"{file} is not valid JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise BadArgument(f"{file} is not a JSON object")
-        return cls.from_config(config, str(file))
+        return cls.from_config(read_json_object(file), str(file))
 
     @classmethod
     def from_config(cls, config: dict, source: str = "config.json") -> "Architecture":

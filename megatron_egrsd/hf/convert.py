@@ -26,12 +26,11 @@ from megatron_egrsd.hf.megatron_checkpoint import (
     extra_states,
     megatron_shape,
     places,
-    read_json,
 )
 from megatron_egrsd.hf.safetensors_file import SHARD_BYTES, SafetensorsWriter
 from megatron_egrsd.hf.staging import check_absent, free_bytes, staged
 from megatron_egrsd.hf.torch_dist_writer import Object, Part, write_torch_dist
-from megatron_egrsd.system.files import check_outside, check_writable
+from megatron_egrsd.system.files import check_outside, check_writable, read_json_object
 
 RECORD = "conversion.json"
 
@@ -91,7 +90,7 @@ class ToHF:
         self.dtype = dtype or self.source_dtype
         self.shard_bytes = shard_bytes
         record = self.checkpoint.root / RECORD
-        stored = read_json(record).get("stores_tied_head") if like is None and record.is_file() else False
+        stored = read_json_object(record).get("stores_tied_head") if like is None and record.is_file() else False
         self.stores_tied_head = bool(stored) and self.architecture.tied_embeddings
         self.nbytes = weight_bytes(self.architecture, self.dtype)
 

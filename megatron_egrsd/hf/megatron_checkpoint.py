@@ -8,7 +8,6 @@ megatron-core stacks a tensor of every layer along a leading layer dimension, an
 decoder.layers.3.mlp.linear_fc2.weight is row 3 of decoder.layers.mlp.linear_fc2.weight [layers, H, F].
 """
 
-import json
 import re
 from argparse import Namespace
 from collections.abc import Iterator
@@ -286,14 +285,3 @@ def describe(arch: Architecture) -> str:
     tied = "tied" if arch.tied_embeddings else "untied"
     return (f"Qwen3 {kind}, {arch.num_parameters / 1e9:.2f}B parameters, {arch.num_layers} layers, "
             f"vocabulary {arch.vocab_size} ({tied})")  # fmt: skip
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object. Raises BadArgument if the file is something else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadArgument(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise BadArgument(f"{path} is not a JSON object")
-    return found

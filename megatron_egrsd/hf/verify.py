@@ -14,7 +14,8 @@ from megatron_egrsd.hf.byte_ranges import Advance, in_threads, pieces
 from megatron_egrsd.hf.checkpoint import HFCheckpoint, assets
 from megatron_egrsd.hf.convert import RECORD, record_of
 from megatron_egrsd.hf.mapping import Entry, entries, hf_shapes
-from megatron_egrsd.hf.megatron_checkpoint import SIDECAR, MegatronCheckpoint, places, read_json
+from megatron_egrsd.hf.megatron_checkpoint import SIDECAR, MegatronCheckpoint, places
+from megatron_egrsd.system.files import read_json_object
 
 
 def verify(
@@ -45,7 +46,7 @@ def verify(
     elif own:
         problems += _different_files(hf.path, megatron.like, dtype)
         expected = record_of(hf, dtype or hf.dtype())
-        if read_json(megatron.root / RECORD) != expected:
+        if read_json_object(megatron.root / RECORD) != expected:
             problems.append(f"{megatron.root / RECORD} is not {json.dumps(expected)}")
     megatron.architecture = hf.architecture
     structure = megatron.problems()
@@ -140,5 +141,5 @@ def _different_files(hf: Path, carried: Path, dtype: torch.dtype | None) -> list
 
 
 def _same_but_dtype(left: Path, right: Path) -> bool:
-    a, b = read_json(left), read_json(right)
+    a, b = read_json_object(left), read_json_object(right)
     return {k: v for k, v in a.items() if "dtype" not in k} == {k: v for k, v in b.items() if "dtype" not in k}

@@ -4,9 +4,11 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_egrsd.errors import BadArgument, RunError
 
@@ -104,6 +106,19 @@ def disk_error(error: OSError) -> str:
     if error.errno not in _OF_THE_DISK:
         return ""
     return f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises BadArgument if the file holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadArgument(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise BadArgument(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(content, dict):
+        raise BadArgument(f"{path} is not a JSON object")
+    return content
 
 
 def sha256(path: Path) -> str:

@@ -83,12 +83,18 @@ def combine(
     """Return the PairScale [N, 5], KL(first || second) [N] and the teacher's entropy [N]; fp32."""
     r_N, other_N, a_N, b_N, m_N, g_N, e_N, f_N = merge(parts_RN8, inverse_temperature).unbind(-1)
     change_N = (g_N - m_N) / a_N
-    near_N = change_N.abs() < 0.5
+    near_N = g_N + m_N.abs() < 0.5 * a_N
     log_ratio_N = torch.where(near_N, -change_N.clamp(-0.5, 0.5).log1p(), (a_N / b_N).log())
     value_N = torch.where(near_N, g_N / a_N - (change_N + log_ratio_N), m_N / a_N - log_ratio_N)
     value_N = value_N.masked_fill(m_N == math.inf, math.inf).clamp_min(0.0)
     entropy_N = (b_N.log() - f_N / b_N if student_first else a_N.log() - e_N / a_N).clamp_min(0.0)
-    scale = [r_N, other_N, 1 / a_N, 1 / b_N, log_ratio_N * math.log2(math.e)]
+    # The other reference that makes the two sums equal, as far as fp32 holds it: log2(q / p) then keeps its digits.
+    equal_N = (other_N - log_ratio_N / inverse_temperature).float().double()
+    far_N = (log_ratio_N.abs() > 0.5) & log_ratio_N.isfinite()
+    shift_N = torch.where(far_N, (equal_N - other_N) * inverse_temperature, 0.0)
+    other_N = equal_N.where(far_N, other_N)
+    log_ratio_N = log_ratio_N + shift_N
+    scale = [r_N, other_N, 1 / a_N, (shift_N - b_N.log()).exp(), log_ratio_N * math.log2(math.e)]
     if student_first:
         scale = [scale[1], scale[0], scale[3], scale[2], -scale[4]]
     return torch.stack(scale, dim=-1).float(), value_N.float(), entropy_N.float()

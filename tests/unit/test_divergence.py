@@ -98,6 +98,13 @@ def test_any_shape(rows, vocab, padding, scale, apart, offset, temperature, form
     check_any_shape(rows, vocab, padding, scale, apart, offset, temperature, form, dtype, misalignment, seed)
 
 
+@pytest.mark.parametrize("form", FULL)
+def test_distributions_of_two_columns_far_apart(implementation, form):
+    """KL is 69 to 137 nats, and what the two have in common is a column near the end of the range of logits."""
+    for seed in range(20):
+        check_any_shape(1, 2, 0, 0.01, 50.0, 0.0, 0.5, form, torch.float32, 0, seed)
+
+
 def check_any_shape(rows, vocab, padding, scale, apart, offset, temperature, form, dtype, misalignment, seed):
     g = torch.Generator().manual_seed(seed)
     memory = torch.full((2, rows, misalignment + vocab + padding + 5), math.nan, dtype=dtype)
