@@ -187,6 +187,10 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
   report RUN ...     the table before/after and the report page of a run, or of several compared
   report --tokens X  the token page of a run or scored dump: every token coloured by its weight
 """),
+    "watch": (_main_of("watch.command"), """\
+  watch OUTPUT       a run in this terminal while it goes on: progress, curves, one response with coloured tokens;
+                     --page: as a page that loads itself again
+"""),
     "prepare-data": (_main_of("preparation.command"), """\
   prepare-data FILE... --evaluation FILE -o TRAIN.jsonl
                      a training set in this project's schema, without the problems of evaluation sets

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from megatron_egrsd.errors import BadArgument, RunError
@@ -71,11 +72,15 @@ def save_rollouts(rollouts: list[Rollout], path: Path) -> None:
             file.write(json.dumps(asdict(rollout), ensure_ascii=False) + "\n")
 
 
-def load_rollouts(path: Path) -> list[Rollout]:
-    """Load rollouts of `save_rollouts`, executing nothing. Raises BadArgument, naming the line, if one is invalid."""
+def load_rollouts(path: Path, most: int | None = None) -> list[Rollout]:
+    """Load rollouts of `save_rollouts`, or the first `most` of them, executing nothing.
+
+    Raises BadArgument, naming the line, if one is invalid.
+    """
     path = Path(path)
     try:
-        lines = path.read_bytes().splitlines()
+        with path.open("rb") as file:
+            lines = list(islice(file, most))
     except OSError as error:
         raise BadArgument(f"{path} cannot be read: {error.strerror}") from None
     rollouts = []

@@ -20,22 +20,6 @@ _INK, _GREY, _FRAME, _GRID, _PALE = "#1d2125", "#5a6068", "#b0b4b8", "#e4e6e8", 
 # In the page these become the page's own light, dark and paper colours.
 _VARIABLES = {_INK: "var(--ink)", _GREY: "var(--muted)", _FRAME: "var(--line)", _GRID: "var(--line)"}
 
-TRAINING = [
-    ("accuracy", "share of right responses"),
-    ("response/length", "response length, tokens"),
-    ("response/truncated", "share cut off"),
-    ("optimizer/grad_norm", "gradient norm"),
-    ("batch/degenerate_share", "share without advantage"),
-    ("sync/log_prob_difference", "|log-prob SGLang − engine|, nats"),
-]
-GATE = [
-    ("student/entropy", "student entropy, nats"),
-    ("teacher/entropy", "teacher entropy, nats"),
-    ("weight/log_ratio", "gap δ = log p_T − log p_S, nats"),
-    ("gate/mean", "mean confidence ω"),
-    ("gate/closed_share", "share of tokens with ω < 1 − γ/2"),
-    ("weight/clip_share", "share of tokens with exp(Dδ) clipped"),
-]
 _PHASES = [
     ("time/generate", "generate"),
     ("time/score", "score"),

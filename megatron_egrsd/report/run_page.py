@@ -4,15 +4,29 @@ import math
 from pathlib import Path
 
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from megatron_egrsd.report import figures
 from megatron_egrsd.report.html import template
+from megatron_egrsd.report.panels import GATE, TRAINING
 from megatron_egrsd.report.runs import Run, accuracy_interval, value
 from megatron_egrsd.system.files import write_text
 
 
 def write_report(runs: list[Run], directory: Path) -> Path:
     """Write report.html and a PNG of each picture into `directory`, over older ones; returns the page's path."""
+    sections = []
+    for name, title, caption, figure in pictures(runs):
+        figures.save_png(figure, directory / f"{name}.png")
+        sections.append((name, title, caption, Markup(figures.to_svg(figure))))
+    page = directory / "report.html"
+    rows = [_summary(run) | {"colour": figures.COLOURS[i % len(figures.COLOURS)]} for i, run in enumerate(runs)]
+    write_text(page, template("report.html").render(runs=runs, rows=rows, sections=sections))
+    return page
+
+
+def pictures(runs: list[Run]) -> list[tuple[str, str, str, Figure]]:
+    """Return name, title, caption and figure of each picture that the runs have numbers for."""
     drawn = [
         (
             "frontier",
@@ -25,14 +39,14 @@ def write_report(runs: list[Run], directory: Path) -> Path:
             "training",
             "Training",
             "Over the rollouts of each training batch, at the sampling temperature.",
-            figures.curves(runs, figures.TRAINING),
+            figures.curves(runs, TRAINING),
         ),
         (
             "gate",
             "Entropy, ratio and gate",
             "Means over the trained tokens. A gate of 1 leaves a token its weight; it closes if the teacher is "
             "uncertain. The ratio is clipped if teacher and student differ by more than ε.",
-            figures.curves(runs, figures.GATE),
+            figures.curves(runs, GATE),
         ),
         (
             "time",
@@ -41,15 +55,7 @@ def write_report(runs: list[Run], directory: Path) -> Path:
             figures.time_spent(runs),
         ),
     ]
-    sections = []
-    for name, title, caption, figure in drawn:
-        if figure is not None:
-            figures.save_png(figure, directory / f"{name}.png")
-            sections.append((name, title, caption, Markup(figures.to_svg(figure))))
-    page = directory / "report.html"
-    rows = [_summary(run) | {"colour": figures.COLOURS[i % len(figures.COLOURS)]} for i, run in enumerate(runs)]
-    write_text(page, template("report.html").render(runs=runs, rows=rows, sections=sections))
-    return page
+    return [(name, title, caption, figure) for name, title, caption, figure in drawn if figure is not None]
 
 
 def _summary(run: Run) -> dict:

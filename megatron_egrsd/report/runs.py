@@ -36,25 +36,35 @@ def read_runs(paths: list[Path]) -> list[Run]:
     return [read_run(path, "/".join(full.parts[-depth:])) for path, full in zip(paths, resolved, strict=True)]
 
 
-def read_run(path: Path, name: str = "") -> Run:
+def read_run(path: Path, name: str = "", begun: bool = True) -> Run:
+    """Read the run in `path`. A last line that is still being written is left out.
+
+    Raises BadArgument for a line that is no metrics, and if there is nothing to read, unless `begun` is False.
+    """
     file = path / "metrics.jsonl"
+    if not file.is_file() and not begun:
+        return Run(name or path.resolve().name, _objective(path), [], [])
     if not file.is_file():
         raise BadArgument(f"{path} holds no metrics.jsonl; give the directory of a run (the `output` of its config)")
     steps: dict[int, dict] = {}
     evaluations: dict[int, dict] = {}
     prefix = "evaluation/"
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    text = file.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             step = int(row["step"])
         except (ValueError, KeyError, TypeError):
+            if number == len(lines) and not text.endswith("\n"):
+                break
             raise BadArgument(f"{file} line {number} is not JSON with a step; remove the line") from None
         if any(key.startswith(prefix) for key in row):
             values = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
             evaluations[step] = values | {"step": step}
         else:
             steps[step] = row | {"step": step}
-    if not steps and not evaluations:
+    if begun and not steps and not evaluations:
         raise BadArgument(f"{file} holds no step and no evaluation")
     return Run(
         name or path.resolve().name,

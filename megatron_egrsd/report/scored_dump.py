@@ -5,6 +5,7 @@ docs/guides/report.md describes the format. Reading needs neither megatron-core 
 """
 
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -200,12 +201,15 @@ def save_scores(scored: list[ScoredRollout], path: Path) -> None:
             file.write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
 
 
-def load_scores(path: Path) -> list[ScoredRollout]:
-    """Load a dump of `save_scores`. Raises BadArgument, naming the line, if one is invalid or of another batch."""
+def load_scores(path: Path, most: int | None = None) -> list[ScoredRollout]:
+    """Load a dump of `save_scores`, or its first `most` rollouts.
+
+    Raises BadArgument, naming the line, if one is invalid or of another batch.
+    """
     scored = []
     try:
         with Path(path).open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(islice(file, most), 1):
                 scored.append(_parse(line, f"{path}, line {number}"))
                 # All rollouts share the entropy scale of the batch.
                 if _batch(scored[-1]) != _batch(scored[0]):

@@ -90,18 +90,19 @@ class Health:
         self.seen: list[Metrics] = []  # of the first steps
         self.given: dict[str, int] = {}  # by name of the rule: the step of its last warning
 
-    def warnings(self, step: int, metrics: Metrics) -> list[str]:
-        """Return the sentences to print after `step`."""
+    def holding(self, metrics: Metrics) -> dict[str, str]:
+        """Return the sentences that hold after a step, by rule. Takes the metrics of every step, in order."""
         first: Metrics = {}
         if len(self.seen) < _FIRST:
             self.seen.append(dict(metrics))
         else:
             first = {key: sum(_value(m, key) for m in self.seen) / _FIRST for key in self.seen[0]}
-        sentences = []
-        for rule in RULES:
-            if not rule.holds(metrics, first, self.config):
-                self.given.pop(rule.name, None)
-            elif step - self.given.get(rule.name, step - _AGAIN) >= _AGAIN:
-                self.given[rule.name] = step
-                sentences.append(f"warning: {rule.sentence.format(**metrics)}")
-        return sentences
+        return {rule.name: rule.sentence.format(**metrics) for rule in RULES if rule.holds(metrics, first, self.config)}
+
+    def warnings(self, step: int, metrics: Metrics) -> list[str]:
+        """Return the lines to print after `step`."""
+        holding = self.holding(metrics)
+        self.given = {name: last for name, last in self.given.items() if name in holding}
+        due = [name for name in holding if step - self.given.get(name, step - _AGAIN) >= _AGAIN]
+        self.given |= dict.fromkeys(due, step)
+        return [f"warning: {holding[name]}" for name in due]

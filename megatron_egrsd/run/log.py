@@ -1,11 +1,10 @@
 """The log of a run: one line a step on the console, the same numbers in metrics.jsonl and in TensorBoard.
 
-The columns are those of metrics.METRICS; other keys are recorded, but not shown.
+The line shows the columns of metrics.METRICS; other keys are recorded, but not shown.
 """
 
 import json
 import math
-import statistics
 import time
 from collections import deque
 from pathlib import Path
@@ -15,9 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_egrsd.errors import RunError
-from megatron_egrsd.run.metrics import METRICS, Metric
+from megatron_egrsd.run.step_line import RECENT, StepLine, show
 
-_BAR = 8  # characters of the progress bar
 _HEADER_EVERY = 25  # lines, on a terminal; a file gets the header once
 
 
@@ -30,7 +28,6 @@ class RunLog:
     def __init__(self, output: Path, total_steps: int, tensorboard: bool = True, file: IO[str] | None = None):
         output = Path(output)
         output.mkdir(parents=True, exist_ok=True)
-        self.total_steps = total_steps
         self.console = Console(file=file, highlight=False, soft_wrap=True)
         self.jsonl = open(output / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  closed by close()
         self.writer = None
@@ -38,10 +35,11 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(output / "tensorboard"))
-        self.columns = self._columns()
+        width = self.console.width if self.console.is_terminal else None
+        self.text = StepLine(total_steps, width, blocks=self.console.encoding.lower().startswith("utf"))
         self.lines = 0
         self.last = time.perf_counter()
-        self.seconds: deque[float] = deque(maxlen=10)  # of the latest steps
+        self.seconds: deque[float] = deque(maxlen=RECENT)  # of the latest steps
 
     def step(self, metrics: dict[str, float | int]) -> None:
         """Record one training step; `metrics["step"]` counts from 1."""
@@ -50,18 +48,18 @@ class RunLog:
         self.last = now
         self._record(step, {k: v for k, v in metrics.items() if k != "step"})
         if self.lines == 0 or (self.console.is_terminal and self.lines % _HEADER_EVERY == 0):
-            self.console.print(Text(self._header(), style="bold"))
+            self.console.print(Text(self.text.header(), style="bold"))
         self.lines += 1
-        self.console.print(Text(self._line(step, metrics)))
+        self.console.print(Text(self.text.line(step, metrics, self.seconds)))
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Record an evaluation after `step` steps (0: before training); keys as in evaluation/..."""
         self._record(step, {f"evaluation/{k}": v for k, v in metrics.items() if k != "step"})
         text = (
-            f"held-out after step {step}: accuracy {_show(metrics, 'accuracy', '.3f')}  "
-            f"pass@{_show(metrics, 'k', '.0f')} {_show(metrics, 'pass', '.3f')}  "
-            f"length {_show(metrics, 'length/mean', '.1f')}  "
-            f"truncated {_show(metrics, 'truncated', '.3f')}"
+            f"held-out after step {step}: accuracy {show(metrics, 'accuracy', '.3f')}  "
+            f"pass@{show(metrics, 'k', '.0f')} {show(metrics, 'pass', '.3f')}  "
+            f"length {show(metrics, 'length/mean', '.1f')}  "
+            f"truncated {show(metrics, 'truncated', '.3f')}"
         )
         self.console.print(Text(text, style="bold green"))
 
@@ -87,41 +85,3 @@ class RunLog:
                 self.writer.flush()
         except OSError as error:
             raise RunError(f"the metrics of step {step} cannot be written to {self.jsonl.name}: {error}") from error
-
-    def _columns(self) -> list[Metric]:
-        columns = [m for m in METRICS if m.label]
-        if self.console.is_terminal:
-            room = self.console.width - len(self._progress(0))
-            while columns and sum(_width(m) + 1 for m in columns) > room:
-                columns.pop()
-        return columns
-
-    def _header(self) -> str:
-        names = " ".join(m.label.rjust(_width(m)) for m in self.columns)
-        return f"{'step':<{len(self._progress(0)) - 8}}     eta {names}".rstrip()
-
-    def _line(self, step: int, metrics: dict[str, float | int]) -> str:
-        values = [_show(metrics, m.key, m.format).rjust(_width(m)) for m in self.columns]
-        return " ".join([self._progress(step), *values])
-
-    def _progress(self, step: int) -> str:
-        total = str(self.total_steps)
-        done = min(_BAR, _BAR * step // self.total_steps)
-        left = statistics.median(self.seconds) * (self.total_steps - step) if step else 0.0
-        full, empty = "█░" if self.console.encoding.lower().startswith("utf") else "#."
-        bar = full * done + empty * (_BAR - done)
-        return f"{step:>{len(total)}}/{total} {bar} {_duration(left):>7}"
-
-
-def _width(metric: Metric) -> int:
-    return max(len(metric.label), int(metric.format.partition(".")[0]))
-
-
-def _show(metrics: dict, key: str, form: str) -> str:
-    return format(float(metrics[key]), form) if metrics.get(key) is not None else "-"
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{s:02}s" if minutes else f"{s}s"

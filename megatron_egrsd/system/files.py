@@ -75,6 +75,19 @@ def locked(directory: Path) -> Iterator[None]:
                 directory.rmdir()
 
 
+def is_locked(directory: Path) -> bool:
+    """Return whether a process of this machine holds the lock of an output directory. Takes no lock itself.
+
+    False also if the machine does not list its locks (/proc/locks of Linux).
+    """
+    try:
+        status, held = (directory / _LOCK).stat(), Path("/proc/locks").read_text()
+    except OSError:
+        return False
+    place = f" {os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino} "
+    return any(" FLOCK " in line and place in line for line in held.splitlines())
+
+
 def is_empty(directory: Path) -> bool:
     """Return whether a directory holds nothing but the lock that an earlier run has left, unlocked."""
     return all(path.name == _LOCK for path in directory.iterdir())

@@ -3,11 +3,8 @@
 Needs a Chromium: $CHROMIUM or one on PATH (`make test` gets one from npm if it can). Skipped if there is none.
 """
 
-import os
 import re
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,42 +21,6 @@ pytestmark = pytest.mark.timeout(120)
 
 HOSTILE = "</script></span><script>window.broken = 1</script><img src=x onerror='window.broken = 2'>"
 TEXT = f"so 1 + 1 = 2\n\n{HOSTILE} {{{{ 7 * 7 }}}} ünï 🙂 \u202egnp.exe {{% raw %}}"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip("no Chromium: set CHROMIUM, put one on PATH, or run tools/install_browser.sh")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=60_000)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser):
-    """Open a file; at the end, check that only files were requested and that no script failed."""
-    contexts, requests, errors = [], [], []
-
-    def open_page(path: Path, width: int = 1280, **options):
-        context = browser.new_context(viewport={"width": width, "height": 800}, **options)
-        context.set_default_timeout(15_000)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.goto(path.as_uri())
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not errors
-    assert all(url.startswith("file://") for url in requests), requests
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ LEVELS = [
     {"__main__", "console", "weighting"},  # entry points; the last two are old names, kept for one release
     {"cli"},
     {"command"},
+    {"watch"},
     {"train", "config_reader", "doctor"},
     {"run"},
     {"sampling", "fleet", "report", "learn", "evaluation", "planning", "preparation"},

@@ -144,6 +144,8 @@ def test_what_is_no_run(tmp_path):
     with pytest.raises(BadArgument, match="no step and no evaluation"):
         read_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    assert [row["step"] for row in read_run(tmp_path).steps] == [1]  # the last line is still being written
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
     with pytest.raises(BadArgument, match="line 2"):
         read_run(tmp_path)
 
