@@ -87,6 +87,7 @@ PIECES = [
     Piece("psutil", _package("psutil"), "saving a distributed checkpoint hangs", required=True),
     Piece("math-verify", _package("math-verify"), 'no reward "math"; own rewards by import path still work'),
     Piece("datasets", _package("datasets"), "no problems from the hub; .jsonl files still work"),
+    Piece("wandb", _package("wandb"), "no logging.wandb; the other logs do not need it"),
     Piece("CUDA", _cuda, "training and rollouts run on the CPU: for tiny models only"),
     Piece("nvcc", _nvcc, "our CUDA kernels cannot be built"),
     Piece("our kernels", _kernels, "log-prob and entropy in plain torch: slower, more memory, same numbers"),

@@ -4,6 +4,7 @@ Everything that can be checked without a GPU, a model or a dataset is checked he
 """
 
 from megatron_egrsd.config.evaluation import BenchmarksConfig, EvaluationConfig
+from megatron_egrsd.config.logging import LoggingConfig, WandbConfig
 from megatron_egrsd.config.lora import LoraConfig
 from megatron_egrsd.config.model import DataConfig, ModelConfig
 from megatron_egrsd.config.objective import ObjectiveConfig, TeacherConfig
@@ -18,6 +19,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvaluationConfig",
+    "LoggingConfig",
     "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -27,4 +29,5 @@ __all__ = [
     "ServersConfig",
     "SyncConfig",
     "TeacherConfig",
+    "WandbConfig",
 ]

@@ -6,6 +6,7 @@ from typing import Literal
 
 from megatron_egrsd.config.check import require, require_finite, require_not_negative, require_positive
 from megatron_egrsd.config.evaluation import EvaluationConfig
+from megatron_egrsd.config.logging import LoggingConfig
 from megatron_egrsd.config.lora import LoraConfig
 from megatron_egrsd.config.model import DataConfig, ModelConfig
 from megatron_egrsd.config.objective import ObjectiveConfig, TeacherConfig
@@ -49,6 +50,7 @@ class Config:
         optimizer: AdamW.
         evaluation: Held-out evaluation.
         checkpoint: Saving and resuming.
+        logging: Further places for the metrics.
         steps: Rollout batches to train on.
         seed: Seed of the data order, of sampling and of the initial state of every random generator.
         output: Directory of the run: metrics, logs, final Hugging Face checkpoint. Must not hold another run.
@@ -76,6 +78,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     steps: int = 100
     seed: int = 0
     output: str = "runs/egrsd"

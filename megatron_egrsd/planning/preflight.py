@@ -1,10 +1,11 @@
 """The checks of a run before any process starts."""
 
+import importlib.util
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from megatron_egrsd.config import Config
+from megatron_egrsd.config import Config, WandbConfig
 from megatron_egrsd.data.prompt_builder import prompt_builder
 from megatron_egrsd.data.prompts import load_prompts
 from megatron_egrsd.data.samples import Prompt
@@ -34,6 +35,7 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
         AdapterFile(config.lora.init, arch)
     config.check_world(ranks or torchrun.world_size())
     check_objective(config.objective)
+    _check_wandb(config.logging.wandb)
     output, model = Path(config.output), Path(config.model.path)
     check_writable(output, "output")
     check_outside(output, "output", model, "model.path")
@@ -50,3 +52,23 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
     train = load_prompts(config.data.train, builder, privileged=needs_teacher(config.objective))
     heldout = load_prompts(config.data.evaluation, builder, privileged=False) if config.data.evaluation else []
     return train, heldout, builder.tokenizer
+
+
+def _check_wandb(config: WandbConfig) -> None:
+    """Raise BadArgument if the run asks for Weights & Biases, but its package or its key is missing."""
+    if not config.project:
+        return
+    spec = importlib.util.find_spec("wandb")
+    if spec is None or spec.origin is None:  # a directory wandb/ of earlier runs is a namespace to Python
+        raise BadArgument(
+            "logging.wandb needs the package wandb, which is not installed: pip install wandb, or leave "
+            "logging.wandb.project empty"
+        )
+    if config.mode == "online":
+        import wandb
+
+        if not wandb.api.api_key:
+            raise BadArgument(
+                'logging.wandb.mode is "online", but there is no key of Weights & Biases: run `wandb login`, set '
+                'WANDB_API_KEY, or set the mode to "offline"'
+            )

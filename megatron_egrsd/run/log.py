@@ -13,8 +13,10 @@ from typing import IO
 from rich.console import Console
 from rich.text import Text
 
+from megatron_egrsd.config import Config
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.run.step_line import RECENT, StepLine, show
+from megatron_egrsd.run.wandb_log import WandbLog
 
 _HEADER_EVERY = 25  # lines, on a terminal; a file gets the header once
 
@@ -22,10 +24,18 @@ _HEADER_EVERY = 25  # lines, on a terminal; a file gets the header once
 class RunLog:
     """Console (or `file`), `output`/metrics.jsonl and TensorBoard event files in `output`/tensorboard.
 
+    `config` names further places (logging.wandb).
     On a terminal the columns that do not fit are left out; a pipe gets all of them, without control codes.
     """
 
-    def __init__(self, output: Path, total_steps: int, tensorboard: bool = True, file: IO[str] | None = None):
+    def __init__(
+        self,
+        output: Path,
+        total_steps: int,
+        tensorboard: bool = True,
+        file: IO[str] | None = None,
+        config: Config | None = None,
+    ):
         output = Path(output)
         output.mkdir(parents=True, exist_ok=True)
         self.console = Console(file=file, highlight=False, soft_wrap=True)
@@ -35,6 +45,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(output / "tensorboard"))
+        self.wandb = WandbLog(config, self.message) if config and config.logging.wandb.project else None
         width = self.console.width if self.console.is_terminal else None
         self.text = StepLine(total_steps, width, blocks=self.console.encoding.lower().startswith("utf"))
         self.lines = 0
@@ -71,6 +82,8 @@ class RunLog:
         self.jsonl.close()
         if self.writer:
             self.writer.close()
+        if self.wandb:
+            self.wandb.close()
 
     def _record(self, step: int, metrics: dict[str, float | int]) -> None:
         numbers = {k: v if isinstance(v, int) else float(v) for k, v in metrics.items()}
@@ -85,3 +98,5 @@ class RunLog:
                 self.writer.flush()
         except OSError as error:
             raise RunError(f"the metrics of step {step} cannot be written to {self.jsonl.name}: {error}") from error
+        if self.wandb:
+            self.wandb.record(step, numbers)

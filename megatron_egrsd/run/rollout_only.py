@@ -40,7 +40,7 @@ def rollout_only(config: Config, prompts: list[Prompt], tokenizer) -> None:
         client = RolloutClient(servers, settings, stop)
         reward = load_reward(config.data.reward, config.data.reward_timeout)
         sampler = Sampler(client, tokenizer, reward, opened_thinking(tokenizer, config.data))
-        log, history, health = RunLog(output, config.steps), History(), Health(config)
+        log, history, health = RunLog(output, config.steps, config=config), History(), Health(config)
         for step in range(config.steps):
             started = time.perf_counter()
             batch = batch_indices(len(prompts), settings.prompts_per_step, step, config.seed)

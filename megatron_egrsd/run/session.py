@@ -75,7 +75,7 @@ class Session:
 
     def _open_log(self) -> None:
         self.evaluations = self.directory.begin(self.resumed)
-        self.log = RunLog(self.directory.path, self.config.steps)
+        self.log = RunLog(self.directory.path, self.config.steps, config=self.config)
 
     def _close_log(self) -> None:
         if self.log is not None:
