@@ -3,12 +3,12 @@
 
     python tools/check_training.py                      # the tiny model, and one of 20M parameters
     python tools/check_training.py --models tiny 0.6B   # on a GPU: 0.6B has Qwen3-0.6B's sizes and random weights
-    python tools/check_training.py --output FILE.md     # the table into a file, with the device's name
 
 No SGLang: responses are random tokens, and Hugging Face's fp32 log-probs stand where SGLang's would. The difference is
 what training calls sync/log_prob_difference. Memory is counted by torch's allocator, on a GPU alone; `predicted` is the
-dry run's sum without its allowance for the CUDA runtime, beside which stands what that really took. Ends with status 1
-where log-probs or memory are further off than LIMITS and PEAK.
+dry run's sum without its allowance for the CUDA runtime, beside which stands what that really took. Seconds stand
+beside those of the step-time model (planning/step_time.py), for a GPU that planning/machines.py knows. Ends with status
+1 where log-probs or memory are further off than LIMITS and PEAK. tools/gpu/training.py runs it in more settings.
 """
 
 import argparse
@@ -23,13 +23,17 @@ from pathlib import Path
 import torch
 
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig, RolloutConfig
+from megatron_egrsd.config.lora import LoraConfig
 from megatron_egrsd.data.packing import schedule
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout
 from megatron_egrsd.engine.build import build_engine
+from megatron_egrsd.hf.adapter_file import configured_spec
+from megatron_egrsd.hf.adapters import adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.learn import learn
+from megatron_egrsd.planning.machines import MACHINES
 from megatron_egrsd.planning.plan import memory_of_stages, placement, readable
-from megatron_egrsd.system.files import write_text
+from megatron_egrsd.planning.step_time import pass_seconds, update_seconds
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny" / "model"
 # name -> (sizes, longest response, tokens of a micro-batch)
@@ -47,7 +51,11 @@ LIMITS, PEAK = {"float32": 1e-4, "bfloat16": 0.05}, 0.1
 
 @dataclass(frozen=True)
 class Result:
-    """`differences`: mean |log-prob - fp32 log-prob| in nats of each step, the first before any update."""
+    """What one model did on this device.
+
+    `differences` are mean |log-prob - fp32 log-prob| in nats of each step, the first before any update. `seconds` is
+    the median step; `planned` is that of the step-time model, 0 for a device that it does not know.
+    """
 
     model: str
     dtype: str
@@ -58,6 +66,7 @@ class Result:
     peak: int = 0
     predicted: int = 0
     runtime: int = 0
+    planned: float = 0.0
 
     def complaint(self) -> str:
         """Return a sentence about the first value outside its limit, or "" if there is none."""
@@ -123,8 +132,10 @@ def with_reference(rollouts: list[Rollout], model: Path) -> list[Rollout]:
     return done
 
 
-def check(name: str, dtype: str, directory: Path) -> Result:
-    """Train `name` for some steps on this device."""
+def check(
+    name: str, dtype: str, directory: Path, parallel: ParallelConfig | None = None, lora: LoraConfig | None = None
+) -> Result:
+    """Train `name` for some steps on this device, by default all weights with the layers that a run would choose."""
     model = make_model(name, directory)
     arch = Architecture.from_pretrained(model)
     _, longest, budget = MODELS[name]
@@ -135,7 +146,8 @@ def check(name: str, dtype: str, directory: Path) -> Result:
         data=DataConfig(train="unused"),
         objective=ObjectiveConfig(importance_cap=2.0),
         rollout=RolloutConfig(prompts_per_step=PROMPTS, rollouts_per_prompt=PER_PROMPT),
-        parallel=ParallelConfig(max_tokens_per_microbatch=budget),
+        parallel=replace(parallel or ParallelConfig(), max_tokens_per_microbatch=budget),
+        lora=lora or LoraConfig(),
         steps=STEPS,
         max_log_prob_difference=10.0,  # reported, not refused
     )
@@ -162,14 +174,32 @@ def check(name: str, dtype: str, directory: Path) -> Result:
     predicted = memory.total - memory.resident.get("CUDA runtime", 0)
     # The first step builds and warms up.
     return Result(name, dtype, arch.num_parameters, sum(lengths), differences, statistics.median(seconds[1:]), peak,
-                  predicted, runtime)  # fmt: skip
+                  predicted, runtime, planned_seconds(config, arch, rollouts))  # fmt: skip
+
+
+def planned_seconds(config: Config, arch: Architecture, rollouts: list[Rollout]) -> float:
+    """Return the seconds of a step by the step-time model: the teacher's scores, and the update on all `rollouts`."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    machine = next((m for key, m in MACHINES.items() if key in name), None)
+    if machine is None:
+        return 0.0
+    responses = [len(r.response_ids) for r in rollouts]
+    teachers = [len(r.prompt.teacher_ids) + n for r, n in zip(rollouts, responses, strict=True)]
+    students = [len(r.prompt.student_ids) + n for r, n in zip(rollouts, responses, strict=True)]
+    spec, rows = configured_spec(config.lora), sum(responses)
+    trained = adapter_parameters(arch, spec) if spec else arch.num_parameters
+    return (
+        pass_seconds(machine, arch, config.parallel, 1, teachers, rows, train=False, lora=spec)
+        + pass_seconds(machine, arch, config.parallel, 1, students, rows, train=True, lora=spec)
+        + update_seconds(machine, config.parallel, 1, trained)
+    )
 
 
 def table(results: list[Result]) -> str:
     rows = [
-        "| model | parameters | type | difference of log-probs, before and after updates (nats) | tokens/s | peak "
-        "| predicted | off | CUDA runtime |",
-        "|---|--:|---|---|--:|--:|--:|--:|--:|",
+        "| model | parameters | type | difference of log-probs, before and after updates (nats) | tokens/s "
+        "| seconds a step | planned | peak | predicted | off | CUDA runtime |",
+        "|---|--:|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in results:
         memory = (
@@ -177,7 +207,8 @@ def table(results: list[Result]) -> str:
         )
         rows.append(
             f"| {r.model} | {r.parameters / 1e6:,.1f}M | {r.dtype} | {', '.join(f'{d:.1e}' for d in r.differences)} "
-            f"| {r.tokens / r.seconds:,.0f} | {memory if r.peak else '- | - | - | -'} |"
+            f"| {r.tokens / r.seconds:,.0f} | {r.seconds:.2f} | {f'{r.planned:.2f}' if r.planned else '-'} "
+            f"| {memory if r.peak else '- | - | - | -'} |"
         )
     return "\n".join(rows)
 
@@ -185,15 +216,11 @@ def table(results: list[Result]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["tiny", "20M"])
-    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     with tempfile.TemporaryDirectory() as scratch:
         results = [check(m, dtype, Path(scratch)) for m in arguments.models for dtype in ("float32", "bfloat16")]
-    text = f"{where}, torch {torch.__version__}, {STEPS} steps\n\n{table(results)}\n"
-    print(text)
-    if arguments.output:
-        write_text(arguments.output, f"# Training on one device\n\n`python tools/check_training.py`: {text}")
+    print(f"{where}, torch {torch.__version__}, {STEPS} steps\n\n{table(results)}\n")
     complaints = [f"{r.model} in {r.dtype}: {r.complaint()}" for r in results if r.complaint()]
     for complaint in complaints:
         print(f"error: {complaint}", file=sys.stderr)
