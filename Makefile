@@ -68,8 +68,9 @@ lint: install  ## ruff, codespell and mypy
 	@$(RUN) codespell
 	@$(RUN) mypy
 
-gpu-check:  ## on a CUDA machine: build, run tests/gpu, write the GPU table
-	@tools/gpu_check.sh
+gpu-check: export PYTHON := python
+gpu-check:  ## on a CUDA machine: all that only a GPU can tell, in MINUTES (15)
+	@tools/gpu/run.sh $(or $(MINUTES),15)
 
 clean:  ## remove .venv, builds and caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
