@@ -27,19 +27,21 @@ SMALL = {
 }  # fmt: skip
 
 
-def command(output: Path, ranks: int = 1, **overrides) -> list[str]:
+def command(output: Path, ranks: int = 1, config: str = CONFIG, **overrides) -> list[str]:
     launcher = [sys.executable, "-m"]
     if ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     words = [w for k, v in {**SMALL, **overrides}.items() for w in (f"--{k}", str(v))]
-    return [*launcher, "megatron_egrsd.cli", "train", "--config", CONFIG, "--output", str(output), *words]
+    return [*launcher, "megatron_egrsd.cli", "train", "--config", config, "--output", str(output), *words]
 
 
-def run(output: Path, ranks: int = 1, timeout: float = 240, **overrides) -> subprocess.CompletedProcess:
+def run(
+    output: Path, ranks: int = 1, timeout: float = 240, config: str = CONFIG, **overrides
+) -> subprocess.CompletedProcess:
     """Run training; returns the finished process. On a timeout, kill it and all its descendants, by process id."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command(output, ranks, **overrides),
+        command(output, ranks, config, **overrides),
         cwd=ROOT,
         env=env,
         text=True,
