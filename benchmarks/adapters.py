@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""A training step with adapters beside one of all weights: seconds, and the memory of the process, in turn.
+
+    python -m benchmarks.adapters [--layers 28] [--rank 64] [--rounds 5] [--tokens 64]
+
+Both train the paper's objective with its frozen teacher in fp32 on one CPU rank, each in a process of its own that
+waits while the other steps. The model has Qwen3-0.6B's sizes but for its layers, and random weights; a step is four
+responses of --tokens tokens to as many prompts, without SGLang.
+"""
+
+import argparse
+import multiprocessing
+import os
+import resource
+import tempfile
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+
+from benchmarks.convert import make_model
+from benchmarks.measure import load, table
+from megatron_egrsd.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from megatron_egrsd.config.lora import LoraConfig
+from megatron_egrsd.data.samples import Problem, Prompt, Rollout
+
+PROMPTS = 4
+
+
+def made_up_rollouts(tokens: int) -> list[Rollout]:
+    """One response to each prompt, two of them right; token ids of no meaning."""
+    rollouts = []
+    for group in range(PROMPTS):
+        prompt = Prompt(Problem(str(group), "p", "a", "s"), list(range(3, 35)), list(range(3, 99)))
+        response = [100 + group + 7 * i for i in range(tokens)]
+        rollouts.append(Rollout(prompt, group, response, [0.0] * tokens, "length", 0, reward=float(group % 2)))
+    return rollouts
+
+
+def config_of(model: Path, rank: int) -> Config:
+    return Config(
+        model=ModelConfig(path=str(model), dtype="float32"),
+        data=DataConfig(train="unused"),
+        rollout=RolloutConfig(prompts_per_step=PROMPTS, rollouts_per_prompt=1),
+        parallel=ParallelConfig(max_tokens_per_microbatch=512),
+        optimizer=OptimizerConfig(lr=5e-6),
+        lora=LoraConfig(rank=rank),
+        steps=100,
+        max_log_prob_difference=1e9,  # the rollouts' log-probs are made up
+    )
+
+
+def train(pipe: Connection, config: Config, rollouts: list[Rollout]) -> None:
+    """Take a step for every message; answer with its seconds of scoring and training, and the peak memory in bytes."""
+    from megatron_egrsd.engine.build import build_engine
+    from megatron_egrsd.learn import learn
+
+    with build_engine(config, needs_teacher=True) as engine:
+        while pipe.recv():
+            metrics = learn(engine, rollouts, config)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            pipe.send((metrics["time/score"], metrics["time/train"], peak))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64, help="of a response")
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("spawn")
+    rows = {"all weights": 0, f"adapters of rank {arguments.rank}": arguments.rank}
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch, "model")
+        make_model(model, num_hidden_layers=arguments.layers)
+        rollouts = made_up_rollouts(arguments.tokens)
+        pipes, found = {}, {name: [] for name in rows}
+        for name, rank in rows.items():
+            pipes[name], theirs = context.Pipe()
+            context.Process(target=train, args=(theirs, config_of(model, rank), rollouts), daemon=True).start()
+        for turn in range(arguments.rounds + 1):
+            for name, pipe in pipes.items():
+                pipe.send(True)
+                answer = pipe.recv()
+                if turn:  # the first warms up
+                    found[name].append(answer)
+        for pipe in pipes.values():
+            pipe.send(False)
+    medians = {name: [median(column) for column in zip(*steps, strict=True)] for name, steps in found.items()}
+    whole = medians["all weights"]
+    setting = f"{arguments.layers} layers, {PROMPTS} responses of {arguments.tokens} tokens, {arguments.rounds} rounds"
+    print(f"{setting}; {load()}\n")
+    columns = ["", "score, s", "train, s", "beside all weights", "peak memory, GB", "beside all weights"]
+    lines = [
+        [name, f"{score:.2f}", f"{step:.2f}", f"{(score + step) / (whole[0] + whole[1]):.2f}", f"{peak / 1e9:.1f}",
+         f"{peak / whole[2]:.2f}"]
+        for name, (score, step, peak) in medians.items()
+    ]  # fmt: skip
+    print(table(columns, lines))
+
+
+if __name__ == "__main__":
+    main()
