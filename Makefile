@@ -26,7 +26,7 @@ $(VENV)/.requirements: requirements/cpu.txt
 	  { echo "error: no C++ compiler found; install g++ (Debian, Ubuntu: apt-get install g++)" >&2; exit 2; }
 	@echo "installing requirements/cpu.txt into $(VENV) (two to three minutes)"
 	@"$(PYTHON)" -m venv --clear $(VENV)
-	@$(PIP) install --no-deps --ignore-requires-python $(TORCH_CPU) -r requirements/cpu.txt
+	@$(PIP) install --no-deps --no-compile --ignore-requires-python $(TORCH_CPU) -r requirements/cpu.txt
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.requirements $(SOURCES)
@@ -45,18 +45,16 @@ browser: install  ## headless Chromium for the tests of the pages
 check: lint  ## lint and the unit tests that are quick: under two minutes
 	@$(RUN) python -m pytest tests/unit -m "not heavy and not slow" -n 2 --dist loadfile
 
-# The unit tests are single processes and share the cores; the others start ranks and servers, and run one at a time.
+# Two files at a time, the tests of a file in their order. A test of ranks or servers is idle while they start and wait.
 test: MARKED := -m "not slow"
 test test-all: install browser
-	@$(RUN) python -m pytest $(MARKED) tests/unit -n 2 --dist loadfile || unit=$$?; \
-	$(RUN) python -m pytest $(MARKED) --ignore tests/unit || others=$$?; \
-	exit $$(( $${unit:-0} | $${others:-0} ))
+	@$(RUN) python -m pytest $(MARKED) -n 2 --dist loadfile
 
 test:  ## every test that needs minutes, not more
 test-all:  ## the slow ones as well
 
-fuzz: install  ## 10^5 hostile inputs to everything that reads
-	@$(RUN) FUZZ_TOTAL=100000 python -m pytest tests/faults/test_fuzz.py --durations=5
+fuzz: install  ## 10^5 hostile inputs to everything that reads, and new examples for every property
+	@$(RUN) FUZZ_TOTAL=100000 HYPOTHESIS_PROFILE=others python -m pytest -m hypothesis tests/unit tests/faults --durations=5
 
 bench: install  ## the benchmarks behind the tables in docs/
 	@$(RUN) python -m benchmarks.vocab_parallel --output docs/measurements/performance

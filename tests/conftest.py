@@ -1,5 +1,6 @@
 """Settings for every test."""
 
+import os
 import signal
 
 from hypothesis import settings
@@ -8,6 +9,8 @@ from hypothesis import settings
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# No timed assertions: machines are noisy, and the first example often pays for an import.
-settings.register_profile("project", deadline=None)
-settings.load_profile("project")
+# No timed assertions: machines are noisy, and the first example often pays for an import. The same examples each time,
+# so that a change is judged by its own merits; `make fuzz` draws others.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("others", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.rollout.conftest import client, model, model_directory, servers  # noqa: F401  fixtures
+from tests.rollout.conftest import client, model, model_directory, servers, wait_until  # noqa: F401  fixtures
 
 
 @pytest.fixture
@@ -27,12 +27,17 @@ def nothing_left():
     yield
     left = [p for p in psutil.Process().children(recursive=True) if p.pid not in children and _runs(p)]
     assert not left, left
-    abandoned = _shared_memory() - before
-    for maps in Path("/proc").glob("[0-9]*/maps"):  # other programs of this machine use shared memory too
+    # Tests that run beside this one create and end theirs meanwhile.
+    assert wait_until(lambda: not _abandoned(_shared_memory() - before), 10), _shared_memory() - before
+
+
+def _abandoned(names: set[str]) -> set[str]:
+    """Return which of these no process of this machine has mapped."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
             text = maps.read_text()
-            abandoned = {name for name in abandoned if name not in text}
-    assert not abandoned
+            names = {name for name in names if name not in text}
+    return names
 
 
 def _shared_memory() -> set[str]:

@@ -1,5 +1,6 @@
 """Weight sync to a real server: weights arrive bit by bit, and every failure is reported in time."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -155,7 +156,7 @@ def test_too_little_shared_memory_is_one_sentence(servers, model_directory, monk
 
 
 def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("torch_*")}
+    return {path.name for path in Path("/dev/shm").glob(f"torch_{os.getpid()}_*")}
 
 
 def test_a_tensor_corrupted_on_its_way_is_named(sync, model_directory, monkeypatch):
