@@ -17,10 +17,11 @@ from megatron_egrsd.config import Config, ObjectiveConfig
 from megatron_egrsd.data.packing import MicroBatch, Sequence
 from megatron_egrsd.data.samples import Rollout
 from megatron_egrsd.engine.engine import Engine, Scores
+from megatron_egrsd.engine.heads import TeacherStates
 from megatron_egrsd.engine.update import TokenSums, Update
 from megatron_egrsd.objectives.interface import Objective, Tokens, batch_tokens
 from megatron_egrsd.objectives.load import load_objective
-from megatron_egrsd.objectives.loss import loss_normalizer, policy_loss
+from megatron_egrsd.objectives.loss import divergence_loss, importance_weight, loss_normalizer, policy_loss
 from megatron_egrsd.objectives.signal import History, rollout_advantages
 
 # (shaped reward and signal of every rollout, this data-parallel rank's student scores, its teacher scores or None)
@@ -49,7 +50,7 @@ def learn(
         record(batch.rewards, batch.advantage, scores.student, scores.teacher)
     columns = _prepare(engine, batch, objective, scores)
     scored = time.perf_counter()
-    updates = _update(engine, batch, objective, columns, config.log_prob_limit)
+    updates = _update(engine, batch, objective, columns, scores.states, config.log_prob_limit)
     engine.refresh_teacher(history.steps + 1)
     metrics = rollout_metrics(rollouts, batch.rewards, batch.advantage) | _update_metrics(updates)
     metrics |= {"reward/running_mean": history.mean, "reward/running_std": history.std}
@@ -112,17 +113,20 @@ class BatchScores:
     teacher: dict[int, Scores] | None
     student: dict[int, Scores] | None
     reference: dict[int, Scores] | None = None
+    states: TeacherStates | None = None  # of the teacher, for an objective with a divergence from it
 
 
 def _score(engine: Engine, batch: _Batch, objective: Objective, *, with_student: bool) -> BatchScores:
     """Score the batch by teacher, student and reference, each if training needs it; the student if asked for, too."""
     partition, students = batch.partition, batch.students
-    scores = score_teacher_and_student(
-        engine,
-        batch.teachers if objective.needs_teacher else [],
-        students if with_student or batch.scores_student(objective) else [],
-        partition,
-    )
+    scored = students if with_student or batch.scores_student(objective) else []
+    if objective.divergence is not None:
+        teacher, states = engine.hold_teacher(batch.teachers, students, partition, objective.divergence)
+        student = engine.score(scored, partition, teacher=states) if scored else None
+        scores = BatchScores(teacher, student, states=states)
+    else:
+        teachers = batch.teachers if objective.needs_teacher else []
+        scores = score_teacher_and_student(engine, teachers, scored, partition)
     if objective.config.kl_coef:
         scores = replace(scores, reference=engine.score(students, partition, "reference"))
     return scores
@@ -161,7 +165,7 @@ class _Columns:
             return None if column is None else torch.cat([column[span] for span in spans])
 
         t = self.tokens
-        scores = t.teacher_log_prob, t.teacher_entropy, t.student_log_prob, t.student_entropy
+        scores = t.teacher_log_prob, t.teacher_entropy, t.student_log_prob, t.student_entropy, t.divergence
         fields = {name: pick(column) for name, column in t.fields.items()}
         tokens = Tokens(cu_seqlens, pick(t.advantage), *map(pick, scores), fields=fields)  # type: ignore[misc]
         return _Columns(tokens, *map(pick, (self.rollout_log_prob, self.normalizer, self.reference_log_prob)))
@@ -177,6 +181,8 @@ def _prepare(engine: Engine, batch: _Batch, objective: Objective, scores: BatchS
         if by_rollout is not None:
             columns[f"{name}_log_prob"] = torch.cat([by_rollout[i].log_prob for i in own])
             columns[f"{name}_entropy"] = torch.cat([by_rollout[i].entropy for i in own])
+    if found["student"] is not None and objective.divergence is not None:
+        columns["divergence"] = torch.cat([found["student"][i].divergence for i in own])
     tokens = batch_tokens([batch.advantage[i] for i in own], [batch.length(i) for i in own], columns, engine.device)
     fields = objective.prepare(tokens, vocab_size=engine.arch.vocab_size, group=engine.data_parallel_group)
     rollout_log_probs = [x for i in own for x in batch.rollouts[i].rollout_log_probs]
@@ -199,38 +205,59 @@ def _normalizer(batch: _Batch, rank: int, config: ObjectiveConfig) -> torch.Tens
     return torch.cat(parts)
 
 
-def _update(engine: Engine, batch: _Batch, objective: Objective, columns: _Columns, limit: float) -> list[Update]:
+def _update(
+    engine: Engine,
+    batch: _Batch,
+    objective: Objective,
+    columns: _Columns,
+    states: TeacherStates | None,
+    limit: float,
+) -> list[Update]:
     """Take one optimizer step for each share of the batch in which a rollout has a gradient."""
     own = batch.partition[engine.data_parallel_rank]
     ends = itertools.accumulate(batch.length(i) for i in own)
     spans = {i: slice(end - batch.length(i), end) for i, end in zip(own, ends, strict=True)}
 
-    def loss(log_prob: torch.Tensor, entropy: torch.Tensor, micro_batch: MicroBatch):
+    def loss(*results: torch.Tensor | MicroBatch):
+        *scores, micro_batch = results
         selected = columns.select([spans[i] for i in micro_batch.samples], micro_batch.response_cu_seqlens)
-        return _loss(log_prob, entropy, selected, objective)
+        return _loss(Scores(*scores), selected, objective)
 
     reason_to_skip = functools.partial(_reason_to_skip, limit=limit)
     trained = ([[i for i in part if batch.has_gradient[i]] for part in update] for update in batch.updates)
-    return [engine.train_step(batch.students, parts, loss, reason_to_skip) for parts in trained if any(parts)]
+    step = functools.partial(
+        engine.train_step,
+        batch.students,
+        loss=loss,
+        reason_to_skip=reason_to_skip,
+        teacher=states,
+        log_prob_grad=objective.has_policy_loss or bool(objective.config.kl_coef),
+    )
+    return [step(parts) for parts in trained if any(parts)]
 
 
-def _loss(
-    log_prob: torch.Tensor, entropy: torch.Tensor, columns: _Columns, objective: Objective
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The policy loss of one micro-batch of R tokens, and sums over them by the name of the metric that is their mean.
+def _loss(scores: Scores, columns: _Columns, objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of one micro-batch of R tokens, and sums over them by the name of the metric that is their mean.
 
-    log_prob and entropy are [R], of the training pass. Without scores of its own, the student before the update is the
-    policy that is being trained.
+    `scores` [R] are those of the training pass. Without scores of its own, the student before the update is the policy
+    that is being trained.
     """
-    tokens = columns.tokens
+    tokens, log_prob, entropy = columns.tokens, scores.log_prob, scores.entropy
     with torch.no_grad():
         if tokens.student_log_prob is None:
-            tokens = replace(tokens, student_log_prob=log_prob.detach(), student_entropy=entropy.detach())
+            now = {"student_log_prob": log_prob, "student_entropy": entropy, "divergence": scores.divergence}
+            tokens = replace(tokens, **{name: x.detach() for name, x in now.items() if x is not None})
         weight = objective.weight(tokens)
         sums = {name: values.sum() for name, values in objective.metrics(tokens).items()}
     old, rollout, reference = tokens.student_log_prob, columns.rollout_log_prob, columns.reference_log_prob
     others = {"rollout_log_prob": rollout, "reference_log_prob": reference}
     result = policy_loss(log_prob, old, weight, columns.normalizer, objective.config, **others)
+    loss = result.loss
+    if scores.divergence is not None:
+        importance = importance_weight(old, rollout, objective.config)
+        pull = objective.divergence_weight(tokens)
+        loss = loss + divergence_loss(scores.divergence, pull, importance, columns.normalizer)
+        sums["loss/divergence"] = scores.divergence.detach().sum()
     if tokens.teacher_log_prob is not None:
         sums["teacher/entropy"] = tokens.teacher_entropy.sum()
         sums["weight/log_ratio"] = (tokens.teacher_log_prob - old).sum()
@@ -242,7 +269,7 @@ def _loss(
         "loss/importance": result.importance,
         "loss/kl": result.kl,
     }
-    return result.loss, sums
+    return loss, sums
 
 
 def _reason_to_skip(sums: TokenSums, limit: float) -> str:

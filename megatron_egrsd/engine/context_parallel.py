@@ -1,4 +1,4 @@
-"""Give context-parallel ranks the whole row: its bounds, keys and values in attention, scores for the loss."""
+"""Give context-parallel ranks the whole row: its bounds, keys and values in attention, columns for the loss."""
 
 import torch
 import torch.distributed as dist
@@ -36,20 +36,20 @@ def gather_tokens(x: torch.Tensor, cu_seqlens: torch.Tensor, group: dist.Process
     return gather_from_sequence_parallel_region(x, group=group).index_select(0, places.argsort())
 
 
-def gather_scores(scores: torch.Tensor, batch: MicroBatch, group: dist.ProcessGroup) -> torch.Tensor:
-    """[2, r] of each rank's own response tokens -> [2, R] of all in the batch, the same on every rank.
+def gather_columns(columns: torch.Tensor, batch: MicroBatch, group: dist.ProcessGroup) -> torch.Tensor:
+    """[k, r] of each rank's own response tokens -> [k, R] of all in the batch, the same on every rank.
 
     What all ranks compute from it is one loss: each keeps the gradient of its own columns, and nothing is summed.
     """
-    return _Scores.apply(scores, batch.own, batch.targets.numel(), group) if group.size() > 1 else scores
+    return _Columns.apply(columns, batch.own, batch.targets.numel(), group) if group.size() > 1 else columns
 
 
-class _Scores(torch.autograd.Function):
+class _Columns(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scores, own, total, group):
+    def forward(ctx, columns, own, total, group):
         ctx.save_for_backward(own)
-        whole = scores.new_zeros(2, total)
-        whole[:, own] = scores
+        whole = columns.new_zeros(columns.shape[0], total)
+        whole[:, own] = columns
         dist.all_reduce(whole, group=group)
         return whole
 

@@ -26,6 +26,7 @@ from megatron_egrsd.config import ModelConfig, OptimizerConfig, ParallelConfig, 
 from megatron_egrsd.data.packing import Sequence, balance_passes
 from megatron_egrsd.engine import distributed
 from megatron_egrsd.engine.adapters import adapters_off, attach_adapters
+from megatron_egrsd.engine.heads import DivergenceHead, Head, HoldingHead, TeacherStates
 from megatron_egrsd.engine.model import build_model, transformer_config
 from megatron_egrsd.engine.offload import OffloadedStorages, without
 from megatron_egrsd.engine.optimizer import build_optimizer, parts
@@ -34,14 +35,21 @@ from megatron_egrsd.engine.update import LossFunction, TokenSums, Update, differ
 from megatron_egrsd.engine.weights import export_adapter, export_hf, load_hf
 from megatron_egrsd.hf.adapters import AdapterSpec, adapter_shapes, initial_tensor
 from megatron_egrsd.hf.checkpoint import HFCheckpoint
+from megatron_egrsd.vocab_parallel import DivergenceForm
+
+Weights = Literal["current", "teacher", "reference"]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """log pi(y_t) and the entropy of the full next-token distribution, both fp32 [response length], in nats."""
+    """log pi(y_t) and the entropy of the full next-token distribution, both fp32 [response length], in nats.
+
+    And the divergence from a teacher, if the samples were scored against one.
+    """
 
     log_prob: torch.Tensor
     entropy: torch.Tensor
+    divergence: torch.Tensor | None = None
 
 
 class Engine:
@@ -203,23 +211,49 @@ class Engine:
 
     # -- forward and backward -----------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def score(
         self,
         sequences: Seq[Sequence],
         partition: list[list[int]],
-        weights: Literal["current", "teacher", "reference"] = "current",
+        weights: Weights = "current",
+        teacher: TeacherStates | None = None,
     ) -> dict[int, Scores]:
         """Score this data-parallel rank's samples, by index into `sequences`; equal on every rank of the replica.
 
-        `weights`: the current ones, the teacher's, or the initial ones (the reference of a KL penalty).
+        `weights`: the current ones, the teacher's, or the initial ones (the reference of a KL penalty). With a
+        `teacher` (`hold_teacher`) the divergence from it is scored too.
         """
+        head = DivergenceHead(self.passes.scoring, teacher, log_prob_grad=False) if teacher else self.passes.scoring
+        return self._score(sequences, partition, weights, head, rows=3 if teacher else 2)
+
+    def hold_teacher(
+        self,
+        teachers: Seq[Sequence],
+        students: Seq[Sequence],
+        partition: list[list[int]],
+        form: DivergenceForm,
+    ) -> tuple[dict[int, Scores], TeacherStates]:
+        """Score `teachers` with the teacher's weights, and keep its states for a divergence from it on `students`.
+
+        Both lists have the same responses after other prompts. The states are those of the teacher now; they serve
+        every pass over these samples until they are dropped.
+        """
+        states = TeacherStates(form)
+        copied = self.updates_per_batch > 1 and self.teacher.weights in ("live", "ema") and not self.adapter
+        owned = self.passes.owned(students, partition)
+        head = HoldingHead(self.passes.scoring, states, owned, self.passes.context_group, copied)
+        return self._score(teachers, partition, "teacher", head), states
+
+    @torch.no_grad()
+    def _score(
+        self, sequences: Seq[Sequence], partition: list[list[int]], weights: Weights, head: Head, rows: int = 2
+    ) -> dict[int, Scores]:
         batches = self.passes.micro_batches(sequences, partition)
         for chunk in self.model:
             chunk.eval()
         with self._scoring_with(weights):
-            outputs = self.passes.run(batches, lambda output, batch, **_: output, forward_only=True)
-        packed = torch.empty(2, sum(b.targets.numel() for b in batches), device=self.device)
+            outputs = self.passes.run(batches, lambda output, batch, **_: output, forward_only=True, head=head)
+        packed = torch.empty(rows, sum(b.targets.numel() for b in batches), device=self.device)
         if outputs:
             packed = torch.cat(outputs, 1)
         if self.parallel.pipeline > 1:
@@ -227,8 +261,8 @@ class Engine:
             dist.broadcast(packed, last, group=parallel_state.get_pipeline_model_parallel_group())
         scores = {}
         for batch, part in zip(batches, packed.split([b.targets.numel() for b in batches], 1), strict=True):
-            log_probs, entropies = batch.unpack(part[0]), batch.unpack(part[1])
-            scores |= {i: Scores(log_probs[i], entropies[i]) for i in batch.samples}
+            columns = [batch.unpack(row) for row in part]
+            scores |= {i: Scores(*(column[i] for column in columns)) for i in batch.samples}
         return scores
 
     def train_step(
@@ -237,10 +271,14 @@ class Engine:
         partition: list[list[int]],
         loss: LossFunction,
         reason_to_skip: Callable[[TokenSums], str] = lambda sums: "",
+        *,
+        teacher: TeacherStates | None = None,
+        log_prob_grad: bool = True,
     ) -> Update:
         """Take one optimizer step on all `sequences`; `loss` gets this rank's micro-batches on the last pipeline stage.
 
-        It gets whole responses, on every context-parallel rank; each differentiates the scores of its own tokens.
+        It gets whole responses, on every context-parallel rank; each differentiates the scores of its own tokens. With
+        a `teacher` (`hold_teacher`) it gets the divergence from it, too; the log-prob then needs no gradient.
         The losses of all micro-batches and ranks are summed, never averaged: the caller divides by the global batch's
         normaliser. The step is skipped if the gradient is not finite or if `reason_to_skip` of the sums is not "".
         """
@@ -249,7 +287,8 @@ class Engine:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self.passes.run(batches, functools.partial(differentiate, loss), forward_only=False)
+        head = DivergenceHead(self.passes.scoring, teacher, log_prob_grad) if teacher else None
+        outputs = self.passes.run(batches, functools.partial(differentiate, loss), forward_only=False, head=head)
         sums = sum_over_ranks(outputs)
         if reason := reason_to_skip(sums) or ("" if self._gradient_is_finite() else "gradient"):
             return Update(sums, skipped=reason)
@@ -258,8 +297,8 @@ class Engine:
         self.scheduler.step(increment=1)
         if self.teacher_weights is not None and self.teacher.weights == "ema":
             rate = 1 - self.teacher.ema_decay ** (1 / self.updates_per_batch)  # the decay is that of a rollout batch
-            for teacher, student in zip(self.teacher_weights, self.trainable(), strict=True):
-                teacher.lerp_(student.detach().float(), rate)
+            for average, student in zip(self.teacher_weights, self.trainable(), strict=True):
+                average.lerp_(student.detach().float(), rate)
         return Update(sums, grad_norm=float(grad_norm), lr=lr, micro_batches=len(batches))
 
     @torch.no_grad()
@@ -279,9 +318,7 @@ class Engine:
 
     # -- weights ------------------------------------------------------------------------------------------------
 
-    def _scoring_with(
-        self, weights: Literal["current", "teacher", "reference"]
-    ) -> contextlib.AbstractContextManager[None]:
+    def _scoring_with(self, weights: Weights) -> contextlib.AbstractContextManager[None]:
         """Run the model with the weights of `score`."""
         if self.adapter and (weights == "reference" or (weights == "teacher" and self.teacher.weights == "frozen")):
             return adapters_off(self.chunks)

@@ -13,8 +13,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.data.packing import MicroBatch, Sequence, pack, schedule
-from megatron_egrsd.engine.context_parallel import gather_scores, packed_seq_params
-from megatron_egrsd.vocab_parallel import linear_log_prob_and_entropy
+from megatron_egrsd.engine.context_parallel import gather_columns, packed_seq_params
+from megatron_egrsd.engine.heads import Head, ScoringHead
 
 
 class Passes:
@@ -38,22 +38,34 @@ class Passes:
         device: torch.device,
     ):
         self.model, self.parallel, self.device = model, parallel, device
-        self.vocab_size, self.temperature = vocab_size, temperature
         self.context_group = parallel_state.get_context_parallel_group()
+        tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.scoring = ScoringHead(tensor_group if tensor_group.size() > 1 else None, vocab_size, temperature)
 
     def micro_batches(self, sequences: Seq[Sequence], partition: list[list[int]]) -> list[MicroBatch]:
         """Pack this rank's part of `partition`, which holds the samples of every data-parallel rank."""
         parallel, rank = self.parallel, parallel_state.get_data_parallel_rank()
         lengths = [[parallel.tokens_on_a_rank(len(sequences[i])) for i in part] for part in partition]
         plan = schedule(lengths, parallel.max_tokens_per_microbatch, parallel.round_of_micro_batches)
-        own, each = partition[rank], parallel.sequence_multiple
-        batches = (pack(sequences, [own[i] for i in part], parallel.token_multiple, each=each) for part in plan[rank])
-        return [batch.split(self.context_group.rank(), parallel.context) for batch in batches]
+        own = partition[rank]
+        return [self._pack(sequences, [own[i] for i in part]) for part in plan[rank]]
 
-    def run(self, batches: list[MicroBatch], loss: Callable, *, forward_only: bool) -> list:
-        """Run all micro-batches; the result of `loss` for each, on the last stage."""
+    def owned(self, sequences: Seq[Sequence], partition: list[list[int]]) -> dict[int, torch.Tensor]:
+        """Return the response tokens that this context-parallel rank holds, by sample of this data-parallel rank."""
+        return {i: self._pack(sequences, [i]).own for i in partition[parallel_state.get_data_parallel_rank()]}
+
+    def _pack(self, sequences: Seq[Sequence], samples: list[int]) -> MicroBatch:
+        parallel = self.parallel
+        batch = pack(sequences, samples, parallel.token_multiple, each=parallel.sequence_multiple)
+        return batch.split(self.context_group.rank(), parallel.context)
+
+    def run(self, batches: list[MicroBatch], loss: Callable, *, forward_only: bool, head: Head | None = None) -> list:
+        """Run all micro-batches; the result of `loss` for each, on the last stage, of what `head` makes of it.
+
+        `head` is by default `scoring`: log-prob and entropy [2, R].
+        """
         return get_forward_backward_func()(
-            forward_step_func=functools.partial(self._forward, loss=loss),
+            forward_step_func=functools.partial(self._forward, loss=loss, head=head or self.scoring),
             data_iterator=[iter(batches) for _ in self.model],
             model=self.model,
             num_microbatches=len(batches),
@@ -71,30 +83,24 @@ class Passes:
                 stack.enter_context(chunk.no_sync())
             yield
 
-    def _forward(self, batches: Iterator[MicroBatch], model, loss):
+    def _forward(self, batches: Iterator[MicroBatch], model, loss, head: Head):
         batch = next(batches).to(self.device)
         output = model(
             batch.tokens[None],
             batch.position_ids[None],
             None,
             packed_seq_params=packed_seq_params(batch, self.context_group),
-            output_processor=self._response_scores,
-            output_processor_context=batch,
+            output_processor=self._response_rows,
+            output_processor_context=(batch, head),
         )
         return output, functools.partial(loss, batch=batch)
 
-    def _response_scores(self, *, hidden_states, output_layer, output_weight, context: MicroBatch, **_) -> torch.Tensor:
-        """megatron-core's output hook: log-prob and entropy [2, R] from the rows that predict response tokens alone."""
+    def _response_rows(self, *, hidden_states, output_layer, output_weight, context, **_) -> torch.Tensor:
+        """megatron-core's output hook: the head's results [k, R] from the rows that predict response tokens alone."""
+        batch, head = context
         if self.parallel.sequence_parallel:
-            # The head below returns the whole gradient of the gathered rows on every rank; each keeps its part.
+            # The head returns the whole gradient of the gathered rows on every rank; each keeps its part.
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
-        group = parallel_state.get_tensor_model_parallel_group()
-        log_prob, entropy = linear_log_prob_and_entropy(
-            hidden_states[:, 0].index_select(0, context.rows),
-            output_layer.weight if output_weight is None else output_weight,
-            context.targets.index_select(0, context.own),
-            group=group if group.size() > 1 else None,
-            vocab_size=self.vocab_size,
-            temperature=self.temperature,
-        )
-        return gather_scores(torch.stack([log_prob, entropy]), context, self.context_group)
+        rows = hidden_states[:, 0].index_select(0, batch.rows)
+        results = head(rows, output_layer.weight if output_weight is None else output_weight, batch)
+        return gather_columns(results, batch, self.context_group)

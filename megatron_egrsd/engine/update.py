@@ -9,8 +9,9 @@ from megatron.core import parallel_state
 
 from megatron_egrsd.data.packing import MicroBatch
 
-# (log_prob [R], entropy [R], micro-batch) -> (loss to differentiate, TokenSums.values as detached scalars)
-LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+# (log_prob [R], entropy [R], divergence [R] if a teacher is given, micro-batch) -> (loss to differentiate,
+# TokenSums.values as detached scalars)
+LossFunction = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 # A micro-batch's (loss, response tokens, sums), still on the device
 Output = tuple[torch.Tensor | float, int, dict[str, torch.Tensor]]
@@ -48,7 +49,7 @@ def differentiate(
     tokens = batch.targets.numel()
     if not batch.samples:  # padding alone: no loss, but this rank's backward pass must run in step with the others
         return output.sum(), torch.tensor(0, dtype=torch.int), (0.0, 0, {})
-    value, sums = loss(output[0], output[1], batch)
+    value, sums = loss(*output, batch)
     return value, torch.tensor(tokens, dtype=torch.int), (value.detach(), tokens, sums)
 
 

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 from megatron_egrsd.objectives.presets import presets
 
 if TYPE_CHECKING:
-    from megatron_egrsd.objectives.interface import Objective, Tokens
+    from megatron_egrsd.objectives.interface import DivergenceForm, Objective, Tokens
 
-__all__ = ["Objective", "Tokens", "presets"]
+__all__ = ["DivergenceForm", "Objective", "Tokens", "presets"]
 
 
 def __getattr__(name: str):
     """Import torch when an objective is asked for, not when the table of presets is: the command line reads that."""
-    if name in ("Objective", "Tokens"):
+    if name in ("DivergenceForm", "Objective", "Tokens"):
         from megatron_egrsd.objectives import interface
 
         return getattr(interface, name)

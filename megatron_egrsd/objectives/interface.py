@@ -1,15 +1,17 @@
 """The interface between an objective and the training loop.
 
-The loop knows nothing of an objective but four methods on packed tokens; docs/guides/extending.md adds one.
+The loop knows nothing of an objective but five methods on packed tokens and what it needs; docs/guides/extending.md
+adds one.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_egrsd.objectives.signal import History, advantages
+from megatron_egrsd.vocab_parallel import DivergenceForm
 
 if TYPE_CHECKING:
     from megatron_egrsd.config import ObjectiveConfig
@@ -29,6 +31,7 @@ class Tokens:
     teacher_entropy: torch.Tensor | None = None  # of the full next-token distribution
     student_log_prob: torch.Tensor | None = None  # None in `prepare` without `needs_student`
     student_entropy: torch.Tensor | None = None
+    divergence: torch.Tensor | None = None  # from the teacher, as the objective asks for it; there with the student's
     fields: dict[str, torch.Tensor] = field(default_factory=dict)  # what `prepare` returned
 
 
@@ -43,7 +46,7 @@ def batch_tokens(
 
 @dataclass(frozen=True)
 class Objective:
-    """Gives every response token its weight W_t in the policy loss (loss.policy_loss).
+    """Gives every response token its weight W_t in the policy loss (loss.policy_loss), V_t in a divergence, or both.
 
     Pure functions: equal arguments give equal results on every rank, whatever the packing, and nothing is kept between
     calls but `history`, which the loop hands on. A subclass is a frozen dataclass as well; the fields that it adds are
@@ -56,6 +59,7 @@ class Objective:
     # Class attributes or properties, no fields.
     needs_teacher = True  # run the teacher; what it reads must then be in the data
     needs_student = False  # `prepare` sees the student's scores; costs one more forward pass a step
+    divergence: ClassVar[DivergenceForm | None] = None  # from the teacher, at every token; needs `needs_teacher`
 
     def advantages(self, rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
         """The signal A of each rollout, [R] fp32, from shaped rewards [R] and group_ids [R] int (one group a prompt).
@@ -75,8 +79,22 @@ class Objective:
         return {}
 
     def weight(self, tokens: Tokens) -> torch.Tensor:
-        """W, [T] fp32, of one micro-batch: whole rollouts, which ones is left to the packing."""
-        raise NotImplementedError(f"{type(self).__name__} defines no weight(tokens)")
+        """W, [T] fp32, of one micro-batch: whole rollouts, which ones is left to the packing.
+
+        An objective with a `divergence` may leave it out: its loss is the divergence alone.
+        """
+        if self.divergence is None:
+            raise NotImplementedError(f"{type(self).__name__} defines no weight(tokens)")
+        return torch.zeros_like(tokens.advantage)
+
+    def divergence_weight(self, tokens: Tokens) -> torch.Tensor:
+        """V, [T] fp32, of the same micro-batch: the weight of each token's divergence in the loss, which falls."""
+        return torch.ones_like(tokens.advantage)
+
+    @property
+    def has_policy_loss(self) -> bool:
+        """Whether the objective weighs log-probs of sampled tokens: whether it defines `weight`."""
+        return type(self).weight is not Objective.weight
 
     def metrics(self, tokens: Tokens) -> dict[str, torch.Tensor]:
         """[T] tensors by name, such as "gate/mean"; their means over the trained tokens are logged every step."""

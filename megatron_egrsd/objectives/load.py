@@ -12,6 +12,7 @@ from megatron_egrsd.objectives.egrsd import EGRSD
 from megatron_egrsd.objectives.interface import Objective, Tokens
 from megatron_egrsd.objectives.signal import History
 from megatron_egrsd.system import import_path
+from megatron_egrsd.vocab_parallel import DivergenceForm
 
 if TYPE_CHECKING:
     from megatron_egrsd.config import ObjectiveConfig
@@ -68,6 +69,9 @@ def _try(objective: Objective) -> None:
     tokens = Tokens(cu_seqlens, signal.float().repeat_interleave(cu_seqlens.diff()))
     log_prob, entropy = torch.tensor([[-0.1, -2.0, -0.7, -1.0, -0.2], [0.3, 2.5, 1.1, 0.9, 0.4]])
     student = {"student_log_prob": log_prob, "student_entropy": entropy}
+    if objective.divergence is not None:
+        _check_divergence(objective)
+        student["divergence"] = entropy.flip(0) / 10
     if objective.needs_teacher:
         tokens = replace(tokens, teacher_log_prob=log_prob.flip(0), teacher_entropy=entropy.flip(0))
     prepared = objective.prepare(replace(tokens, **student) if objective.needs_student else tokens, vocab_size=1000)
@@ -75,10 +79,18 @@ def _try(objective: Objective) -> None:
     for name, values in prepared.items():
         _check(f"prepare's {name!r}", values, 5, "token")
     _check("weight", objective.weight(tokens), 5, "token")
+    _check("divergence_weight", objective.divergence_weight(tokens), 5, "token")
     for name, values in objective.metrics(tokens).items():
         _check(f"metrics' {name!r}", values, 5, "token")
         if "/" not in name:
             raise BadArgument(f'a metric is called {name!r}; names look like "gate/mean"')
+
+
+def _check_divergence(objective: Objective) -> None:
+    if not isinstance(objective.divergence, DivergenceForm):
+        raise BadArgument(f"divergence should be a DivergenceForm, and is {objective.divergence!r}")
+    if not objective.needs_teacher:
+        raise BadArgument("divergence is one from the teacher, but needs_teacher is False")
 
 
 def _check(name: str, values: object, count: int, unit: str) -> None:

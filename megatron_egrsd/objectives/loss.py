@@ -1,4 +1,4 @@
-"""The policy loss on token weights, and the number that each token's term is divided by.
+"""The policy loss on token weights, the divergence loss, and the number that each token's term is divided by.
 
 Tensors are [T]: the response tokens of B rollouts, end to end; no prompts, no padding. Log-probs are in nats.
 """
@@ -28,6 +28,31 @@ def loss_normalizer(
     return per_sequence.repeat_interleave(response_lengths.long())
 
 
+def importance_weight(
+    old_log_prob: torch.Tensor, rollout_log_prob: torch.Tensor | None, config: "ObjectiveConfig"
+) -> torch.Tensor:
+    """c = min(pi_old / pi_rollout, C), [T] fp32, if `importance_cap` = C is set, else 1.
+
+    Truncated importance sampling: for what SGLang and the engine compute differently, and for the updates between them.
+    """
+    old = old_log_prob.detach().float()
+    if config.importance_cap is None:
+        return torch.ones_like(old)
+    if rollout_log_prob is None:
+        raise ValueError("importance_cap is set, so the loss needs rollout_log_prob")
+    return torch.exp(old - rollout_log_prob.detach().float()).clamp(max=config.importance_cap)
+
+
+def divergence_loss(
+    divergence: torch.Tensor, weight: torch.Tensor, importance: torch.Tensor, normalizer: torch.Tensor | float
+) -> torch.Tensor:
+    """L = sum_t c V_t D_t / N, D the divergence from the teacher, V and the importance weight c constants. [T] each.
+
+    Where V is positive the divergence falls, where V is negative it rises.
+    """
+    return (importance.detach() * weight.detach().float() * divergence / normalizer).sum()
+
+
 @dataclass(frozen=True)
 class PolicyLoss:
     """`loss` carries the gradient; the rest are detached sums over the tokens, for metrics."""
@@ -55,8 +80,7 @@ def policy_loss(
     s_t = W log pi_theta for `loss` = "reinforce" (EGRSD, arXiv 2605.13255, eq. 7), and for "ppo"
     min(rho W, clip(rho, 1 - eps_lo, 1 + eps_hi) W), rho = pi_theta / pi_old (PPO, arXiv 1707.06347, eq. 7). Their
     gradients are equal if pi_theta is pi_old, as with one update a batch.
-    c = min(pi_old / pi_rollout, C) if `importance_cap` is set (truncated importance sampling; needs
-    `rollout_log_prob`), else 1.
+    c is `importance_weight`.
 
     If `kl_coef` is positive (it needs `reference_log_prob`), plus kl_coef * sum_t (e^d - d - 1) / N with
     d = log pi_ref - log pi_theta: GRPO's estimate of KL(pi_theta | pi_ref) (arXiv 2402.03300, eq. 4), never negative.
@@ -68,11 +92,7 @@ def policy_loss(
     else:
         clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         surrogate, was_clipped = torch.minimum(ratio * w, clipped_ratio * w), clipped_ratio * w < ratio * w
-    importance = torch.ones_like(w)
-    if config.importance_cap is not None:
-        if rollout_log_prob is None:
-            raise ValueError("importance_cap is set, so policy_loss needs rollout_log_prob")
-        importance = torch.exp(old - rollout_log_prob.detach().float()).clamp(max=config.importance_cap)
+    importance = importance_weight(old, rollout_log_prob, config)
     normalizer = torch.as_tensor(normalizer, dtype=torch.float32, device=w.device)
     loss, kl = -(importance * surrogate / normalizer).sum(), torch.zeros_like(log_prob)
     if config.kl_coef:

@@ -1,7 +1,9 @@
 """The objectives by name: `--objective.preset NAME`. Any key that is given beside it overrides it."""
 
 # The paper's own comparison (arXiv 2605.13255, section 5): one direction, one loss; magnitude and gate differ.
-_PAPER = {
+_PAPER: dict[str, object] = {
+    "objective.function": "",
+    "objective.options": {},
     "objective.advantage": "running",
     "objective.length_bonus": 0.5,
     "objective.mix": 1.0,
@@ -13,12 +15,19 @@ _PAPER = {
     "objective.entropy_floor": 1.0,
     "objective.lookahead": 0,
     "objective.loss": "reinforce",
+    "objective.loss_normalization": "token_mean",
     "objective.importance_cap": None,
     "teacher.weights": "frozen",
     "rollout.rollouts_per_prompt": 1,
 }
 _GROUPS = {"objective.advantage": "group", "objective.length_bonus": 0.0, "rollout.rollouts_per_prompt": 8}
 _UNGATED = {"objective.attenuation": 0.0, "objective.lookahead": 0}
+# No reward, no weights of sampled tokens: a divergence from the teacher at every token of every rollout.
+_DISTILLATION = {
+    "objective.function": "megatron_egrsd.objectives.distillation:Distillation",
+    "objective.length_bonus": 0.0,
+    "objective.loss_normalization": "seq_mean",
+}
 
 _PRESETS = {
     "egrsd": _PAPER,
@@ -26,6 +35,8 @@ _PRESETS = {
     "gate_off": _PAPER | _UNGATED,  # the paper's stand-in for RLSD
     # arXiv 2402.03300; the token weight is the advantage.
     "grpo": _PAPER | _GROUPS | _UNGATED | {"objective.mix": 0.0, "objective.loss": "ppo"},
+    # arXiv 2601.18734, with the clipped entries of its authors' code.
+    "opsd": _PAPER | _DISTILLATION | {"objective.options": {"kind": "forward_kl", "entry_clip": 0.05}},
     # arXiv 2604.03128; decay and copies of the teacher as in its authors' later code (arXiv 2606.11709).
     "rlsd": _PAPER
     | _GROUPS

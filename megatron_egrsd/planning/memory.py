@@ -66,6 +66,21 @@ class RankMemory:
         return sum(self.resident.values()) + sum(self.phases[self.peak_phase].values())
 
 
+@dataclass(frozen=True)
+class HeldTeacher:
+    """What a divergence from the teacher holds on the last stage from the teacher's pass to the end of the step.
+
+    Args:
+        tokens: Response tokens of the rollouts of a rank, whose hidden states are held.
+        copies_weight: Whether the teacher's LM head is a copy of its own: it was cast, or would change between updates.
+        log_prob_grad: Whether the objective has a policy loss besides.
+    """
+
+    tokens: int
+    copies_weight: bool
+    log_prob_grad: bool
+
+
 def shard_shapes(arch: Architecture, parallel: ParallelConfig, stage: int) -> list[dict[str, torch.Size]]:
     """Return {local name (layers from 0): shape} of every parameter of a rank of `stage`, one dict per chunk.
 
@@ -133,6 +148,7 @@ def rank_memory(
     needs_teacher: bool = True,
     needs_reference: bool = False,
     lora: AdapterSpec | None = None,
+    held: HeldTeacher | None = None,
 ) -> RankMemory:
     """Return the bytes of a rank of pipeline stage `stage` for micro-batches of at most `tokens` tokens on a rank.
 
@@ -142,6 +158,7 @@ def rank_memory(
         teacher: The weights that the teacher scores with, kept if `needs_teacher` and if they are not the current ones.
         needs_reference: Whether the initial weights are kept, for a KL penalty.
         lora: The adapters that are trained; None if all weights are.
+        held: What is held for a divergence from the teacher; None if the objective asks for none.
     """
     b = itemsize
     chunks = shard_shapes(arch, parallel, stage)
@@ -173,9 +190,17 @@ def rank_memory(
             math.prod(shape) * b for name, shape in trained[0].items() if name.endswith("lora_A")
         )
     final_norm = _norm(h, b, place) - (h * b if lora and not place.transformer_engine else 0)
-    head = lm_head(arch, parallel.tensor, tokens, b, place, frozen=lora is not None) | {
-        "final norm": tokens * (final_norm + (arch.hidden_size * b if parallel.sequence_parallel else 0))
-    }
+    head = lm_head(arch, parallel.tensor, tokens, b, place, frozen=lora is not None)
+    states = {}
+    if held and is_last:
+        states["teacher's hidden states"] = held.tokens * arch.hidden_size * b
+        if held.copies_weight:
+            columns = arch.padded_vocab_size(parallel.tensor) // parallel.tensor
+            states["teacher's LM head"] = columns * arch.hidden_size * b
+        shared = lora is not None or (teacher.weights == "live" and not held.copies_weight)
+        both = divergence_head(arch, parallel.tensor, tokens, b, place, shared=shared, frozen=lora is not None)
+        head = head | both if held.log_prob_grad else both
+    head |= {"final norm": tokens * (final_norm + (arch.hidden_size * b if parallel.sequence_parallel else 0))}
     backward = {"gradients of activations": tokens * _layer_gradients(arch, parallel.tensor, h, b, place)}
     if parallel.recompute:
         backward["recomputed layer"] = tokens * (layer - h * b)
@@ -186,6 +211,7 @@ def rank_memory(
     if teacher.weights == "ema" and b < 4:
         phases["scoring"] = {"teacher in the type of the weights": _numel(trained) * b,
                              "one layer": tokens * layer}  # fmt: skip
+    phases = {name: terms | states for name, terms in phases.items()}
     rank = stage * (world_size // parallel.pipeline)
     if rank == 0:
         largest = arch.padded_vocab_size(parallel.tensor) * arch.hidden_size * b
@@ -315,6 +341,25 @@ def lm_head(
         "LM head: rows and their gradient": rows * (b + 4 + b),
     }
     return head if frozen else head | {"LM head: gradient of the weight": columns * arch.hidden_size * b}
+
+
+def divergence_head(
+    arch: Architecture, tensor: int, tokens: int, b: int, place: Placement, *, shared: bool, frozen: bool
+) -> dict[str, int]:
+    """Return the bytes of vocab_parallel.linear_divergence in the backward pass of `tokens` response rows, by name.
+
+    `shared`: one LM head serves both models, whose rows then lie end to end; `frozen`: it is not trained.
+    """
+    columns = arch.padded_vocab_size(tensor) // tensor
+    logit = 4 if place.gpu else b
+    chunk, _ = chunk_plan(place.device, 2 * tokens, columns, logit, keep_bytes=0)
+    cast = chunk * b if logit > b else 0
+    rows = tokens * arch.hidden_size
+    head = {
+        "divergence: a chunk of both models' logits": tokens * (2 * chunk * logit + cast),
+        "divergence: rows and their gradient": rows * (2 * b + (2 * b if shared else 0) + 4 + b),
+    }
+    return head if frozen else head | {"divergence: gradient of the weight": columns * arch.hidden_size * b}
 
 
 def _adam_temporaries(

@@ -24,8 +24,9 @@ from megatron_egrsd.hf.adapter_file import configured_spec
 from megatron_egrsd.hf.adapters import adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.checkpoint import HFCheckpoint, holds_weights
-from megatron_egrsd.objectives.load import needs_teacher
-from megatron_egrsd.planning.memory import SERVER_SHARE, Placement, RankMemory, rank_memory
+from megatron_egrsd.objectives import Objective
+from megatron_egrsd.objectives.load import load_objective, needs_teacher
+from megatron_egrsd.planning.memory import SERVER_SHARE, HeldTeacher, Placement, RankMemory, rank_memory
 from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.rollout.ports import choose_ports
 from megatron_egrsd.system import torchrun
@@ -214,8 +215,14 @@ def placement(config: Config, gpu_memory: int | None) -> Placement:
     return Placement(on_gpu, on_gpu and installed and config.parallel.wants_transformer_engine(config.model.dtype))
 
 
-def memory_of_stages(config: Config, arch: Architecture, ranks: int, place: Placement, tokens: int) -> list[RankMemory]:
-    """Return the bytes of a rank of each pipeline stage of `config`, as `rank_memory` does."""
+def memory_of_stages(
+    config: Config, arch: Architecture, ranks: int, place: Placement, tokens: int, held_tokens: int | None = None
+) -> list[RankMemory]:
+    """Return the bytes of a rank of each pipeline stage of `config`, as `rank_memory` does.
+
+    `held_tokens` are the response tokens of a rank's rollouts; default: all of full length.
+    """
+    objective, itemsize = load_objective(config.objective), getattr(torch, config.model.dtype).itemsize
     memory = functools.partial(
         rank_memory,
         arch,
@@ -223,14 +230,30 @@ def memory_of_stages(config: Config, arch: Architecture, ranks: int, place: Plac
         ranks,
         place=place,
         tokens=tokens,
-        itemsize=getattr(torch, config.model.dtype).itemsize,
+        itemsize=itemsize,
         bucket_bytes=config.rollout.sync.bucket_mib << 20,
         teacher=config.teacher,
-        needs_teacher=needs_teacher(config.objective),
+        needs_teacher=objective.needs_teacher,
         needs_reference=bool(config.objective.kl_coef),
         lora=configured_spec(config.lora),
+        held=_held(config, objective, ranks, held_tokens) if objective.divergence is not None else None,
     )
     return [memory(stage) for stage in range(config.parallel.pipeline)]
+
+
+def _held(config: Config, objective: Objective, ranks: int, tokens: int | None) -> HeldTeacher:
+    """Return what the divergence of `objective` holds of the teacher's pass, as `Engine.hold_teacher` does."""
+    if tokens is None:
+        replicas = ranks // config.parallel.model_parallel
+        rollouts = config.rollout.rollouts_per_step // replicas
+        tokens = rollouts * -(-config.rollout.max_response_tokens // config.parallel.context)
+    changes = config.optimizer.updates_per_batch > 1 and config.teacher.weights in ("live", "ema")
+    cast = config.teacher.weights == "ema" and config.model.dtype != "float32"
+    return HeldTeacher(
+        tokens,
+        copies_weight=not config.lora.enabled and (changes or cast),
+        log_prob_grad=objective.has_policy_loss or bool(config.objective.kl_coef),
+    )
 
 
 def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, longest: int, gpu_memory: int) -> str:

@@ -12,6 +12,7 @@ NAMES = {
     "gate_off": "EGRSD without gate",
     "egrsd": "EGRSD",
     "cl_egrsd": "CL-EGRSD",
+    "opsd": "OPSD",
     "run": "this run",
 }
 
@@ -44,7 +45,8 @@ def member(objective: ObjectiveConfig) -> str:
 
 def title(objective: ObjectiveConfig) -> str:
     """Return the name of the objective: its preset's, a family member's, or that of a user's own class."""
-    if objective.function:
+    preset = presets().get(objective.preset, {})
+    if objective.function and objective.function != preset.get("objective.function"):
         return objective.function.rpartition(":")[2]
     name = objective.preset or member(objective)
     return NAMES.get(name, name)

@@ -4,7 +4,7 @@
 docs/guides/report.md describes the format. Reading needs neither megatron-core nor SGLang, and executes nothing.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _STUDENT = ("student_log_prob", "student_entropy", "rollout_log_prob", "gate", "weight")
 _TEACHER = ("teacher_log_prob", "teacher_entropy", "normalized_entropy", "lookahead_entropy")
+_COLUMNS = (*_STUDENT, *_TEACHER, "divergence")
 _NESTED: dict[str, type] = {"objective": ObjectiveConfig, "problem": Problem, "history": History}
 _TYPES: dict[type | tuple[type, ...], tuple[str, ...]] = {
     int: ("step", "vocab_size", "group", "weight_version"),
@@ -45,8 +46,9 @@ class ScoredRollout:
     Log-probs and entropies in nats; the four teacher arrays are None if the objective runs no teacher (GRPO).
     `normalized_entropy` is Hhat, `lookahead_entropy` Hhat^CL, `gate` omega, and `entropy_scale` the nats at which Hhat
     reaches 1: the batch's maximum or quantile, this response's maximum, or ln(vocabulary). `gate` is 1 if a user's own
-    objective has none. `reward` is the verifiable one, `shaped_reward` has the length bonus, `history` are the running
-    statistics that the advantage was taken from. `pieces` joined are the response.
+    objective has none. `divergence` is V D, what the divergence from the teacher adds to the loss before the division
+    by N; None if the objective asks for none. `reward` is the verifiable one, `shaped_reward` has the length bonus,
+    `history` are the running statistics that the advantage was taken from. `pieces` joined are the response.
     """
 
     step: int
@@ -73,6 +75,7 @@ class ScoredRollout:
     teacher_entropy: np.ndarray | None = None
     normalized_entropy: np.ndarray | None = None
     lookahead_entropy: np.ndarray | None = None
+    divergence: np.ndarray | None = None
 
 
 def dumped_tokens(scored: list[ScoredRollout]) -> Tokens:
@@ -94,12 +97,15 @@ def dumps_of(run: Path) -> dict[int, Path]:
 def gather_scores(engine: "Engine", own: "dict[int, Scores] | None") -> dict[int, np.ndarray] | None:
     """Gather {rollout index: [2, T] log-prob and entropy} on rank 0; None elsewhere, or if `own` is None.
 
+    [3, T] if the samples were scored against a teacher: the divergence from it is the last row.
+
     Every rank must call it. `engine.score` leaves a replica's scores on all its ranks, so one gather over the
     data-parallel ranks is enough.
     """
     if own is None:
         return None
-    part = {i: torch.stack([s.log_prob, s.entropy]).float().cpu().numpy() for i, s in own.items()}
+    rows = {i: (s.log_prob, s.entropy, s.divergence) for i, s in own.items()}
+    part = {i: torch.stack([x for x in r if x is not None]).float().cpu().numpy() for i, r in rows.items()}
     parts = [part]
     if engine.data_parallel > 1:
         parts = [None] * engine.data_parallel if engine.data_parallel_rank == 0 else None
@@ -120,7 +126,7 @@ def scored_rollouts(
     vocab_size: int,
     history: History,
 ) -> list[ScoredRollout]:
-    """Build the dump of a whole batch, weighted as in `learn`, from gathered scores {rollout index: [2, T]}.
+    """Build the dump of a whole batch, weighted as in `learn`, from gathered scores {rollout index: [2, T]}, or [3, T].
 
     `rewards` are the shaped ones.
     """
@@ -128,8 +134,9 @@ def scored_rollouts(
     columns = {}
     for name, scores in (("student", student), ("teacher", teacher)):
         if scores is not None:
-            both = np.concatenate([scores[i] for i in range(len(rollouts))], 1)
-            columns |= {f"{name}_log_prob": both[0], f"{name}_entropy": both[1]}
+            rows = np.concatenate([scores[i] for i in range(len(rollouts))], 1)
+            names = (f"{name}_log_prob", f"{name}_entropy", "divergence")
+            columns |= dict(zip(names, rows, strict=False))
     tensors = {name: torch.from_numpy(values) for name, values in columns.items()}
     weights = batch_weights(batch_tokens(advantage, lengths, tensors), objective, vocab_size, history)
     scales = weights.pop("entropy_scale", None)
@@ -164,15 +171,20 @@ def batch_weights(
 ) -> dict[str, torch.Tensor]:
     """Weight and gate (1 if the objective has none) of a whole batch, and the entropies behind a gate; [T] each.
 
-    If there is a teacher but a user's own objective prepares no entropies, they are those of the built-in gate.
+    If there is a teacher but another objective than the family's prepares no entropies, they are those of the built-in
+    gate. With the tokens' divergence also what it adds to the loss.
     """
-    weight, fields = weigh(load_objective(objective, history), tokens, vocab_size=vocab_size)
+    loaded = load_objective(objective, history)
+    weight, fields = weigh(loaded, tokens, vocab_size=vocab_size)
+    divergence = {}
+    if tokens.divergence is not None:
+        divergence["divergence"] = loaded.divergence_weight(replace(tokens, fields=fields)) * tokens.divergence
     if tokens.teacher_entropy is not None and "entropy_scale" not in fields:
         built_in = confidence(tokens.teacher_entropy, tokens.cu_seqlens, objective, vocab_size=vocab_size)
         fields = fields | {name: values for name, values in vars(built_in).items() if name != "gate"}
     known = ("normalized_entropy", "lookahead_entropy", "entropy_scale")
     gate = fields.get("gate", torch.ones_like(tokens.advantage))
-    return {"weight": weight, "gate": gate} | {name: fields[name] for name in known if name in fields}
+    return {"weight": weight, "gate": gate} | divergence | {name: fields[name] for name in known if name in fields}
 
 
 def token_pieces(tokenizer, ids: list[int]) -> list[str]:
@@ -229,7 +241,8 @@ def _parse(line: bytes, location: str) -> ScoredRollout:
     try:
         row = orjson.loads(line)
         row |= {name: cls(**row[name]) for name, cls in _NESTED.items()}
-        for name in (*_STUDENT, *_TEACHER):
+        row.setdefault("divergence", None)  # older dumps have none
+        for name in _COLUMNS:
             if name in _STUDENT or row[name] is not None:
                 row[name] = np.array(row[name], np.float32)  # null becomes NaN
         rollout = ScoredRollout(**row)
@@ -247,7 +260,7 @@ def _check(rollout: ScoredRollout) -> None:
                 raise BadArgument(f"{name} is {getattr(rollout, name)!r}")
     if len({getattr(rollout, name) is None for name in _TEACHER}) > 1:
         raise BadArgument(f"some of {', '.join(_TEACHER)} are missing")
-    for name in ("response_ids", "pieces", *_STUDENT, *_TEACHER):
+    for name in ("response_ids", "pieces", *_COLUMNS):
         values = getattr(rollout, name)
         if values is not None and np.shape(values) != (len(rollout.response_ids),):
             raise BadArgument(f"{name} does not hold one value a response token")

@@ -81,9 +81,13 @@ def _with_family_advantages(scored: list[ScoredRollout]) -> list[ScoredRollout]:
 
 
 def _weights(scored: list[ScoredRollout], objective: ObjectiveConfig) -> list[dict[str, np.ndarray]]:
-    """Of each rollout: omega and weight; of a member of the family also w, and Hhat as h and Hhat^CL as h_ahead."""
+    """Of each rollout: omega and weight; of a member of the family also w, and Hhat as h and Hhat^CL as h_ahead.
+
+    Of another objective they are recorded, and what a divergence adds to the loss counts as weight.
+    """
     if objective.function:
-        return [{"omega": r.gate, "weight": r.weight} for r in scored]
+        added = [0.0 if r.divergence is None else r.divergence for r in scored]
+        return [{"omega": r.gate, "weight": r.weight + more} for r, more in zip(scored, added, strict=True)]
     tokens, lengths = dumped_tokens(scored), [len(r.response_ids) for r in scored]
     weights = batch_weights(tokens, objective, scored[0].vocab_size, scored[0].history)
     columns = {"w": torch.ones_like(weights["weight"]), "omega": weights["gate"], "weight": weights["weight"]}

@@ -7,6 +7,7 @@ The package works in any Megatron-style project: it imports only torch, and take
 
 from megatron_egrsd.vocab_parallel.cross_entropy import cross_entropy
 from megatron_egrsd.vocab_parallel.divergence import Divergence, divergence
+from megatron_egrsd.vocab_parallel.form import DivergenceForm
 from megatron_egrsd.vocab_parallel.gather import gather_log_probs, log_softmax
 from megatron_egrsd.vocab_parallel.linear import linear_log_prob_and_entropy, linear_token_statistics
 from megatron_egrsd.vocab_parallel.linear_divergence import linear_divergence
@@ -23,6 +24,7 @@ from megatron_egrsd.vocab_parallel.shard import IGNORE_INDEX
 __all__ = [
     "IGNORE_INDEX",
     "Divergence",
+    "DivergenceForm",
     "LogRatio",
     "TokenStatistics",
     "cross_entropy",

@@ -1,13 +1,13 @@
 """The divergence of two models' distributions over a sharded vocabulary, exact, without holding either of them."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 
 from megatron_egrsd.vocab_parallel import pair_ops
 from megatron_egrsd.vocab_parallel.collectives import gather_parts
-from megatron_egrsd.vocab_parallel.pair_ops import KINDS, Form
+from megatron_egrsd.vocab_parallel.form import check_form
+from megatron_egrsd.vocab_parallel.pair_ops import Form
 from megatron_egrsd.vocab_parallel.rows import overlap
 from megatron_egrsd.vocab_parallel.shard import Shard, check_logits, prepare_temperature
 from megatron_egrsd.vocab_parallel.top_k import top_k_divergence
@@ -92,17 +92,6 @@ def check_pair(teacher: torch.Tensor, student: torch.Tensor, group: Any, vocab_s
             f"{student.dtype} {tuple(student.shape)} on {student.device} must have one shape, dtype and device"
         )
     return Shard.of(student.shape[-1], group, vocab_size)
-
-
-def check_form(kind: str, entry_clip: float | None, beta: float) -> Form:
-    """Return the checked form of a divergence. Raises ValueError."""
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if entry_clip is not None and not entry_clip > 0:
-        raise ValueError(f"entry_clip must be above 0, got {entry_clip}")
-    if kind == "jsd" and not 0 < beta < 1:
-        raise ValueError(f"beta must be between 0 and 1, got {beta}: use forward_kl or reverse_kl for the ends")
-    return Form(kind, math.inf if entry_clip is None else entry_clip, beta)
 
 
 def check_temperature(temperature: float) -> float:

@@ -14,11 +14,11 @@ from megatron_egrsd.vocab_parallel import pair_ops
 from megatron_egrsd.vocab_parallel.collectives import gather_parts, gather_sequence, reduce_hidden
 from megatron_egrsd.vocab_parallel.divergence import (
     Divergence,
-    check_form,
     check_temperature,
     plain_sums,
     summed_entries,
 )
+from megatron_egrsd.vocab_parallel.form import check_form
 from megatron_egrsd.vocab_parallel.linear import check_operands, chunk_plan
 from megatron_egrsd.vocab_parallel.shard import Shard
 

@@ -7,15 +7,16 @@ import sys
 import numpy as np
 import pytest
 
-from megatron_egrsd.config import ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron_egrsd.config import ObjectiveConfig, OptimizerConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, save_rollouts
 from megatron_egrsd.report.scored_dump import load_scores
 from megatron_egrsd.report.token_page import page_data
 from tests.models import make_qwen3
 from tests.parallel.test_scores import step
 from tests.training import VOCAB, assert_same_training, made_up_rollouts, run_training, training_config
-from tests.unit.test_extending import HIGH_ENTROPY, OPSD, ROOT
+from tests.unit.test_extending import EXAMPLES, HIGH_ENTROPY, OPSD, ROOT
 
+DISTIL_WRONG = f"{EXAMPLES / 'distil_wrong.py'}:DistilWrong"
 SPLIT = {"max_tokens_per_microbatch": 64}
 OBJECTIVES = {
     "OPSD": ({"objective": ObjectiveConfig(function=OPSD)}, 2, {}),
@@ -23,6 +24,16 @@ OBJECTIVES = {
         {"objective": ObjectiveConfig(function=OPSD), "optimizer": OptimizerConfig(lr=1e-3, updates_per_batch=2)},
         2,
         {"pipeline": 2},
+    ),
+    # A policy loss and a divergence, from a teacher whose LM head changes between the updates.
+    "distil wrong, two updates": (
+        {
+            "objective": ObjectiveConfig(function=DISTIL_WRONG, importance_cap=2.0),
+            "teacher": TeacherConfig(weights="ema", ema_decay=0.5),
+            "optimizer": OptimizerConfig(lr=1e-4, updates_per_batch=2),
+        },
+        2,
+        {"tensor": 2},
     ),
     # Its threshold spans the data-parallel ranks.
     "high entropy": ({"objective": ObjectiveConfig(function=HIGH_ENTROPY, options={"share": 0.5})}, 2, {}),
@@ -43,7 +54,7 @@ def test_layout_does_not_change_training(name, files):
     split = training_config(model, parallel=ParallelConfig(**SPLIT, **layout), **changes)
     assert_same_training(run_training(ranks, split, root / "rollouts.jsonl"), expected)
     assert expected[0][0]["optimizer/grad_norm"] > 0
-    assert ("teacher/entropy" in expected[0][0]) == ("OPSD" in name)
+    assert ("teacher/entropy" in expected[0][0]) == (name != "high entropy")
 
 
 # A token weighs as much as the other tokens of its rollout are uncertain.
@@ -88,6 +99,15 @@ def test_the_record_is_what_is_trained_and_needs_no_reward(files):
     assert np.abs(weight).mean() == pytest.approx(metrics["weight/abs_mean"], rel=1e-4)
     assert ratio.mean() == pytest.approx(metrics["weight/log_ratio"], rel=1e-4)
     assert metrics["opsd/clip_share"] == pytest.approx((np.abs(ratio) > 5).mean()) and metrics["opsd/clip_share"] > 0
+
+
+def test_the_record_holds_what_the_divergence_adds(files):
+    path = files[1] / "distil_wrong.jsonl"
+    config = {"objective": ObjectiveConfig(function=DISTIL_WRONG), "optimizer": OptimizerConfig(lr=1e-12)}
+    metrics, scored = step(files, path, **config), load_scores(path)
+    added = np.concatenate([r.divergence for r in scored])
+    assert added.mean() == pytest.approx(metrics["wrong/divergence"], rel=1e-4) and added.mean() > 0
+    assert all((r.divergence == 0).all() == (r.advantage > 0) for r in scored)
 
 
 def _replay(path):

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_egrsd.config import LoraConfig, ModelConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.memory import Placement
@@ -108,10 +109,13 @@ LAYOUTS = {
     "CP2 distributed optimizer": (2, "bfloat16", {"context": 2, "distributed_optimizer": True}, True, "ema"),
     "experts EP2": (2, "bfloat16", {"expert": 2, "distributed_optimizer": True}, False, "frozen"),
     "LoRA TP2 SP": (2, "bfloat16", {"tensor": 2, "sequence_parallel": True}, True, "snapshot"),
+    "OPSD": (1, "bfloat16", {}, False, "frozen"),
+    "OPSD, LoRA PP2": (2, "float32", {"pipeline": 2}, True, "frozen"),
+    "OPSD, moving average": (1, "bfloat16", {}, True, "ema"),
 }
 
 
-SLOW = {"fp32, KL", "TP2", "TP2 PP2", "CP2", "CP2 distributed optimizer"}
+SLOW = {"fp32, KL", "OPSD, moving average", "TP2", "TP2 PP2", "CP2", "CP2 distributed optimizer"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS])
@@ -123,8 +127,11 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
         for r in made_up_rollouts()
     ]
     save_rollouts(rollouts, tmp_path / "rollouts.jsonl")
+    objective = (
+        preset_objective("opsd") if "OPSD" in name else dataclasses.replace(GROUPS, kl_coef=0.1 * ("KL" in name))
+    )
     config = dataclasses.replace(
-        training_config(model, objective=dataclasses.replace(GROUPS, kl_coef=0.1 * ("KL" in name))),
+        training_config(model, objective=objective),
         model=ModelConfig(path=str(model), dtype=dtype),
         parallel=ParallelConfig(max_tokens_per_microbatch=1200, **parallel),
         teacher=TeacherConfig(weights=teacher),
@@ -135,7 +142,8 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
         run_ranks(_measure, ranks, config, tmp_path / "rollouts.jsonl", timeout=240)
     ):
         arch = Architecture.from_pretrained(model)
-        predicted = memory_of_stages(config, arch, ranks, Placement(False, False), tokens)[stage]
+        held = sum(len(r.response_ids) for r in rollouts)
+        predicted = memory_of_stages(config, arch, ranks, Placement(False, False), tokens, held)[stage]
         expected = dict(predicted.resident)
         if "LoRA" in name:
             expected["weights"] = expected.pop("frozen weights") + expected.pop("adapters")

@@ -62,7 +62,7 @@ def train(
     if adapter:
         student = PeftModel.from_pretrained(student, adapter, is_trainable=True, autocast_adapter_dtype=False).double()
     optimizer = torch.optim.AdamW(
-        _trained(student), lr=settings.lr, betas=settings.betas, eps=settings.adam_epsilon, weight_decay=0.0
+        trained(student), lr=settings.lr, betas=settings.betas, eps=settings.adam_epsilon, weight_decay=0.0
     )
     earlier_rewards: list[float] = []
     steps = []
@@ -73,7 +73,7 @@ def train(
     return steps, {name: weight.detach().clone() for name, weight in state.items()}
 
 
-def _trained(model) -> list[torch.nn.Parameter]:
+def trained(model) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -84,7 +84,7 @@ def _step(student, teacher, optimizer, batch: list[dict], number: int, earlier: 
     teacher_log_prob, entropies = [], []
     with torch.no_grad():
         for rollout in batch:
-            log_probs = _log_probs(teacher, rollout["prompt"]["teacher_ids"], rollout["response_ids"], s.temperature)
+            log_probs = log_probs_of(teacher, rollout["prompt"]["teacher_ids"], rollout["response_ids"], s.temperature)
             teacher_log_prob.append(_of_sampled(log_probs, rollout["response_ids"]))
             entropies.append([-float((row.exp() * row).sum()) for row in log_probs])
     largest = max(1.0, max(h for response in entropies for h in response))
@@ -92,7 +92,7 @@ def _step(student, teacher, optimizer, batch: list[dict], number: int, earlier: 
     number_of_tokens = sum(len(rollout["response_ids"]) for rollout in batch)
     loss, step = 0.0, Step(0.0, 0.0, rewards, advantages)
     for rollout, advantage, from_teacher, entropy in zip(batch, advantages, teacher_log_prob, entropies, strict=True):
-        log_probs = _log_probs(student, rollout["prompt"]["student_ids"], rollout["response_ids"], s.temperature)
+        log_probs = log_probs_of(student, rollout["prompt"]["student_ids"], rollout["response_ids"], s.temperature)
         log_prob = _of_sampled(log_probs, rollout["response_ids"])
         direction = (advantage > 0) - (advantage < 0)
         weights, gates = [], []
@@ -108,7 +108,7 @@ def _step(student, teacher, optimizer, batch: list[dict], number: int, earlier: 
         step.gates.append(gates)
     optimizer.zero_grad()
     loss.backward()
-    step.grad_norm = float(torch.nn.utils.clip_grad_norm_(_trained(student), s.clip_norm))
+    step.grad_norm = float(torch.nn.utils.clip_grad_norm_(trained(student), s.clip_norm))
     optimizer.step()
     step.loss = float(loss)
     return step
@@ -127,7 +127,7 @@ def _advantage(reward: float, number: int, earlier: list[float], s: Settings) ->
     return (reward - mean) / (math.sqrt(variance) + 1e-6)
 
 
-def _log_probs(model, prompt_ids: list[int], response_ids: list[int], temperature: float) -> torch.Tensor:
+def log_probs_of(model, prompt_ids: list[int], response_ids: list[int], temperature: float) -> torch.Tensor:
     """Log-probs [T, V] of the next token before each response token, at the temperature."""
     logits = model(torch.tensor([prompt_ids + response_ids])).logits[0]
     return (logits[len(prompt_ids) - 1 : -1] / temperature).log_softmax(-1)

@@ -13,8 +13,8 @@ from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConf
 from megatron_egrsd.config.page import page
 from megatron_egrsd.config_reader import PATHS, RENAMED, parse_config, preset_objective, valid_keys
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.objectives import presets
-from megatron_egrsd.objectives.load import needs_teacher
+from megatron_egrsd.objectives import DivergenceForm, presets
+from megatron_egrsd.objectives.load import load_objective, needs_teacher
 from megatron_egrsd.system.arguments import Parser, path
 
 BASE = ["--model.path", "m", "--data.train", "t.jsonl"]
@@ -32,6 +32,9 @@ PRESETS = {
     "cl_egrsd": PAPER | {"objective.attenuation": 0.3, "objective.lookahead": 3},
     "gate_off": PAPER | {"objective.attenuation": 0.0, "objective.lookahead": 0},
     "grpo": GROUPS | {"objective.mix": 0.0, "objective.importance_cap": None},
+    "opsd": PAPER
+    | {"objective.length_bonus": 0.0, "objective.loss_normalization": "seq_mean",
+       "objective.options": {"kind": "forward_kl", "entry_clip": 0.05}},
     "rlsd": GROUPS
     | {"objective.mix": 0.5, "objective.mix_decay_steps": 50, "objective.importance_cap": 2.0,
        "teacher.weights": "snapshot", "teacher.snapshot_every": 10},
@@ -222,6 +225,17 @@ def test_the_defaults_are_the_papers_cl_egrsd():
     assert default.objective.entropy_normalization == "batch_max" and default.objective.gate_floor == 0.1
     assert list(presets()) == list(PRESETS)
     assert preset_objective("egrsd", mix=0.25).mix == 0.25
+
+
+def test_options_of_a_preset_are_overridden_one_by_one_and_another_preset_drops_them(tmp_path):
+    words = ["--objective.preset", "opsd", "--objective.options.entry_clip", "0.1"]
+    assert parse_config([*BASE, *words]).objective.options == {"kind": "forward_kl", "entry_clip": 0.1}
+    file = tmp_path / "config.yaml"
+    file.write_text("objective: {preset: opsd, options: {entry_clip: 0.2}}\n")
+    config = parse_config([*BASE, "--config", str(file)])
+    assert load_objective(config.objective).divergence == DivergenceForm("forward_kl", 0.2)
+    config = parse_config([*BASE, "--config", str(file), "--objective.preset", "egrsd"])
+    assert config.objective == preset_objective("egrsd")
 
 
 @pytest.mark.parametrize("advantage", ["running", "outcome"])

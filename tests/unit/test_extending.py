@@ -58,9 +58,10 @@ def test_the_examples_are_short_and_work(path):
     check_objective(ObjectiveConfig(function=f"{path}:{name}"))
 
 
-def test_the_documentation_shows_the_example_as_it_is():
+@pytest.mark.parametrize("name", ["opsd.py", "distil_wrong.py"])
+def test_the_documentation_shows_the_example_as_it_is(name):
     page = (ROOT / "docs" / "guides" / "extending.md").read_text()
-    assert f"```python\n{(EXAMPLES / 'opsd.py').read_text()}```" in page
+    assert f"```python\n{(EXAMPLES / name).read_text()}```" in page
 
 
 def test_opsd_is_the_clipped_log_ratio_and_trains_every_rollout():

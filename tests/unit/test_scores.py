@@ -35,7 +35,13 @@ TOKENIZER = byte_level()
 HISTORY = History().after([1.3, 0.0]).after([0.0, 1.1])
 
 
-def batch(objective: ObjectiveConfig, teacher: bool = True, text: str = "", problem: Problem | None = None):
+def batch(
+    objective: ObjectiveConfig,
+    teacher: bool = True,
+    text: str = "",
+    problem: Problem | None = None,
+    divergence: bool = False,
+):
     """Make six rollouts of 5 (or `text`), 1, 9, 4, 7 and 3 tokens in two groups, the second without advantage."""
     g = np.random.default_rng(0)
     rollouts, student, scores = [], {}, {}
@@ -49,6 +55,8 @@ def batch(objective: ObjectiveConfig, teacher: bool = True, text: str = "", prob
         student[i], scores[i] = (
             np.stack([-4 * g.random(length), 3 * g.random(length)]).astype(np.float32) for _ in range(2)
         )
+        if divergence:
+            student[i] = np.concatenate([student[i], g.random((1, length), np.float32) + 0.01])
     advantage, rewards = [0.5, -1.0, 0.5, 0.0, 0.0, 0.0], [1.2 * (i % 2) for i in range(6)]
     taught, about = scores if teacher else None, {"step": 4, "vocab_size": 261, "history": HISTORY}
     return scored_rollouts(rollouts, rewards, advantage, student, taught, objective, TOKENIZER, **about)
