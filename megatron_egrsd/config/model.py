@@ -27,6 +27,7 @@ class ModelConfig:
 
 Turns = list[dict[str, str]]  # a conversation: {"role": "system" | "user" | "assistant", "content": text} each
 _BRACED = re.compile(r"(?<![A-Za-z}])\{(\w+)\}")  # no argument of a LaTeX command: \\text{solutions}
+CONTEXTS = ("template", "answer", "concise")  # of the teacher, by name (data/contexts.py)
 _PLACEHOLDERS = ("problem", "solution", "answer")
 
 
@@ -64,6 +65,10 @@ class DataConfig:
         answer_key: Field that holds the verifiable answer. The answer of a row without it is the last box of its
             solution.
         solution_key: Field that holds the reference solution, the privileged context.
+        teacher_context: What the teacher reads. "template": the turns of `teacher_template` or `teacher_key`; "answer":
+            the student's turns with the answer behind them; "concise": the student's turns with the wish for a short
+            solution before the last (CRISP). Or the import path of a function, "file.py:function" or
+            "module:function", that makes the turns of a problem and the student's turns (docs/guides/data.md).
         teacher_key: Field that holds the teacher's conversation, ready-made: a text (one user turn) or a list of turns
             as in teacher_template. Empty: the template makes it.
         student_template: The user turn that the student reads, in training and evaluation, with {problem} in it; or a
@@ -83,6 +88,7 @@ class DataConfig:
     problem_key: str = "problem"
     answer_key: str = "answer"
     solution_key: str = "solution"
+    teacher_context: str = "template"
     teacher_key: str = ""
     student_template: str | list[dict[str, str]] = "{problem}"
     teacher_template: str | list[dict[str, str]] = (
@@ -101,7 +107,13 @@ class DataConfig:
         check_template("data.teacher_template", self.teacher_template)
         require("problem" in placeholders(self.student_template), "data.student_template must contain {problem}")
         require(
-            bool(self.teacher_key) or bool(placeholders(self.teacher_template) & {"solution", "answer"}),
+            self.teacher_context in CONTEXTS or ":" in self.teacher_context,
+            f"data.teacher_context is {self.teacher_context!r}; it must be {', '.join(CONTEXTS)}, or an import path "
+            '"file.py:function"',
+        )
+        told = bool(self.teacher_key) or bool(placeholders(self.teacher_template) & {"solution", "answer"})
+        require(
+            told or self.teacher_context != "template",
             "data.teacher_template must contain {solution} or {answer}: the teacher needs privileged context",
         )
         require(

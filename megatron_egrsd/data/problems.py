@@ -62,13 +62,14 @@ def load_problems(
     number. An invalid row or a duplicate goes to `bad` (default: by the policy `config.bad_rows`). Raises BadArgument,
     naming file and line.
     """
-    need_solution = privileged and not config.teacher_key and "solution" in placeholders(config.teacher_template)
+    by_template = privileged and config.teacher_context == "template"
+    need_solution = by_template and not config.teacher_key and "solution" in placeholders(config.teacher_template)
     bad = BadRows(config.bad_rows) if bad is None else bad
     problems, seen = [], {}
     for location, number, row in read_rows(source, bad):
         try:
             problem = _problem(row, location, number, config, need_solution)
-            if privileged and config.teacher_key:
+            if by_template and config.teacher_key:
                 problem = replace(problem, teacher_turns=_teacher_turns(row, config.teacher_key, location))
             text = " ".join(problem.problem.split())
             if text in seen:

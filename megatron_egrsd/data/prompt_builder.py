@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from megatron_egrsd.config import Config, DataConfig
 from megatron_egrsd.config.model import Turns
+from megatron_egrsd.data.contexts import fill, load_context
 from megatron_egrsd.data.problems import BadRow
 from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.errors import BadArgument
@@ -36,6 +37,7 @@ class PromptBuilder:
             )
         self.tokenizer = tokenizer
         self.config = config
+        self.context = load_context(config)
         self.max_response_tokens = max_response_tokens
         self.context_length = context_length
         self.generation_ids = self._generation_ids()
@@ -68,7 +70,7 @@ class PromptBuilder:
         return self._encode(self._render(fill(self.config.student_template, problem)))
 
     def _teacher(self, problem: Problem) -> list[int]:
-        return self._encode(self._render(problem.teacher_turns or fill(self.config.teacher_template, problem)))
+        return self._encode(self._render(self.context(problem, fill(self.config.student_template, problem))))
 
     def _render(self, turns: Turns) -> str:
         messages = list(turns)
@@ -142,20 +144,6 @@ def apply_template(tokenizer: Any, config: DataConfig, turns: Turns, *, generati
         )
     except Exception as error:  # a template is a program: it can raise any exception
         raise BadArgument(f"the tokenizer's chat template fails on a user turn: {error}") from None
-
-
-def fill(template: str | Turns, problem: Problem) -> Turns:
-    """Return the turns of a template with {problem}, {solution} and {answer} replaced, each in one pass.
-
-    Not by str.format: LaTeX is full of braces, and the text "{solution}" within a problem must stay as it is.
-    """
-    values = {"problem": problem.problem, "solution": problem.solution, "answer": problem.answer}
-
-    def filled(text: str) -> str:
-        return re.sub(r"{(problem|solution|answer)}", lambda match: values[match[1]], text)
-
-    turns = [{"role": "user", "content": template}] if isinstance(template, str) else template
-    return [turn | {"content": filled(turn["content"])} for turn in turns]
 
 
 def prompt_builder(config: Config, model: str = "") -> PromptBuilder:

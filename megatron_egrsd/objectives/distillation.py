@@ -12,8 +12,9 @@ from megatron_egrsd.vocab_parallel import DivergenceForm
 class Distillation(Objective):
     """L = sum_t D(p_T, p_S)_t / N, D over the full vocabulary at every token of every rollout.
 
-    With forward_kl and `entry_clip` 0.05 and a frozen teacher that reads the solution OPSD (arXiv 2601.18734; the clip
-    is that of its authors' code); presets.py has these.
+    With forward_kl, `entry_clip` 0.05 and a frozen teacher that reads the solution it is OPSD (arXiv 2601.18734; the
+    clip is that of its authors' code). With reverse_kl and copies of the student that are asked to be concise it is
+    CRISP (arXiv 2603.05433, eq. 1). presets.py has both.
 
     Args:
         kind: forward_kl, KL(p_T, p_S); reverse_kl, KL(p_S, p_T); or jsd.

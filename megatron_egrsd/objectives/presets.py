@@ -18,6 +18,7 @@ _PAPER: dict[str, object] = {
     "objective.loss_normalization": "token_mean",
     "objective.importance_cap": None,
     "teacher.weights": "frozen",
+    "data.teacher_context": "template",
     "rollout.rollouts_per_prompt": 1,
 }
 _GROUPS = {"objective.advantage": "group", "objective.length_bonus": 0.0, "rollout.rollouts_per_prompt": 8}
@@ -37,6 +38,15 @@ _PRESETS = {
     "grpo": _PAPER | _GROUPS | _UNGATED | {"objective.mix": 0.0, "objective.loss": "ppo"},
     # arXiv 2601.18734, with the clipped entries of its authors' code.
     "opsd": _PAPER | _DISTILLATION | {"objective.options": {"kind": "forward_kl", "entry_clip": 0.05}},
+    # arXiv 2603.05433, with its copies of the teacher (section 3.3).
+    "crisp": _PAPER
+    | _DISTILLATION
+    | {
+        "objective.options": {"kind": "reverse_kl"},
+        "teacher.weights": "snapshot",
+        "teacher.snapshot_every": 50,
+        "data.teacher_context": "concise",
+    },
     # arXiv 2604.03128; decay and copies of the teacher as in its authors' later code (arXiv 2606.11709).
     "rlsd": _PAPER
     | _GROUPS

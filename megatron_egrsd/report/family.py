@@ -13,6 +13,7 @@ NAMES = {
     "egrsd": "EGRSD",
     "cl_egrsd": "CL-EGRSD",
     "opsd": "OPSD",
+    "crisp": "CRISP",
     "run": "this run",
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from megatron_egrsd.config import LoraConfig
+from megatron_egrsd.config import LoraConfig, TeacherConfig
 from megatron_egrsd.config.run import CheckpointConfig
 from megatron_egrsd.report.scored_dump import load_scores
 from megatron_egrsd.report.token_page import render
@@ -20,7 +20,7 @@ from tests.parallel.test_algorithm1 import _train_on_rank as train_on_rank
 from tests.parallel.test_lora import adapter  # noqa: F401 (a fixture)
 from tests.ranks import run_ranks
 from tests.reference.algorithm1 import read_rollouts
-from tests.reference.distillation import forward_kl, train
+from tests.reference.distillation import forward_kl, reverse_kl, train
 
 LAYOUTS = {
     "TP2 SP": (2, {"tensor": 2, "sequence_parallel": True}),
@@ -40,9 +40,9 @@ def expected(model, batches, adapter):  # noqa: F811
     return {lora: train(model, read, OPSD, **SETTINGS, adapter=adapter if lora else None) for lora in (False, True)}
 
 
-def run(model, batches, output, layout, **changes):  # noqa: F811
+def run(model, batches, output, layout, preset="opsd", **changes):  # noqa: F811
     ranks, parallel = layout
-    config = configuration(model, batches, output, "opsd", parallel, gamma=0.3)
+    config = configuration(model, batches, output, preset, parallel, gamma=0.3)
     optimizer = dataclasses.replace(config.optimizer, eps=SETTINGS["adam_epsilon"])
     config = dataclasses.replace(config, optimizer=optimizer, **changes)
     run_ranks(train_on_rank, ranks, config)
@@ -98,6 +98,16 @@ def test_three_steps_of_opsd_with_adapters(layout, model, batches, adapter, expe
     before = load_file(adapter / "adapter_model.safetensors")
     after = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert_weights(after, before, tensors)
+
+
+@pytest.mark.parametrize("layout", ["TP2 SP", pytest.param("PP2", marks=pytest.mark.slow)])
+def test_three_steps_of_crisp(layout, model, batches, tmp_path):  # noqa: F811
+    """The third step's teacher is a copy of the student after the second."""
+    read = [read_rollouts(p) for p in sorted(batches.glob("*.jsonl"))]
+    expected = {False: train(model, read, reverse_kl, **SETTINGS, refresh=2)}
+    teacher = TeacherConfig(weights="snapshot", snapshot_every=2)
+    metrics = run(model, batches, tmp_path / "run", LAYOUTS[layout], preset="crisp", teacher=teacher)
+    assert_run(tmp_path / "run", metrics, model, expected)
 
 
 def test_the_clip_matters_here(expected, model, batches):  # noqa: F811

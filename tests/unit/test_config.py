@@ -34,7 +34,11 @@ PRESETS = {
     "grpo": GROUPS | {"objective.mix": 0.0, "objective.importance_cap": None},
     "opsd": PAPER
     | {"objective.length_bonus": 0.0, "objective.loss_normalization": "seq_mean",
-       "objective.options": {"kind": "forward_kl", "entry_clip": 0.05}},
+       "objective.options": {"kind": "forward_kl", "entry_clip": 0.05}, "data.teacher_context": "template"},
+    "crisp": PAPER
+    | {"objective.length_bonus": 0.0, "objective.loss_normalization": "seq_mean",
+       "objective.options": {"kind": "reverse_kl"}, "teacher.weights": "snapshot", "teacher.snapshot_every": 50,
+       "data.teacher_context": "concise"},
     "rlsd": GROUPS
     | {"objective.mix": 0.5, "objective.mix_decay_steps": 50, "objective.importance_cap": 2.0,
        "teacher.weights": "snapshot", "teacher.snapshot_every": 10},
@@ -129,6 +133,7 @@ def test_yaml_with_overrides_the_later_one_wins(tmp_path):
         ),
         (["--parallel.sequence_parallel", "true"], ["parallel.tensor > 1"]),
         (["--data.teacher_template", "{problem}"], ["{solution} or {answer}"]),
+        (["--data.teacher_context", "brief"], ["data.teacher_context is 'brief'", "template, answer, concise"]),
         (["--data.teacher_template", "{problem} {answer} {solutions}"], ["{solutions}", "did you mean {solution}"]),
         (["--data.student_template", "Solve!"], ["student_template", "{problem}"]),
         (["--data.student_template", "{problem} {solution}"], ["only the teacher"]),

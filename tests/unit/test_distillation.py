@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_egrsd.config import ObjectiveConfig
-from megatron_egrsd.config_reader import preset_objective
+from megatron_egrsd.config_reader import parse_config, preset_objective
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives import DivergenceForm, loss
 from megatron_egrsd.objectives.load import check_objective, load_objective, needs_teacher
@@ -38,6 +38,17 @@ def test_opsd_trains_every_rollout_by_its_divergence_alone():
     assert not objective.has_policy_loss and not objective.weight(tokens).any()
     assert objective.divergence_weight(tokens).tolist() == [1] * 7
     assert title(OPSD) == "OPSD" and title(dataclasses.replace(OPSD, function=DISTIL_WRONG.function)) == "DistilWrong"
+
+
+def test_crisp_is_the_reverse_divergence_from_a_teacher_that_is_asked_to_be_concise():
+    crisp = parse_config(["--model.path", "m", "--data.train", "t.jsonl", "--objective.preset", "crisp"])
+    assert load_objective(crisp.objective).divergence == DivergenceForm("reverse_kl")
+    assert (crisp.data.teacher_context, crisp.teacher.weights, crisp.teacher.snapshot_every) == (
+        "concise",
+        "snapshot",
+        50,
+    )
+    assert title(crisp.objective) == "CRISP"
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from megatron_egrsd.config import DataConfig
+from megatron_egrsd.data.contexts import fill
 from megatron_egrsd.data.problems import BadRow, load_problems
-from megatron_egrsd.data.prompt_builder import PromptBuilder, fill, opened_thinking
+from megatron_egrsd.data.prompt_builder import PromptBuilder, opened_thinking
 from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.data.stopping import stop_token_ids
 from megatron_egrsd.errors import BadArgument
@@ -121,6 +122,49 @@ def test_templates_of_several_turns_end_in_one_generation_prompt(tokenizer, name
         assert teacher == "<|im_start|>system\nBe brief.<|im_end|>\n" + "".join(turns) + header
     if name == "system turn of the template":
         assert teacher.startswith("<|im_start|>system\nThink of $a$.<|im_end|>") and "Be brief" not in student
+
+
+STUDENT = [{"role": "system", "content": "Think."}, {"role": "user", "content": "Problem: {problem}"}]
+
+
+@pytest.mark.parametrize("context", ["answer", "concise"])
+def test_a_context_by_name_changes_the_last_turn_of_the_student(tokenizer, context):
+    """It needs no solution, and the rest of the conversation is the student's."""
+    config = DataConfig(student_template=STUDENT, teacher_context=context)
+    prompt = builder(tokenizer, config).build(replace(LATEX, solution=""))
+    student, teacher = (tokenizer.decode(ids) for ids in (prompt.student_ids, prompt.teacher_ids))
+    start, end = "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+    text = f"Problem: {LATEX.problem}"
+    assert student == start + text + end
+    added = teacher.removeprefix(start).removesuffix(end)
+    assert teacher == start + added + end and added != text
+    if context == "answer":
+        assert added.startswith(text) and LATEX.answer in added.removeprefix(text)
+    else:
+        assert added.endswith(text) and "briefly" in added and LATEX.answer not in added.removesuffix(text)
+
+
+CONTEXT = """
+def steps(problem, student):
+    return [*student, {"role": "assistant", "content": problem.solution}, {"role": "user", "content": "Shorter."}]
+def assistant(problem, student):
+    return student[:-1] + [{"role": "assistant", "content": "So"}]
+def broken(problem, student):
+    return problem.hint
+"""
+
+
+def test_a_context_of_the_users_reads_the_problem_and_the_students_turns(tokenizer, tmp_path):
+    file = tmp_path / "contexts.py"
+    file.write_text(CONTEXT)
+    prompt = builder(tokenizer, DataConfig(teacher_context=f"{file}:steps")).build(LATEX)
+    user = "<|im_start|>user\n"
+    parts = f"{user}{LATEX.problem}<|im_end|>", LATEX.solution, f"{user}Shorter.<|im_end|>\n<|im_start|>assistant\n"
+    text = tokenizer.decode(prompt.teacher_ids)
+    assert text.startswith(parts[0]) and parts[1] in text and text.endswith(parts[2])
+    for name, reason in (("assistant", "end with the user's"), ("broken", "no attribute 'hint'"), ("no", "imported")):
+        with pytest.raises(BadArgument, match=rf"data\.teacher_context .*{reason}"):
+            builder(tokenizer, DataConfig(teacher_context=f"{file}:{name}"))
 
 
 @pytest.mark.parametrize("thinking", [True, False])

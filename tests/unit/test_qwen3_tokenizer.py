@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron_egrsd.config import DataConfig
+from megatron_egrsd.data.contexts import fill
 from megatron_egrsd.data.packing import Sequence, pack
 from megatron_egrsd.data.problems import load_problems
-from megatron_egrsd.data.prompt_builder import PromptBuilder, fill
+from megatron_egrsd.data.prompt_builder import PromptBuilder
 from megatron_egrsd.data.samples import Problem
 from tests.qwen3_tokenizer import qwen3_tokenizer
 
