@@ -20,6 +20,7 @@ from megatron_egrsd.vocab_parallel.divergence import (
 )
 from megatron_egrsd.vocab_parallel.form import check_form
 from megatron_egrsd.vocab_parallel.linear import check_operands, chunk_plan
+from megatron_egrsd.vocab_parallel.pair_ops import Form
 from megatron_egrsd.vocab_parallel.shard import Shard
 
 
@@ -123,6 +124,31 @@ def _project(hidden_ND: torch.Tensor, weight_CD: torch.Tensor, out_NC: torch.Ten
         torch.mm(hidden_ND.to(out_NC.dtype), weight_CD.to(out_NC.dtype).t(), out=out_NC)
 
 
+# One function for each reading: on return it drops its last views of the logits, before the next reading makes others.
+
+
+def _first_reading(operands: tuple, plan: tuple, temperature: float, form: Form) -> torch.Tensor:
+    """Return the PairStatistics [N, 8] of this rank's columns."""
+    part_N8, shard = None, plan[1]
+    for columns, teacher_NC, student_NC in _chunks(*operands, *plan):
+        pair = (student_NC, teacher_NC) if form.student_first else (teacher_NC, student_NC)
+        shard_of_chunk = shard.slice(columns.start, columns.stop)
+        chunk_N8 = pair_ops.statistics(*pair, shard_of_chunk, temperature, form.student_first)
+        part_N8 = chunk_N8 if part_N8 is None else pair_ops.merge(torch.stack([part_N8, chunk_N8]), temperature)
+    return part_N8
+
+
+def _second_reading(
+    operands: tuple, plan: tuple, temperature: float, form: Form, scale_N5: torch.Tensor
+) -> torch.Tensor:
+    """Return the EntrySums [N, 3] of this rank's columns."""
+    part_N3, shard = scale_N5.new_zeros((scale_N5.shape[0], 3)), plan[1]
+    for columns, teacher_NC, student_NC in _chunks(*operands, *plan):
+        shard_of_chunk = shard.slice(columns.start, columns.stop)
+        part_N3 += pair_ops.entry_sums(teacher_NC, student_NC, scale_N5, form, shard_of_chunk, temperature)
+    return part_N3
+
+
 class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -133,18 +159,10 @@ class _LinearDivergence(torch.autograd.Function):
         teacher_ND, student_ND = (x.reshape(-1, x.shape[-1]) for x in hidden)
         operands = (teacher_ND, teacher_weight_VD, student_ND, student_weight_VD)
         plan = (shared, shard, chunk, logits_dtype)
-        part_N8 = None
-        for columns, teacher_NC, student_NC in _chunks(*operands, *plan):
-            pair = (student_NC, teacher_NC) if form.student_first else (teacher_NC, student_NC)
-            shard_of_chunk = shard.slice(columns.start, columns.stop)
-            chunk_N8 = pair_ops.statistics(*pair, shard_of_chunk, temperature, form.student_first)
-            part_N8 = chunk_N8 if part_N8 is None else pair_ops.merge(torch.stack([part_N8, chunk_N8]), temperature)
+        part_N8 = _first_reading(operands, plan, temperature, form)
         scale_N5, value_N, entropy_N = pair_ops.combine(gather_parts(part_N8, shard), temperature, form.student_first)
         if form.second_reading:
-            part_N3 = scale_N5.new_zeros((scale_N5.shape[0], 3))
-            for columns, teacher_NC, student_NC in _chunks(*operands, *plan):
-                shard_of_chunk = shard.slice(columns.start, columns.stop)
-                part_N3 += pair_ops.entry_sums(teacher_NC, student_NC, scale_N5, form, shard_of_chunk, temperature)
+            part_N3 = _second_reading(operands, plan, temperature, form, scale_N5)
             sums_N3, value_N = summed_entries(gather_parts(part_N3, shard), form)
         else:
             sums_N3 = plain_sums(value_N)

@@ -115,7 +115,7 @@ LAYOUTS = {
 }
 
 
-SLOW = {"fp32, KL", "OPSD, moving average", "TP2", "TP2 PP2", "CP2", "CP2 distributed optimizer"}
+SLOW = {"fp32, KL", "OPSD", "OPSD, moving average", "TP2", "TP2 PP2", "CP2", "CP2 distributed optimizer"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS])
