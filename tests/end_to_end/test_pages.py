@@ -66,7 +66,7 @@ def test_hovering_shows_the_numbers_of_the_token(made, open_page):
             "direction D = sign(A)": np.sign(a),
             "student log p_S": r.student_log_prob[t],
             "teacher log p_T": r.teacher_log_prob[t],
-            "gap δ = log p_T − log p_S": delta,
+            "gap δ of the two": delta,
             "exp(D δ)": ratio,
             "magnitude w": w,
             "student entropy": r.student_entropy[t],

@@ -70,7 +70,7 @@ function inspect(rollout, token) {
     const clipped = row.clipped[token];
     const bound = clipped && number(1 + clipped * data.clip, 2);
     rows.push(["teacher log p_T", probability(row.teacher[token])]);
-    rows.push(["gap δ = log p_T − log p_S", `${signed(row.delta[token])} nats`]);
+    rows.push(["gap δ of the two", `${signed(row.delta[token])} nats`]);
     rows.push(["exp(D δ)", number(row.ratio[token])]);
     rows.push(["clip", clipped ? `to ${bound}` : "not reached"]);
     if (chosen.w) rows.push(["magnitude w", number(chosen.w[token])]);
