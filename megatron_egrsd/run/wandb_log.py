@@ -38,8 +38,8 @@ class WandbLog:
             raise RunError(f"Weights & Biases cannot open the run (logging.wandb): {error}") from None
         # The steps since the last checkpoint come again after a resume; wandb's own counter would refuse them.
         self.run.define_metric("*", step_metric="step")
-        where = self.run.url or f"offline; upload with: wandb sync {self.output}/wandb/offline-run-*"
-        say(f"wandb {where}")
+        offline = f"offline; upload with: wandb sync {self.output}/wandb/offline-run-*"
+        say(f"wandb {self.run.url if settings.mode == 'online' else offline}")
 
     def record(self, step: int, numbers: dict[str, float | int]) -> None:
         """Add one row of metrics.jsonl."""
