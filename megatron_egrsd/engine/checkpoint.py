@@ -88,7 +88,8 @@ def save(
         return path
 
     def prepare() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in directory.glob(f"step_*{PARTIAL}"):  # of a start that was killed
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
 
     def publish() -> None:
@@ -99,8 +100,8 @@ def save(
             write_text(directory / _BEST, path.name)
         kept = {path.name for path in complete(directory)[:keep]} | {_read(directory / _BEST)}
         for old in complete(directory):
-            if old.name not in kept:
-                shutil.rmtree(old)
+            if old.name not in kept:  # a checkpoint that is half removed has no final name either
+                shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
 
     with _as_run_error(f"{path} could not be written", directory):
         on_first_rank(prepare)

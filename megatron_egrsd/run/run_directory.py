@@ -27,12 +27,21 @@ class RunDirectory:
         self.frontier = self.path / "frontier.png"
 
     def checkpoint_to_resume(self) -> Path | None:
-        """Return the checkpoint that `checkpoint.resume` asks for; BadArgument if no steps are left after it."""
+        """Return the checkpoint that `checkpoint.resume` asks for; BadArgument if nothing is left to do after it.
+
+        A run that was killed behind its last step has its export left.
+        """
         wanted = self.config.checkpoint.resume
         path = checkpoint.find(self.checkpoints, wanted) if wanted else None
-        if path is not None and checkpoint.step_of(path) >= self.config.steps:
+        if path is not None and checkpoint.step_of(path) >= self.config.steps and self._is_exported():
             raise BadArgument(f"{path} is the end of a run of {self.config.steps} steps; raise steps to train on")
         return path
+
+    def _is_exported(self) -> bool:
+        lora = self.config.lora
+        wanted = [self.adapter] if lora.enabled and lora.export != "merged" else []
+        wanted += [self.model] if not lora.enabled or lora.export != "adapter" else []
+        return all(path.is_dir() for path in wanted)
 
     def move_stale_outputs(self, step: int) -> None:
         """Rename outputs written after `step`, so that the resumed run can write them again. Nothing is deleted."""

@@ -53,6 +53,18 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_happened(replay, un
     assert_same(output, undisturbed)
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("nothing_left")
+def test_a_run_killed_between_its_last_checkpoint_and_its_export_is_finished(replay, undisturbed, tmp_path):
+    output = shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(output / "hf")
+    with Run(output, steps=STEPS, **replayed(replay)) as run:
+        assert run.finish() == 0, run.text()
+    assert_same(output, undisturbed)
+    with Run(output, steps=STEPS, **replayed(replay)) as run:
+        assert run.finish() == 2 and "is the end of a run" in run.last_word(), run.text()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("nothing_left")

@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 import pytest
 
 import megatron_egrsd
-from megatron_egrsd.config import Config, DataConfig, ModelConfig, OptimizerConfig
-from megatron_egrsd.errors import Interrupted, Preempted
+from megatron_egrsd.config import CheckpointConfig, Config, DataConfig, LoraConfig, ModelConfig, OptimizerConfig
+from megatron_egrsd.errors import BadArgument, Interrupted, Preempted
 from megatron_egrsd.run import agreement
 from megatron_egrsd.run.preemption import Preemption
 from megatron_egrsd.run.resuming import changed_settings
@@ -30,6 +30,27 @@ def test_outputs_after_the_checkpoint_are_renamed_and_none_is_deleted(tmp_path):
     assert all(path.exists() for path in kept) and not any(path.exists() for path in stale)
     renamed = [p for p in tmp_path.rglob("*") if p.is_file() and p not in kept]
     assert sorted(p.read_text() for p in renamed) == sorted(p.name for p in stale)
+
+
+@pytest.mark.parametrize(
+    ("lora", "exports"),
+    [
+        (LoraConfig(), ["hf"]),
+        (LoraConfig(rank=4), ["hf", "adapter"]),
+        (LoraConfig(rank=4, export="adapter"), ["adapter"]),
+        (LoraConfig(rank=4, export="merged"), ["hf"]),
+    ],
+)
+def test_a_run_killed_between_its_last_step_and_its_export_is_resumed(lora, exports, tmp_path, monkeypatch):
+    last = tmp_path / "checkpoints" / "step_000003"
+    monkeypatch.setattr("megatron_egrsd.engine.checkpoint.find", lambda *_: last)
+    settings = {"steps": 3, "checkpoint": CheckpointConfig(resume="auto"), "lora": lora, "output": str(tmp_path)}
+    directory = RunDirectory(Config(ModelConfig("m"), DataConfig(train="d"), **settings))
+    for name in exports:
+        assert directory.checkpoint_to_resume() == last
+        (tmp_path / name).mkdir()
+    with pytest.raises(BadArgument, match="is the end of a run of 3 steps"):
+        directory.checkpoint_to_resume()
 
 
 def test_the_stopwatch_adds_up_by_name():
