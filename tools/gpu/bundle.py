@@ -25,8 +25,10 @@ SOURCE = "transformer_engine_torch==2.20.2"
 # What nothing here uses, of the packages that would not fit else.
 PRUNED = [
     "bin", "**/__pycache__", "sglang*.dist-info/RECORD", "jedi/third_party", "sglang/multimodal_gen", "sglang/test",
-    "sglang/srt/rust_extensions/*.so", "torch_memory_saver_hook_mode_*[!3].abi3.so",
+    "sglang/srt/rust_extensions/*.so", "sglang/srt/mem_cache/rust_tree_core/*.so", "zstandard/_cffi*.so",
+    "torch_memory_saver_hook_mode_*[!3].abi3.so",
 ]  # fmt: skip
+NOT_PACKED = ["docs/images", "tests/data", "examples/validation"]  # of the checkout
 CUDA_LIBRARIES = ["transformer_engine/wheel_lib/libtransformer_engine.so", "transformer_engine/wheel_lib/libnccl_ep.so"]
 # Imported from the bundle in a clean directory: by this interpreter, which has torch, what is not compiled for another
 # version of Python; by Python 3.12 what is, if it needs nothing else.
@@ -37,7 +39,7 @@ WITH_TORCH = [
     "tools.check_training", "benchmarks.vocab_parallel", "tools.gpu.stages", "tools.gpu.report",
 ]  # fmt: skip
 COMPILED = [
-    "orjson", "pydantic_core", "rpds", "msgspec", "zstandard", "pybase64", "zmq", "llguidance", "jiter", "setproctitle",
+    "orjson", "rpds", "msgspec", "zstandard", "pybase64", "zmq", "llguidance", "jiter", "setproctitle",
 ]  # fmt: skip
 _IMPORT = """
 import importlib, os, sys
@@ -109,7 +111,8 @@ def prune() -> None:
 
 
 def pack() -> None:
-    listed = subprocess.run(["git", "ls-files", "-z"], check=True, capture_output=True, text=True).stdout
+    command = ["git", "ls-files", "-z", "--", ".", *(f":!{path}" for path in NOT_PACKED)]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     with tarfile.open(ARCHIVE, "w:xz", preset=6) as archive:
         for path in (*filter(None, listed.split("\0")), SITE, ENGINE, *([SOURCES] if SOURCES.exists() else [])):
             archive.add(path)
@@ -135,8 +138,10 @@ def verify() -> None:
 
 
 def _compiled(path: Path) -> bool:
-    """Return whether an entry of the site is, or holds, code for Python 3.12 alone."""
-    return any("cpython-312" in p.name for p in (path.rglob("*.so") if path.is_dir() else [path]))
+    """Return whether an entry of the site is, or holds, a library, which may be for Python 3.12 alone, or metadata."""
+    if path.suffix in (".dist-info", ".egg-info", ".so"):  # metadata tell a package where its libraries lie
+        return True
+    return any(path.rglob("*.so"))
 
 
 def _import(python: Path, path: list[Path], root: Path, modules: list[str]) -> None:
