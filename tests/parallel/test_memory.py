@@ -109,13 +109,20 @@ LAYOUTS = {
     "CP2 distributed optimizer": (2, "bfloat16", {"context": 2, "distributed_optimizer": True}, True, "ema"),
     "experts EP2": (2, "bfloat16", {"expert": 2, "distributed_optimizer": True}, False, "frozen"),
     "LoRA TP2 SP": (2, "bfloat16", {"tensor": 2, "sequence_parallel": True}, True, "snapshot"),
+    "LoRA recompute": (1, "bfloat16", {"recompute": True}, False, "frozen"),
+    "LoRA PP2": (2, "bfloat16", {"pipeline": 2, "distributed_optimizer": True}, True, "frozen"),
+    "LoRA CP2": (2, "float32", {"context": 2, "distributed_optimizer": True}, True, "ema"),
+    "LoRA DP2": (2, "bfloat16", {"distributed_optimizer": True}, False, "live"),
     "OPSD": (1, "bfloat16", {}, False, "frozen"),
     "OPSD, LoRA PP2": (2, "float32", {"pipeline": 2}, True, "frozen"),
     "OPSD, moving average": (1, "bfloat16", {}, True, "ema"),
 }
 
 
-SLOW = {"fp32, KL", "OPSD", "OPSD, moving average", "TP2", "TP2 PP2", "CP2", "CP2 distributed optimizer"}
+SLOW = {
+    "fp32, KL", "OPSD", "OPSD, moving average", "TP2", "TP2 PP2", "CP2", "CP2 distributed optimizer", "LoRA recompute",
+    "LoRA PP2", "LoRA CP2", "LoRA DP2",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS])

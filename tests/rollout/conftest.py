@@ -13,7 +13,7 @@ from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import RolloutServers
 from tests.models import make_qwen3
 
-START_TIMEOUT = 150.0  # seconds; 20 on two idle cores
+START_TIMEOUT = 280.0  # seconds; 20 on two idle cores, and 150 beside four other processes
 
 
 def servers_config(**overrides) -> ServersConfig:

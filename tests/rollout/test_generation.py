@@ -8,9 +8,9 @@ from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import RolloutServers
 from tests.models import make_qwen3
-from tests.rollout.conftest import largest_difference, load_hf, rollout_config, servers_config
+from tests.rollout.conftest import START_TIMEOUT, largest_difference, load_hf, rollout_config, servers_config
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(START_TIMEOUT + 100)
 PROMPTS = [[5 + i] * (1 + 3 * i) for i in range(12)]  # ragged
 
 

@@ -22,6 +22,7 @@ from megatron_egrsd.sampling.batches import check_versions
 from megatron_egrsd.sampling.partial_batches import PartialBatches
 from megatron_egrsd.sampling.sampler import Sampler
 from tests.rollout.conftest import (
+    START_TIMEOUT,
     hf_log_probs,
     load_hf,
     named_tensors,
@@ -31,7 +32,7 @@ from tests.rollout.conftest import (
     wait_until,
 )
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(START_TIMEOUT + 100)
 PROMPTS = [[5 + i] * (1 + 3 * i) for i in range(8)]
 TEMPERATURE = 0.9
 

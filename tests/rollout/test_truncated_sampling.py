@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_egrsd.rollout.client import RolloutClient, truncation
-from tests.rollout.conftest import largest_difference, load_hf, rollout_config
+from tests.rollout.conftest import START_TIMEOUT, largest_difference, load_hf, rollout_config
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(START_TIMEOUT + 100)
 PROMPTS = [[5 + i] * (1 + 3 * i) for i in range(12)]
 TEMPERATURE = 1.1
 # As likely as the least likely token that is kept, up to rounding: SGLang may keep either.

@@ -18,6 +18,7 @@ from megatron_egrsd.rollout.control import Control
 from megatron_egrsd.rollout.process_group import BroadcastGroup
 from megatron_egrsd.rollout.weight_sync import WeightSync
 from tests.rollout.conftest import (
+    START_TIMEOUT,
     largest_difference,
     load_hf,
     named_tensors,
@@ -27,7 +28,7 @@ from tests.rollout.conftest import (
     wait_until,
 )
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(START_TIMEOUT + 100)
 PROMPTS = [[7, 8, 9], [10] * 20, [11]]
 UP = "model.layers.1.mlp.up_proj.weight"
 

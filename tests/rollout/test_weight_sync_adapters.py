@@ -17,6 +17,7 @@ from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
 from megatron_egrsd.rollout.weight_sync import WeightSync
 from tests.adapters import random_adapter
 from tests.rollout.conftest import (
+    START_TIMEOUT,
     largest_difference,
     load_hf,
     named_tensors,
@@ -25,7 +26,7 @@ from tests.rollout.conftest import (
     sync_config,
 )
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(START_TIMEOUT + 100)
 PROMPTS = [[7, 8, 9], [10] * 20, [11]]
 SPEC = AdapterSpec(4, 6.0, TARGETS)
 

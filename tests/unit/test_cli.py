@@ -119,6 +119,7 @@ MISTAKES = {
     "convert": ["to-hf"],
     "plan": ["--gpus", "7"],
     "doctor": ["now"],
+    "watch": ["nothing"],
 }
 
 
