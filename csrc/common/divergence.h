@@ -104,6 +104,11 @@ EGRSD_HOST_DEVICE double log_total_ratio(const PairSums& s) {  // ln(A / B)
   return close(s) ? -log1p((s.excess - s.weighted) / s.total) : log(s.total / s.other_total);
 }
 
+// The r' that makes A and B equal, as far as fp32 holds it.
+EGRSD_HOST_DEVICE float equal_reference(const PairSums& s, double inverse_temperature) {
+  return float(s.other_reference - log_total_ratio(s) / inverse_temperature);
+}
+
 struct PairResult {
   double divergence, entropy, other_entropy;  // KL(p || q) and the entropies of p and q, in nats
   double log_ratio;                           // ln(A / B)
@@ -184,10 +189,9 @@ struct PairValues {
 EGRSD_HOST_DEVICE PairValues pair_values(const PairSums& s, double inverse_temperature, bool student_first) {
   const PairResult r = finish(s);
   double other_reference = s.other_reference, other_total = s.other_total, log_ratio = r.log_ratio;
-  // Where A and B are far apart, log2(q / p) of a column would be the small difference of large numbers. With the r' that
-  // makes them equal, up to its rounding, it is not.
+  // Where A and B are far apart, log2(q / p) of a column would be the small difference of large numbers.
   if (fabs(log_ratio) > 0.5 && fabs(log_ratio) < INFINITY) {
-    other_reference = double(float(s.other_reference - log_ratio / inverse_temperature));
+    other_reference = double(equal_reference(s, inverse_temperature));
     const double shift = (other_reference - s.other_reference) * inverse_temperature;
     other_total *= exp(-shift);
     log_ratio += shift;

@@ -124,7 +124,7 @@ struct Divergence : PairColumns<S> {
 
   // The references that make A and B equal.
   static Frame own_frame(const PairSums& sums, double inverse_temperature) {
-    return {float(sums.reference), float(sums.other_reference - log_total_ratio(sums) / inverse_temperature)};
+    return {float(sums.reference), equal_reference(sums, inverse_temperature)};
   }
 
   struct Row {

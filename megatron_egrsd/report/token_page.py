@@ -5,8 +5,6 @@ computed on the whole batch, and the weights of a user's own objective as the du
 it. All data is escaped, and the page's security policy allows no script but its own.
 """
 
-import base64
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,13 @@ import numpy as np
 import orjson
 import torch
 from jinja2.utils import htmlsafe_json_dumps
-from markupsafe import Markup
 
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.egrsd import EGRSD, evidence_ratio, magnitude
 from megatron_egrsd.objectives.signal import advantages
 from megatron_egrsd.report.family import NAMES, family, member, settings, title
-from megatron_egrsd.report.html import TEMPLATES, template
+from megatron_egrsd.report.html import script, template
 from megatron_egrsd.report.mechanism import REGIMES, regimes, thresholds
 from megatron_egrsd.report.scored_dump import ScoredRollout, batch_weights, dumped_tokens, dumps_of, load_scores
 from megatron_egrsd.system.files import write_text
@@ -151,7 +148,6 @@ def render(scored: list[ScoredRollout], source: str, groups: list[int] | None = 
     shown = groups or _fitting(scored, present)
     data = page_data(scored, shown)
     rollouts = [r for r in scored if r.group in shown]
-    script = (TEMPLATES / "tokens.js").read_text(encoding="utf-8")
     return template("tokens.html").render(
         source=source,
         groups=[(g, [(i, r) for i, r in enumerate(rollouts) if r.group == g]) for g in present if g in shown],
@@ -161,8 +157,7 @@ def render(scored: list[ScoredRollout], source: str, groups: list[int] | None = 
         available={o["id"]: o["settings"] for o in data["objectives"]},
         data=data,
         json=htmlsafe_json_dumps(data, dumps=lambda o: orjson.dumps(o, option=orjson.OPT_SERIALIZE_NUMPY).decode()),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **script("tokens.js"),
     )
 
 

@@ -1,7 +1,5 @@
 """The picture of a run as an HTML page that loads itself again: the report's curves, a sample, the latest steps."""
 
-import base64
-import hashlib
 import math
 import time
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from megatron_egrsd.report import figures
-from megatron_egrsd.report.html import TEMPLATES, template
+from megatron_egrsd.report.html import script, template
 from megatron_egrsd.report.run_page import pictures
 from megatron_egrsd.report.runs import Run, value
 from megatron_egrsd.run.step_line import StepLine, duration, show
@@ -55,7 +53,6 @@ def _sections(run: Run) -> list[tuple[str, str, str, Markup]]:
 
 
 def _html(state: State, sections: list, every: float, error: str) -> str:
-    script = (TEMPLATES / "watch.js").read_text(encoding="utf-8")
     total, now, sample = state.total_steps, time.time(), state.sample
     lines = StepLine(total or max(1, state.step))
     times = state.seconds
@@ -77,8 +74,7 @@ def _html(state: State, sections: list, every: float, error: str) -> str:
         else [],
         header=lines.header(),
         lines=[lines.line(row["step"], row, times[: len(times) - back]) for back, row in enumerate(reversed(rows))],
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **script("watch.js"),
     )
 
 
