@@ -162,8 +162,13 @@ class RolloutServers:
         """
         self._mark_lost([server], reason)
 
-    def mark_all_lost(self, reason: str) -> None:
-        """Mark every server lost, as one loss: a sync that one server left is incomplete on all others."""
+    def mark_all_lost(self, reason: str, recovered: bool = False) -> None:
+        """Mark every server lost, as one loss: a sync that one server left is incomplete on all others.
+
+        `recovered` servers are healthy, also those that were lost before: this is another loss of theirs.
+        """
+        if recovered:
+            self.rejoin()
         self._mark_lost(self.servers, reason)
 
     def _mark_lost(self, servers: list[Server], reason: str) -> None:

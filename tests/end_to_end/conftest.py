@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.rollout.conftest import copies  # noqa: F401  a fixture
+
 
 @pytest.fixture(scope="module")
 def browser():

@@ -73,6 +73,7 @@ def metrics(output: Path) -> list[dict]:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.usefixtures("new_interpreters")
 def test_three_steps_of_the_whole_loop(tmp_path):
     from safetensors.torch import load_file
 

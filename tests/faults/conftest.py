@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.rollout.conftest import client, model, model_directory, servers, wait_until  # noqa: F401  fixtures
+from tests.rollout.conftest import client, copies, model, model_directory, servers, wait_until  # noqa: F401  fixtures
 
 
 @pytest.fixture

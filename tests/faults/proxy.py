@@ -13,14 +13,16 @@ FAULTS = ("drop", "cut", "delay", "error", "no json", "other json", "abort", "ot
 
 
 class FaultyProxy:
-    """A proxy for `url`; a share of the /generate requests meets one of `faults`. `counts` counts each fault.
+    """A proxy for `url`; a share of the requests for `path` meets one of `faults`. `counts` counts each fault.
 
     drop: the connection ends without an answer; cut: in the middle of it; delay: the answer comes after `patience`;
     error: HTTP 500; abort: SGLang gave up; nan: log-probs are null, as its JSON writes what is not finite.
     """
 
-    def __init__(self, url: str, chance: random.Random, share: float, faults=FAULTS, patience: float = 1.0):
+    def __init__(self, url: str, chance: random.Random, share: float, faults=FAULTS, patience: float = 1.0,
+                 path: str = "/generate"):  # fmt: skip
         self.target, self.chance, self.share, self.faults, self.patience = url, chance, share, faults, patience
+        self.path = path
         self.counts = dict.fromkeys(faults, 0)
         self.requests = 0
 
@@ -53,9 +55,9 @@ class FaultyProxy:
         body = await request.read()
         target = self.target + urlsplit(str(request.url)).path
         async with self._session.request(request.method, target, data=body, headers=_json(request)) as answer:
-            content, status = await answer.read(), answer.status
+            content, status, content_type = await answer.read(), answer.status, answer.content_type
         fault = ""
-        if request.path == "/generate":
+        if request.path == self.path:
             self.requests += 1
             if self.chance.random() < self.share:
                 fault = self.chance.choice(self.faults)
@@ -73,7 +75,7 @@ class FaultyProxy:
             content = content[: self.chance.randrange(len(content))]
         elif fault:
             content = json.dumps(self._spoiled(fault, json.loads(content))).encode()
-        return web.Response(body=content, status=status, content_type="application/json")
+        return web.Response(body=content, status=status, content_type=content_type)
 
     def _spoiled(self, fault: str, answer: dict):
         if fault == "other json":

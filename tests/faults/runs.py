@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from tests import copies
 from tests.processes import kill, kill_tree, tree
 
 ROOT = Path(__file__).parents[2]
@@ -20,9 +21,15 @@ PROMPTS, PER_PROMPT = 4, 4
 
 
 class Run:
-    """One start of `megatron-egrsd train`, in a process group of its own."""
+    """One start of `megatron-egrsd train`, in a process group of its own.
 
-    def __init__(self, output: Path, *, ranks: int = 1, restarts: int = 0, **overrides):
+    `log` holds its output (default: a file beside `output`); `environment` is added to this process's.
+    """
+
+    def __init__(
+        self, output: Path, *, ranks: int = 1, restarts: int = 0, log: Path | None = None,
+        environment: dict[str, str] | None = None, **overrides,
+    ):  # fmt: skip
         settings = {
             "config": ROOT / "examples/configs/tiny_cpu.yaml", "model.path": MODEL, "output": output,
             "data.train": ROOT / "examples/tiny/train.jsonl", "data.evaluation": "",
@@ -43,11 +50,11 @@ class Run:
         words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
         output.mkdir(parents=True, exist_ok=True)
         self.output = output
-        self.log = output.parent / f"{output.name}-{time.monotonic_ns()}.log"
+        self.log = log or output.parent / f"{output.name}-{time.monotonic_ns()}.log"
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [*launcher, "megatron_egrsd.cli", "train", *words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}, start_new_session=True,
             )  # fmt: skip
 
     def __enter__(self) -> "Run":
@@ -78,7 +85,7 @@ class Run:
         for process in self.find("megatron_egrsd.cli train"):
             with contextlib.suppress(psutil.NoSuchProcess):
                 if "torch.distributed.run" not in " ".join(process.cmdline()):
-                    found.append((int(process.environ().get("RANK", "0")), process))
+                    found.append((copies.rank(process), process))
         return [process for _, process in sorted(found, key=lambda pair: pair[0])]
 
     def await_step(self, step: int, timeout: float = 180) -> None:

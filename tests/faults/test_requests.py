@@ -6,9 +6,18 @@ import pytest
 
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.rollout.client import RolloutClient
-from megatron_egrsd.rollout.servers import RolloutServers
+from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
+from megatron_egrsd.rollout.weight_sync import WeightSync
 from tests.faults.proxy import FAULTS, FaultyProxy
-from tests.rollout.conftest import START_TIMEOUT, largest_difference, load_hf, rollout_config, servers_config
+from tests.rollout.conftest import (
+    START_TIMEOUT,
+    largest_difference,
+    load_hf,
+    named_tensors,
+    rollout_config,
+    servers_config,
+    sync_config,
+)
 
 pytestmark = pytest.mark.timeout(START_TIMEOUT + 100)
 PROMPTS = [[5 + i] * (1 + 3 * i) for i in range(10)]
@@ -56,3 +65,16 @@ def test_log_probs_that_are_not_finite_arrive_as_nan(servers, model, chance, tmp
     with FaultyProxy(servers.urls[0], chance, 1.0, ["nan"]) as proxy:
         answers = through(proxy, model, tmp_path).generate(PROMPTS[:3], 2)
     assert all(math.isnan(v) for group in answers for a in group for v in a.log_probs)
+
+
+def test_weights_that_never_arrive_end_the_run(servers, model, model_directory, chance, tmp_path):
+    """A server that is healthy but answers nonsense counts as lost each time; it is not asked for ever."""
+    with FaultyProxy(servers.urls[0], chance, 1.0, ["no json"], path="/update_weight_version") as proxy:
+        client = through(proxy, model, tmp_path, max_restarts=2)
+        sync = WeightSync(client.servers, sync_config(), "cpu")
+        for _ in range(2):
+            with pytest.raises(ServersLost, match="not JSON"):
+                sync.push(named_tensors(load_hf(model_directory)), 0)
+        with pytest.raises(RunError, match=r"not JSON; the run gives up after 2 lost servers .*max_restarts"):
+            sync.push(named_tensors(load_hf(model_directory)), 0)
+        sync.close()

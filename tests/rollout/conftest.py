@@ -54,6 +54,13 @@ def wait_until(condition, seconds: float) -> bool:
     return bool(result)
 
 
+@pytest.fixture(autouse=True, scope="package")
+def copies(source):
+    """Servers and runs that tests start are copies, also in end_to_end/ and faults/."""
+    with source.copied():
+        yield
+
+
 @pytest.fixture(scope="package")
 def model_directory(tmp_path_factory) -> Path:
     """Without a tokenizer: the rollout side needs none."""

@@ -29,6 +29,7 @@ def test_a_key_variable_that_is_not_set_is_refused(model, tmp_path, monkeypatch)
 
 
 @pytest.mark.timeout(START_TIMEOUT + 60)
+@pytest.mark.usefixtures("new_interpreters")
 def test_the_key_is_needed_and_stays_unseen_and_only_this_host_gets_in(model, model_directory, tmp_path, monkeypatch):
     monkeypatch.setenv("EGRSD_TEST_KEY", KEY)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")  # the training ranks', not the server's
