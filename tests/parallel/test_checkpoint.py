@@ -310,3 +310,22 @@ def test_fewer_updates_a_batch_at_a_resume_never_reach_the_end_of_the_schedule(t
     new = dataclasses.replace(old, optimizer=dataclasses.replace(old.optimizer, updates_per_batch=1))
     ((_, rates),) = run_ranks(_resumed_settings, 1, new, tmp_path / "run" / "step_000001")
     assert len(rates) == 3 and min(rates) > 1e-4
+
+
+def _save_with_a_long_name_for_temporary_files(rank, world_size, config, directory):
+    import multiprocessing
+    import os
+
+    from megatron_egrsd.engine import checkpoint
+
+    os.environ["TMPDIR"] = str(directory / ("x" * 120))
+    os.mkdir(os.environ["TMPDIR"])
+    with open_engine(config) as engine:
+        saved = checkpoint.save(engine, directory, 1, 2, {})
+    return saved.name, len(multiprocessing.active_children())
+
+
+def test_a_save_needs_no_other_process(setting):
+    """megatron-core's own would fail here: the name of its socket is too long."""
+    config, _, root = setting
+    assert run_ranks(_save_with_a_long_name_for_temporary_files, 1, config, root) == [("step_000001", 0)]
