@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from megatron_egrsd.errors import BadArgument, Interrupted, Preempted, RunError
 from megatron_egrsd.system import torchrun
-from megatron_egrsd.system.files import disk_error
+from megatron_egrsd.system.files import disk_error, handles_error
 
 _PATIENCE = 20.0  # seconds
 
@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None, name: str = "megatron-egrsd") -> int:
         return _fail(
             name, f"the package {error.name} is not installed; `megatron-egrsd doctor` lists what is missing", 1
         )
-    except OSError as error:
-        if not (sentence := disk_error(error)):
+    except (OSError, RuntimeError) as error:
+        if not (sentence := handles_error(error) or disk_error(error)):
             raise
         return _fail(name, sentence, 1)
     except KeyboardInterrupt as interrupt:

@@ -12,6 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.system import torchrun
+from megatron_egrsd.system.files import handles_error
 
 T = TypeVar("T")
 # What all ranks must have in common, by name: its hash, and what to do if a rank has another one.
@@ -22,8 +23,18 @@ def initialize(config: ParallelConfig, seed: int, facts: Facts | None = None) ->
     """Start torch.distributed and megatron-core's groups; returns this rank's device.
 
     NCCL if CUDA is available, else gloo. A process that torchrun did not start is a world of one. BadArgument, on
-    every rank, if one has other `facts` (agreement.py) than the first rank: nothing has been built then.
+    every rank, if one has other `facts` (agreement.py) than the first rank: nothing has been built then. RunError if
+    another rank is out of reach.
     """
+    try:
+        return _initialize(config, seed, facts or {})
+    except RuntimeError as error:
+        if reason := lost_contact(error):
+            raise reason from error
+        raise
+
+
+def _initialize(config: ParallelConfig, seed: int, facts: Facts) -> torch.device:
     timeout = timedelta(seconds=config.timeout)
     if torch.cuda.is_available():
         device = torch.device("cuda", torchrun.local_rank())
@@ -38,7 +49,7 @@ def initialize(config: ParallelConfig, seed: int, facts: Facts | None = None) ->
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    _check_agreement(facts or {})
+    _check_agreement(facts)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
@@ -75,6 +86,8 @@ def lost_contact(error: BaseException | None) -> RunError | None:
 
     None for any other exception. gloo raises plain RuntimeErrors that name its source file; the rest are DistErrors.
     """
+    if error is None or handles_error(error):
+        return None
     if not isinstance(error, dist.DistError) and not (type(error) is RuntimeError and "gloo" in str(error)):
         return None
     reason = str(error).strip().splitlines()[0].rpartition("] ")[2]

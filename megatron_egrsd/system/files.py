@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,11 +115,19 @@ def check_outside(path: Path, key: str, source: Path, source_key: str) -> None:
         )
 
 
-def disk_error(error: OSError) -> str:
+def disk_error(error: BaseException) -> str:
     """Return a sentence with the path for an error of the disk, "" for any other error, such as a connection's."""
-    if error.errno not in _OF_THE_DISK:
+    if not isinstance(error, OSError) or error.errno not in _OF_THE_DISK:
         return ""
     return f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
+
+
+def handles_error(error: BaseException) -> str:
+    """Return a sentence for the refusal to open one more file, "" for any other error. gloo's is a RuntimeError."""
+    if getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE) and "Too many open files" not in str(error):
+        return ""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return f"too many open files; a process may open {limit} here: raise the limit (ulimit -n)"
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import multiprocessing
 import os
+import re
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from megatron_egrsd.system.files import (
     check_outside,
     check_writable,
     disk_error,
+    handles_error,
     is_empty,
     locked,
     sha256,
@@ -104,3 +106,11 @@ def test_errors_of_the_disk_are_sentences_and_others_are_not():
     )
     assert "a file: Read-only" in disk_error(OSError(errno.EROFS, "Read-only file system"))
     assert disk_error(ConnectionResetError(errno.ECONNRESET, "reset")) == disk_error(TimeoutError("late")) == ""
+
+
+def test_too_many_open_files_is_a_sentence_whoever_says_so():
+    gloo = RuntimeError("[enforce fail at gloo/transport/tcp/loop.cc:48] rv != -1. -1 vs -1. pipe: Too many open files")
+    for error in (OSError(errno.EMFILE, "Too many open files"), gloo):
+        assert re.fullmatch(r"too many open files; a process may open \d+ here: raise the limit \(ulimit -n\)",
+                            handles_error(error))  # fmt: skip
+    assert handles_error(OSError(errno.ENOENT, "No such file")) == handles_error(RuntimeError("gloo: timeout")) == ""
