@@ -14,7 +14,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 RUN := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help install browser demo check test test-all fuzz bench lint clean gpu-check
+.PHONY: help install browser demo check test test-all fuzz soak bench lint clean gpu-check
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -57,6 +57,9 @@ test-all:  ## the slow ones as well
 
 fuzz: install  ## 10^5 hostile inputs to everything that reads, and new examples for every property
 	@$(RUN) FUZZ_TOTAL=100000 HYPOTHESIS_PROFILE=others python -m pytest -m hypothesis tests/unit tests/faults --durations=5
+
+soak: install  ## random faults at random moments of short runs, for MINUTES (60), drawn from SEED
+	@$(RUN) python -m tests.faults.soak --minutes $(or $(MINUTES),60) --seed $(SEED)
 
 bench: install  ## the benchmarks behind the tables in docs/
 	@$(RUN) python -m benchmarks.vocab_parallel --output docs/measurements/performance

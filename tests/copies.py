@@ -73,7 +73,13 @@ class Source:
 
     def __enter__(self) -> "Source":
         self._requests, theirs = _pair()
-        command = [sys.executable, "-c", f"from tests import copies; copies._import_and_serve({theirs.fileno()})"]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            f"from tests import copies; copies._import_and_serve({theirs.fileno()})",
+        ]
         paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "SGLANG_PLATFORM": cpu_platform.NAME}
         environment["PYTHONPATH"] = os.pathsep.join(paths)

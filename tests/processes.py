@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+from pathlib import Path
 
 import psutil
 
@@ -32,3 +33,17 @@ def kill(process: psutil.Process, number: int = signal.SIGKILL) -> None:
 def kill_tree(pid: int) -> None:
     for process in tree(pid):
         kill(process)
+
+
+def shared_memory() -> set[str]:
+    """Return the names of the shared memory that SGLang, torch and NCCL have created on this machine."""
+    return {p.name for p in Path("/dev/shm").iterdir() if p.name.startswith(("sgl", "torch", "nccl", "psm"))}
+
+
+def abandoned(names: set[str]) -> set[str]:
+    """Return which of these no process has mapped: what runs beside a test creates and ends its own meanwhile."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            text = maps.read_text()
+            names = {name for name in names if name not in text}
+    return {name for name in names if (Path("/dev/shm") / name).exists()}

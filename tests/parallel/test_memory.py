@@ -120,8 +120,8 @@ LAYOUTS = {
 
 
 SLOW = {
-    "fp32, KL", "OPSD", "OPSD, moving average", "TP2", "TP2 PP2", "CP2", "CP2 distributed optimizer", "LoRA recompute",
-    "LoRA PP2", "LoRA CP2", "LoRA DP2",
+    "fp32, KL", "bf16, snapshot", "OPSD", "OPSD, moving average", "TP2", "TP2 SP", "TP2 PP2", "PP2", "CP2",
+    "CP2 distributed optimizer", "LoRA recompute", "LoRA PP2", "LoRA CP2", "LoRA DP2",
 }  # fmt: skip
 
 
