@@ -22,8 +22,9 @@ from megatron_egrsd.data.packing import schedule
 from megatron_egrsd.data.samples import Rollout, load_rollouts
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.hf.operations import forward_flops, head_flops
 from megatron_egrsd.objectives.signal import rollout_advantages
-from megatron_egrsd.planning.step_time import forward_flops, generate_seconds, head_flops
+from megatron_egrsd.planning.step_time import generate_seconds
 
 PHASES = ("generate", "score", "train", "sync")
 

@@ -19,6 +19,7 @@ from megatron_egrsd.data.samples import Rollout
 from megatron_egrsd.engine.engine import Engine, Scores
 from megatron_egrsd.engine.heads import TeacherStates
 from megatron_egrsd.engine.update import TokenSums, Update
+from megatron_egrsd.hf.operations import forward_flops, head_flops, needed_training_flops
 from megatron_egrsd.objectives.interface import Objective, Tokens, batch_tokens
 from megatron_egrsd.objectives.load import load_objective
 from megatron_egrsd.objectives.loss import divergence_loss, importance_weight, loss_normalizer, policy_loss
@@ -54,6 +55,7 @@ def learn(
     engine.refresh_teacher(history.steps + 1)
     metrics = rollout_metrics(rollouts, batch.rewards, batch.advantage) | _update_metrics(updates)
     metrics |= {"reward/running_mean": history.mean, "reward/running_std": history.std}
+    metrics["perf/model_flops"] = _model_flops(engine, batch, objective, scores)
     return metrics | {"time/score": scored - started, "time/train": time.perf_counter() - scored}
 
 
@@ -147,6 +149,28 @@ def score_teacher_and_student(
     n = len(teachers)
     both = engine.score(teachers + students, [part + [n + i for i in part] for part in partition])
     return BatchScores({i: s for i, s in both.items() if i < n}, {i - n: s for i, s in both.items() if i >= n})
+
+
+def _model_flops(engine: Engine, batch: _Batch, objective: Objective, scores: BatchScores) -> float:
+    """Return the operations that training on the batch needs, of all ranks.
+
+    Neither recomputation nor a student pass for the record alone is counted.
+    """
+    arch, adapter = engine.arch, engine.adapter
+    responses = [batch.length(i) for i in range(len(batch.rollouts))]
+    frozen = engine.teacher.weights == "frozen"
+    passes = (
+        (scores.teacher, batch.teachers, None if frozen else adapter),
+        (scores.student if batch.scores_student(objective) else None, batch.students, adapter),
+        (scores.reference, batch.students, None),
+    )
+    flops = 0.0
+    for found, sequences, spec in passes:
+        if found is not None:
+            flops += forward_flops(arch, [len(s) for s in sequences], spec) + head_flops(arch, sum(responses))
+    trained = [i for i, has_gradient in enumerate(batch.has_gradient) if has_gradient]
+    lengths = [len(batch.students[i]) for i in trained]
+    return flops + needed_training_flops(arch, lengths, sum(responses[i] for i in trained), adapter)
 
 
 @dataclass(frozen=True)

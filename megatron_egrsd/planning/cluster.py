@@ -17,6 +17,7 @@ from megatron_egrsd.config import ParallelConfig, SyncConfig, TeacherConfig
 from megatron_egrsd.config.lora import ATTENTION, TARGETS
 from megatron_egrsd.hf.adapters import AdapterSpec, adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.hf.operations import forward_flops
 from megatron_egrsd.planning.machines import Machine
 from megatron_egrsd.planning.memory import (
     SERVER_SHARE,
@@ -29,7 +30,6 @@ from megatron_egrsd.planning.memory import (
 from megatron_egrsd.planning.step_time import (
     Batch,
     decode_step_seconds,
-    forward_flops,
     generate_seconds,
     pass_seconds,
     step_seconds,

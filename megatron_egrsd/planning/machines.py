@@ -1,5 +1,6 @@
-"""The machines that a plan is made for, by the constants of a GPU and its network. Imports nothing."""
+"""The machines that a plan is made for, by the constants of a GPU and its network."""
 
+import re
 from dataclasses import dataclass
 
 
@@ -35,12 +36,26 @@ class Machine:
         return self.link if ranks <= self.node else self.network
 
 
-# Peaks: NVIDIA's data sheets of the SXM modules (dense bf16; NVLink 900 GB/s in both directions together; one 400 Gb/s
+# Dense bf16 FLOP/s by words of the name that torch gives a device, the longer before those that they contain: NVIDIA's
+# data sheets, whose figures with sparsity are halved.
+PEAKS = {
+    "GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "H800": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+}  # fmt: skip
+
+# Other peaks: NVIDIA's data sheets of the SXM modules (NVLink 900 GB/s in both directions together; one 400 Gb/s
 # port a GPU as in DGX; 16 lanes of PCIe 5). Shares reached: assumed, docs/measurements/scaling.md says from what.
 GEMM, HBM, WIRE = 0.5, 0.8, 0.8
 MACHINES = {
     name: Machine(
-        name, memory << 30, 989e12 * GEMM, hbm * HBM, 450e9 * WIRE, 50e9 * WIRE, 63e9 * WIRE, decode_seconds=0.7e-3
+        name, memory << 30, PEAKS[name] * GEMM, hbm * HBM, 450e9 * WIRE, 50e9 * WIRE, 63e9 * WIRE, decode_seconds=0.7e-3
     )
     for name, memory, hbm in (("H100", 79, 3.35e12), ("H200", 140, 4.8e12))
 }
+
+
+def peak_flops(device: str) -> float:
+    """Return the dense bf16 FLOP/s of a device by its name; 0 if it is not known, or a slice of a device (MIG)."""
+    if "MIG" in device:
+        return 0.0
+    return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device)), 0.0)

@@ -1,10 +1,7 @@
 """How long a step takes: sampling, scoring, training and weight sync, from sizes and a machine's constants.
 
-Floating-point operations: a matrix product of m x k by k x n is 2mkn. Causal attention over a sequence of s tokens is
-2 N D s^2 a layer (two products, half of each masked). A backward pass is two forward passes; one, with adapters: frozen
-weights have no gradients. Bytes of a collective are
-those of the ring algorithms. Within a phase nothing overlaps; `step_seconds` puts the phases together.
-docs/measurements/scaling.md derives and discusses it.
+Floating-point operations are those of hf/operations.py, bytes of a collective those of the ring algorithms. Within a
+phase nothing overlaps; `step_seconds` puts the phases together. docs/measurements/scaling.md derives and discusses it.
 """
 
 import functools
@@ -16,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_egrsd.config import ParallelConfig
-from megatron_egrsd.hf.adapters import AdapterSpec, adapted_weights, adapter_parameters
+from megatron_egrsd.hf.adapters import AdapterSpec, adapted_weights
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.mapping import hf_shapes
+from megatron_egrsd.hf.operations import forward_flops, head_flops, layer_parameters, training_flops
 from megatron_egrsd.planning.machines import Machine
 
 
@@ -49,48 +47,6 @@ def step_seconds(generate, score, train, sync, *, staleness: int, slowdown: tupl
         learn + sampling * generate * (1 - 1 / training),
     )
     return longer + sync
-
-
-def layer_parameters(arch: Architecture) -> tuple[int, int]:
-    """Weights of all layers that one token passes through, and all there are."""
-    embeddings = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
-    every = arch.num_parameters - embeddings
-    if not arch.num_experts:
-        return every, every
-    expert = 3 * arch.hidden_size * arch.expert_intermediate_size * arch.num_layers
-    return every - (arch.num_experts - arch.experts_per_token) * expert, every
-
-
-def forward_flops(arch: Architecture, lengths: Sequence[int]) -> float:
-    """FLOPs of one forward pass through the layers over sequences of `lengths` tokens."""
-    used, _ = layer_parameters(arch)
-    return 2.0 * used * sum(lengths) + attention_flops(arch, lengths)
-
-
-def attention_flops(arch: Architecture, lengths: Sequence[int]) -> float:
-    """FLOPs of the products of queries, keys and values in one forward pass."""
-    return 2.0 * arch.num_layers * arch.num_heads * arch.head_dim * sum(n * n for n in lengths)
-
-
-def training_flops(
-    arch: Architecture, lengths: Sequence[int], rows: int, *, recompute: bool, lora: AdapterSpec | None = None
-) -> float:
-    """FLOPs of a forward and a backward pass over `lengths`, with `rows` rows of the LM head.
-
-    With adapters a frozen weight has no gradient: its products are two, not three. The LM head's logits are computed
-    once more, where they were not kept.
-    """
-    again = int(recompute)
-    if lora is None:
-        return (3 + again) * forward_flops(arch, lengths) + 4 * head_flops(arch, rows)
-    adapters = 2.0 * adapter_parameters(arch, lora) * sum(lengths)
-    frozen = (2 + again) * forward_flops(arch, lengths) + attention_flops(arch, lengths) + 3 * head_flops(arch, rows)
-    return frozen + (3 + again) * adapters
-
-
-def head_flops(arch: Architecture, rows: int) -> float:
-    """FLOPs of one product of `rows` hidden states with the LM head."""
-    return 2.0 * rows * arch.vocab_size * arch.hidden_size
 
 
 def pass_seconds(

@@ -28,6 +28,7 @@ from megatron_egrsd.run.resuming import load, notes_after
 from megatron_egrsd.run.rollout_source import LiveRollouts, ReplayedRollouts, RolloutSource
 from megatron_egrsd.run.run_directory import RunDirectory
 from megatron_egrsd.run.stopwatch import Stopwatch
+from megatron_egrsd.run.throughput import known_peak, throughput
 from megatron_egrsd.sampling.batches import Batch
 from megatron_egrsd.system.files import locked
 
@@ -51,6 +52,7 @@ class Session:
         self.directory = RunDirectory(config)
         self.guard = UpdateGuard(config, self.directory)
         self.health = Health(config)
+        self.peak = known_peak(config)
         self.log: RunLog | None = None  # on rank 0
         self.evaluations: list[dict[str, float]] = []  # on rank 0
         self.history = History()  # of the steps so far; `learn` takes it
@@ -166,7 +168,7 @@ class Session:
 
         def write() -> None:
             if "time/step" in metrics:
-                metrics["perf/tokens_per_second"] = metrics["batch/tokens"] / metrics["time/step"]
+                metrics.update(throughput(metrics, self.peak))
             behind = [(step - 1 - version, tokens) for r in rollouts for version, tokens in r.versions]
             metrics["rollout/staleness"] = sum(updates * tokens for updates, tokens in behind) / metrics["batch/tokens"]
             metrics["rollout/staleness/max"] = max(updates for updates, _ in behind)

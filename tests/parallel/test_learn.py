@@ -9,6 +9,8 @@ import torch
 from megatron_egrsd.config import OptimizerConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.data.samples import save_rollouts
+from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.hf.operations import forward_flops, head_flops
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
 from tests.training import (
@@ -42,6 +44,14 @@ def test_batch_without_signal_changes_nothing(reward, model, tmp_path):
     metrics, weights = run_training(1, config, tmp_path / "rollouts.jsonl")
     assert all(m["optimizer/updates"] == 0 and m["batch/degenerate_share"] == 1 for m in metrics)
     assert all(torch.equal(weights[k], v) for k, v in _weights(model).items())
+    passes = _forward_flops(model, rollouts, "teacher_ids") + _forward_flops(model, rollouts, "student_ids")
+    assert [m["perf/model_flops"] for m in metrics] == pytest.approx([passes] * 3)  # two updates need student scores
+
+
+def _forward_flops(model, rollouts, prompt):
+    arch = Architecture.from_pretrained(model)
+    lengths = [len(getattr(r.prompt, prompt)) + len(r.response_ids) for r in rollouts]
+    return forward_flops(arch, lengths) + head_flops(arch, sum(len(r.response_ids) for r in rollouts))
 
 
 def test_under_the_running_advantage_a_batch_that_is_all_wrong_trains(model, tmp_path):
@@ -54,6 +64,8 @@ def test_under_the_running_advantage_a_batch_that_is_all_wrong_trains(model, tmp
     assert all(m["optimizer/updates"] == 1 and m["batch/degenerate_share"] == 0 for m in metrics)
     right = 1 + 0.5 * (1 - len(rollouts[0].response_ids) / 64)
     assert [m["reward/shaped"] for m in metrics] == pytest.approx([right / 16] * 3)
+    passes = _forward_flops(model, rollouts, "teacher_ids") + 3 * _forward_flops(model, rollouts, "student_ids")
+    assert [m["perf/model_flops"] for m in metrics] == pytest.approx([passes] * 3)  # scored by the teacher, and trained
     assert [m["reward/running_mean"] for m in metrics] == pytest.approx([0, right / 16, right / 16])
     assert [m["reward/running_std"] for m in metrics] == pytest.approx(
         [0, statistics.stdev([right, *[0] * 15]), statistics.stdev([right, *[0] * 15] * 2)]

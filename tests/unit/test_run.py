@@ -15,6 +15,7 @@ from megatron_egrsd.run.preemption import Preemption
 from megatron_egrsd.run.resuming import changed_settings
 from megatron_egrsd.run.run_directory import RunDirectory
 from megatron_egrsd.run.stopwatch import Stopwatch
+from megatron_egrsd.run.throughput import known_peak, throughput
 
 
 def test_outputs_after_the_checkpoint_are_renamed_and_none_is_deleted(tmp_path):
@@ -61,6 +62,26 @@ def test_the_stopwatch_adds_up_by_name():
                 time.sleep(0.01)
     assert list(watch.seconds) == ["part", "whole"]
     assert 0.02 <= watch.seconds["part"] <= watch.seconds["whole"]
+
+
+def test_the_utilisation_is_reported_where_the_peak_of_the_device_is_known(monkeypatch):
+    metrics = {"batch/tokens": 600.0, "time/step": 30.0, "time/score": 1.5, "time/train": 2.5, "perf/model_flops": 4e15}
+    assert throughput(metrics, 0.0) == {"perf/tokens_per_second": 20.0}
+    assert throughput(metrics, 4e15) == {"perf/tokens_per_second": 20.0, "perf/mfu": 0.25}
+
+    config = Config(ModelConfig("m", dtype="bfloat16"), DataConfig(train="d"))
+    assert known_peak(config) == 0  # no GPU
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    names = {
+        "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA H20": 148e12,
+        "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA B200": 2250e12, "NVIDIA H100 80GB HBM3 MIG 1g.10gb": 0,
+        "Tesla V100-SXM2-32GB": 0, "NVIDIA RTX A1000": 0,
+    }  # fmt: skip
+    for name, peak in names.items():
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda name=name: name)
+        assert known_peak(config) == 16 * peak
+        assert known_peak(replace(config, model=ModelConfig("m", dtype="float32"))) == 0
 
 
 def stopped(preemption: Preemption, error: type[Exception]) -> None:

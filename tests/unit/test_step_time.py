@@ -17,6 +17,7 @@ from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.config.lora import TARGETS
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, save_rollouts
+from megatron_egrsd.hf import operations
 from megatron_egrsd.hf.adapters import AdapterSpec
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning import cluster, step_time
@@ -42,7 +43,7 @@ def test_operations_are_those_that_torch_counts(name):
     arch = Architecture.from_config(PUBLISHED[name])
     masked = 2.0 * arch.num_layers * arch.num_heads * arch.head_dim * tokens**2
     counted = counter.get_total_flops()
-    assert step_time.forward_flops(arch, [tokens]) + step_time.head_flops(arch, tokens) + masked == pytest.approx(
+    assert operations.forward_flops(arch, [tokens]) + operations.head_flops(arch, tokens) + masked == pytest.approx(
         counted, rel=2e-3
     )
 
@@ -61,16 +62,15 @@ def test_operations_of_training_adapters_are_those_that_torch_counts_for_peft():
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, tokens, dtype=torch.int64)).logits.sum().backward()
     arch = Architecture.from_config(PUBLISHED["Qwen3-8B"])
-    ours = step_time.training_flops(arch, [tokens], tokens, recompute=False, lora=spec)
-    ours -= step_time.head_flops(arch, tokens)  # of logits that are computed again
+    ours = operations.needed_training_flops(arch, [tokens], tokens, spec)
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
-    whole = step_time.training_flops(arch, [tokens], tokens, recompute=False)
+    whole = operations.needed_training_flops(arch, [tokens], tokens)
     assert ours < 0.7 * whole
 
 
 def test_a_mixture_computes_with_the_experts_it_chooses():
     arch = Architecture.from_config(PUBLISHED["Qwen3-30B-A3B"])
-    used, every = step_time.layer_parameters(arch)
+    used, every = operations.layer_parameters(arch)
     embeddings = 2 * arch.vocab_size * arch.hidden_size
     assert every + embeddings == PARAMETERS["Qwen3-30B-A3B"]
     assert used + embeddings == pytest.approx(3.3e9, rel=0.02)  # A3B: 3.3 billion active, says the model card
