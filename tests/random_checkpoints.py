@@ -1,4 +1,4 @@
-"""Random Qwen3 checkpoints of any shape in milliseconds: a config, weights and the files around them."""
+"""Random checkpoints of any shape in milliseconds: a config, weights and the files around them."""
 
 import json
 from pathlib import Path
@@ -36,6 +36,25 @@ MOE = DENSE | {
     "norm_topk_prob": True,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
+    "tie_word_embeddings": False,
+}
+QWEN2 = DENSE | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "head_dim": 4,
+    "use_sliding_window": False,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LLAMA = DENSE | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "rope_scaling": LLAMA3_ROPE,
     "tie_word_embeddings": False,
 }
 BESIDE = {

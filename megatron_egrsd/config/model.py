@@ -14,7 +14,7 @@ class ModelConfig:
     """The student, which is also its own teacher.
 
     Args:
-        path: Directory of a Hugging Face Qwen3 checkpoint (config.json, tokenizer, safetensors).
+        path: Directory of a Hugging Face checkpoint of a Qwen3, Qwen2 or Llama (config.json, tokenizer, safetensors).
         dtype: Type of the weights and activations in training and in SGLang.
     """
 
@@ -22,7 +22,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
     def __post_init__(self):
-        require(bool(self.path), "model.path is not set; give the directory of a Hugging Face Qwen3 checkpoint")
+        require(bool(self.path), "model.path is not set; give the directory of a Hugging Face checkpoint")
 
 
 Turns = list[dict[str, str]]  # a conversation: {"role": "system" | "user" | "assistant", "content": text} each

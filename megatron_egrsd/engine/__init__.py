@@ -1,4 +1,4 @@
-"""Everything that touches megatron-core: parallel state, Qwen3, scoring, the training step, weights in and out."""
+"""Everything that touches megatron-core: parallel state, the model, scoring, the training step, weights in and out."""
 
 import importlib.util
 import logging

@@ -1,4 +1,4 @@
-"""The training engine: one Qwen3 in any TP x PP x CP x DP layout that can score tokens and take optimizer steps.
+"""The training engine: one model in any TP x PP x CP x DP layout that can score tokens and take optimizer steps.
 
 Every rank makes the same calls with the same arguments; the engine knows which part is its own. passes.py runs the
 model over micro-batches, update.py sums their losses, offload.py moves the memory.

@@ -1,9 +1,10 @@
-"""Qwen3 as a megatron-core GPTModel, from the sizes in a Hugging Face config.json."""
+"""The model as a megatron-core GPTModel, from the sizes in a Hugging Face config.json."""
 
 import dataclasses
 import difflib
 import fnmatch
 import importlib.util
+import math
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,8 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
         kv_channels=arch.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=arch.rms_norm_eps,
-        qk_layernorm=True,
+        qk_layernorm=arch.family.qk_norm,
+        add_qkv_bias=arch.family.qkv_bias,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -90,6 +92,9 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
         apply_rope_fusion=fused,
         batch_p2p_sync=on_gpu,
     )
+    if arch.rope_scaling:
+        # The factor of queries and of keys, which only an unfused rotary embedding could apply itself.
+        settings["softmax_scale"] = arch.rope_scaling.attention_factor**2 / math.sqrt(arch.head_dim)
     settings |= recompute if parallel.recompute else {}
     settings |= _experts(arch, parallel, fused) if arch.num_experts else {}
     check_megatron(parallel)
@@ -144,7 +149,7 @@ def build_model(
     """
     fused = use_transformer_engine(parallel, config.params_dtype)
     chunks = range(parallel.interleaved) if parallel.interleaved else [None]
-    return [
+    models = [
         GPTModel(
             config=config,
             transformer_layer_spec=_layer_spec(config, fused, chunk, adapter),
@@ -160,15 +165,25 @@ def build_model(
         )
         for chunk in chunks
     ]
+    if arch.rope_scaling:
+        for model in models:
+            # megatron-core's own scalings have fixed bounds (Llama 3's) or a kernel that is not fused (YaRN's).
+            own = model.rotary_pos_emb.inv_freq
+            model.rotary_pos_emb.inv_freq = arch.rope_scaling.scaled(arch.rope_theta, arch.head_dim).to(own.device)
+    return models
 
 
 def _layer_spec(config: TransformerConfig, fused: bool, chunk: int | None, adapter: AdapterSpec | None):
     if fused:
         layer = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
         )
         return _with_norms_apart(layer, config) if adapter else layer
-    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=True, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     if config.num_moe_experts:
         # The local spec stores this norm as if an MLP followed it; Transformer Engine's spec, which GPUs run, does not.
         keys = layer.submodules.sharded_state_dict_keys_map
@@ -176,7 +191,8 @@ def _layer_spec(config: TransformerConfig, fused: bool, chunk: int | None, adapt
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = CausalAttention
     # The block's own submodules, so that the final norm is ours as well.
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=RMSNorm)

@@ -1,4 +1,4 @@
-"""Adapters (LoRA) of a Qwen3: their names and shapes in PEFT, and their places in megatron-core.
+"""Adapters (LoRA) of a model: their names and shapes in PEFT, and their places in megatron-core.
 
 Every projection of Hugging Face has adapters A [r, in] and B [out, r] of its own, also if megatron-core fuses it with
 others, so that no adapter needs converting on the way in or out.
@@ -71,7 +71,8 @@ def adapter_spec(lora: LoraConfig) -> AdapterSpec | None:
 
 def adapted_weights(arch: Architecture, spec: AdapterSpec) -> dict[str, tuple[str, str]]:
     """Return {Hugging Face name of an adapted weight: PEFT names of its A and B}, in the order of the layers."""
-    names = [n for n in hf_shapes(arch) if n.split(".")[-2] in spec.targets and ".experts." not in n]
+    weights = [name for name in hf_shapes(arch) if name.endswith(".weight") and ".experts." not in name]
+    names = [name for name in weights if name.split(".")[-2] in spec.targets]
     stems = {name: PREFIX + name.removesuffix("weight") for name in names}
     return {name: (f"{stem}lora_A.weight", f"{stem}lora_B.weight") for name, stem in stems.items()}
 

@@ -1,17 +1,23 @@
-"""The architecture of a Qwen3 model, read from a Hugging Face config.json and checked."""
+"""The architecture of a model, read from a Hugging Face config.json and checked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.hf.families import Family, family_of
+from megatron_egrsd.hf.rope import RopeScaling, read_rope
 from megatron_egrsd.system.files import read_json_object
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes that decide every tensor shape of a Qwen3, dense (num_experts = 0) or mixture of experts."""
+    """The family and the sizes that decide every tensor shape; a dense model has `num_experts` 0.
 
+    Family and rope scaling are left out of the text of an Architecture, which is part of a model's fingerprint.
+    """
+
+    family: Family = field(repr=False)
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -27,10 +33,11 @@ class Architecture:
     experts_per_token: int = 0
     expert_intermediate_size: int = 0
     normalize_expert_weights: bool = True  # over the chosen experts; norm_topk_prob in config.json
+    rope_scaling: RopeScaling | None = field(default=None, repr=False)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Architecture":
-        """Read `path`/config.json. Raises BadArgument if it is missing, unreadable or not a Qwen3."""
+        """Read `path`/config.json. Raises BadArgument if it is missing, unreadable or not supported."""
         file = Path(path) / "config.json"
         if not Path(path).is_dir():
             raise BadArgument(f"the model directory {path} does not exist; give a local Hugging Face checkpoint")
@@ -40,24 +47,13 @@ class Architecture:
 
     @classmethod
     def from_config(cls, config: dict, source: str = "config.json") -> "Architecture":
-        """Build from a decoded config.json. Raises BadArgument, naming `source`, if it is not a supported Qwen3."""
-        architectures = config.get("architectures") or ["nothing"]
-        if architectures not in (["Qwen3ForCausalLM"], ["Qwen3MoeForCausalLM"]):
-            raise BadArgument(
-                f"{source} describes {', '.join(map(str, architectures))}; "
-                "only Qwen3ForCausalLM and Qwen3MoeForCausalLM are supported"
-            )
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5 or 4
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise BadArgument(
-                f"{source} asks for rope type {rope.get('rope_type', rope.get('type'))!r}; "
-                "only the default rotary embedding is supported"
-            )
-        if config.get("attention_bias") or config.get("use_sliding_window"):
-            raise BadArgument(f"{source} sets attention_bias or use_sliding_window, which Qwen3 releases do not use")
+        """Build from a decoded config.json. Raises BadArgument, naming `source`, if it is not supported."""
+        family = family_of(config, source)
+        rope_theta, rope_scaling = read_rope(config, source, family.rope_theta)
         try:
-            experts = _experts(config, source) if architectures == ["Qwen3MoeForCausalLM"] else {}
+            experts = _experts(config, source) if family.experts else {}
             return cls(
+                family=family,
                 vocab_size=config["vocab_size"],
                 hidden_size=config["hidden_size"],
                 intermediate_size=config["intermediate_size"],
@@ -66,7 +62,8 @@ class Architecture:
                 num_kv_heads=config["num_key_value_heads"],
                 head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
                 rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-                rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 1_000_000))),
+                rope_theta=rope_theta,
+                rope_scaling=rope_scaling,
                 max_position_embeddings=config["max_position_embeddings"],
                 tied_embeddings=bool(config.get("tie_word_embeddings", False)),
                 **experts,
@@ -112,7 +109,11 @@ class Architecture:
     @property
     def num_parameters(self) -> int:
         """Number of parameters. Tied embeddings count once, padding does not count."""
-        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads) + 2 * self.head_dim
+        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        if self.family.qk_norm:
+            attention += 2 * self.head_dim
+        if self.family.qkv_bias:
+            attention += (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         mlp = 3 * self.hidden_size * self.intermediate_size
         if self.num_experts:
             mlp = self.num_experts * self.hidden_size * (3 * self.expert_intermediate_size + 1)
@@ -124,7 +125,7 @@ class Architecture:
 def _experts(config: dict, source: str) -> dict:
     """Return the fields of a mixture of experts. Raises BadArgument if some layers would be dense."""
     if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
-        raise BadArgument(f"{source} mixes dense and expert layers, which Qwen3 releases do not do")
+        raise BadArgument(f"{source} mixes dense and expert layers, which is not supported")
     return {
         # transformers 5 renames it when it saves
         "num_experts": config["num_local_experts" if "num_local_experts" in config else "num_experts"],

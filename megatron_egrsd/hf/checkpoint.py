@@ -28,7 +28,7 @@ class HFCheckpoint:
     """Lazy view of the tensors of a checkpoint directory: a tensor is read when it is accessed.
 
     The constructor raises BadArgument if a shard is missing or truncated, if a tensor is missing or has another
-    shape than config.json implies, or if the checkpoint holds tensors that Qwen3 does not have.
+    shape than config.json implies, or if the checkpoint holds tensors that the model does not have.
     """
 
     def __init__(self, path: str | Path):

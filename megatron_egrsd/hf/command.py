@@ -1,4 +1,4 @@
-"""Convert Qwen3 weights between Hugging Face and Megatron-LM (torch_dist), check the result bit by bit, merge adapters.
+"""Convert weights between Hugging Face and Megatron-LM (torch_dist), check the result bit by bit, merge adapters.
 
     megatron-egrsd convert to-megatron --hf-path Qwen3-8B --megatron-path qwen3-8b
     megatron-egrsd convert verify      --hf-path Qwen3-8B --megatron-path qwen3-8b

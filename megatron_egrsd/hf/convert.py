@@ -1,4 +1,4 @@
-"""Conversion of Qwen3 between Hugging Face and Megatron-LM directories, tensor by tensor, in one process.
+"""Conversion of weights between Hugging Face and Megatron-LM directories, tensor by tensor, in one process.
 
 The constructor of a conversion checks its input completely; `describe` returns the plan; `run` converts. Memory holds
 byte ranges, not tensors. The output is staged, so it is complete or absent.

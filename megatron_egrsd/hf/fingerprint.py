@@ -15,7 +15,10 @@ def fingerprint(path: str | Path) -> str:
     checkpoint = HFCheckpoint(path)
     names = checkpoint.names()
     ranges = [checkpoint.range(name) for name in names]
-    whole = hashlib.sha256(repr(checkpoint.architecture).encode())
+    arch = checkpoint.architecture
+    whole = hashlib.sha256(repr(arch).encode())
+    if arch.rope_scaling:
+        whole.update(repr(arch.rope_scaling).encode())
     with ThreadPoolExecutor(THREADS) as readers:
         for name, digest in zip(names, readers.map(_digest, ranges), strict=True):
             whole.update(f"{name} {digest}\n".encode())

@@ -1,4 +1,4 @@
-"""The mapping between Qwen3's tensors in Hugging Face and in megatron-core: names and layouts.
+"""The mapping between a model's tensors in Hugging Face and in megatron-core: names and layouts.
 
 Loading, export, weight synchronisation and conversion all read this table. `join` makes a full (unsharded) megatron
 tensor from one or more Hugging Face tensors and `split` is its inverse; `shard` cuts it into tensor-parallel shards
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.hf.families import Family
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,18 @@ class Vocabulary(Copy):
 
 
 class QKV(Copy):
-    """q [N*D, H], k and v [G*D, H] <-> [G * (N/G + 2) * D, H]: the queries of a group, then its key and value."""
+    """q [N*D, H], k and v [G*D, H] <-> [G * (N/G + 2) * D, H]: the queries of a group, then its key and value.
+
+    Biases, which have no H, are laid out alike.
+    """
 
     def join(self, tensors, arch, tp):
-        grouped = [t.view(arch.num_kv_heads, -1, arch.hidden_size) for t in tensors]
-        return torch.cat(grouped, 1).reshape(-1, arch.hidden_size)
+        return torch.cat([t.unflatten(0, (arch.num_kv_heads, -1)) for t in tensors], 1).flatten(0, 1)
 
     def split(self, full, arch):
         q_rows = arch.num_heads // arch.num_kv_heads * arch.head_dim
-        grouped = full.view(arch.num_kv_heads, -1, arch.hidden_size)
-        parts = grouped.split([q_rows, arch.head_dim, arch.head_dim], 1)
-        return [p.reshape(-1, arch.hidden_size) for p in parts]
+        parts = full.unflatten(0, (arch.num_kv_heads, -1)).split([q_rows, arch.head_dim, arch.head_dim], 1)
+        return [part.flatten(0, 1) for part in parts]
 
     def groups(self, arch):
         return arch.num_kv_heads
@@ -105,19 +107,27 @@ class Entry:
         return ".local_experts." in self.megatron
 
 
-# Suffixes after "decoder.layers.{i}." and "model.layers.{i}.", by megatron-core's local layer names.
-_LAYER = [
-    ("input_layernorm.weight", ("input_layernorm.weight",), Copy(None)),
-    (
-        "self_attention.linear_qkv.weight",
-        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-        QKV(0),
-    ),
-    ("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), Copy(None)),
-    ("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), Copy(None)),
-    ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), Copy(1)),
-    ("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), Copy(None)),
-]
+def _attention(family: Family) -> list[tuple]:
+    """Return the rows of the table for a layer's norms and its attention.
+
+    Names are suffixes after "decoder.layers.{i}." (megatron-core's local layers) and "model.layers.{i}.".
+    """
+    qkv = tuple(f"self_attn.{name}_proj" for name in "qkv")
+    biases = [("self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in qkv), QKV(0))]
+    head_norms = [
+        ("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), Copy(None)),
+        ("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), Copy(None)),
+    ]
+    return [
+        ("input_layernorm.weight", ("input_layernorm.weight",), Copy(None)),
+        ("self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in qkv), QKV(0)),
+        *(biases if family.qkv_bias else ()),
+        *(head_norms if family.qk_norm else ()),
+        ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), Copy(1)),
+        ("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), Copy(None)),
+    ]
+
+
 _ROUTER = ("mlp.router.weight", ("mlp.gate.weight",), Copy(None))
 
 
@@ -144,9 +154,9 @@ def entries(arch: Architecture) -> list[Entry]:
     table = [Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Vocabulary(0))]
     if arch.num_experts:
         experts = [_mlp(f"mlp.experts.local_experts.{e}", f"mlp.experts.{e}") for e in range(arch.num_experts)]
-        layer = [*_LAYER, _ROUTER, *(row for expert in experts for row in expert)]
+        layer = [*_attention(arch.family), _ROUTER, *(row for expert in experts for row in expert)]
     else:
-        layer = [*_LAYER, *_mlp("mlp", "mlp")]
+        layer = [*_attention(arch.family), *_mlp("mlp", "mlp")]
     for i in range(arch.num_layers):
         for megatron, hf, layout in layer:
             table.append(Entry(f"decoder.layers.{i}.{megatron}", tuple(f"model.layers.{i}.{h}" for h in hf), layout))
@@ -176,6 +186,9 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         "q_proj.weight": (q, hidden),
         "k_proj.weight": (kv, hidden),
         "v_proj.weight": (kv, hidden),
+        "q_proj.bias": (q,),
+        "k_proj.bias": (kv,),
+        "v_proj.bias": (kv,),
         "o_proj.weight": (hidden, q),
         "q_norm.weight": (arch.head_dim,),
         "k_norm.weight": (arch.head_dim,),

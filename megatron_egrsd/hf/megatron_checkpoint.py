@@ -1,4 +1,4 @@
-"""Qwen3 in a Megatron-LM checkpoint directory: the torch_dist tensor of each mapping entry, and the other files.
+"""A model in a Megatron-LM checkpoint directory: the torch_dist tensor of each mapping entry, and the other files.
 
     DIR/latest_checkpointed_iteration.txt   "release" (weights without training state) or the last iteration
     DIR/release/ or DIR/iter_0000100/       the torch_dist checkpoint
@@ -33,7 +33,8 @@ _STORED_NAMES = {
 }
 # Layers with extra state (Transformer Engine's FP8 scales, else empty) that a model requires when it loads. Transformer
 # Engine 2.0 and later refuse a checkpoint without the norms' extra state.
-_EXTRA_STATES = tuple(f"self_attention.{name}" for name in ("linear_qkv", "linear_proj", "q_layernorm", "k_layernorm"))
+_EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj")
+_HEAD_NORM_EXTRA_STATES = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 _DENSE_EXTRA_STATES = ("mlp.linear_fc1", "mlp.linear_fc2")
 _MOE_EXTRA_STATES = ("pre_mlp_layernorm",)
 _EXPERT_EXTRA_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
@@ -87,8 +88,9 @@ def megatron_shape(entry: Entry, arch: Architecture, shapes: dict[str, tuple[int
 def extra_states(arch: Architecture) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
     """Yield (key, offsets, global shape) of the empty extra states beside the weights."""
     yield "decoder.final_layernorm._extra_state", (0,), (1,)
+    attention = _EXTRA_STATES + (_HEAD_NORM_EXTRA_STATES if arch.family.qk_norm else ())
     for layer in range(arch.num_layers):
-        for name in _EXTRA_STATES + (_MOE_EXTRA_STATES if arch.num_experts else _DENSE_EXTRA_STATES):
+        for name in attention + (_MOE_EXTRA_STATES if arch.num_experts else _DENSE_EXTRA_STATES):
             yield f"decoder.layers.{name}._extra_state", (layer,), (arch.num_layers,)
         for expert in range(arch.num_experts):
             for name in _EXPERT_EXTRA_STATES:
@@ -121,10 +123,10 @@ def _model_args(arch: Architecture) -> dict:
         "kv_channels": arch.head_dim,
         "normalization": "RMSNorm",
         "norm_epsilon": arch.rms_norm_eps,
-        "qk_layernorm": True,
+        "qk_layernorm": arch.family.qk_norm,
         "swiglu": True,
         "add_bias_linear": False,
-        "add_qkv_bias": False,
+        "add_qkv_bias": arch.family.qkv_bias,
         "position_embedding_type": "rope",
         "rotary_base": int(arch.rope_theta) if arch.rope_theta.is_integer() else arch.rope_theta,
         "rotary_percent": 1.0,
@@ -135,6 +137,8 @@ def _model_args(arch: Architecture) -> dict:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
+    if arch.rope_scaling:
+        args |= arch.rope_scaling.megatron_args
     if arch.num_experts:
         args |= {
             "num_experts": arch.num_experts,
@@ -146,7 +150,7 @@ def _model_args(arch: Architecture) -> dict:
 
 
 class MegatronCheckpoint:
-    """The Qwen3 weights in a Megatron-LM directory, by mapping entry.
+    """The weights in a Megatron-LM directory, by mapping entry.
 
     `like` is a Hugging Face directory with config.json and tokenizer. It is needed if the checkpoint does not carry
     these files (a training run's checkpoint does not). Raises BadArgument if `path` is not a Megatron-LM directory or
@@ -283,5 +287,5 @@ def describe(arch: Architecture) -> str:
     """Return one line about the model for plans and reports."""
     kind = f"{arch.num_experts} experts" if arch.num_experts else "dense"
     tied = "tied" if arch.tied_embeddings else "untied"
-    return (f"Qwen3 {kind}, {arch.num_parameters / 1e9:.2f}B parameters, {arch.num_layers} layers, "
+    return (f"{arch.family.name} {kind}, {arch.num_parameters / 1e9:.2f}B parameters, {arch.num_layers} layers, "
             f"vocabulary {arch.vocab_size} ({tied})")  # fmt: skip

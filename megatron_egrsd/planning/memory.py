@@ -274,8 +274,10 @@ def layer_activations(arch: Architecture, tensor: int, h: int, b: int, place: Pl
     q, kv = heads * arch.head_dim, groups * arch.head_dim
     # Queries before the norm; keys are kept as a view of the whole projection.
     norms = 2 * _norm(h, b, place)
+    normed = arch.family.qk_norm  # else nothing needs queries and keys from before the rotary embedding
     if place.transformer_engine:
-        attention = b * (q + (q + 2 * kv)) + b * (q + kv) + b * q + 4 * (heads + groups)
+        # Without these norms the projection is kept for its values alone.
+        attention = b * ((q if normed else 0) + (q + 2 * kv)) + b * (q + kv) + b * q
     else:
         fp32_inputs = 8 * q + 4 * (q + 2 * kv) + 4 * kv if b == 4 else 10 * (q + kv)
         # The core attention copies queries, keys, values and output into padded batches (engine/layers.py).
@@ -283,9 +285,9 @@ def layer_activations(arch: Architecture, tensor: int, h: int, b: int, place: Pl
         # The masks, which all layers share, are not counted.
         key = q if place.gpu and b == 4 else kv  # torch's fp32 kernels need a key for every query
         copies = 2 * q + key * (2 * context + 1 if context > 1 else 2)
-        attention = fp32_inputs + b * copies + b * q + 4 * (heads + groups)
+        attention = (fp32_inputs if normed else 0) + b * copies + b * q
         attention += 4 * arch.head_dim * b  # the unfused rotary embedding keeps cosines and sines, twice
-    attention += 4 * heads
+    attention += 4 * heads + (4 * (heads + groups) if normed else 0)
     return norms + attention + _mlp(arch, tensor, h, b, place)
 
 
@@ -300,12 +302,13 @@ def adapter_activations(parallel: ParallelConfig, b: int, lora: AdapterSpec) -> 
 
 
 def frozen_norms(arch: Architecture, tensor: int, h: int, b: int, place: Placement) -> int:
-    """Return the bytes per token that the four norms of a layer keep for the gradients of their weights alone.
+    """Return the bytes per token that the norms of a layer keep for the gradients of their weights alone.
 
     They are the normalised inputs; Transformer Engine computes them again.
     """
     heads, groups = arch.num_heads // tensor, max(1, arch.num_kv_heads // tensor)
-    return 0 if place.transformer_engine else b * (2 * h + (heads + groups) * arch.head_dim)
+    heads_width = (heads + groups) * arch.head_dim if arch.family.qk_norm else 0
+    return 0 if place.transformer_engine else b * (2 * h + heads_width)
 
 
 def _mlp(arch: Architecture, tensor: int, h: int, b: int, place: Placement) -> int:

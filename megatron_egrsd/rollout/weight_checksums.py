@@ -1,6 +1,6 @@
 """The checksums that SGLang's /weights_checker must return for given HF weights.
 
-SGLang stores Qwen3 differently from HF: q, k and v in one tensor, gate and up in one, all experts of a layer in two,
+SGLang stores models differently from HF: q, k and v in one tensor, gate and up in one, all experts of a layer in two,
 the vocabulary padded with rows of zeros to a multiple of 64, and one shard per tensor-parallel rank. This module brings
 HF tensors into that layout.
 """

@@ -37,9 +37,9 @@ def test_missing_model_directory(refused):
 
 def test_other_architecture(refused, tmp_path):
     model = shutil.copytree(ROOT / "examples/tiny/model", tmp_path / "model")
-    config = json.loads((model / "config.json").read_text()) | {"architectures": ["LlamaForCausalLM"]}
+    config = json.loads((model / "config.json").read_text()) | {"architectures": ["MistralForCausalLM"]}
     (model / "config.json").write_text(json.dumps(config))
-    assert "LlamaForCausalLM" in refused("--model.path", model)
+    assert "MistralForCausalLM" in refused("--model.path", model)
 
 
 def test_truncated_weights(refused, tmp_path):

@@ -7,8 +7,8 @@ import torch
 
 from megatron_egrsd.hf.checkpoint import HFCheckpoint
 from megatron_egrsd.hf.convert import ToHF, ToMegatron
-from tests.models import make_qwen3
-from tests.parallel.test_transformer_engine import NORM_BEFORE_EXPERTS, NORMS
+from tests.models import make_model, make_qwen3
+from tests.parallel.test_transformer_engine import HEAD_NORMS, NORM_BEFORE_EXPERTS, NORMS
 from tests.ranks import run_ranks
 
 VOCAB, LAYERS = 61, 3  # neither divides evenly
@@ -21,16 +21,17 @@ NAMES = {"TP1": {"non_homogeneous_layers": True}, "TP2": {"singleton_local_shard
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """{tied: (Hugging Face directory, converted directory)}."""
+    """{name: (Hugging Face directory, converted directory)}."""
     root = tmp_path_factory.mktemp("convert")
     found = {}
-    for tied in (True, False):
-        hf = make_qwen3(
-            root / f"hf-{tied}", tied=tied, seed=3, vocab_size=VOCAB, num_hidden_layers=LAYERS,
+    for name, family, tied in (("tied", "qwen3", True), ("untied", "qwen3", False), ("qwen2", "qwen2", False),
+                               ("llama", "llama", True)):  # fmt: skip
+        hf = make_model(
+            root / f"hf-{name}", family, tied=tied, seed=3, vocab_size=VOCAB, num_hidden_layers=LAYERS,
             num_attention_heads=8, num_key_value_heads=4,
         )  # fmt: skip
-        ToMegatron(hf, root / f"megatron-{tied}").run()
-        found[tied] = hf, root / f"megatron-{tied}"
+        ToMegatron(hf, root / f"megatron-{name}").run()
+        found[name] = hf, root / f"megatron-{name}"
     return found
 
 
@@ -117,7 +118,8 @@ def _load_and_save(rank, world_size, layout, jobs):
             {"model": model.sharded_state_dict()}, str(checkpoint.directory), strict="return_all", verify_integrity=True
         )
         # Exactly the keys that this model requests, and the keys that it would request with Transformer Engine's norms.
-        norms = NORMS | ({NORM_BEFORE_EXPERTS} if checkpoint.architecture.num_experts else set())
+        norms = NORMS | (HEAD_NORMS if checkpoint.architecture.family.qk_norm else set())
+        norms |= {NORM_BEFORE_EXPERTS} if checkpoint.architecture.num_experts else set()
         assert missing == norms and not unexpected, (missing, unexpected)
         model.load_state_dict(state["model"])
         assert state["args"].num_layers == LAYERS

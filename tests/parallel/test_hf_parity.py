@@ -1,4 +1,4 @@
-"""The engine computes what Hugging Face's Qwen3ForCausalLM computes, and its weights come out as they went in."""
+"""The engine computes what Hugging Face's models compute, and their weights come out as they went in."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,11 @@ import torch
 
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ParallelConfig, RolloutConfig
 from megatron_egrsd.data.packing import Sequence
-from tests.models import make_qwen3
+from tests.models import YARN_ROPE, make_model, make_qwen3
 from tests.ranks import run_ranks
 from tests.training import open_engine
 
-TEMPERATURE = 0.7
+TEMPERATURE, VOCAB = 0.7, 61
 
 
 def _sequences(vocab_size: int) -> list[Sequence]:
@@ -72,17 +72,39 @@ def _reference(model, sequences):
     ids=["TP1", "TP2 SP tied", "PP2 untied", "TP2 PP2 untied", "CP2", "CP2 PP2", "experts", "experts EP2 PP2 VPP2"],
 )
 def test_scores_and_weights(world_size, parallel, tied, experts, tmp_path):
+    model = make_qwen3(tmp_path / "model", tied=tied, **experts)
+    assert_same_scores_and_weights(world_size, parallel, model)
+
+
+FAMILY_LAYOUTS = {
+    "TP2 SP": (2, ParallelConfig(tensor=2, sequence_parallel=True, max_tokens_per_microbatch=100)),
+    "PP2": (2, ParallelConfig(pipeline=2, max_tokens_per_microbatch=100)),
+    "CP2": (2, ParallelConfig(context=2, max_tokens_per_microbatch=50)),
+}
+
+
+@pytest.mark.parametrize("layout", FAMILY_LAYOUTS)
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [("qwen2", {}), ("llama", {}), ("qwen3", {"rope_parameters": YARN_ROPE})],
+    ids=["Qwen2", "Llama 3", "Qwen3 with YaRN"],
+)
+def test_families(family, sizes, layout, tmp_path):
+    """The longest sequences end behind the contexts before scaling, 64 tokens, of Llama 3's rope and of YaRN."""
+    model = make_model(tmp_path / "model", family, tied=layout == "TP2 SP", **sizes)
+    assert_same_scores_and_weights(*FAMILY_LAYOUTS[layout], model)
+
+
+def assert_same_scores_and_weights(world_size, parallel, model):
     from safetensors.torch import load_file
 
-    vocab_size = 61
-    model = make_qwen3(tmp_path / "model", tied=tied, vocab_size=vocab_size, **experts)
     found = run_ranks(_score, world_size, model, parallel, "float32")
     scores, weights = {i: s for own, _ in found for i, s in own.items()}, found[0][1]
     assert len(scores) == 9
     assert sum(len(own) for own, _ in found) == 9 * parallel.model_parallel, "a rank of a replica lacks scores"
     assert all(np.array_equal(own[i], scores[i]) for own, _ in found for i in own), "differs from rank to rank"
     assert not any(weights for _, weights in found[1:]), "only the first rank exports"
-    for i, (log_prob, entropy) in enumerate(_reference(model, _sequences(vocab_size))):
+    for i, (log_prob, entropy) in enumerate(_reference(model, _sequences(VOCAB))):
         torch.testing.assert_close(torch.from_numpy(scores[i][0]).double(), log_prob, rtol=0, atol=1e-5)
         torch.testing.assert_close(torch.from_numpy(scores[i][1]).double(), entropy, rtol=0, atol=1e-5)
     stored = load_file(model / "model.safetensors")
@@ -96,7 +118,7 @@ def test_bfloat16_stays_close_to_fp32(tmp_path):
     errors = torch.cat(
         [
             (torch.from_numpy(scores[i][0]).double() - log_prob).abs()
-            for i, (log_prob, _) in enumerate(_reference(model, _sequences(61)))
+            for i, (log_prob, _) in enumerate(_reference(model, _sequences(VOCAB)))
         ]
     )
     # bf16 keeps 8 bits: a few hundredths of a nat on average, and never the garbage of a wrong layout.

@@ -10,7 +10,7 @@ import pytest
 from megatron_egrsd.config import LoraConfig, OptimizerConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.config.lora import ATTENTION, TARGETS
 from megatron_egrsd.data.samples import save_rollouts
-from tests.models import make_qwen3
+from tests.models import make_model, make_qwen3
 from tests.training import GROUPS, PAPER, VOCAB, assert_same_training, made_up_rollouts, run_training, training_config
 
 
@@ -98,6 +98,25 @@ def test_layout_does_not_change_training_of_experts(layout, paths, mixture):
     world_size, parallel = EXPERT_LAYOUTS[layout]
     config = training_config(mixture[0], parallel=ParallelConfig(**{"max_tokens_per_microbatch": 256, **parallel}))
     assert_same_training(run_training(world_size, config, paths[1]), mixture[1])
+
+
+FAMILY_LAYOUTS = {
+    "TP2 SP": {"tensor": 2, "sequence_parallel": True},
+    "PP2": {"pipeline": 2, "distributed_optimizer": True},
+    "CP2": {"context": 2},
+}
+
+
+@pytest.mark.parametrize("lora", [0, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("llama", marks=pytest.mark.slow)])
+def test_layout_does_not_change_training_of_the_family(family, lora, paths, tmp_path):
+    model = make_model(tmp_path / "model", family, tied=False, vocab_size=VOCAB, num_hidden_layers=2)
+    changes = PAPER | {"lora": LoraConfig(rank=lora)}
+    expected = run_training(1, training_config(model, **changes), paths[1])
+    for layout in FAMILY_LAYOUTS.values():
+        parallel = ParallelConfig(**{"max_tokens_per_microbatch": 64, **layout})
+        got = run_training(2, training_config(model, parallel=parallel, **changes), paths[1])
+        assert_same_training(got, expected)
 
 
 ADAPTER_LAYOUTS = {

@@ -14,7 +14,7 @@ from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.memory import Placement
 from megatron_egrsd.planning.plan import checkpoint_bytes, memory_of_stages
-from tests.models import make_qwen3
+from tests.models import FAMILIES, make_model, make_qwen3
 from tests.ranks import run_ranks
 from tests.training import GROUPS, made_up_rollouts, open_engine, training_config
 
@@ -113,6 +113,9 @@ LAYOUTS = {
     "LoRA PP2": (2, "bfloat16", {"pipeline": 2, "distributed_optimizer": True}, True, "frozen"),
     "LoRA CP2": (2, "float32", {"context": 2, "distributed_optimizer": True}, True, "ema"),
     "LoRA DP2": (2, "bfloat16", {"distributed_optimizer": True}, False, "live"),
+    "Qwen2 TP2 SP": (2, "bfloat16", {"tensor": 2, "sequence_parallel": True}, False, "frozen"),
+    "Llama": (1, "float32", {}, True, "live"),
+    "Llama, LoRA": (1, "bfloat16", {}, False, "frozen"),
     "OPSD": (1, "bfloat16", {}, False, "frozen"),
     "OPSD, LoRA PP2": (2, "float32", {"pipeline": 2}, True, "frozen"),
     "OPSD, moving average": (1, "bfloat16", {}, True, "ema"),
@@ -122,13 +125,16 @@ LAYOUTS = {
 SLOW = {
     "fp32, KL", "bf16, snapshot", "OPSD", "OPSD, moving average", "TP2", "TP2 SP", "TP2 PP2", "PP2", "CP2",
     "CP2 distributed optimizer", "LoRA recompute", "LoRA PP2", "LoRA CP2", "LoRA DP2",
+    "Llama, LoRA", "Qwen2 TP2 SP",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS])
 def test_memory_is_what_the_engine_allocates(name, tmp_path):
     ranks, dtype, parallel, tied, teacher = LAYOUTS[name]
-    model = make_qwen3(tmp_path / "model", tied=tied, **SIZES, **(EXPERTS if "experts" in name else {}))
+    family = name.split()[0].strip(",").lower()
+    family = family if family in FAMILIES else "qwen3_moe" if "experts" in name else "qwen3"
+    model = make_model(tmp_path / "model", family, tied=tied, **SIZES, **(EXPERTS if "experts" in name else {}))
     rollouts = [
         dataclasses.replace(r, response_ids=r.response_ids * 8, rollout_log_probs=r.rollout_log_probs * 8)
         for r in made_up_rollouts()

@@ -23,7 +23,7 @@ import torch
 
 from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.config.lora import ATTENTION, TARGETS
-from tests.random_checkpoints import DENSE, MOE, random_qwen3
+from tests.random_checkpoints import DENSE, LLAMA, MOE, QWEN2, random_qwen3
 from tests.ranks import run_ranks
 
 pytestmark = [
@@ -31,16 +31,16 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU"),
 ]
 # Keys that only Transformer Engine's norms request; engine/checkpoint.py does not need them, hf/ writes them.
-NORMS = {
-    f"decoder.{name}._extra_state"
-    for name in ("final_layernorm", "layers.self_attention.q_layernorm", "layers.self_attention.k_layernorm")
-}
+NORMS = {"decoder.final_layernorm._extra_state"}
+HEAD_NORMS = {f"decoder.layers.self_attention.{name}_layernorm._extra_state" for name in "qk"}
 NORM_BEFORE_EXPERTS = "decoder.layers.pre_mlp_layernorm._extra_state"
 LAYOUTS = {
     "TP1": (DENSE, {}),
     "TP2": (DENSE, {"tensor": 2}),
     "TP2 SP": (DENSE, {"tensor": 2, "sequence_parallel": True}),
     "PP2 VPP2": (DENSE, {"pipeline": 2, "virtual_pipeline": 2}),
+    "Qwen2 TP2": (QWEN2, {"tensor": 2}),
+    "Llama PP2": (LLAMA, {"pipeline": 2}),
     "experts": (MOE, {}),
     "experts EP2": (MOE, {"expert": 2}),
     "experts TP2 SP": (MOE, {"tensor": 2, "sequence_parallel": True}),
@@ -62,7 +62,8 @@ def test_layers_are_filled_exported_and_stored_alike(layout, tmp_path):
                 keys[layers].setdefault(key, []).append((rank, sorted(places)))
     assert parameters["always"] == parameters["never"]
     more = {key for key in keys["always"] if key not in keys["never"]}
-    assert more == NORMS | ({NORM_BEFORE_EXPERTS} if base is MOE else set())
+    head_norms = HEAD_NORMS if base in (DENSE, MOE) else set()
+    assert more == NORMS | head_norms | ({NORM_BEFORE_EXPERTS} if base is MOE else set())
     assert {key: places for key, places in keys["always"].items() if key not in more} == keys["never"]
 
 

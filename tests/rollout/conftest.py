@@ -85,9 +85,9 @@ def client(servers) -> RolloutClient:
 
 
 def load_hf(directory: Path):
-    from transformers import Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    return Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def named_tensors(hf) -> list[tuple[str, torch.Tensor]]:

@@ -16,7 +16,7 @@ from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.checkpoint import HFCheckpoint
 from megatron_egrsd.hf.merge import Merge
 from tests.adapters import random_adapter
-from tests.models import make_qwen3
+from tests.models import make_model, make_qwen3
 
 SPEC = AdapterSpec(4, 6.0, TARGETS)
 
@@ -37,9 +37,9 @@ def logits(model) -> torch.Tensor:
 
 
 def load_hf(path):
-    from transformers import Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    return Qwen3ForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
 def peft_model(base, adapter):
@@ -75,6 +75,16 @@ def test_what_is_written_loads_in_peft_and_a_merge_is_the_same_model(base, tmp_p
     served = logits(peft_model(base, adapter))
     Merge(base, adapter, tmp_path / "merged").run()
     assert (served - logits(load_hf(base))).abs().max() > 0.1
+    torch.testing.assert_close(logits(load_hf(tmp_path / "merged")), served, rtol=0, atol=1e-5)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_the_merge_of_another_family_is_the_same_model(family, tmp_path):
+    base = make_model(tmp_path / "base", family, num_hidden_layers=2)
+    adapter = random_adapter(tmp_path / "adapter", base, SPEC)
+    Merge(base, adapter, tmp_path / "merged").run()
+    served = logits(peft_model(base, adapter))
     torch.testing.assert_close(logits(load_hf(tmp_path / "merged")), served, rtol=0, atol=1e-5)
 
 

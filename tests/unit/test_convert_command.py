@@ -100,7 +100,7 @@ def _mixed_types(hf):
 
 
 BAD_INPUT = {
-    "unknown architecture": (lambda hf: _edit_config(hf, architectures=["LlamaForCausalLM"]), "LlamaForCausalLM"),
+    "unknown architecture": (lambda hf: _edit_config(hf, architectures=["MistralForCausalLM"]), "MistralForCausalLM"),
     "truncated shard": (_truncate, "model.safetensors cannot be read"),
     "too few layers in the config": (lambda hf: _edit_config(hf, num_hidden_layers=2), "model.layers.2"),
     "too many layers in the config": (lambda hf: _edit_config(hf, num_hidden_layers=4), "lacks model.layers.3"),

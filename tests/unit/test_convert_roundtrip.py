@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron -> Hugging Face gives back every byte, for any Qwen3."""
+"""Hugging Face -> Megatron -> Hugging Face gives back every byte, for any model of the families."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.convert import ToHF, ToMegatron
 from megatron_egrsd.hf.mapping import hf_shapes
 from megatron_egrsd.hf.verify import verify
-from tests.random_checkpoints import DENSE, MOE, files, random_qwen3
+from tests.random_checkpoints import DENSE, LLAMA, MOE, QWEN2, files, random_qwen3
 
 # Two shapes of each family: attention wider or narrower than the hidden size, tied or not.
 FAMILIES = {
@@ -25,6 +25,12 @@ FAMILIES = {
     "30B-A3B": {"base": MOE},
     "235B-A22B": {"base": MOE, "num_attention_heads": 8, "num_key_value_heads": 2, "num_experts": 6,
                   "norm_topk_prob": False},
+    "Qwen2.5-0.5B": {"base": QWEN2},
+    "Qwen2.5-7B": {"base": QWEN2, "hidden_size": 28, "num_attention_heads": 7, "num_key_value_heads": 1,
+                   "tie_word_embeddings": False},
+    "Llama-3.1-8B": {"base": LLAMA},
+    "SmolLM2": {"base": LLAMA, "num_attention_heads": 3, "num_key_value_heads": 3, "rope_scaling": None,
+                "tie_word_embeddings": True},
 }  # fmt: skip
 
 
@@ -75,8 +81,8 @@ def test_any_config_of_the_family_round_trips(data, tmp_path_factory):
     root = tmp_path_factory.mktemp("any")
     dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float32]))
     shard_bytes = data.draw(st.integers(1, 10_000))
-    source = random_qwen3(root / "hf", base=data.draw(st.sampled_from([DENSE, MOE])), dtype=dtype, **sizes,
-                          shard_bytes=shard_bytes)  # fmt: skip
+    base = data.draw(st.sampled_from([DENSE, MOE, QWEN2, LLAMA]))
+    source = random_qwen3(root / "hf", base=base, dtype=dtype, **sizes, shard_bytes=shard_bytes)
     round_trip(source, root, shard_bytes=shard_bytes)
 
 
