@@ -31,6 +31,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_egrsd.engine import adapter_checkpoint
@@ -277,6 +278,9 @@ def _state(engine: Engine, step: int, rewards: dict[str, Any], *, loading: bool)
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     model = _sharded_chunks(engine, metadata)
+    if not loading:
+        for optimizer in parts(engine.optimizer):
+            _begin_moments(optimizer)
     state = {
         "model": model,
         "optimizer": engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
@@ -330,6 +334,19 @@ def _distributed_optimizers(engine: Engine) -> list[DistributedOptimizer]:
     return [part for part in parts(engine.optimizer) if isinstance(part, DistributedOptimizer)]
 
 
+def _begin_moments(optimizer: MegatronOptimizer) -> None:
+    """Give Adam the moments that it makes at its first update, zeros: a run that is stopped before it can continue."""
+    adam = optimizer.optimizer
+    if not isinstance(adam, torch.optim.AdamW | torch.optim.Adam):
+        optimizer.init_state_fn(adam, optimizer.config)
+        return
+    for group in adam.param_groups:
+        for p in group["params"]:
+            if not adam.state[p]:
+                zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                adam.state[p] = {"step": torch.tensor(0.0), **zeros}
+
+
 def _prepare_torch_adam(optimizer: DistributedOptimizer) -> None:
     """Make megatron-core's distributed optimizer loadable with torch's AdamW (no Transformer Engine, no apex).
 
@@ -338,13 +355,7 @@ def _prepare_torch_adam(optimizer: DistributedOptimizer) -> None:
     """
     if not isinstance(optimizer.optimizer, torch.optim.AdamW | torch.optim.Adam):
         return
-    for group in optimizer.optimizer.param_groups:
-        for p in group["params"]:
-            optimizer.optimizer.state[p] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+    _begin_moments(optimizer)
     original = optimizer._set_main_param_and_optimizer_states
 
     def set_states(model_param, tensors):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from megatron_egrsd.engine import checkpoint
+from megatron_egrsd.errors import BadArgument
 from tests.faults import plants
 from tests.faults.proxy import FAULTS as ANSWERS
 from tests.faults.proxy import FaultyProxy
@@ -32,10 +33,10 @@ ON_THE_SECOND_HOST = f"{plants.__name__}:on_the_second_host"
 _ADDRESSES = ("10.79.0.1", "10.79.0.2")
 
 # What a start that suffers a fault may end with. Ranks that lose another one end with 1, and so does their torchrun; a
-# run whose server dies before it has ever been healthy ends with 1 as well.
+# run whose server dies before it has ever been healthy ends with 1 as well. SIGTERM ends a rank that still starts.
 _STATUSES = {
     "kill": {0, 1, -signal.SIGKILL}, "kill all": {0, -signal.SIGKILL}, "freeze": {0, 1},
-    "SIGTERM": {0, -signal.SIGTERM}, "SIGINT": {0, 1, 130, -signal.SIGINT}, "full disk": {0, 1},
+    "SIGTERM": {0, 1, -signal.SIGTERM}, "SIGINT": {0, 1, 130, -signal.SIGINT}, "full disk": {0, 1},
     "flipped byte": {0, -signal.SIGKILL},
     "file handles": {0, 1, 2}, "clock jump": {0}, "second run": {0}, "kill server": {0, 1}, "freeze server": {0, 1},
     "bad answers": {0}, "slow answers": {0}, "cut network": {0, 1},
@@ -80,6 +81,7 @@ class Strike:
             self._strike(run)
             status = self.start.ended(run, _STATUSES[self.fault])
             self.trial.seconds = time.monotonic() - began
+        self._check_checkpoints()
         self.killed = status < 0 or "SIGKILL) received" in run.text() or self.fault in _OF_SERVERS
         carried_on = status == 0 and "resumable" not in run.text()
         if self.fault == "flipped byte":
@@ -163,6 +165,13 @@ class Strike:
             # torchrun makes 1 of every status.
             if run.process.poll() is None and (status == 0 or "another run is writing" not in second.text()):
                 raise Failure(f"a second run on the same output ended with {status}:\n{second.text()}")
+
+    def _check_checkpoints(self) -> None:
+        for path in checkpoint.complete(self.start.output / "checkpoints"):
+            try:
+                checkpoint.check(path)
+            except BadArgument as error:
+                raise Failure(f"a checkpoint with a final name is not whole: {error}") from None
 
     def _flip(self) -> bool:
         """Flip a bit of the newest checkpoint if there is an older one to continue from; return whether it did."""

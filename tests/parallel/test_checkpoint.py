@@ -329,3 +329,32 @@ def test_a_save_needs_no_other_process(setting):
     """megatron-core's own would fail here: the name of its socket is too long."""
     config, _, root = setting
     assert run_ranks(_save_with_a_long_name_for_temporary_files, 1, config, root) == [("step_000001", 0)]
+
+
+def _stop_before_the_first_update(rank, world_size, config, path, directory):
+    from megatron_egrsd.data.samples import load_rollouts
+    from megatron_egrsd.engine import checkpoint
+    from tests.training import final_weights, take_steps
+
+    rollouts, results = load_rollouts(path), []
+    for start in ("saved", "continued"):
+        with open_engine(config) as engine:
+            if start == "saved":
+                checkpoint.save(engine, directory, 0, 2, {})
+            else:
+                checkpoint.load(engine, checkpoint.complete(directory)[0])
+            metrics, _ = take_steps(engine, rollouts, config, 2)
+            results.append((metrics, final_weights(engine)))
+    return results if rank == 0 else None
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_run_that_was_stopped_before_its_first_update_continues(sharded, setting):
+    """The optimizer has no moments then. Found by the soak: SIGTERM while the first batch was sampled."""
+    config, rollouts, root = setting
+    config = dataclasses.replace(config, parallel=ParallelConfig(distributed_optimizer=sharded))
+    ((metrics, weights), continued) = run_ranks(_stop_before_the_first_update, 1, config, rollouts, root)[0]
+    assert [{k: v for k, v in step.items() if not k.startswith("time/")} for step in continued[0]] == [
+        {k: v for k, v in step.items() if not k.startswith("time/")} for step in metrics
+    ]
+    assert all((continued[1][name] == weight).all() for name, weight in weights.items())
