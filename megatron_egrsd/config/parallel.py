@@ -15,6 +15,8 @@ class ParallelConfig:
         pipeline: Pipeline-parallel size (PP).
         virtual_pipeline: Chunks of layers that a stage holds (VPP). With more than one, stages take turns more often
             and wait less, for more communication and activations (interleaved 1F1B, Narayanan et al. 2021).
+        pipeline_layout: Layers of every stage, from the first to the last, if they differ; with `virtual_pipeline` of
+            every chunk in the order of the model (the first chunk of each stage, then the second). Empty: equal parts.
         context: Context-parallel size (CP): as many ranks share each sequence of a micro-batch, for long responses.
         expert: Expert-parallel size (EP): as many ranks of a stage share the experts of a mixture; TP splits none.
         sequence_parallel: Split the activations outside attention and MLP over the TP ranks (SP).
@@ -34,6 +36,7 @@ class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1
+    pipeline_layout: list[int] = field(default_factory=list)
     context: int = 1
     expert: int = 1
     sequence_parallel: bool = False
@@ -51,6 +54,12 @@ class ParallelConfig:
         require(
             not self.sequence_parallel or self.tensor > 1,
             "parallel.sequence_parallel needs parallel.tensor > 1; set one of them",
+        )
+        require(
+            not self.pipeline_layout
+            or (len(self.pipeline_layout) == self.layer_chunks and min(self.pipeline_layout) > 0),
+            f"parallel.pipeline_layout = {self.pipeline_layout} must hold a positive number of layers for each of "
+            f"parallel.pipeline x parallel.virtual_pipeline = {self.layer_chunks} parts",
         )
         require(
             self.virtual_pipeline == 1 or self.pipeline > 1,
@@ -86,8 +95,16 @@ class ParallelConfig:
 
     @property
     def layer_chunks(self) -> int:
-        """Parts of equal size that the layers are divided into: the chunks of all stages."""
+        """Parts that the layers are divided into: the chunks of all stages."""
         return self.pipeline * self.virtual_pipeline
+
+    def layers_of_chunks(self, layers: int) -> list[int]:
+        """Return how many of the model's `layers` each part holds, in the order of the model."""
+        return self.pipeline_layout or [layers // self.layer_chunks] * self.layer_chunks
+
+    def layers_of_stage(self, layers: int, stage: int) -> list[int]:
+        """Return how many of the model's `layers` each chunk of a stage holds."""
+        return self.layers_of_chunks(layers)[stage :: self.pipeline]
 
     @property
     def interleaved(self) -> int | None:

@@ -95,6 +95,8 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
     if arch.rope_scaling:
         # The factor of queries and of keys, which only an unfused rotary embedding could apply itself.
         settings["softmax_scale"] = arch.rope_scaling.attention_factor**2 / math.sqrt(arch.head_dim)
+    if parallel.pipeline_layout:
+        settings["pipeline_model_parallel_layout"] = _pipeline_layout(parallel)
     settings |= recompute if parallel.recompute else {}
     settings |= _experts(arch, parallel, fused) if arch.num_experts else {}
     check_megatron(parallel)
@@ -104,6 +106,12 @@ def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torc
         if not parallel.megatron:
             raise
         raise BadArgument(f"megatron-core refuses parallel.megatron: {' '.join(str(error).split())}") from None
+
+
+def _pipeline_layout(parallel: ParallelConfig) -> list[list[str]]:
+    """Return the content of every chunk, in megatron-core's words."""
+    chunks = [["decoder"] * layers for layers in parallel.pipeline_layout]
+    return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], "loss"]]
 
 
 def check_megatron(parallel: ParallelConfig) -> None:

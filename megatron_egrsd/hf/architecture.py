@@ -96,11 +96,34 @@ class Architecture:
         for name, size in split.items():
             if size % tensor:
                 raise BadArgument(f"parallel.tensor = {tensor} does not divide the model's {size} {name}")
-        if self.num_layers % parallel.layer_chunks:
+        if sum(parallel.layers_of_chunks(self.num_layers)) != self.num_layers:
             chunks = f" x parallel.virtual_pipeline = {parallel.interleaved}" if parallel.interleaved else ""
-            raise BadArgument(
-                f"parallel.pipeline = {pipeline}{chunks} does not divide the model's {self.num_layers} layers"
-            )
+            wrong = f"parallel.pipeline = {pipeline}{chunks} does not divide the model's {self.num_layers} layers"
+            if parallel.pipeline_layout:
+                held = f"parallel.pipeline_layout holds {sum(parallel.pipeline_layout)} layers"
+                wrong = f"{held}, but the model has {self.num_layers}"
+            if parallel.layer_chunks > self.num_layers:
+                raise BadArgument(f"{wrong}; set fewer stages")
+            fitting = self.balanced_layers(parallel.layer_chunks)
+            raise BadArgument(f"{wrong}; parallel.pipeline_layout {fitting} fits")
+
+    def balanced_layers(self, chunks: int) -> list[int]:
+        """Return layers for each of `chunks` parts, so that the slowest computes least: the last has the LM head too.
+
+        The embedding is a look-up and counts nothing. Among equally fast divisions the most even one is returned; where
+        parts still differ, later ones hold more: their stages keep fewer micro-batches.
+        """
+        if chunks == 1:
+            return [self.num_layers]
+        head = self.vocab_size * self.hidden_size / self._layer_parameters(self.experts_per_token)
+
+        def slowest(last: int) -> tuple[float, int]:
+            most = -(-(self.num_layers - last) // (chunks - 1))
+            return max(most, last + head), -last
+
+        last = min(range(1, self.num_layers - chunks + 2), key=slowest)
+        each, more = divmod(self.num_layers - last, chunks - 1)
+        return [*[each] * (chunks - 1 - more), *[each + 1] * more, last]
 
     def kv_cache_bytes(self, itemsize: int, tensor: int = 1) -> int:
         """Return the bytes of a token's keys and values on each of `tensor` GPUs, `itemsize` bytes an element."""
@@ -109,6 +132,11 @@ class Architecture:
     @property
     def num_parameters(self) -> int:
         """Number of parameters. Tied embeddings count once, padding does not count."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return embeddings + self.num_layers * self._layer_parameters(self.num_experts) + self.hidden_size
+
+    def _layer_parameters(self, experts: int) -> int:
+        """Return the parameters of a layer; of a mixture, with `experts` experts and their rows of the router."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         if self.family.qk_norm:
             attention += 2 * self.head_dim
@@ -116,10 +144,8 @@ class Architecture:
             attention += (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         mlp = 3 * self.hidden_size * self.intermediate_size
         if self.num_experts:
-            mlp = self.num_experts * self.hidden_size * (3 * self.expert_intermediate_size + 1)
-        layer = attention + mlp + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return embeddings + self.num_layers * layer + self.hidden_size
+            mlp = experts * self.hidden_size * (3 * self.expert_intermediate_size + 1)
+        return attention + mlp + 2 * self.hidden_size
 
 
 def _experts(config: dict, source: str) -> dict:

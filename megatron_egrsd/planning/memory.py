@@ -87,10 +87,12 @@ def shard_shapes(arch: Architecture, parallel: ParallelConfig, stage: int) -> li
     The last stage of a tied model holds a copy of the embedding; EP splits only the experts.
     """
     template = _one_layer(arch, parallel.tensor, parallel.expert)
-    layer, layers = "decoder.layers.0.", arch.num_layers // parallel.layer_chunks
+    layer = "decoder.layers.0."
     own = [(name.removeprefix(layer), shape) for name, shape in template.items() if name.startswith(layer)]
-    chunk = {f"decoder.layers.{i}.{name}": shape for i in range(layers) for name, shape in own}
-    chunks = [dict(chunk) for _ in range(parallel.virtual_pipeline)]
+    chunks = [
+        {f"decoder.layers.{i}.{name}": shape for i in range(layers) for name, shape in own}
+        for layers in parallel.layers_of_stage(arch.num_layers, stage)
+    ]
     if stage == 0:
         chunks[0]["embedding.word_embeddings.weight"] = template["embedding.word_embeddings.weight"]
     if stage == parallel.pipeline - 1:
@@ -118,9 +120,10 @@ def adapter_shards(
 ) -> list[dict[str, torch.Size]]:
     """Return {local name (layers from 0): shape} of every adapter tensor of a rank of `stage`, one dict per chunk."""
     template, first = _one_layer_of_adapters(arch, parallel.tensor, spec), "decoder.layers.0."
-    layers = range(arch.num_layers // parallel.layer_chunks)
-    chunk = {name.replace(first, f"decoder.layers.{i}."): shape for i in layers for name, shape in template.items()}
-    return [dict(chunk) for _ in range(parallel.virtual_pipeline)]
+    return [
+        {name.replace(first, f"decoder.layers.{i}."): shape for i in range(layers) for name, shape in template.items()}
+        for layers in parallel.layers_of_stage(arch.num_layers, stage)
+    ]
 
 
 @functools.cache
@@ -177,7 +180,7 @@ def rank_memory(
     in_flight = parallel.pipeline - stage  # 1F1B: forward passes of a stage before its first backward pass
     if parallel.interleaved:  # counted in chunks: megatron-core's warm-up and one more
         in_flight = 2 * (in_flight - 1) + (parallel.virtual_pipeline - 1) * parallel.pipeline + 1
-    layers = arch.num_layers // parallel.layer_chunks
+    layers = max(parallel.layers_of_stage(arch.num_layers, stage))
     is_last = stage == parallel.pipeline - 1
     h = arch.hidden_size // (parallel.tensor if parallel.sequence_parallel else 1)
     layer = layer_activations(arch, parallel.tensor, h, b, place, parallel.context)

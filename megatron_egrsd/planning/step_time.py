@@ -59,6 +59,8 @@ def pass_seconds(
     the V chunks of a stage has its fixed cost a micro-batch and sends its rows on.
     """
     own = sum(lengths) * parallel.model_parallel / ranks / parallel.context  # tokens of a rank
+    # The other stages wait for the one with most layers.
+    most = max(sum(parallel.layers_of_stage(arch.num_layers, stage)) for stage in range(parallel.pipeline))
     factor = 3 + parallel.recompute if train else 1  # passes
     flops = (
         training_flops(arch, lengths, rows, recompute=parallel.recompute, lora=lora)
@@ -68,17 +70,18 @@ def pass_seconds(
     micro_batches = max(1, math.ceil(own / parallel.max_tokens_per_microbatch))
     micro_batches = math.ceil(micro_batches / parallel.round_of_micro_batches) * parallel.round_of_micro_batches
     turns = parallel.virtual_pipeline * (2 if train else 1)
-    seconds = flops / ranks / machine.flops + micro_batches * machine.pass_seconds * turns
+    uneven = most * parallel.pipeline / arch.num_layers
+    seconds = flops / ranks / machine.flops * uneven + micro_batches * machine.pass_seconds * turns
     if parallel.pipeline > 1:
         seconds += turns * own * arch.hidden_size * 2 / parallel.tensor / machine.network
     # Sequence parallelism, a layer: two all-gathers and two reduce-scatters forward, the same and two more gathers (of
     # the inputs, for the weights' gradients, adapters' among them) backward. One product of T x H activations each.
     collectives = ((10 + (4 if parallel.recompute else 0)) if train else 4) if parallel.tensor > 1 else 0
-    moved = own * arch.hidden_size * 2 * arch.num_layers / parallel.pipeline
+    moved = own * arch.hidden_size * 2 * most
     seconds += collectives * moved * (parallel.tensor - 1) / parallel.tensor / machine.link
     if parallel.context > 1:  # the other ranks' keys and values go round, backward with their gradients
         width = 2 * arch.num_kv_heads * arch.head_dim * 2 / parallel.tensor
-        rounds = factor * (parallel.context - 1) * arch.num_layers / parallel.pipeline
+        rounds = factor * (parallel.context - 1) * most
         seconds += rounds * own * width / machine.rate(parallel.tensor * parallel.context)
     if parallel.expert > 1:  # dispatch and combine, forward and backward
         rate = machine.rate(parallel.expert)

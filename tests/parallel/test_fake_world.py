@@ -5,6 +5,8 @@ what megatron_egrsd/planning/memory.py counts. No data moves here; that the layo
 test_layouts.py.
 """
 
+import itertools
+import json
 import re
 
 import pytest
@@ -20,16 +22,19 @@ from tests.published import PARAMETERS, PUBLISHED
 
 # model, ranks, TP, PP, VPP, CP, EP: an upper stage of each is uneven in what it holds besides layers.
 LAYOUTS = [
-    ("Qwen3-8B", 8, 4, 1, 1, 1, 1),
-    ("Qwen3-8B", 64, 2, 2, 1, 1, 1),
-    ("Qwen3-8B", 512, 8, 4, 3, 1, 1),
-    ("Qwen3-8B", 64, 4, 2, 1, 4, 1),
-    ("Qwen3-4B", 512, 4, 4, 1, 1, 1),  # tied embeddings: the last stage has a copy
-    ("Qwen3-32B", 64, 8, 2, 1, 1, 1),
-    ("Qwen3-32B", 512, 8, 8, 2, 1, 1),
-    pytest.param("Qwen3-30B-A3B", 64, 2, 1, 1, 1, 8, marks=pytest.mark.slow),
-    ("Qwen3-30B-A3B", 512, 1, 4, 3, 1, 16),
-    pytest.param("Qwen3-30B-A3B", 64, 4, 2, 1, 2, 16, marks=pytest.mark.slow),
+    ("Qwen3-8B", 8, 4, 1, 1, 1, 1, []),
+    ("Qwen3-8B", 64, 2, 2, 1, 1, 1, []),
+    ("Qwen3-8B", 512, 8, 4, 3, 1, 1, []),
+    ("Qwen3-8B", 64, 4, 2, 1, 4, 1, []),
+    ("Qwen3-4B", 512, 4, 4, 1, 1, 1, []),  # tied embeddings: the last stage has a copy
+    ("Qwen3-32B", 64, 8, 2, 1, 1, 1, []),
+    ("Qwen3-32B", 512, 8, 8, 2, 1, 1, []),
+    pytest.param("Qwen3-30B-A3B", 64, 2, 1, 1, 1, 8, [], marks=pytest.mark.slow),
+    ("Qwen3-30B-A3B", 512, 1, 4, 3, 1, 16, []),
+    pytest.param("Qwen3-30B-A3B", 64, 4, 2, 1, 2, 16, [], marks=pytest.mark.slow),
+    ("Qwen3-8B", 64, 2, 4, 1, 1, 1, [10, 10, 9, 7]),
+    ("Qwen3-4B", 16, 1, 2, 2, 1, 1, [10, 10, 9, 7]),
+    pytest.param("Qwen3-235B-A22B", 512, 4, 8, 1, 1, 16, [12, 12, 12, 12, 12, 12, 12, 10], marks=pytest.mark.slow),
 ]
 
 
@@ -65,15 +70,15 @@ def build_shard(arch: Architecture, world_size: int, rank: int, layout: Parallel
 
 
 @pytest.mark.parametrize(
-    ("name", "world_size", "tensor", "pipeline", "virtual", "context", "expert"),
+    ("name", "world_size", "tensor", "pipeline", "virtual", "context", "expert", "layers"),
     LAYOUTS,
     ids=lambda value: str(value).replace("Qwen3-", ""),
 )
-def test_the_shards_of_every_rank_are_the_model(name, world_size, tensor, pipeline, virtual, context, expert):
+def test_the_shards_of_every_rank_are_the_model(name, world_size, tensor, pipeline, virtual, context, expert, layers):
     arch = Architecture.from_config(PUBLISHED[name])
     layout = ParallelConfig(
         tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context, expert=expert,
-        sequence_parallel=tensor > 1,
+        sequence_parallel=tensor > 1, pipeline_layout=layers,
     )  # fmt: skip
     # TP and EP both count from a stage's first rank; the ranks after the larger of the two (each 2^n) repeat them.
     distinct = [(stage, i) for stage in range(pipeline) for i in range(max(tensor, expert))]
@@ -89,10 +94,10 @@ def test_the_shards_of_every_rank_are_the_model(name, world_size, tensor, pipeli
             _check_buffers(chunk, world_size // pipeline, layout)
         if (stage, i) == last_replica:
             continue
-        layers = arch.num_layers // layout.layer_chunks
+        before = [0, *itertools.accumulate(layout.layers_of_chunks(arch.num_layers))]
         named = ((j, *pair) for j, chunk in enumerate(chunks) for pair in chunk.named_parameters())
         for j, local, parameter in named:
-            full = _global_name(local, (j * pipeline + stage) * layers, expert_rank * arch.num_experts // expert)
+            full = _global_name(local, before[j * pipeline + stage], expert_rank * arch.num_experts // expert)
             if full == "output_layer.weight" and arch.tied_embeddings:
                 full = "embedding.word_embeddings.weight"  # the last stage's copy overwrites its equal
             found.setdefault(full, {})[tensor_rank] = parameter.detach()
@@ -138,6 +143,16 @@ def test_layouts_that_do_not_divide_the_model_are_refused():
         dense.check_parallel(ParallelConfig(tensor=4, pipeline=8))
     with pytest.raises(BadArgument, match=r"4 x parallel.virtual_pipeline = 2 does not divide the model's 36"):
         dense.check_parallel(ParallelConfig(pipeline=4, virtual_pipeline=2))
+    with pytest.raises(BadArgument, match=r"= 8 does not .* 36 layers; parallel.pipeline_layout \[.*\] fits") as error:
+        dense.check_parallel(ParallelConfig(pipeline=8))
+    fitting = json.loads(re.search(r"\[.*\]", str(error.value))[0])
+    dense.check_parallel(ParallelConfig(pipeline=8, pipeline_layout=fitting))
+    with pytest.raises(BadArgument, match=r"pipeline_layout holds 35 layers, but the model has 36; .* fits"):
+        dense.check_parallel(ParallelConfig(pipeline=2, pipeline_layout=[18, 17]))
+    with pytest.raises(BadArgument, match=r"must hold a positive number of layers for each of .* = 4 parts"):
+        ParallelConfig(pipeline=2, virtual_pipeline=2, pipeline_layout=[18, 18])
+    with pytest.raises(BadArgument, match=r"set fewer stages"):
+        dense.check_parallel(ParallelConfig(pipeline=48))
     with pytest.raises(BadArgument, match=r"parallel.expert = 2, but the model has no experts"):
         dense.check_parallel(ParallelConfig(expert=2))
     experts.check_parallel(ParallelConfig(tensor=4, sequence_parallel=True, expert=16))

@@ -33,6 +33,7 @@ METHOD = {True: {}, False: PAPER}  # by tied embeddings: groups with a live teac
 LAYOUTS = {
     "TP2": (2, {"tensor": 2}, True),
     "PP2": (2, {"pipeline": 2}, True),
+    "PP2, 3 layers and 1": (2, {"pipeline": 2, "pipeline_layout": [3, 1]}, True),
     "PP2 untied": (2, {"pipeline": 2}, False),
     "DP2": (2, {}, False),
     "DP2 distributed optimizer": (2, {"distributed_optimizer": True}, True),

@@ -1,6 +1,7 @@
 """Every published config.json of the families: read, counted, mapped both ways and planned. Shapes only."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -48,3 +49,17 @@ def test_the_plan_divides_the_parameters(name):
     copied = arch.padded_vocab_size(1) * arch.hidden_size if arch.tied_embeddings else 0
     padding = (arch.padded_vocab_size(1) - arch.vocab_size) * arch.hidden_size * (1 if arch.tied_embeddings else 2)
     assert sum(m.resident["weights"] for m in stages) == 2 * (PARAMETERS[name] + copied + padding)
+
+
+def test_balanced_layers():
+    """The division is the fastest of all: by enumeration of a small model's, with the head's cost in layers."""
+    arch = dataclasses.replace(Architecture.from_config(PUBLISHED["Qwen3-8B"]), num_layers=9)
+    head = arch.vocab_size * arch.hidden_size / (arch.num_parameters - 2 * arch.vocab_size * arch.hidden_size) * 9
+
+    def slowest(layers):
+        return max(*layers[:-1], layers[-1] + head)
+
+    for chunks in (2, 3, 4):
+        every = (c for c in itertools.product(range(1, 10), repeat=chunks) if sum(c) == 9)
+        assert slowest(arch.balanced_layers(chunks)) == pytest.approx(min(map(slowest, every)), rel=1e-4)
+    assert sum(Architecture.from_config(PUBLISHED["Qwen3-235B-A22B"]).balanced_layers(8)) == 94
