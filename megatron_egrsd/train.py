@@ -43,6 +43,7 @@ def main(config: Config) -> None:
                 session.evaluate(heldout, step)
             while step < config.steps:
                 session.check_preemption()
+                session.checkpoints.publish()
                 watch = Stopwatch()
                 with watch("time/step"):
                     with watch("time/wait"):
@@ -58,6 +59,7 @@ def main(config: Config) -> None:
                     session.evaluate(heldout, step)
                 if _is_due(step, config.checkpoint.every, config.steps):
                     session.save(step)
+            session.checkpoints.publish(wait=True)
         except RunError as error:
             raise session.stopped(error, step) from error
         session.finish()

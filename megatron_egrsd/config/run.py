@@ -21,12 +21,15 @@ class CheckpointConfig:
 
     Args:
         every: Steps between checkpoints, the last step included; 0 writes one only when the run is stopped.
+        asynchronous: Train on while a checkpoint is written, from a copy in host memory. It gets its name between two
+            later steps. The next checkpoint, and the end of the run, wait for it.
         keep: Newest checkpoints that are kept, besides the one with the best evaluation.
         resume: "auto" continues from the newest intact checkpoint in output, from the start if there is none; a
             directory continues from that checkpoint; empty starts a new run. `--resume` is short for it.
     """
 
     every: int = 0
+    asynchronous: bool = False
     keep: int = 2
     resume: str = ""
 

@@ -2,17 +2,16 @@
 
 A run that trains an adapter saves the adapter in place of the weights, which model.path holds.
 
-A checkpoint is a directory step_NNNNNN. It is written under another name and renamed when every rank has finished, so
-it is complete or it is not there; SHA-256 sums of all its files tell later whether it still is what was written. Any
-layout can load it, with the same kind of optimizer (distributed or not). What needs no saving: the order of the
-problems follows from seed and step, the frozen teacher from model.path, and training draws no random numbers (there is
-no dropout).
+A checkpoint is a directory step_NNNNNN. It is written under another name, in the background if asked to, and renamed
+when every rank has finished, so it is complete or it is not there; SHA-256 sums of all its files tell later whether it
+still is what was written. Any layout can load it, with the same kind of optimizer (distributed or not). What needs no
+saving: the order of the problems follows from seed and step, the frozen teacher from model.path, and training draws no
+random numbers (there is no dropout).
 """
 
 import contextlib
 import json
 import os
-import queue
 import re
 import shutil
 from collections.abc import Iterator
@@ -30,11 +29,11 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_egrsd.engine import adapter_checkpoint
+from megatron_egrsd.engine.checkpoint_writer import SUMS, CheckpointWriter
 from megatron_egrsd.engine.distributed import lost_contact, on_first_rank
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.engine.optimizer import parts, with_settings_of
@@ -45,7 +44,6 @@ from megatron_egrsd.system.files import PARTIAL, sha256, write_text
 HISTORY = "metrics.jsonl"  # the run's metrics up to the checkpoint's step
 _BEST = "best"  # names the checkpoint of the best evaluation
 _NAME = r"step_\d+"
-_SUMS = "integrity.json"  # megatron-core's list of SHA-256 sums
 _LITTLE = 1 << 20  # free bytes below which a disk counts as full
 _READERS = 8  # threads that compute them
 
@@ -73,49 +71,84 @@ def save(
     history: Path | None = None,
     best: bool = False,
     notes: dict[str, Any] | None = None,
-) -> Path:
+    *,
+    background: bool = False,
+) -> "Saving":
     """Write `directory`/step_NNNNNN, then remove all but the newest `keep` and the best one. Collective.
 
     Args:
         rewards: Running statistics of the rewards, as plain numbers.
-        history: A file that becomes part of the checkpoint under the name HISTORY.
+        history: A file that becomes part of the checkpoint under the name HISTORY, as it is now.
         best: This is the best checkpoint so far; it stays until a later one is.
         notes: Plain values that `read_notes` returns before anything is loaded.
+        background: Return when the state is copied to host memory. The caller publishes what is returned, before it
+            saves again. Otherwise it is published here.
 
     Raises:
         RunError: It could not be written; what was there before is still there.
     """
     path = directory / f"step_{step:06d}"
     partial = path.with_name(path.name + PARTIAL)
+    saving = Saving(path, keep, best)
     if on_first_rank(path.exists):  # saved already, at the end of the step; then a signal came
-        return path
+        return saving
 
     def prepare() -> None:
         for left in directory.glob(f"step_*{PARTIAL}"):  # of a start that was killed
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
-
-    def publish() -> None:
         if history is not None and history.is_file():
-            shutil.copyfile(history, partial / HISTORY)
-        partial.rename(path)
-        if best:
-            write_text(directory / _BEST, path.name)
-        kept = {path.name for path in complete(directory)[:keep]} | {_read(directory / _BEST)}
-        for old in complete(directory):
-            if old.name not in kept:  # a checkpoint that is half removed has no final name either
-                shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
+            saving.history = history.read_bytes()
 
     with _as_run_error(f"{path} could not be written", directory):
         on_first_rank(prepare)
         state = _state(engine, step, rewards, loading=False)
         state |= {"notes": json.dumps(notes or {}), "adapter": _adapter(engine)}
-        # megatron-core would start a process to carry the results of the write, which imports torch: 4 s of CPU a rank.
-        # The results of this write come from this process; a queue of its own holds none of a write that has failed.
-        filesystem_async._results_queue = queue.Queue()
-        dist_checkpointing.save(state, str(partial), verify_integrity=True)
-        on_first_rank(publish)
-    return path
+        saving.writer = CheckpointWriter(state, partial, background=background)
+    if not background:
+        saving.publish()
+    return saving
+
+
+class Saving:
+    """A checkpoint that is being saved; `publish` gives it its name, `path`. Every rank makes the same calls."""
+
+    def __init__(self, path: Path, keep: int, best: bool):
+        self.path, self.keep, self.best = path, keep, best
+        self.writer: CheckpointWriter | None = None  # None if the checkpoint was there before
+        self.history: bytes | None = None  # on rank 0, the file HISTORY
+
+    def written(self) -> bool:
+        """Return whether `publish` would not wait, because every rank has written its files or failed. Collective."""
+        return self.writer is None or self.writer.written()
+
+    def wait(self) -> None:
+        """Block until this rank writes no more; what was written keeps its temporary name. Not collective."""
+        if self.writer is not None:
+            self.writer.wait()
+
+    def publish(self) -> None:
+        """Wait until all is written, give it its name, and remove older checkpoints. Collective.
+
+        Raises:
+            RunError: A rank could not write; what was there before is still there.
+        """
+        if self.writer is not None:
+            with _as_run_error(f"{self.path} could not be written", self.path.parent):
+                self.writer.finish()
+                on_first_rank(self._rename)
+
+    def _rename(self) -> None:
+        directory, partial = self.path.parent, self.path.with_name(self.path.name + PARTIAL)
+        if self.history is not None:
+            (partial / HISTORY).write_bytes(self.history)
+        partial.rename(self.path)
+        if self.best:
+            write_text(directory / _BEST, self.path.name)
+        kept = {path.name for path in complete(directory)[: self.keep]} | {_read(directory / _BEST)}
+        for old in complete(directory):
+            if old.name not in kept:  # a checkpoint that is half removed has no final name either
+                shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
 
 
 @contextlib.contextmanager
@@ -154,8 +187,8 @@ def check(path: Path) -> None:
     if not re.fullmatch(_NAME, path.name) or not (path / "metadata.json").is_file():
         raise BadArgument(f"{path} is not a checkpoint: a directory step_NNNNNN with metadata.json in it")
     try:
-        sums = json.loads((path / _SUMS).read_bytes())["files"]
-        files = {file.name: file for file in path.iterdir() if file.name not in (_SUMS, HISTORY)}
+        sums = json.loads((path / SUMS).read_bytes())["files"]
+        files = {file.name: file for file in path.iterdir() if file.name not in (SUMS, HISTORY)}
         if wrong := sums.keys() ^ files.keys():
             raise ValueError(f"{min(wrong)} is {'missing' if min(wrong) in sums else 'not one of its files'}")
         with ThreadPoolExecutor(_READERS) as readers:

@@ -372,6 +372,8 @@ def _add_disk(plan: Plan, config: Config, arch: Architecture) -> None:
     plan.add("output", str(config.output), f"  {' + '.join(parts)}; {readable(free)} free")
     if not count:
         plan.add("", f"  a run that is stopped leaves a checkpoint of {readable(one_checkpoint)} besides")
+    elif config.checkpoint.asynchronous:
+        plan.add("", f"  in host memory while a checkpoint is written: {readable(one_checkpoint)} over all ranks")
     if needed > free:
         plan.refusals.append(
             f"output = {config.output} needs {readable(needed)} of disk, and {readable(free)} are free"

@@ -55,6 +55,7 @@ METRICS = [
     Metric("time/score", "score", "5.1f", "Seconds of scoring with the teacher (and the old policy)."),
     Metric("time/train", "train", "5.1f", "Seconds of forward, backward and optimizer."),
     Metric("time/sync", "sync", "5.1f", "Seconds of sending the new weights to SGLang."),
+    Metric("time/checkpoint", "", "5.1f", "Seconds that training stood still for checkpoints since the row before."),
     Metric("time/step", "", "6.1f", "Seconds of the whole step."),
     Metric("perf/mfu", "mfu", "5.3f", "Share of the devices' known bf16 peak that scoring and training reach."),
     Metric("evaluation/accuracy", "", "5.3f", "Held-out avg@k: share of right responses."),

@@ -9,7 +9,6 @@ from typing import Any
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.problems import Place
 from megatron_egrsd.data.samples import Prompt, Rollout, save_rollouts
-from megatron_egrsd.engine import checkpoint
 from megatron_egrsd.engine.distributed import on_first_rank, on_first_rank_while
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.errors import RunError
@@ -20,6 +19,7 @@ from megatron_egrsd.learn import Record
 from megatron_egrsd.objectives.signal import History, shaped_rewards
 from megatron_egrsd.report import plot_frontier, summary_table
 from megatron_egrsd.report.scored_dump import gather_scores, save_scores, scored_rollouts
+from megatron_egrsd.run.checkpoints import Checkpoints
 from megatron_egrsd.run.guard import UpdateGuard
 from megatron_egrsd.run.health import Health
 from megatron_egrsd.run.log import RunLog
@@ -57,6 +57,7 @@ class Session:
         self.evaluations: list[dict[str, float]] = []  # on rank 0
         self.history = History()  # of the steps so far; `learn` takes it
         self.unreported: tuple[int, list[Rollout], dict[str, float]] | None = None
+        self.checkpoints = Checkpoints(engine, config.checkpoint, self.directory)
         on_first_rank(lambda: stack.enter_context(locked(self.directory.path)) and None)
         self.resumed: Path | None = on_first_rank(self.directory.checkpoint_to_resume)
         self.begin = Place()
@@ -66,6 +67,7 @@ class Session:
         if config.checkpoint.resume:
             on_first_rank(lambda: self.directory.move_stale_outputs(resumed_step))
         stack.callback(self._close_log)
+        stack.callback(self.checkpoints.end)  # while the directory is locked
         # Another seed after every resume: the run samples on, and not what it has sampled before.
         seed = (config.seed + 1_000_003 * resumed_step) % 2**31
         self.rollouts: RolloutSource = (
@@ -105,10 +107,7 @@ class Session:
         best = on_first_rank(
             lambda: bool(accuracies) and self.evaluations[-1]["step"] == step and accuracies[-1] == max(accuracies)
         )
-        keep, directory = self.config.checkpoint.keep, self.directory
-        notes = notes_after(step, self.config, self.begin)
-        rewards = asdict(self.history)
-        return checkpoint.save(self.engine, directory.checkpoints, step, keep, rewards, directory.history, best, notes)
+        return self.checkpoints.save(step, asdict(self.history), best, notes_after(step, self.config, self.begin))
 
     def check_preemption(self) -> None:
         """Raise Preempted, on every rank, if any rank has been asked to stop."""
@@ -121,6 +120,7 @@ class Session:
             if self.unreported:  # the weights of this update did not reach SGLang, but it was made
                 self.report(*self.unreported)
             path = self.save(step)
+            self.checkpoints.publish(wait=True)
         except RunError as second:
             return type(error)(f"{error}; and the state after step {step} could not be saved: {second}")
         return type(error)(f"{error}; resumable: step {step} is saved in {path}, --resume auto continues")
@@ -165,6 +165,7 @@ class Session:
     def report(self, step: int, rollouts: list[Rollout], metrics: dict[str, float]) -> None:
         """Log step `step` (from 1) and, under `dump_rollouts`, dump its rollouts."""
         self.unreported = None
+        stalled = self.checkpoints.stalled()
 
         def write() -> None:
             if "time/step" in metrics:
@@ -172,7 +173,7 @@ class Session:
             behind = [(step - 1 - version, tokens) for r in rollouts for version, tokens in r.versions]
             metrics["rollout/staleness"] = sum(updates * tokens for updates, tokens in behind) / metrics["batch/tokens"]
             metrics["rollout/staleness/max"] = max(updates for updates, _ in behind)
-            self.log.step({"step": step, "rollout/restarts": self.rollouts.restarts} | metrics)
+            self.log.step({"step": step, "rollout/restarts": self.rollouts.restarts} | stalled | metrics)
             for warning in self.health.warnings(step, metrics):
                 self.log.message(warning)
             if self.config.dump_rollouts:

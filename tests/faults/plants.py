@@ -60,13 +60,14 @@ def rename_early() -> None:
 
     save = checkpoint.dist_checkpointing.save
 
-    def saved(state, partial: str, **options) -> None:
+    def saved(state, partial: str, **options):
         final = Path(partial).with_suffix("")
         final.mkdir()
         (final / "metadata.json").write_text("{}")
         time.sleep(2)
-        save(state, partial, **options)
+        request = save(state, partial, **options)
         shutil.rmtree(final)
+        return request
 
     checkpoint.dist_checkpointing.save = saved
 

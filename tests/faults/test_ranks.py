@@ -53,6 +53,36 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_happened(replay, un
     assert_same(output, undisturbed)
 
 
+def _await_partial_checkpoint(run: Run) -> None:
+    """Wait until a checkpoint is being written, or the run has ended."""
+    deadline = time.monotonic() + 120
+    while run.process.poll() is None and not list((run.output / "checkpoints").glob("step_*.partial")):
+        assert time.monotonic() < deadline, run.text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("nothing_left")
+def test_killed_and_stopped_while_a_checkpoint_is_written_in_the_background(replay, undisturbed, tmp_path):
+    output, settings = tmp_path / "run", replayed(replay) | {"checkpoint.asynchronous": "true"}
+    with Run(output, steps=STEPS, **settings) as run:
+        run.await_step(3)
+        _await_partial_checkpoint(run)
+        for process in run.all():
+            kill(process)
+        run.finish(20)
+    killed = max(steps(output))
+    with Run(output, steps=STEPS, **settings) as run:
+        run.await_step(killed + 2)
+        _await_partial_checkpoint(run)
+        kill(run.ranks()[0], signal.SIGTERM)
+        assert run.finish(60) == 0 and "resumable: step" in run.last_word(), run.text()
+    assert killed < max(steps(output)) < STEPS
+    with Run(output, steps=STEPS, **settings) as run:
+        assert run.finish() == 0, run.text()
+    assert_same(output, undisturbed)
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("nothing_left")
 def test_a_run_killed_between_its_last_checkpoint_and_its_export_is_finished(replay, undisturbed, tmp_path):
@@ -165,11 +195,13 @@ def small_disk(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_full_disk_ends_the_run_with_its_checkpoints_intact(ranks, replay, small_disk, tmp_path):
+@pytest.mark.parametrize(
+    ("ranks", "asynchronous"), [(1, "false"), (2, "false"), (2, "true")], ids=["1", "2", "2 asynchronous"]
+)
+def test_a_full_disk_ends_the_run_with_its_checkpoints_intact(ranks, asynchronous, replay, small_disk, tmp_path):
     """One checkpoint is about 4 MB: the third finds no room."""
     output = small_disk / "run"
-    layout = {"parallel.tensor": ranks}
+    layout = {"parallel.tensor": ranks, "checkpoint.asynchronous": asynchronous}
     with Run(output, ranks=ranks, steps=STEPS, **replayed(replay), **layout, **{"checkpoint.keep": 9}) as run:
         run.log = tmp_path / "log"  # the disk is full
         assert run.finish() == 1

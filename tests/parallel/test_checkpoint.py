@@ -321,7 +321,7 @@ def _save_with_a_long_name_for_temporary_files(rank, world_size, config, directo
     os.environ["TMPDIR"] = str(directory / ("x" * 120))
     os.mkdir(os.environ["TMPDIR"])
     with open_engine(config) as engine:
-        saved = checkpoint.save(engine, directory, 1, 2, {})
+        saved = checkpoint.save(engine, directory, 1, 2, {}).path
     return saved.name, len(multiprocessing.active_children())
 
 

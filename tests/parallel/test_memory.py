@@ -194,7 +194,7 @@ def _checkpoint_bytes(rank, world_size, config, path, directory):
 
     with open_engine(config) as engine:
         learn(engine, load_rollouts(path), config)
-        saved = checkpoint.save(engine, directory, 1, 2, {})
+        saved = checkpoint.save(engine, directory, 1, 2, {}).path
     return sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
 
 

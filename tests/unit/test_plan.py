@@ -267,6 +267,9 @@ def test_disk(model):
     plan = resolve(config_8b(path, "--checkpoint.every", "1", "--checkpoint.keep", "100000"), PROMPTS, [], 4)
     assert any(re.search(r"needs [\d.]+ TiB of disk, and .* are free", reason) for reason in plan.refusals)
     assert any("15.26 GiB + 100001 checkpoints of 106.80 GiB" in line for line in plan.lines), plan.lines
+    assert not any("while a checkpoint is written" in line for line in plan.lines)
+    plan = resolve(config_8b(path, "--checkpoint.every", "1", "--checkpoint.asynchronous", "true"), PROMPTS, [], 4)
+    assert any("while a checkpoint is written: 106.80 GiB over all ranks" in line for line in plan.lines), plan.lines
     if not os.access("/sys", os.W_OK):
         config = dataclasses.replace(config_8b(path), output="/sys/run")
         assert any("/sys is not writable" in reason for reason in resolve(config, PROMPTS, [], 4).refusals)

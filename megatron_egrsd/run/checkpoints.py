@@ -1,0 +1,53 @@
+"""The checkpoints of a run: at once, or while training goes on."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_egrsd.config import CheckpointConfig
+from megatron_egrsd.engine import checkpoint
+from megatron_egrsd.engine.engine import Engine
+from megatron_egrsd.run.run_directory import RunDirectory
+from megatron_egrsd.run.stopwatch import Stopwatch
+
+
+class Checkpoints:
+    """Saves checkpoints and gives them their names. Every rank makes the same calls.
+
+    Under `checkpoint.asynchronous` a checkpoint is there after `publish`, which `save` calls for the one before.
+    """
+
+    def __init__(self, engine: Engine, config: CheckpointConfig, directory: RunDirectory):
+        self.engine, self.config, self.directory = engine, config, directory
+        self._saving: checkpoint.Saving | None = None  # in the background, and not published
+        self._stalled = Stopwatch()  # of training, since the last report
+
+    def save(self, step: int, rewards: dict[str, Any], best: bool, notes: dict[str, Any]) -> Path:
+        """Save the state after `step` steps, with the metrics so far; return its path. Raises RunError."""
+        self.publish(wait=True)
+        directory, background = self.directory, self.config.asynchronous
+        arguments = step, self.config.keep, rewards, directory.history, best, notes
+        with self._stalled("time/checkpoint"):
+            saving = checkpoint.save(self.engine, directory.checkpoints, *arguments, background=background)
+        self._saving = saving if background else None
+        return saving.path
+
+    def publish(self, wait: bool = False) -> None:
+        """Give a checkpoint its name that was saved in the background, if it is written or `wait`.
+
+        Raises RunError, on every rank, if it could not be written.
+        """
+        with self._stalled("time/checkpoint"):
+            if self._saving is None or not (wait or self._saving.written()):
+                return
+            saving, self._saving = self._saving, None  # also if it fails: it is not tried again
+            saving.publish()
+
+    def end(self) -> None:
+        """Wait until this rank writes no more. What was not published is removed before the next checkpoint."""
+        if self._saving is not None:
+            self._saving.wait()
+
+    def stalled(self) -> dict[str, float]:
+        """Return the metric of the time that training stood still for checkpoints since the last call."""
+        seconds, self._stalled = self._stalled.seconds, Stopwatch()
+        return seconds
