@@ -1,7 +1,7 @@
 """Rotary embeddings that are scaled for long contexts: Llama 3's and YaRN, read from a config.json.
 
 A dimension pair turns by its frequency (radians a position). Both kinds leave fast pairs as they are and slow ones
-`factor` times as far; they differ in between. tests/unit/test_rope.py compares with transformers' numbers.
+`factor` times as far; they differ in between. tests/unit/test_families.py compares with transformers' numbers.
 """
 
 import dataclasses
