@@ -63,6 +63,7 @@ CONFIGURATIONS = {
     "PP 2": Configuration(ranks=2, settings={"parallel.pipeline": 2}),
     "DP 2": Configuration(ranks=2, settings={"parallel.distributed_optimizer": "true"}),
     "LoRA": Configuration(settings={"lora.rank": 4}),
+    "asynchronous": Configuration(settings={"checkpoint.asynchronous": "true"}),
     "two hosts": Configuration(ranks=2, hosts=2),
     "live": Configuration("live"),
     "live TP 2": Configuration("live", ranks=2, settings={"parallel.tensor": 2}),
@@ -94,16 +95,20 @@ class Trial:
         return random.Random(f"{self.seed}/{self.number}/{what}")
 
 
+# Replayed runs take a fifth of a live run's time, and most of what can go wrong is in both.
+_CYCLE = [
+    (name, fault)
+    for name, kind in CONFIGURATIONS.items()
+    for fault in strikes.faults_of(kind)
+    for _ in range(10 if kind.source == "replayed" else 1)
+]
+
+
 def draw(seed: int, number: int) -> Trial:
+    """Return a trial. Each cycle of numbers has every fault of every configuration, in an order of its own."""
+    cycle, place = divmod(number, len(_CYCLE))
+    name, fault = random.Random(f"{seed}/cycle {cycle}").sample(_CYCLE, len(_CYCLE))[place]
     chance = random.Random(f"{seed}/{number}")
-    # Replayed runs take a fifth of a live run's time, and most of what can go wrong is in both.
-    kinds = [
-        name
-        for name, kind in CONFIGURATIONS.items()
-        for _ in range(10 if kind.source == "replayed" and kind.hosts == 1 else 1)
-    ]
-    name = chance.choice(kinds)
-    fault = chance.choice(strikes.faults_of(CONFIGURATIONS[name]))
     return Trial(seed, number, name, fault, chance.random(), chance.choice([1, 1, 2, 3]))
 
 
