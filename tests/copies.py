@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import fcntl
 import importlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -207,6 +208,9 @@ def _become(request: dict, files: list[int]) -> None:
             _source = _own_source()
         if module.endswith(".launch"):
             _fork_children()
+        if module == "torch.distributed.run":
+            # It notes who called at every step of its rendezvous; inspect looks for that in all modules: 3 s of CPU.
+            inspect.getmodule = lambda *_: None
         sys.argv = [module, *words]
         for first in os.environ.get(FIRST_VARIABLE, "").split():
             name, _, function = first.partition(":")

@@ -31,7 +31,13 @@ def kill(process: psutil.Process, number: int = signal.SIGKILL) -> None:
 
 
 def kill_tree(pid: int) -> None:
-    for process in tree(pid):
+    """Kill a process and its descendants. All are stopped first, so that none starts another one meanwhile."""
+    stopped: set[psutil.Process] = set()
+    while found := set(tree(pid)) - stopped:
+        for process in found:
+            kill(process, signal.SIGSTOP)
+        stopped |= found
+    for process in stopped:
         kill(process)
 
 

@@ -18,7 +18,7 @@ from tests.faults import plants
 from tests.faults.proxy import FAULTS as ANSWERS
 from tests.faults.proxy import FaultyProxy
 from tests.faults.runs import Run
-from tests.processes import kill
+from tests.processes import kill, kill_tree
 
 if TYPE_CHECKING:
     from tests.faults.soak import Configuration, Starter, Trial
@@ -131,8 +131,7 @@ class Strike:
             else:
                 kill(victim, signal.SIGKILL if fault == "kill" else signal.SIGTERM)
         elif fault in ("kill all", "flipped byte"):
-            for process in run.all():
-                kill(process)
+            kill_tree(run.process.pid)
         elif fault == "SIGINT":  # a terminal interrupts the whole group
             os.killpg(run.process.pid, signal.SIGINT)
         elif fault == "second run":
