@@ -13,9 +13,11 @@ import logging
 import os
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
-from megatron_egrsd.rollout.launch_guard import KEY_VARIABLE, die_with_parent
+from megatron_egrsd.rollout.launch_guard import KEY_VARIABLE, PARENT_VARIABLE, die_with_parent
+from megatron_egrsd.rollout.scratch import SHARED_LIST
 
 
 class _Absent(ModuleType):
@@ -66,6 +68,22 @@ def keep_out_of_the_log(secret: str) -> None:
     logging.setLogRecordFactory(record)
 
 
+def list_shared_memory(directory: Path) -> None:
+    """Let SGLang note its shared memory in `directory` before it is created: a killed server removes none."""
+    from sglang.srt.managers.load_snapshot import shm_path_for
+    from sglang.srt.server_args import PortArgs
+
+    make = PortArgs.init_new
+
+    def noted(*args, **kwargs) -> PortArgs:
+        ports = make(*args, **kwargs)
+        with open(directory / SHARED_LIST, "a", encoding="utf-8") as file:
+            file.write(f"{Path(shm_path_for(ports.instance_id)).name}\n")
+        return ports
+
+    PortArgs.init_new = staticmethod(noted)
+
+
 # At import, so that the spawned children do the same.
 die_with_parent()
 replace_missing_torchvision()
@@ -77,4 +95,6 @@ if __name__ == "__main__":
 
     if key:
         sys.argv += ["--api-key", key]
+    if PARENT_VARIABLE in os.environ:
+        list_shared_memory(Path(os.environ["TMPDIR"]))
     runpy.run_module("sglang.launch_server", run_name="__main__")

@@ -7,8 +7,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import psutil
-
 from megatron_egrsd.errors import BadArgument
 
 _PREFIX = "megatron-egrsd-"
@@ -16,11 +14,11 @@ _SHORT = Path("/tmp")
 # The path of a socket has at most 107 characters; behind TMPDIR come "/megatron-egrsd-XXXXXXXX/tmpXXXXXXXX".
 _LONGEST = 107 - len(f"/.{_PREFIX}XXXXXXXX/tmpXXXXXXXX") - 8
 _SHARED = Path("/dev/shm")
-_SHARED_LIST = "shared"  # file with names below /dev/shm, one per line
+SHARED_LIST = "shared"  # file of the directory with names below /dev/shm, one per line: launch.py writes it
 
 
 class Scratch:
-    """A temporary directory for the servers of one run, with a list of the shared memory that they have created.
+    """A temporary directory for the servers of one run, with a list of the shared memory that they create.
 
     Its lock is held until its process ends for any reason. The next run removes directories that nobody has locked.
     """
@@ -32,18 +30,7 @@ class Scratch:
                 _clear(path, _lock(path))
         hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=place))
         self._lock_file = _lock(hidden)
-        self._listed: set[str] = set()
         self.path = hidden.rename(hidden.with_name(hidden.name[1:]))  # visible to others only after it is locked
-
-    def note(self, processes: list[psutil.Process]) -> None:
-        """List SGLang's shared memory that `processes` have mapped, for its removal."""
-        names: set[str] = set()
-        for process in processes:
-            with contextlib.suppress(psutil.Error):
-                names |= {Path(m.path).name for m in process.memory_maps() if m.path.startswith(f"{_SHARED}/sglang")}
-        with open(self.path / _SHARED_LIST, "a", encoding="utf-8") as file:
-            file.writelines(f"{name}\n" for name in sorted(names - self._listed))
-        self._listed |= names
 
     def remove(self) -> None:
         """Remove the directory and the listed shared memory, after the servers have ended. Idempotent."""
@@ -78,7 +65,7 @@ def _lock(directory: Path):
 
 
 def _clear(directory: Path, held) -> None:
-    listed = directory / _SHARED_LIST
+    listed = directory / SHARED_LIST
     for name in listed.read_text(encoding="utf-8").split() if listed.is_file() else ():
         (_SHARED / Path(name).name).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)

@@ -8,6 +8,7 @@ process ends otherwise (SIGTERM, SIGKILL, a crash), the kernel ends them: see la
 """
 
 import atexit
+import contextlib
 import itertools
 import os
 import re
@@ -80,6 +81,12 @@ class Server:
             return ""
         return (f"the SGLang server at {self.url} has ended ({reason}): {last_error(self.log)}; "
                 f"the whole log is {self.log}")  # fmt: skip
+
+    def find_children(self) -> None:
+        """Note the processes of a launched server: it has ended when one of them has."""
+        if self.process is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self.children = psutil.Process(self.process.pid).children(recursive=True)
 
 
 class RolloutServers:
@@ -276,9 +283,8 @@ class RolloutServers:
                 for server in waiting:
                     if reason := server.ended():
                         raise RunError(reason)
-                    self._note_processes(server)
                 for server in [server for server in waiting if _is_healthy(http, server.url)]:
-                    server.children = self._note_processes(server)
+                    server.find_children()
                     waiting.remove(server)
                 if waiting and time.monotonic() > deadline:
                     server = waiting[0]
@@ -294,17 +300,6 @@ class RolloutServers:
             behind = [servers_behind(http, url, self.config.start_timeout) for url in self.urls]
         self.servers = [Server(url) for url in dict.fromkeys(itertools.chain.from_iterable(behind))]
         self.await_health()
-
-    def _note_processes(self, server: Server) -> list[psutil.Process]:
-        """Return the processes of a launched server, and list their shared memory for its removal."""
-        if server.process is None:
-            return []
-        try:
-            children = psutil.Process(server.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
-        self._scratch.note(children)
-        return children
 
 
 def api_key(config: ServersConfig) -> str:

@@ -13,8 +13,10 @@ import pytest
 from megatron_egrsd.config import ModelConfig
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.scratch import Scratch
 from megatron_egrsd.rollout.servers import RolloutServers
 from megatron_egrsd.rollout.weight_sync import WeightSync
+from tests.processes import abandoned, shared_memory
 from tests.rollout.conftest import START_TIMEOUT, processes_of_group, rollout_config, servers_config, wait_until
 
 pytestmark = pytest.mark.timeout(START_TIMEOUT + 60)
@@ -56,12 +58,18 @@ def test_ctrl_c_during_the_start_leaves_nothing(trainer):
     assert wait_until(lambda: not processes_of_group(group), 5), processes_of_group(group)
 
 
-def test_sigkill_of_the_trainer_leaves_nothing(trainer):
-    process, group = trainer
-    assert process.stdout.readline() == "healthy\n"
-    assert len(processes_of_group(group)) >= 3
+@pytest.mark.parametrize("moment", ["healthy", "starting"])
+def test_sigkill_of_the_trainer_leaves_nothing(moment, request):
+    before = shared_memory()
+    process, group = request.getfixturevalue("trainer")
+    if moment == "healthy":
+        assert process.stdout.readline() == "healthy\n"
+        assert len(processes_of_group(group)) >= 3
+    assert wait_until(lambda: shared_memory() - before, START_TIMEOUT)  # the server creates it while it starts
     process.kill()
     assert wait_until(lambda: not processes_of_group(group), 5), processes_of_group(group)
+    Scratch().remove()  # what the next run does
+    assert not abandoned(shared_memory() - before)
 
 
 def test_a_dying_server_is_noticed_and_close_leaves_nothing(model, tmp_path):

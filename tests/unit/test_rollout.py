@@ -235,9 +235,6 @@ def test_a_process_that_ends_between_two_looks_is_no_failure(tmp_path):
         kill_tree(first.pid)
     kill(ended)
     assert tree(ended.pid) == []
-    scratch = Scratch()
-    scratch.note([ended])
-    scratch.remove()
     (tmp_path / "log").write_text("Error: gone\n")
     server = Server("http://127.0.0.1:1")
     server.log, server.children = tmp_path / "log", [ended]
