@@ -69,6 +69,7 @@ class Choice:
         splits = ("PP", p.pipeline), ("VPP", p.virtual_pipeline), ("CP", p.context), ("EP", p.expert)
         for split, size in splits:
             sizes += f" {split} {size}" if size > 1 else ""
+        sizes += f" ({min(p.pipeline_layout)} to {max(p.pipeline_layout)} layers)" if p.pipeline_layout else ""
         return f"{sizes} DP {self.training // p.model_parallel}" + (", recompute" if p.recompute else "")
 
     @property
@@ -130,7 +131,8 @@ def _choices(
             continue
         score = pass_seconds(machine, arch, parallel, training, teachers, response_rows, train=False, lora=lora)
         train = pass_seconds(machine, arch, parallel, training, students, response_rows, train=True, lora=lora)
-        own = _trained(arch, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.expert, lora)
+        own = _trained(arch, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline,
+                       tuple(parallel.pipeline_layout), parallel.expert, lora)  # fmt: skip
         train += update_seconds(machine, parallel, training, own)
         sync = sync_seconds(machine, arch, parallel, SyncConfig().bucket_mib << 20, lora)
         yield Choice(serving, served[1], training, parallel, memory.total, memory.kept, served[0], score, train, sync)
@@ -161,7 +163,7 @@ def _generate(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> 
 
 def _layouts(arch, machine, ranks, rollouts, longest) -> Iterator[ParallelConfig]:
     for tensor in (1, 2, 4, 8):
-        for pipeline in (p for p in (1, 2, 3, 4, 6, 8, 12, 16) if arch.num_layers % p == 0):
+        for pipeline in (p for p in (1, 2, 3, 4, 6, 8, 12, 16) if p <= arch.num_layers):
             experts = (1, 2, 4, 8, 16) if arch.num_experts else (1,)
             for context, expert in itertools.product((1, 2, 4, 8), experts):
                 replica = tensor * context * pipeline
@@ -169,29 +171,40 @@ def _layouts(arch, machine, ranks, rollouts, longest) -> Iterator[ParallelConfig
                     continue
                 if ranks % replica or ranks % (pipeline * expert) or rollouts % (ranks // replica):
                     continue
-                chunks = [v for v in (1, 2, 4) if v == 1 or (pipeline > 1 and arch.num_layers % (pipeline * v) == 0)]
+                chunks = [v for v in (1, 2, 4) if v == 1 or 1 < pipeline <= arch.num_layers // v]
                 for recompute, virtual in itertools.product((False, True), chunks):
+                    uneven = arch.num_layers % (pipeline * virtual)
                     yield ParallelConfig(
                         tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context, expert=expert,
+                        pipeline_layout=arch.balanced_layers(pipeline * virtual) if uneven else [],
                         recompute=recompute, sequence_parallel=tensor > 1, distributed_optimizer=True,
                         max_tokens_per_microbatch=-(-longest // context),
                     )  # fmt: skip
 
 
+def _large_stages(arch: Architecture, parallel: ParallelConfig) -> set[int]:
+    """Return the stages of which one is the largest: the first (embedding), the last (LM head), one of most layers."""
+    layers = [sum(parallel.layers_of_stage(arch.num_layers, stage)) for stage in range(parallel.pipeline)]
+    return {0, layers.index(max(layers)), parallel.pipeline - 1}
+
+
 @functools.cache
 def _trained(
-    arch: Architecture, tensor: int, pipeline: int, virtual_pipeline: int, expert: int, lora: AdapterSpec | None
-) -> int:
-    """Return the trained parameters of a rank of the first or the last pipeline stage, of the one that has more."""
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual_pipeline, expert=expert)
+    arch: Architecture, tensor: int, pipeline: int, virtual_pipeline: int, layout: tuple[int, ...], expert: int,
+    lora: AdapterSpec | None,
+) -> int:  # fmt: skip
+    """Return the trained parameters of a rank of the pipeline stage that has most."""
+    parallel = ParallelConfig(
+        tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual_pipeline, pipeline_layout=list(layout), expert=expert
+    )
     of_stage = functools.partial(adapter_shards, spec=lora) if lora else shard_shapes
-    stages = (of_stage(arch, parallel, stage) for stage in {0, pipeline - 1})
+    stages = (of_stage(arch, parallel, stage) for stage in _large_stages(arch, parallel))
     return max(sum(math.prod(shape) for chunk in chunks for shape in chunk.values()) for chunks in stages)
 
 
 def _memory(arch: Architecture, parallel: ParallelConfig, ranks: int, lora: AdapterSpec | None) -> RankMemory:
-    """The largest rank: the first stage has most micro-batches in flight, the last one the LM head."""
-    stages, place = {0, parallel.pipeline - 1}, Placement(gpu=True, transformer_engine=True)
+    """The largest rank. Of equal stages it is the first, with most micro-batches in flight, or the last."""
+    stages, place = _large_stages(arch, parallel), Placement(gpu=True, transformer_engine=True)
     tokens, bucket = parallel.max_tokens_per_microbatch, SyncConfig().bucket_mib << 20
     sizes: dict[str, Any] = {"tokens": tokens, "itemsize": 2, "bucket_bytes": bucket, "lora": lora}
     memory = (rank_memory(arch, parallel, ranks, stage, place, **sizes, teacher=TeacherConfig()) for stage in stages)

@@ -190,7 +190,7 @@ def rank_memory(
     activations = {"activations": in_flight * tokens * kept}
     if lora and not parallel.recompute:
         activations["adapters: A of fused projections"] = in_flight * sum(
-            math.prod(shape) * b for name, shape in trained[0].items() if name.endswith("lora_A")
+            math.prod(shape) * b for name, shape in max(trained, key=len).items() if name.endswith("lora_A")
         )
     final_norm = _norm(h, b, place) - (h * b if lora and not place.transformer_engine else 0)
     head = lm_head(arch, parallel.tensor, tokens, b, place, frozen=lora is not None)

@@ -1,6 +1,7 @@
 """The step times of `megatron-egrsd plan`: operations against torch's count, the clock against a simulation."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import step_time as fitted
-from megatron_egrsd.config import ParallelConfig
-from megatron_egrsd.config.lora import TARGETS
+from megatron_egrsd.config import ParallelConfig, SyncConfig, TeacherConfig
+from megatron_egrsd.config.lora import ATTENTION, TARGETS
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, save_rollouts
 from megatron_egrsd.hf import operations
@@ -22,6 +23,7 @@ from megatron_egrsd.hf.adapters import AdapterSpec
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning import cluster, step_time
 from megatron_egrsd.planning.machines import MACHINES, Machine
+from megatron_egrsd.planning.memory import Placement, rank_memory
 from tests.published import PARAMETERS, PUBLISHED
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +127,21 @@ def test_the_choice_fits_and_is_the_fastest():
         assert c.memory <= 0.95 * machine.memory and c.serving + c.training == 8
         assert 256 % (c.training // c.parallel.model_parallel) == 0
         assert c.one_step_off <= c.step
+
+
+def test_stages_may_differ_where_their_number_does_not_divide_the_layers():
+    arch, machine = Architecture.from_config(PUBLISHED["Qwen3-235B-A22B"]), MACHINES["H200"]
+    layouts = list(cluster._layouts(arch, machine, 256, 4096, 17884))
+    for parallel in layouts:
+        arch.check_parallel(parallel)
+    assert {parallel.pipeline for parallel in layouts} >= {1, 2, 4, 8, 16}  # 94 layers
+    lora = AdapterSpec(8, 16, ATTENTION)
+    bucket, place = SyncConfig().bucket_mib << 20, Placement(gpu=True, transformer_engine=True)
+    of_rank = {"tokens": 4096, "itemsize": 2, "bucket_bytes": bucket, "teacher": TeacherConfig()}
+    for parallel, spec in itertools.product(layouts[::97], (None, lora)):
+        parallel = dataclasses.replace(parallel, max_tokens_per_microbatch=4096)
+        every = (rank_memory(arch, parallel, 256, n, place, **of_rank, lora=spec) for n in range(parallel.pipeline))
+        assert cluster._memory(arch, parallel, 256, spec).total == max(memory.total for memory in every)
 
 
 def test_turns_use_every_gpu_twice_and_pay_for_the_moves():
