@@ -49,6 +49,16 @@ EGRSD_HOST_DEVICE PairStatistics narrowed(const PairSums& s) {
           float(s.weighted),  float(s.excess),          float(s.entropy), float(s.other_entropy)};
 }
 
+// Sums of a part in which one of the two has no mass at all: its -inf, for which kernels may sum 2^-126, are nothing.
+EGRSD_HOST_DEVICE PairSums without_mass(PairSums s, bool no_p, bool no_q) {
+  if (no_p) {
+    s.total = s.weighted = s.entropy = 0;
+    s.excess = s.other_total;
+  }
+  if (no_q) s.other_total = s.other_entropy = 0;  // M is infinite already
+  return s;
+}
+
 // `part` seen from other references. x is what that takes from every w.
 EGRSD_HOST_DEVICE PairSums moved(const PairSums& part, double reference, double other_reference,
                                  double inverse_temperature) {

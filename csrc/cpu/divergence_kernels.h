@@ -143,7 +143,7 @@ struct Divergence : PairColumns<S> {
     if (peak == INFINITY || other_peak == INFINITY || R::has_nan(t, n) || R::has_nan(s, n)) return invalid_pair();
     if (peak == -INFINITY && other_peak == -INFINITY) return empty_pair();
     const Frame frame{peak == -INFINITY ? other_peak : peak, other_peak == -INFINITY ? peak : other_peak};
-    return general_sums(t, s, n, row.bits_per_logit, frame);
+    return without_mass(general_sums(t, s, n, row.bits_per_logit, frame), peak == -INFINITY, other_peak == -INFINITY);
   }
 
   template <bool kOtherEntropy, class T>

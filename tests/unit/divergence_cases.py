@@ -72,6 +72,7 @@ def hard_pairs(vocab: int, rows: int = 6) -> dict[str, tuple[torch.Tensor, torch
     masked = torch.where(torch.rand(rows, vocab, generator=g) < 0.5, -math.inf, a * 3)
     masked[:, vocab // 3] = 1.0
     late = torch.linspace(0, 12, vocab)
+    first = torch.arange(vocab) < vocab // 2
     return {
         "independent": (a * 3, b * 3),
         "flat": (a * 0.01, b * 0.01),
@@ -83,6 +84,8 @@ def hard_pairs(vocab: int, rows: int = 6) -> dict[str, tuple[torch.Tensor, torch
         "range 1e4": (a * 1e4, b * 1e4),
         "teacher masked": (masked, a),
         "student masked": (a, masked),
+        "teacher masked at first": (a.masked_fill(first, -math.inf), b + 30),
+        "student masked at first": (a + 300, b.masked_fill(first, -math.inf)),
         "both masked": (masked, masked + torch.where(masked > -math.inf, b * 0.01, 0.0)),
         "rising": (a.sort(-1).values * 40, b.sort(-1).values * 40),
         "against each other": (a.sort(-1).values * 40, -b.sort(-1).values * 40),
