@@ -31,14 +31,23 @@ def kill(process: psutil.Process, number: int = signal.SIGKILL) -> None:
 
 
 def kill_tree(pid: int) -> None:
-    """Kill a process and its descendants. All are stopped first, so that none starts another one meanwhile."""
+    """Kill a process and its descendants. All are stopped first, so that none starts another one meanwhile.
+
+    Torch's daemon lives on, as it does when a process is killed: it removes that process's shared memory and ends.
+    """
     stopped: set[psutil.Process] = set()
-    while found := set(tree(pid)) - stopped:
+    while found := {process for process in tree(pid) if _name(process) != "torch_shm_manager"} - stopped:
         for process in found:
             kill(process, signal.SIGSTOP)
         stopped |= found
     for process in stopped:
         kill(process)
+
+
+def _name(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name()
+    return ""
 
 
 def shared_memory() -> set[str]:
