@@ -54,10 +54,10 @@ class ToMegatron:
         return _plan(self, f"torch_dist in {RELEASE}/, config and tokenizer in {SIDECAR}/")
 
     def run(self, advance: Advance = lambda nbytes: None) -> None:
-        """Convert. Raises RunError if the disk is full, and leaves nothing at `target` then."""
+        """Convert. Raises RunError if the disk is full, and leaves nothing at `target` then; BadArgument for a rope."""
         arch, checkpoint = self.architecture, self.checkpoint
         checkpoint.check_tied_head()
-        shapes, parts = hf_shapes(arch), []
+        shapes, parts, common = hf_shapes(arch), [], common_state(arch, self.dtype)
         for entry in entries(arch):
             place, shape = places(entry, arch)[0], megatron_shape(entry, arch, shapes)
             offsets, sizes = (*place.index, *(0 for _ in shape)), (*(1 for _ in place.lead), *shape)
@@ -65,8 +65,7 @@ class ToMegatron:
         with staged(self.target, self.nbytes) as directory:
             (directory / RELEASE).mkdir()
             objects = [Object(*place, None) for place in extra_states(arch)]
-            types, common = (self.source_dtype, self.dtype), common_state(arch, self.dtype)
-            write_torch_dist(directory / RELEASE, parts, objects, common, *types, advance)
+            write_torch_dist(directory / RELEASE, parts, objects, common, self.source_dtype, self.dtype, advance)
             copy_assets(self.source, directory / SIDECAR)
             set_config_dtype(directory / SIDECAR / CONFIG, self.dtype)
             record = record_of(checkpoint, self.dtype)

@@ -41,7 +41,13 @@ class Llama3Scaling:
 
     @property
     def megatron_args(self) -> dict:
-        """The arguments of Megatron-LM, which knows no other bounds than those of Llama 3.1 and later."""
+        """The arguments of Megatron-LM. Raises BadArgument for other bounds than its own, those of Llama 3.1 to 3.3."""
+        bounds = self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
+        if bounds != (1, 4, 8192):
+            raise BadArgument(
+                "the model's llama3 rope has low_freq_factor, high_freq_factor and original_max_position_embeddings "
+                f"{', '.join(f'{bound:g}' for bound in bounds)}; Megatron-LM's arguments can say 1, 4, 8192 alone"
+            )
         return {"use_rope_scaling": True, "rope_scaling_factor": self.factor}
 
 
@@ -107,4 +113,10 @@ def read_rope(config: dict, source: str, default_theta: float) -> tuple[float, R
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     if missing := [name for name in required if name not in values]:
         raise BadArgument(f"{source} asks for a {kind} rope without {missing[0]}")
-    return theta, _TYPES[kind](**values)
+    for key, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise BadArgument(f"{source} sets {key} of its {kind} rope to {value!r}; it must be a positive number")
+    scaling = _TYPES[kind](**values)
+    if isinstance(scaling, Llama3Scaling) and scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise BadArgument(f"{source} has a llama3 rope whose low_freq_factor is not below its high_freq_factor")
+    return theta, scaling

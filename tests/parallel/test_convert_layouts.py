@@ -7,7 +7,7 @@ import torch
 
 from megatron_egrsd.hf.checkpoint import HFCheckpoint
 from megatron_egrsd.hf.convert import ToHF, ToMegatron
-from tests.models import make_model, make_qwen3
+from tests.models import LLAMA3_ROPE, make_model, make_qwen3
 from tests.parallel.test_transformer_engine import HEAD_NORMS, NORM_BEFORE_EXPERTS, NORMS
 from tests.ranks import run_ranks
 
@@ -24,11 +24,14 @@ def models(tmp_path_factory):
     """{name: (Hugging Face directory, converted directory)}."""
     root = tmp_path_factory.mktemp("convert")
     found = {}
-    for name, family, tied in (("tied", "qwen3", True), ("untied", "qwen3", False), ("qwen2", "qwen2", False),
-                               ("llama", "llama", True)):  # fmt: skip
+    rope = LLAMA3_ROPE | {"original_max_position_embeddings": 8192}  # Megatron-LM has no other
+    for name, family, sizes in (
+        ("tied", "qwen3", {}), ("untied", "qwen3", {"tied": False}), ("qwen2", "qwen2", {"tied": False}),
+        ("llama", "llama", {"rope_parameters": rope}),
+    ):  # fmt: skip
         hf = make_model(
-            root / f"hf-{name}", family, tied=tied, seed=3, vocab_size=VOCAB, num_hidden_layers=LAYERS,
-            num_attention_heads=8, num_key_value_heads=4,
+            root / f"hf-{name}", family, seed=3, vocab_size=VOCAB, num_hidden_layers=LAYERS,
+            num_attention_heads=8, num_key_value_heads=4, **sizes,
         )  # fmt: skip
         ToMegatron(hf, root / f"megatron-{name}").run()
         found[name] = hf, root / f"megatron-{name}"

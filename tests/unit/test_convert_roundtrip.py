@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.convert import ToHF, ToMegatron
 from megatron_egrsd.hf.mapping import hf_shapes
@@ -84,6 +85,14 @@ def test_any_config_of_the_family_round_trips(data, tmp_path_factory):
     base = data.draw(st.sampled_from([DENSE, MOE, QWEN2, LLAMA]))
     source = random_qwen3(root / "hf", base=base, dtype=dtype, **sizes, shard_bytes=shard_bytes)
     round_trip(source, root, shard_bytes=shard_bytes)
+
+
+def test_a_rope_that_megatron_lm_cannot_say_is_refused(tmp_path):
+    rope = LLAMA["rope_scaling"] | {"original_max_position_embeddings": 4096}
+    random_qwen3(tmp_path / "hf", base=LLAMA, rope_scaling=rope)
+    with pytest.raises(BadArgument, match=r"1, 4, 4096; Megatron-LM's arguments can say 1, 4, 8192 alone"):
+        ToMegatron(tmp_path / "hf", tmp_path / "megatron").run()
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_shards_are_filled_and_indexed_as_transformers_does(tmp_path):

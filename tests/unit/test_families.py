@@ -66,6 +66,9 @@ OUTSIDE = {
     "another rope": (LLAMA, {"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
     "rope of a part": (LLAMA, {"rope_scaling": LLAMA3_ROPE | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     "half a rope": (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+    "a rope of words": (LLAMA, {"rope_scaling": LLAMA3_ROPE | {"factor": "8"}}, "factor of its llama3 rope to '8'"),
+    "a rope of nothing": (QWEN2, {"rope_scaling": YARN_ROPE | {"factor": 0}}, "factor of its yarn rope to 0"),
+    "a rope upside down": (LLAMA, {"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 4.0}}, "not below"),
     "an unknown model": (LLAMA, {"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
 }
 
