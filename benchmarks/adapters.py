@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A training step with adapters beside one of all weights: seconds, and the memory of the process, in turn.
+"""A training step with adapters beside one of all weights: seconds, and memory, in turn.
 
     python -m benchmarks.adapters [--layers 28] [--rank 64] [--rounds 5] [--tokens 64]
 
@@ -16,6 +16,8 @@ import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
+
+import psutil
 
 from benchmarks.convert import make_model
 from benchmarks.measure import load, table
@@ -50,14 +52,18 @@ def config_of(model: Path, rank: int) -> Config:
 
 
 def train(pipe: Connection, config: Config, rollouts: list[Rollout]) -> None:
-    """Take a step for every message; answer with its seconds of scoring and training, and the peak memory in bytes."""
+    """Take a step for every message; answer with its seconds of scoring and training, and the peak memory in bytes.
+
+    What the process holds before the model is built, mostly libraries, is not counted.
+    """
     from megatron_egrsd.engine.build import build_engine
     from megatron_egrsd.learn import learn
 
+    before = psutil.Process().memory_info().rss
     with build_engine(config, needs_teacher=True) as engine:
         while pipe.recv():
             metrics = learn(engine, rollouts, config)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
             pipe.send((metrics["time/score"], metrics["time/train"], peak))
 
 
