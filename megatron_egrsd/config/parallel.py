@@ -11,7 +11,7 @@ class ParallelConfig:
     """How the training ranks split the model and the batch.
 
     Args:
-        tensor: Tensor-parallel size (TP).
+        tensor: Tensor-parallel size (TP). With a multiple of the model's key/value heads, ranks share them.
         pipeline: Pipeline-parallel size (PP).
         virtual_pipeline: Chunks of layers that a stage holds (VPP). With more than one, stages take turns more often
             and wait less, for more communication and activations (interleaved 1F1B, Narayanan et al. 2021).

@@ -99,7 +99,7 @@ class Engine:
         self.arch = checkpoint.architecture
         self.arch.check_parallel(parallel)
         if adapter:
-            adapter.check(self.arch)
+            adapter.check(self.arch, parallel.tensor)
         self.device = distributed.initialize(parallel, seed, facts)
         self.data_parallel = parallel.check_world(dist.get_world_size(), rollouts_per_update)
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()

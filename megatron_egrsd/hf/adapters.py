@@ -52,8 +52,14 @@ class AdapterSpec:
         """The factor of B A x."""
         return self.alpha / self.rank
 
-    def check(self, arch: Architecture) -> None:
-        """Raise BadArgument if the model cannot have this adapter."""
+    def check(self, arch: Architecture, tensor: int = 1) -> None:
+        """Raise BadArgument if the model cannot have this adapter on `tensor` tensor-parallel ranks."""
+        heads = [name for name in self.targets if LINEAR[name] == LINEAR["q_proj"]]
+        if heads and tensor > arch.num_kv_heads:
+            raise BadArgument(
+                f"lora.targets names {', '.join(heads)}, but parallel.tensor = {tensor} lets ranks share the model's "
+                f"{arch.num_kv_heads} key/value heads, which have no adapters then; lower parallel.tensor"
+            )
         experts = [name for name in self.targets if name in MLP]
         if arch.num_experts and experts:
             raise BadArgument(

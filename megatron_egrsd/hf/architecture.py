@@ -94,7 +94,8 @@ class Architecture:
         if not self.num_experts:
             split["rows of the MLP"] = self.intermediate_size
         for name, size in split.items():
-            if size % tensor:
+            shared = name == "key/value heads" and tensor % size == 0  # several ranks compute with the same head
+            if size % tensor and not shared:
                 raise BadArgument(f"parallel.tensor = {tensor} does not divide the model's {size} {name}")
         if sum(parallel.layers_of_chunks(self.num_layers)) != self.num_layers:
             chunks = f" x parallel.virtual_pipeline = {parallel.interleaved}" if parallel.interleaved else ""

@@ -275,14 +275,16 @@ def layer_activations(arch: Architecture, tensor: int, h: int, b: int, place: Pl
     """
     heads, groups = arch.num_heads // tensor, max(1, arch.num_kv_heads // tensor)
     q, kv = heads * arch.head_dim, groups * arch.head_dim
-    # Queries before the norm; keys are kept as a view of the whole projection.
+    # Queries before the norm; keys are kept as a view of the whole projection, which ranks that share a head gather.
+    shares = tensor > arch.num_kv_heads
+    whole = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim if shares else q + 2 * kv
     norms = 2 * _norm(h, b, place)
     normed = arch.family.qk_norm  # else nothing needs queries and keys from before the rotary embedding
     if place.transformer_engine:
         # Without these norms the projection is kept for its values alone.
-        attention = b * ((q if normed else 0) + (q + 2 * kv)) + b * (q + kv) + b * q
+        attention = b * ((q if normed else 0) + whole) + b * (q + kv) + b * q
     else:
-        fp32_inputs = 8 * q + 4 * (q + 2 * kv) + 4 * kv if b == 4 else 10 * (q + kv)
+        fp32_inputs = 8 * q + 4 * whole + 4 * kv if b == 4 else 10 * (q + kv)
         # The core attention copies queries, keys, values and output into padded batches (engine/layers.py).
         # Under context parallelism it copies the keys and values of all ranks up to the end of each of the two chunks.
         # The masks, which all layers share, are not counted.

@@ -266,7 +266,11 @@ def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, lo
         {"distributed_optimizer": True},
         {"recompute": True},
         {"recompute": True, "distributed_optimizer": True},
-        *({"tensor": p.tensor * k, "recompute": True, "distributed_optimizer": True} for k in (2, 4, 8)),
+        *(
+            {"tensor": p.tensor * k, "recompute": True, "distributed_optimizer": True}
+            for k in (2, 4, 8)
+            if p.tensor * k <= arch.num_kv_heads
+        ),
         *({"pipeline": p.pipeline * k, "recompute": True, "distributed_optimizer": True} for k in (2, 4, 8)),
         *({"context": p.context * k, "recompute": True, "distributed_optimizer": True} for k in (2, 4, 8)),
     ]

@@ -28,7 +28,7 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
     arch = Architecture.from_pretrained(config.model.path)
     arch.check_parallel(config.parallel)
     if spec := configured_spec(config.lora):
-        spec.check(arch)
+        spec.check(arch, config.parallel.tensor)
         if config.rollout.sync.lora == "adapter":
             check_served(spec.targets)
     if config.lora.init:

@@ -101,6 +101,14 @@ def test_layout_does_not_change_training_of_experts(layout, paths, mixture):
     assert_same_training(run_training(world_size, config, paths[1]), mixture[1])
 
 
+@pytest.mark.parametrize("layout", [{"sequence_parallel": True}, pytest.param({}, marks=pytest.mark.slow)])
+def test_ranks_may_share_a_key_value_head(layout, paths, tmp_path):
+    model = make_qwen3(tmp_path / "model", vocab_size=VOCAB, num_hidden_layers=2, num_key_value_heads=1)
+    parallel = ParallelConfig(tensor=2, max_tokens_per_microbatch=64, **layout)
+    got = run_training(2, training_config(model, parallel=parallel, **PAPER), paths[1])
+    assert_same_training(got, run_training(1, training_config(model, **PAPER), paths[1]))
+
+
 FAMILY_LAYOUTS = {
     "TP2 SP": {"tensor": 2, "sequence_parallel": True},
     "PP2": {"pipeline": 2, "distributed_optimizer": True},

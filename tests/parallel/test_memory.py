@@ -101,6 +101,7 @@ LAYOUTS = {
     "bf16, recompute": (1, "bfloat16", {"recompute": True}, False, "frozen"),
     "TP2": (2, "float32", {"tensor": 2}, True, "live"),
     "TP2 SP": (2, "bfloat16", {"tensor": 2, "sequence_parallel": True}, False, "live"),
+    "TP2, one key/value head": (2, "float32", {"tensor": 2}, True, "live"),
     "PP2": (2, "bfloat16", {"pipeline": 2}, True, "frozen"),
     "PP2 VPP2": (2, "bfloat16", {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True}, True, "ema"),
     "DP2 distributed optimizer": (2, "bfloat16", {"distributed_optimizer": True}, False, "live"),
@@ -124,6 +125,7 @@ LAYOUTS = {
 
 SLOW = {
     "fp32, KL", "bf16, snapshot", "OPSD", "OPSD, moving average", "TP2", "TP2 SP", "TP2 PP2", "PP2", "CP2",
+    "TP2, one key/value head",
     "CP2 distributed optimizer", "LoRA recompute", "LoRA PP2", "LoRA CP2", "LoRA DP2",
     "Llama, LoRA", "Qwen2 TP2 SP",
 }  # fmt: skip
@@ -134,7 +136,8 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
     ranks, dtype, parallel, tied, teacher = LAYOUTS[name]
     family = name.split()[0].strip(",").lower()
     family = family if family in FAMILIES else "qwen3_moe" if "experts" in name else "qwen3"
-    model = make_model(tmp_path / "model", family, tied=tied, **SIZES, **(EXPERTS if "experts" in name else {}))
+    sizes = SIZES | (EXPERTS if "experts" in name else {}) | ({"num_key_value_heads": 1} if "one key" in name else {})
+    model = make_model(tmp_path / "model", family, tied=tied, **sizes)
     rollouts = [
         dataclasses.replace(r, response_ids=r.response_ids * 8, rollout_log_probs=r.rollout_log_probs * 8)
         for r in made_up_rollouts()

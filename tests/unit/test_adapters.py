@@ -68,6 +68,14 @@ def test_experts_get_no_adapter(tmp_path):
     AdapterSpec(4, 8.0, ATTENTION).check(arch)
 
 
+def test_heads_that_ranks_share_get_no_adapter(tmp_path):
+    arch = Architecture.from_pretrained(make_qwen3(tmp_path / "model"))  # four heads, two of keys and values
+    with pytest.raises(BadArgument, match=r"names q_proj, v_proj, but parallel.tensor = 4 .* 2 key/value heads"):
+        AdapterSpec(4, 8.0, ("q_proj", "v_proj", "o_proj")).check(arch, 4)
+    AdapterSpec(4, 8.0, TARGETS).check(arch, 2)
+    AdapterSpec(4, 8.0, ("o_proj", "up_proj")).check(arch, 4)
+
+
 def test_the_first_values_follow_from_the_seed_and_the_name():
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     a = initial_tensor(name, (8, 400), seed=1)
