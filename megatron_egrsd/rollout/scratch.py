@@ -24,12 +24,14 @@ class Scratch:
     """
 
     def __init__(self):
-        place = _place()
+        place, names = _place(), []
         for path in place.glob(f"{_PREFIX}*"):
             with contextlib.suppress(OSError):  # locked by a live process, or another user's
-                _clear(path, _lock(path))
+                names += _clear(path, _lock(path))
         hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=place))
         self._lock_file = _lock(hidden)
+        # Again at the end: the servers of a run that was killed a moment ago may not have created it yet.
+        (hidden / SHARED_LIST).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         self.path = hidden.rename(hidden.with_name(hidden.name[1:]))  # visible to others only after it is locked
 
     def remove(self) -> None:
@@ -64,9 +66,12 @@ def _lock(directory: Path):
     return file
 
 
-def _clear(directory: Path, held) -> None:
+def _clear(directory: Path, held) -> list[str]:
+    """Remove `directory` and the shared memory that it lists; returns the names of the latter."""
     listed = directory / SHARED_LIST
-    for name in listed.read_text(encoding="utf-8").split() if listed.is_file() else ():
+    names = listed.read_text(encoding="utf-8").split() if listed.is_file() else []
+    for name in names:
         (_SHARED / Path(name).name).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
     held.close()
+    return names

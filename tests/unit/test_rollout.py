@@ -25,7 +25,7 @@ from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.generation import NOTHING, Generation, parse_generation, read_answer, read_apart
 from megatron_egrsd.rollout.ports import choose_ports
 from megatron_egrsd.rollout.process_group import use_sglangs_nccl_settings
-from megatron_egrsd.rollout.scratch import Scratch
+from megatron_egrsd.rollout.scratch import SHARED_LIST, Scratch
 from megatron_egrsd.rollout.server_command import server_command
 from megatron_egrsd.rollout.servers import RolloutServers, Server, last_error
 from megatron_egrsd.rollout.transports import buckets
@@ -284,6 +284,20 @@ def test_requests_in_flight_are_counted_by_server_and_fit_the_limit_of_files(tmp
         monkeypatch.setattr(client_module.resource, "getrlimit", lambda kind, s=soft, h=hard: (s, h))
         assert client.slots()._value == slots
         assert limits == ({client_module.resource.RLIMIT_NOFILE: raised} if raised else {})
+
+
+def test_shared_memory_that_appears_after_its_run_was_killed_goes(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("megatron_egrsd.rollout.scratch._SHARED", tmp_path / "shm")
+    (tmp_path / "shm").mkdir()
+    killed = Scratch()
+    (killed.path / SHARED_LIST).write_text("one\n")
+    killed._lock_file.close()  # as the end of its process does
+    following = Scratch()
+    assert not killed.path.exists()
+    (tmp_path / "shm" / "one").touch()
+    following.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["shm"] and not list((tmp_path / "shm").iterdir())
 
 
 @pytest.mark.parametrize(("length", "kept"), [(40, True), (79, False), (120, False)])
