@@ -72,12 +72,19 @@ class _Batch:
     has_gradient: list[bool]
     students: list[Sequence]
     teachers: list[Sequence]
+    contexts: list[Sequence]  # after which the teacher scores the responses as well; of all rollouts
+    contexts_of: list[list[int]]  # those of each rollout
     updates: list[list[list[int]]]  # of each update, the rollouts of every data-parallel rank
 
     @property
     def partition(self) -> list[list[int]]:
         """The rollouts of every data-parallel rank, those of the first update first."""
         return [list(itertools.chain(*parts)) for parts in zip(*self.updates, strict=True)]
+
+    @property
+    def context_partition(self) -> list[list[int]]:
+        """The contexts of every data-parallel rank: those of its rollouts."""
+        return [[k for i in part for k in self.contexts_of[i]] for part in self.partition]
 
     def length(self, i: int) -> int:
         """Response tokens of rollout `i`."""
@@ -97,15 +104,27 @@ def _divide(engine: Engine, rollouts: list[Rollout], objective: Objective, confi
     rewards, advantage = rollout_advantages(rollouts, objective, config.rollout.max_response_tokens)
     has_gradient = [bool(a or config.objective.kl_coef) for a in advantage]
     students = [Sequence(r.prompt.student_ids, r.response_ids) for r in rollouts]
-    teachers = [Sequence(r.prompt.teacher_ids, r.response_ids) for r in rollouts]
+    teachers, contexts, contexts_of = _teachers(rollouts, objective)
     updates = []
     prompts = config.rollout.prompts_per_step // config.optimizer.updates_per_batch
     for first in range(0, config.rollout.prompts_per_step, prompts):
         members = [i for i, r in enumerate(rollouts) if first <= r.group < first + prompts]
-        scored = [len(teachers[i]) for i in members]
+        scored = [len(teachers[i]) + sum(len(contexts[k]) for k in contexts_of[i]) for i in members]
         trained = [len(students[i]) if has_gradient[i] else 0 for i in members]
         updates.append([[members[i] for i in part] for part in engine.partition(scored, trained)])
-    return _Batch(rollouts, rewards, advantage, has_gradient, students, teachers, updates)
+    return _Batch(rollouts, rewards, advantage, has_gradient, students, teachers, contexts, contexts_of, updates)
+
+
+def _teachers(rollouts: list[Rollout], objective: Objective) -> tuple[list[Sequence], list[Sequence], list[list[int]]]:
+    """What the teacher scores: each response after its first context, and after further ones if `objective` asks."""
+    first, further, of = [], [], []
+    for r in rollouts:
+        prompts = r.teacher_prompts
+        more = prompts[1:] if objective.needs_contexts else []
+        first.append(Sequence(prompts[0], r.response_ids))
+        of.append(list(range(len(further), len(further) + len(more))))
+        further += [Sequence(ids, r.response_ids) for ids in more]
+    return first, further, of
 
 
 @dataclass(frozen=True)
@@ -129,9 +148,25 @@ def _score(engine: Engine, batch: _Batch, objective: Objective, *, with_student:
     else:
         teachers = batch.teachers if objective.needs_teacher else []
         scores = score_teacher_and_student(engine, teachers, scored, partition)
+    if objective.needs_contexts:
+        assert scores.teacher is not None
+        scores = replace(scores, teacher=_with_contexts(engine, batch, scores.teacher))
     if objective.config.kl_coef:
         scores = replace(scores, reference=engine.score(students, partition, "reference"))
     return scores
+
+
+def _with_contexts(engine: Engine, batch: _Batch, scores: dict[int, Scores]) -> dict[int, Scores]:
+    """Add to the teacher's `scores` its log-probs after the further contexts, by rollout."""
+    found = engine.score(batch.contexts, batch.context_partition, "teacher") if batch.contexts else {}
+    most = max(map(len, batch.contexts_of))
+    result = {}
+    for i, first in scores.items():
+        rows = torch.full((most, batch.length(i)), torch.nan, device=engine.device)
+        for row, k in zip(rows, batch.contexts_of[i], strict=False):
+            row.copy_(found[k].log_prob)
+        result[i] = replace(first, contexts=rows)
+    return result
 
 
 def score_teacher_and_student(
@@ -157,20 +192,20 @@ def _model_flops(engine: Engine, batch: _Batch, objective: Objective, scores: Ba
     Neither recomputation nor a student pass for the record alone is counted.
     """
     arch, adapter = engine.arch, engine.adapter
-    responses = [batch.length(i) for i in range(len(batch.rollouts))]
-    frozen = engine.teacher.weights == "frozen"
+    of_teacher = None if engine.teacher.weights == "frozen" else adapter
     passes = (
-        (scores.teacher, batch.teachers, None if frozen else adapter),
+        (scores.teacher, batch.teachers + batch.contexts, of_teacher),
         (scores.student if batch.scores_student(objective) else None, batch.students, adapter),
         (scores.reference, batch.students, None),
     )
     flops = 0.0
     for found, sequences, spec in passes:
         if found is not None:
-            flops += forward_flops(arch, [len(s) for s in sequences], spec) + head_flops(arch, sum(responses))
-    trained = [i for i, has_gradient in enumerate(batch.has_gradient) if has_gradient]
-    lengths = [len(batch.students[i]) for i in trained]
-    return flops + needed_training_flops(arch, lengths, sum(responses[i] for i in trained), adapter)
+            rows = sum(len(s.response_ids) for s in sequences)
+            flops += forward_flops(arch, [len(s) for s in sequences], spec) + head_flops(arch, rows)
+    trained = [s for s, has_gradient in zip(batch.students, batch.has_gradient, strict=True) if has_gradient]
+    rows = sum(len(s.response_ids) for s in trained)
+    return flops + needed_training_flops(arch, [len(s) for s in trained], rows, adapter)
 
 
 @dataclass(frozen=True)
@@ -186,10 +221,11 @@ class _Columns:
         """The tokens of `spans`, which are the rollouts that `cu_seqlens` bounds, end to end."""
 
         def pick(column: torch.Tensor | None) -> torch.Tensor | None:
-            return None if column is None else torch.cat([column[span] for span in spans])
+            return None if column is None else torch.cat([column[..., span] for span in spans], -1)
 
         t = self.tokens
-        scores = t.teacher_log_prob, t.teacher_entropy, t.student_log_prob, t.student_entropy, t.divergence
+        of_teacher = t.teacher_log_prob, t.teacher_entropy
+        scores = *of_teacher, t.student_log_prob, t.student_entropy, t.divergence, t.context_log_prob
         fields = {name: pick(column) for name, column in t.fields.items()}
         tokens = Tokens(cu_seqlens, pick(t.advantage), *map(pick, scores), fields=fields)  # type: ignore[misc]
         return _Columns(tokens, *map(pick, (self.rollout_log_prob, self.normalizer, self.reference_log_prob)))
@@ -205,6 +241,8 @@ def _prepare(engine: Engine, batch: _Batch, objective: Objective, scores: BatchS
         if by_rollout is not None:
             columns[f"{name}_log_prob"] = torch.cat([by_rollout[i].log_prob for i in own])
             columns[f"{name}_entropy"] = torch.cat([by_rollout[i].entropy for i in own])
+    if scores.teacher is not None and objective.needs_contexts:
+        columns["context_log_prob"] = torch.cat([scores.teacher[i].contexts for i in own], -1)
     if found["student"] is not None and objective.divergence is not None:
         columns["divergence"] = torch.cat([found["student"][i].divergence for i in own])
     tokens = batch_tokens([batch.advantage[i] for i in own], [batch.length(i) for i in own], columns, engine.device)

@@ -27,7 +27,8 @@ class ModelConfig:
 
 Turns = list[dict[str, str]]  # a conversation: {"role": "system" | "user" | "assistant", "content": text} each
 _BRACED = re.compile(r"(?<![A-Za-z}])\{(\w+)\}")  # no argument of a LaTeX command: \\text{solutions}
-CONTEXTS = ("template", "answer", "concise")  # of the teacher, by name (data/contexts.py)
+SIBLINGS = ("sibling", "contrast")  # contexts of the teacher that quote other rollouts, by name (data/siblings.py)
+CONTEXTS = ("template", "answer", "concise", *SIBLINGS)  # all of them (data/contexts.py)
 _PLACEHOLDERS = ("problem", "solution", "answer")
 
 
@@ -67,8 +68,11 @@ class DataConfig:
         solution_key: Field that holds the reference solution, the privileged context.
         teacher_context: What the teacher reads. "template": the turns of `teacher_template` or `teacher_key`; "answer":
             the student's turns with the answer behind them; "concise": the student's turns with the wish for a short
-            solution before the last (CRISP). Or the import path of a function, "file.py:function" or
+            solution before the last (CRISP); "sibling": the template with a right rollout of the same prompt as
+            {solution}; "contrast": that, and up to `wrong_siblings` wrong ones, each in a context of its own (RLCSD).
+            Or the import path of a function, "file.py:function" or
             "module:function", that makes the turns of a problem and the student's turns (docs/guides/data.md).
+        wrong_siblings: Most wrong rollouts that "contrast" shows to the teacher; each costs a scoring pass.
         teacher_key: Field that holds the teacher's conversation, ready-made: a text (one user turn) or a list of turns
             as in teacher_template. Empty: the template makes it.
         student_template: The user turn that the student reads, in training and evaluation, with {problem} in it; or a
@@ -89,6 +93,7 @@ class DataConfig:
     answer_key: str = "answer"
     solution_key: str = "solution"
     teacher_context: str = "template"
+    wrong_siblings: int = 4
     teacher_key: str = ""
     student_template: str | list[dict[str, str]] = "{problem}"
     teacher_template: str | list[dict[str, str]] = (
@@ -120,4 +125,14 @@ class DataConfig:
             not placeholders(self.student_template) & {"solution", "answer"},
             "data.student_template contains {solution} or {answer}: the student would read what only the teacher may",
         )
-        require_positive(self, "data", "max_prompt_tokens", "reward_timeout")
+        require(
+            not self.reads_siblings or "solution" in placeholders(self.teacher_template),
+            f'data.teacher_context is "{self.teacher_context}", so data.teacher_template must contain {{solution}}, '
+            "the place of the rollout that the teacher reads",
+        )
+        require_positive(self, "data", "max_prompt_tokens", "reward_timeout", "wrong_siblings")
+
+    @property
+    def reads_siblings(self) -> bool:
+        """Whether the teacher's contexts quote rollouts, and can be built only when these are there."""
+        return self.teacher_context in SIBLINGS

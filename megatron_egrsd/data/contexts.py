@@ -22,7 +22,7 @@ _ANSWER = "The correct answer is {answer}. Reason until you reach it."
 
 def load_context(config: DataConfig) -> Context:
     """Return the context that `config` names. Raises BadArgument if there is none."""
-    if config.teacher_context == "template":
+    if config.teacher_context == "template" or config.reads_siblings:  # a sibling stands where the solution does
         return lambda problem, student: problem.teacher_turns or fill(config.teacher_template, problem)
     if config.teacher_context in _BUILT_IN:
         return _BUILT_IN[config.teacher_context]

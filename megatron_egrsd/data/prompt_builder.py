@@ -55,16 +55,27 @@ class PromptBuilder:
         """
         if not problem.problem.strip():
             raise BadRow("empty", f"problem {problem.id}", f"problem {problem.id} is empty")
-        if found := next(filter(None, map(self.special.search, problem.texts[1:])), None):
-            place = f"problem {problem.id}"
-            reason = f"contains {found[0]!r}, which the tokenizer reads as the end or the begin of a turn, not as text"
-            raise BadRow("with special tokens", place, f"{place} {reason}; remove it, or set data.bad_rows skip")
+        self._check_special(problem)
         student = self._student(problem)
         teacher = self._teacher(problem) if privileged else []
         self._check_length(problem.id, "student", student)
         self._check_length(problem.id, "teacher", teacher)
         self._check_suffix(student, teacher or student)
         return Prompt(problem, student, teacher)
+
+    def teacher_ids(self, problem: Problem, turns: Turns) -> list[int]:
+        """Return the teacher's prompt of `turns`, made of the texts of `problem`. Raises BadRow as `build` does."""
+        self._check_special(problem)
+        ids = self._encode(self._render(turns))
+        self._check_length(problem.id, "teacher", ids)
+        self._check_suffix(ids, ids)
+        return ids
+
+    def _check_special(self, problem: Problem) -> None:
+        if found := next(filter(None, map(self.special.search, problem.texts[1:])), None):
+            place = f"problem {problem.id}"
+            reason = f"contains {found[0]!r}, which the tokenizer reads as the end or the begin of a turn, not as text"
+            raise BadRow("with special tokens", place, f"{place} {reason}; remove it, or set data.bad_rows skip")
 
     def _student(self, problem: Problem) -> list[int]:
         return self._encode(self._render(fill(self.config.student_template, problem)))

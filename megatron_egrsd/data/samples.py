@@ -44,6 +44,8 @@ class Rollout:
     log-ratio of the objective. `group` is the index of the prompt in its batch: rollouts of one prompt share it.
     `weight_version` is the version of the weights that sampled the first token. If later weights continued the response
     (rollout.partial), `segments` lists [weight version, number of tokens sampled by it] in order; else it is empty.
+    `contexts` are the teacher's prompts if they quote other rollouts of the group (data/siblings.py), the first in the
+    place of the prompt's `teacher_ids`; [] if no sibling serves: such a rollout is not trained. Else None.
     """
 
     prompt: Prompt
@@ -56,6 +58,12 @@ class Rollout:
     reward: float = 0.0
     reward_error: str = ""  # the reason why the reward function failed and the reward is 0
     segments: list[list[int]] = field(default_factory=list)
+    contexts: list[list[int]] | None = None
+
+    @property
+    def teacher_prompts(self) -> list[list[int]]:
+        """What the teacher reads before the response: one prompt or more; the student's own if nothing else serves."""
+        return self.contexts or [self.prompt.teacher_ids or self.prompt.student_ids]
 
     @property
     def versions(self) -> list[list[int]]:
@@ -99,7 +107,10 @@ def _rollout(row: dict) -> Rollout:
     problem = Problem(**prompt.pop("problem"))
     rollout = Rollout(prompt=Prompt(problem=problem, **prompt), **row)
     texts = [*problem.texts, rollout.finish_reason, rollout.text, rollout.reward_error]
-    ids = [rollout.prompt.student_ids, rollout.prompt.teacher_ids, rollout.response_ids]
+    contexts = [] if rollout.contexts is None else rollout.contexts
+    if type(contexts) is not list or not all(contexts):
+        raise ValueError("contexts must be null, or a list of prompts that are not empty")
+    ids = [rollout.prompt.student_ids, rollout.prompt.teacher_ids, rollout.response_ids, *contexts]
     numbers = [rollout.reward, *rollout.rollout_log_probs]
     counts = [rollout.group, *(token for tokens in ids for token in tokens)]
     if not all(type(text) is str for text in texts) or rollout.finish_reason not in ("stop", "length"):

@@ -32,6 +32,8 @@ class Tokens:
     student_log_prob: torch.Tensor | None = None  # None in `prepare` without `needs_student`
     student_entropy: torch.Tensor | None = None
     divergence: torch.Tensor | None = None  # from the teacher, as the objective asks for it; there with the student's
+    context_log_prob: torch.Tensor | None = None  # [K, T] of the sampled token after the teacher's further contexts,
+    # NaN where a rollout has fewer than K; None without `needs_contexts`
     fields: dict[str, torch.Tensor] = field(default_factory=dict)  # what `prepare` returned
 
 
@@ -58,6 +60,7 @@ class Objective:
 
     # Class attributes or properties, no fields.
     needs_teacher = True  # run the teacher; what it reads must then be in the data
+    needs_contexts = False  # the teacher reads data.teacher_context "contrast", a right rollout and wrong ones
     needs_student = False  # `prepare` sees the student's scores; costs one more forward pass a step
     divergence: ClassVar[DivergenceForm | None] = None  # from the teacher, at every token; needs `needs_teacher`
 

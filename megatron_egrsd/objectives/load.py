@@ -15,7 +15,7 @@ from megatron_egrsd.system import import_path
 from megatron_egrsd.vocab_parallel import DivergenceForm
 
 if TYPE_CHECKING:
-    from megatron_egrsd.config import ObjectiveConfig
+    from megatron_egrsd.config import Config, ObjectiveConfig
 
 
 def load_objective(config: "ObjectiveConfig", history: History | None = None) -> Objective:
@@ -47,6 +47,11 @@ def needs_teacher(config: "ObjectiveConfig") -> bool:
     return load_objective(config).needs_teacher
 
 
+def needs_teacher_prompts(config: "Config") -> bool:
+    """Return whether every problem needs a prompt for the teacher; one that reads rollouts gets it after sampling."""
+    return needs_teacher(config.objective) and not config.data.reads_siblings
+
+
 def check_objective(config: "ObjectiveConfig") -> None:
     """Load a user's objective and try it on two rollouts of 3 and 2 made-up tokens, before anything is started.
 
@@ -74,6 +79,9 @@ def _try(objective: Objective) -> None:
         student["divergence"] = entropy.flip(0) / 10
     if objective.needs_teacher:
         tokens = replace(tokens, teacher_log_prob=log_prob.flip(0), teacher_entropy=entropy.flip(0))
+    if objective.needs_contexts:  # two for the first rollout, one for the second
+        second = torch.where(torch.arange(5) < 3, log_prob / 2, torch.nan)
+        tokens = replace(tokens, context_log_prob=torch.stack([2 * log_prob, second]))
     prepared = objective.prepare(replace(tokens, **student) if objective.needs_student else tokens, vocab_size=1000)
     tokens = replace(tokens, **student, fields=prepared)
     for name, values in prepared.items():

@@ -47,6 +47,20 @@ _PRESETS = {
         "teacher.snapshot_every": 50,
         "data.teacher_context": "concise",
     },
+    # arXiv 2606.11709, with the settings of its authors' code.
+    "rlcsd": _PAPER
+    | _GROUPS
+    | _UNGATED
+    | {
+        "objective.function": "megatron_egrsd.objectives.rlcsd:RLCSD",
+        "objective.mix": 0.0,
+        "objective.loss": "ppo",
+        "objective.clip_high": 0.2,
+        "objective.importance_cap": 2.0,
+        "teacher.weights": "snapshot",
+        "teacher.snapshot_every": 10,
+        "data.teacher_context": "contrast",
+    },
     # arXiv 2604.03128; decay and copies of the teacher as in its authors' later code (arXiv 2606.11709).
     "rlsd": _PAPER
     | _GROUPS

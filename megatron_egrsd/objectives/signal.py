@@ -89,7 +89,11 @@ def advantages(
 def rollout_advantages(
     rollouts: "list[Rollout]", objective: "Objective", max_response_tokens: int
 ) -> tuple[list[float], list[float]]:
-    """Return the shaped reward of each rollout of a batch, and the signal that `objective` makes of it."""
+    """Return the shaped reward of each rollout of a batch, and the signal that `objective` makes of it.
+
+    A rollout whose teacher should read a sibling and has none has no signal: 0.
+    """
     shaped = shaped_rewards(rollouts, objective.config, max_response_tokens)
     groups = torch.tensor([r.group for r in rollouts])
-    return shaped, objective.advantages(torch.tensor(shaped), groups).tolist()
+    signal = objective.advantages(torch.tensor(shaped), groups).tolist()
+    return shaped, [0.0 if r.contexts == [] else a for r, a in zip(rollouts, signal, strict=True)]

@@ -18,7 +18,7 @@ from megatron_egrsd.data.stopping import stop_token_ids
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.checkpoint import HFCheckpoint, holds_weights
-from megatron_egrsd.objectives.load import needs_teacher
+from megatron_egrsd.objectives.load import needs_teacher_prompts
 from megatron_egrsd.rewards.answers import gold_answer
 from megatron_egrsd.rewards.normal_form import normalize, number
 
@@ -64,7 +64,7 @@ def _print_model(config: Config, builder: PromptBuilder, console: Console) -> bo
 
 def _prompts(config: Config, builder: PromptBuilder) -> tuple[list[Prompt], BadRows]:
     """Return the prompts that can be built, and the rows that cannot be used, whatever `data.bad_rows` says."""
-    bad, privileged, prompts = BadRows("skip"), needs_teacher(config.objective), []
+    bad, privileged, prompts = BadRows("skip"), needs_teacher_prompts(config), []
     for problem in load_problems(config.data.train, config.data, privileged=privileged, bad=bad):
         try:
             prompts.append(builder.build(problem, privileged=privileged))

@@ -12,7 +12,7 @@ from megatron_egrsd.data.samples import Prompt
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.adapter_file import AdapterFile, configured_spec
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.objectives.load import check_objective, needs_teacher
+from megatron_egrsd.objectives.load import check_objective, load_objective, needs_teacher_prompts
 from megatron_egrsd.rewards.reward import load_reward
 from megatron_egrsd.rollout.server_command import check_served
 from megatron_egrsd.system import torchrun
@@ -35,6 +35,7 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
         AdapterFile(config.lora.init, arch)
     config.check_world(ranks or torchrun.world_size())
     check_objective(config.objective)
+    _check_contexts(config)
     _check_wandb(config.logging.wandb)
     output, model = Path(config.output), Path(config.model.path)
     check_writable(output, "output")
@@ -49,9 +50,18 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
         raise BadArgument(f"replay is {config.replay}, which does not exist; give a file or directory of rollouts")
     load_reward(config.data.reward)
     builder = prompt_builder(config)
-    train = load_prompts(config.data.train, builder, privileged=needs_teacher(config.objective))
+    train = load_prompts(config.data.train, builder, privileged=needs_teacher_prompts(config))
     heldout = load_prompts(config.data.evaluation, builder, privileged=False) if config.data.evaluation else []
     return train, heldout, builder.tokenizer
+
+
+def _check_contexts(config: Config) -> None:
+    """Raise BadArgument if the objective compares what the teacher thinks after several contexts, and has only one."""
+    if load_objective(config.objective).needs_contexts and config.data.teacher_context != "contrast":
+        raise BadArgument(
+            "the objective compares the teacher after a right rollout with the teacher after wrong ones, but "
+            f'data.teacher_context is "{config.data.teacher_context}"; set it to contrast'
+        )
 
 
 def _check_wandb(config: WandbConfig) -> None:

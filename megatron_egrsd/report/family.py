@@ -9,6 +9,7 @@ from megatron_egrsd.objectives import presets
 NAMES = {
     "grpo": "GRPO",
     "rlsd": "RLSD",
+    "rlcsd": "RLCSD",
     "gate_off": "EGRSD without gate",
     "egrsd": "EGRSD",
     "cl_egrsd": "CL-EGRSD",

@@ -97,7 +97,8 @@ def dumps_of(run: Path) -> dict[int, Path]:
 def gather_scores(engine: "Engine", own: "dict[int, Scores] | None") -> dict[int, np.ndarray] | None:
     """Gather {rollout index: [2, T] log-prob and entropy} on rank 0; None elsewhere, or if `own` is None.
 
-    [3, T] if the samples were scored against a teacher: the divergence from it is the last row.
+    [3, T] if the samples were scored against a teacher: the divergence from it is the last row. [2 + K, T] with the
+    log-probs after K further contexts of a teacher.
 
     Every rank must call it. `engine.score` leaves a replica's scores on all its ranks, so one gather over the
     data-parallel ranks is enough.
@@ -105,7 +106,9 @@ def gather_scores(engine: "Engine", own: "dict[int, Scores] | None") -> dict[int
     if own is None:
         return None
     rows = {i: (s.log_prob, s.entropy, s.divergence) for i, s in own.items()}
-    part = {i: torch.stack([x for x in r if x is not None]).float().cpu().numpy() for i, r in rows.items()}
+    part = {i: torch.stack([x for x in r if x is not None]) for i, r in rows.items()}
+    part = {i: x if own[i].contexts is None else torch.cat([x, own[i].contexts]) for i, x in part.items()}
+    part = {i: x.float().cpu().numpy() for i, x in part.items()}
     parts = [part]
     if engine.data_parallel > 1:
         parts = [None] * engine.data_parallel if engine.data_parallel_rank == 0 else None
@@ -126,18 +129,21 @@ def scored_rollouts(
     vocab_size: int,
     history: History,
 ) -> list[ScoredRollout]:
-    """Build the dump of a whole batch, weighted as in `learn`, from gathered scores {rollout index: [2, T]}, or [3, T].
+    """Build the dump of a whole batch, weighted as in `learn`, from the scores of `gather_scores`.
 
     `rewards` are the shaped ones.
     """
     lengths = [len(r.response_ids) for r in rollouts]
-    columns = {}
+    columns, contexts = {}, {}
     for name, scores in (("student", student), ("teacher", teacher)):
         if scores is not None:
             rows = np.concatenate([scores[i] for i in range(len(rollouts))], 1)
-            names = (f"{name}_log_prob", f"{name}_entropy", "divergence")
-            columns |= dict(zip(names, rows, strict=False))
-    tensors = {name: torch.from_numpy(values) for name, values in columns.items()}
+            columns |= {f"{name}_log_prob": rows[0], f"{name}_entropy": rows[1]}
+            if name == "student" and len(rows) > 2:
+                columns["divergence"] = rows[2]
+            if name == "teacher" and load_objective(objective, history).needs_contexts:
+                contexts["context_log_prob"] = torch.from_numpy(rows[2:])
+    tensors = {name: torch.from_numpy(values) for name, values in columns.items()} | contexts
     weights = batch_weights(batch_tokens(advantage, lengths, tensors), objective, vocab_size, history)
     scales = weights.pop("entropy_scale", None)
     columns |= {name: values.numpy() for name, values in weights.items()}

@@ -29,6 +29,8 @@ METRICS = [
     Metric("gate/mean", "gate", "5.3f", "Mean confidence gate omega; 1 leaves every token its weight."),
     Metric("gate/closed_share", "", "5.3f", "Share of tokens whose gate is below 1 - gamma / 2."),
     Metric("weight/clip_share", "clip", "5.3f", "Share of tokens whose ratio is outside [1 - eps, 1 + eps]."),
+    Metric("contrast/selected_share", "", "5.3f", "RLCSD: share of tokens whose weight the contrast changes."),
+    Metric("contrast/abs_mean", "", "6.3f", "RLCSD: mean |log pi_T| after a right against wrong rollouts, nats."),
     Metric("weight/log_ratio", "", "7.3f", "Mean log pi_T - log pi_S of the sampled tokens, nats."),
     Metric("weight/abs_mean", "", "6.3f", "Mean absolute token weight |W|."),
     Metric("loss/policy", "", "8.4f", "Loss: the policy loss, and the weighted divergence of an objective with one."),

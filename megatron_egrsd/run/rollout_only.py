@@ -6,7 +6,6 @@ from pathlib import Path
 
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.problems import batch_indices
-from megatron_egrsd.data.prompt_builder import opened_thinking
 from megatron_egrsd.data.samples import Prompt, save_rollouts
 from megatron_egrsd.data.stopping import stop_token_ids
 from megatron_egrsd.errors import BadArgument
@@ -14,12 +13,11 @@ from megatron_egrsd.evaluation.evaluated_model import hugging_face
 from megatron_egrsd.learn import rollout_metrics
 from megatron_egrsd.objectives.load import load_objective
 from megatron_egrsd.objectives.signal import History, rollout_advantages
-from megatron_egrsd.rewards.reward import load_reward
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import RolloutServers
 from megatron_egrsd.run.health import Health
 from megatron_egrsd.run.log import RunLog
-from megatron_egrsd.sampling.sampler import Sampler
+from megatron_egrsd.sampling.sampler import training_sampler
 from megatron_egrsd.system.files import locked
 
 
@@ -38,13 +36,13 @@ def rollout_only(config: Config, prompts: list[Prompt], tokenizer) -> None:
     ):
         stop = stop_token_ids(tokenizer, config.data, settings.stop_tokens)
         client = RolloutClient(servers, settings, stop)
-        reward = load_reward(config.data.reward, config.data.reward_timeout)
-        sampler = Sampler(client, tokenizer, reward, opened_thinking(tokenizer, config.data))
+        sampler = training_sampler(config, client, tokenizer)
         log, history, health = RunLog(output, config.steps, config=config), History(), Health(config)
         for step in range(config.steps):
             started = time.perf_counter()
             batch = batch_indices(len(prompts), settings.prompts_per_step, step, config.seed)
-            rollouts = sampler.sample([prompts[i] for i in batch], settings.rollouts_per_prompt, settings)
+            sampled = sampler.sample([prompts[i] for i in batch], settings.rollouts_per_prompt, settings)
+            rollouts = sampler.contexts(sampled)
             seconds = time.perf_counter() - started
             objective = load_objective(config.objective, history)
             rewards, advantage = rollout_advantages(rollouts, objective, settings.max_response_tokens)

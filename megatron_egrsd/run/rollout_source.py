@@ -1,15 +1,16 @@
 """The source of a step's rollouts: SGLang servers, or the dumps of another run (`debug: train-only`)."""
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.problems import Place
-from megatron_egrsd.data.prompt_builder import opened_thinking
 from megatron_egrsd.data.samples import Prompt, Rollout, load_rollouts
 from megatron_egrsd.data.stopping import stop_token_ids
 from megatron_egrsd.engine.distributed import on_first_rank
@@ -17,15 +18,14 @@ from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.fleet.colocation import Colocated, Placement, Separate
 from megatron_egrsd.fleet.fleet import Fleet
-from megatron_egrsd.objectives.load import needs_teacher
-from megatron_egrsd.rewards.reward import load_reward
+from megatron_egrsd.objectives.load import load_objective, needs_teacher
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import ServersLost, retry_lost
 from megatron_egrsd.run.preemption import Preemption
 from megatron_egrsd.run.stopwatch import Stopwatch
 from megatron_egrsd.sampling.batches import Batch, Batches, check_versions
 from megatron_egrsd.sampling.partial_batches import PartialBatches
-from megatron_egrsd.sampling.sampler import Sampler
+from megatron_egrsd.sampling.sampler import Sampler, training_sampler
 
 T = TypeVar("T")
 
@@ -85,8 +85,7 @@ class LiveRollouts:
         config, rollout = self.config, self.config.rollout
         stop = stop_token_ids(self.tokenizer, config.data, rollout.stop_tokens)
         client = RolloutClient(self.fleet.servers, rollout, stop, self._check)
-        reward = load_reward(config.data.reward, config.data.reward_timeout)
-        self.sampler = Sampler(client, self.tokenizer, reward, opened_thinking(self.tokenizer, config.data))
+        self.sampler = training_sampler(config, client, self.tokenizer)
         if rollout.partial:
             self.batches = PartialBatches(self.sampler, self.thread, rollout, config.steps, config.seed, self.begin)
         else:
@@ -198,9 +197,15 @@ def load_replay(path: Path, config: Config, vocab_size: int, *, privileged: bool
             f"{path} holds {len(rollouts)} rollouts in {len(groups)} groups, but rollout.prompts_per_step x "
             f"rollout.rollouts_per_prompt = {prompts} x {n} are needed, in groups 0 to {prompts - 1}"
         )
+    siblings, several = privileged and config.data.reads_siblings, load_objective(config.objective).needs_contexts
+    if not siblings:  # of a run whose teacher read rollouts
+        rollouts = [replace(r, contexts=None) for r in rollouts]
     for number, r in enumerate(rollouts, 1):
-        if max(*r.prompt.student_ids, *r.prompt.teacher_ids, *r.response_ids) >= vocab_size:
+        ids = itertools.chain(r.prompt.student_ids, r.prompt.teacher_ids, r.response_ids, *(r.contexts or []))
+        if max(ids) >= vocab_size:
             raise BadArgument(f"{path}, line {number}: a token beyond the model's vocabulary of {vocab_size}")
-        if privileged and not r.prompt.teacher_ids:
+        if siblings and (r.contexts is None or (several and len(r.contexts) == 1)):
+            raise BadArgument(f"{path}, line {number}: no contexts as data.teacher_context makes them")
+        if privileged and not siblings and not r.prompt.teacher_ids:
             raise BadArgument(f"{path}, line {number}: no teacher prompt, which this objective needs")
     return rollouts

@@ -119,7 +119,8 @@ class Batches:
 
     def _of(self, prompts: list[Prompt], step: int) -> BatchSampling:
         def sample(some: list[Prompt], done: dict) -> list[Rollout]:
-            return self.sampler.sample(some, self.config.rollouts_per_prompt, self.config, done)
+            rollouts = self.sampler.sample(some, self.config.rollouts_per_prompt, self.config, done)
+            return self.sampler.contexts(rollouts)
 
         return BatchSampling(sample, prompts, self.config, self.objective, self.seed, step, self.begin)
 

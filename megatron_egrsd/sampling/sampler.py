@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from megatron_egrsd.config import EvaluationConfig, RolloutConfig
+from megatron_egrsd.config import Config, EvaluationConfig, RolloutConfig
+from megatron_egrsd.data.prompt_builder import opened_thinking
 from megatron_egrsd.data.samples import Prompt, Rollout
-from megatron_egrsd.rewards.reward import WORKERS, decode_and_grade, warn_of_failures
+from megatron_egrsd.data.siblings import sibling_contexts
+from megatron_egrsd.objectives.load import needs_teacher
+from megatron_egrsd.rewards.reward import WORKERS, decode_and_grade, load_reward, warn_of_failures
 from megatron_egrsd.rollout.client import RolloutClient, truncation
 from megatron_egrsd.rollout.generation import Generation
 
@@ -13,11 +16,14 @@ from megatron_egrsd.rollout.generation import Generation
 class Sampler:
     """Samples responses through SGLang, decodes and rewards them.
 
-    `opened` is what the prompts open and leave to the responses to close (prompt_builder.opened_thinking).
+    `opened` is what the prompts open and leave to the responses to close (prompt_builder.opened_thinking). `contexts`
+    gives the rollouts that are trained what their teacher reads, if that needs the whole group (data/siblings.py).
     """
 
-    def __init__(self, client: RolloutClient, tokenizer, reward: Callable[[str, str], float], opened: str = ""):
+    def __init__(self, client: RolloutClient, tokenizer, reward: Callable[[str, str], float], opened: str = "",
+                 contexts: Callable[[list[Rollout]], list[Rollout]] | None = None):  # fmt: skip
         self.client, self.tokenizer, self.reward, self.opened = client, tokenizer, reward, opened
+        self.contexts = contexts or (lambda rollouts: rollouts)
         self.threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="reward")
 
     def sample(
@@ -47,8 +53,8 @@ class Sampler:
                 future.cancel()
 
     def rewarded(self, prompt: Prompt, generations: list[Generation]) -> list[Rollout]:
-        """Return rewarded rollouts of finished responses to one prompt, as group 0."""
-        return self._await([self._reward(prompt, 0, generation) for generation in generations])
+        """Return rewarded rollouts of all finished responses to one prompt, to be trained, as group 0."""
+        return self.contexts(self._await([self._reward(prompt, 0, generation) for generation in generations]))
 
     def _reward(self, prompt: Prompt, group: int, generation: Generation) -> "Future[Rollout]":
         return self.threads.submit(self._rollout, prompt, group, generation)
@@ -76,3 +82,10 @@ class Sampler:
         rollouts = [future.result() for future in futures]
         warn_of_failures(rollouts)
         return rollouts
+
+
+def training_sampler(config: Config, client: RolloutClient, tokenizer) -> Sampler:
+    """Make the sampler of a training run: with its reward, and with the contexts that its teacher reads."""
+    reward = load_reward(config.data.reward, config.data.reward_timeout)
+    contexts = sibling_contexts(config) if needs_teacher(config.objective) else None
+    return Sampler(client, tokenizer, reward, opened_thinking(tokenizer, config.data), contexts)

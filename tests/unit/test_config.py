@@ -39,6 +39,9 @@ PRESETS = {
     | {"objective.length_bonus": 0.0, "objective.loss_normalization": "seq_mean",
        "objective.options": {"kind": "reverse_kl"}, "teacher.weights": "snapshot", "teacher.snapshot_every": 50,
        "data.teacher_context": "concise"},
+    "rlcsd": GROUPS
+    | {"objective.mix": 0.0, "objective.clip_high": 0.2, "objective.importance_cap": 2.0, "teacher.weights": "snapshot",
+       "teacher.snapshot_every": 10, "data.teacher_context": "contrast"},
     "rlsd": GROUPS
     | {"objective.mix": 0.5, "objective.mix_decay_steps": 50, "objective.importance_cap": 2.0,
        "teacher.weights": "snapshot", "teacher.snapshot_every": 10},

@@ -222,6 +222,22 @@ def test_the_plan_of_adapters(model, tmp_path):
     assert "LoRA r 3, alpha 5, on q_proj, v_proj" in "\n".join(resolve(init, PROMPTS, [], 4).lines)
 
 
+UNTRUNCATED = ["--rollout.top_p", "1", "--rollout.top_k", "0"]  # as an importance weight needs it
+
+
+@pytest.mark.parametrize(
+    ("words", "most"),
+    [
+        (["--objective.preset", "rlcsd", *UNTRUNCATED], 5),  # a right rollout and four wrong ones
+        (["--objective.preset", "rlcsd", "--rollout.rollouts_per_prompt", "4", *UNTRUNCATED], 3),
+        (["--data.teacher_context", "sibling", "--rollout.rollouts_per_prompt", "4"], 1),
+    ],
+)
+def test_the_plan_names_the_rollouts_that_the_teacher_reads(words, most, model):
+    lines = "\n".join(resolve(config_8b(model("Qwen3-8B"), *words), PROMPTS, [], 4).lines)
+    assert f"the teacher scores each response after {most} or fewer others of its prompt" in lines
+
+
 def test_adapters_are_advised_where_nothing_else_fits(model):
     plan = resolve(config_8b(model("Qwen3-32B")), PROMPTS, [], 4, 80 * GIB)
     (reason,) = refusals(plan, "but a GPU has")

@@ -1,0 +1,80 @@
+"""RLCSD (arXiv 2606.11709) written a second time in fp64, with Hugging Face and PEFT; no line of the package is used.
+
+One rollout at a time. Each step is one update of the policy that sampled, so no ratio is clipped.
+"""
+
+import copy
+import statistics
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM
+
+from tests.reference.algorithm1 import log_probs_of, trained
+
+
+def advantages(batch: list[dict]) -> list[float]:
+    """Group advantages; 0 for a rollout whose teacher has nothing to read."""
+    result = []
+    for rollout in batch:
+        rewards = [other["reward"] for other in batch if other["group"] == rollout["group"]]
+        deviation = rollout["reward"] - statistics.mean(rewards)
+        result.append(deviation / (statistics.stdev(rewards) + 1e-6) if rollout["contexts"] else 0.0)
+    return result
+
+
+def train(
+    model: Path,
+    batches: list[list[dict]],
+    *,
+    temperature: float,
+    lr: float,
+    adam_epsilon: float,
+    clip_norm: float,
+    tau: float,
+    refresh: int,
+    adapter: Path | None = None,
+) -> tuple[list[tuple[float, float, float]], dict[str, torch.Tensor]]:
+    """Take one step on each batch; the teacher is a copy of the student, every `refresh` steps a new one.
+
+    Returns (loss, gradient norm, share of selected tokens) of each step, and the final weights, or the `adapter`'s.
+    """
+    student = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
+    if adapter:
+        student = PeftModel.from_pretrained(student, adapter, is_trainable=True, autocast_adapter_dtype=False).double()
+    teacher = copy.deepcopy(student).eval()
+    optimizer = torch.optim.AdamW(trained(student), lr=lr, betas=(0.9, 0.999), eps=adam_epsilon, weight_decay=0.0)
+    steps = []
+
+    def of_sampled(network, prompt: list[int], response: list[int]) -> torch.Tensor:
+        return log_probs_of(network, prompt, response, temperature)[range(len(response)), response]
+
+    for batch in batches:
+        optimizer.zero_grad()
+        terms: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+        for rollout, advantage in zip(batch, advantages(batch), strict=True):
+            if not advantage:
+                continue
+            response = rollout["response_ids"]
+            with torch.no_grad():
+                right, *wrong = (of_sampled(teacher, prompt, response) for prompt in rollout["contexts"])
+            own = of_sampled(student, rollout["prompt"]["student_ids"], response)
+            for t, log_prob in enumerate(own):
+                mixture = sum(float(row[t].exp()) for row in wrong) / len(wrong)
+                step = 0.5 * torch.tanh((right[t] - torch.tensor(mixture, dtype=torch.float64).log()) / tau)
+                selected = abs(float(step)) > 0.02
+                weight = advantage + float(step) if selected else advantage
+                weight = max(weight, 0.0) if advantage > 0 else min(weight, 0.0)
+                corrected = min(float((log_prob.detach() - rollout["rollout_log_probs"][t]).exp()), 2.0)
+                terms[selected].append(-corrected * weight * (log_prob - log_prob.detach()).exp())
+        loss = sum(torch.stack(some).mean() for some in terms.values() if some)
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(trained(student), clip_norm))
+        optimizer.step()
+        share = len(terms[True]) / sum(map(len, terms.values()))
+        steps.append((float(loss.detach()), norm, share))
+        if len(steps) % refresh == 0:
+            teacher.load_state_dict(student.state_dict())
+    state = get_peft_model_state_dict(student) if adapter else student.state_dict()
+    return steps, {name: weight.detach().clone() for name, weight in state.items()}
