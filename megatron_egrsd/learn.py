@@ -213,7 +213,7 @@ class _Columns:
     """Inputs of the loss besides the training pass's own scores: rollouts end to end, tensors [T] fp32."""
 
     tokens: Tokens  # with what the objective prepared; without student scores if the training pass gives them
-    rollout_log_prob: torch.Tensor
+    rollout_log_prob: torch.Tensor | None  # None if nothing was sampled: the policy's own then
     normalizer: torch.Tensor
     reference_log_prob: torch.Tensor | None  # None without a KL penalty
 
@@ -247,11 +247,11 @@ def _prepare(engine: Engine, batch: _Batch, objective: Objective, scores: BatchS
         columns["divergence"] = torch.cat([found["student"][i].divergence for i in own])
     tokens = batch_tokens([batch.advantage[i] for i in own], [batch.length(i) for i in own], columns, engine.device)
     fields = objective.prepare(tokens, vocab_size=engine.arch.vocab_size, group=engine.data_parallel_group)
-    rollout_log_probs = [x for i in own for x in batch.rollouts[i].rollout_log_probs]
+    sampled = [x for i in own for x in batch.rollouts[i].rollout_log_probs]
     reference = scores.reference
     return _Columns(
         tokens=replace(tokens, fields={name: values.float() for name, values in fields.items()}),
-        rollout_log_prob=torch.tensor(rollout_log_probs, device=engine.device),
+        rollout_log_prob=torch.tensor(sampled, device=engine.device) if objective.needs_rollouts else None,
         normalizer=_normalizer(batch, engine.data_parallel_rank, objective.config).to(engine.device),
         reference_log_prob=torch.cat([reference[i].log_prob for i in own]) if reference else None,
     )
@@ -311,7 +311,8 @@ def _loss(scores: Scores, columns: _Columns, objective: Objective) -> tuple[torc
             tokens = replace(tokens, **{name: x.detach() for name, x in now.items() if x is not None})
         weight = objective.weight(tokens)
         sums = {name: values.sum() for name, values in objective.metrics(tokens).items()}
-    old, rollout, reference = tokens.student_log_prob, columns.rollout_log_prob, columns.reference_log_prob
+    old, reference = tokens.student_log_prob, columns.reference_log_prob
+    rollout = old if columns.rollout_log_prob is None else columns.rollout_log_prob
     others = {"rollout_log_prob": rollout, "reference_log_prob": reference}
     result = policy_loss(log_prob, old, weight, columns.normalizer, objective.config, **others)
     loss = result.loss

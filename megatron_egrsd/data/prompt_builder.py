@@ -71,6 +71,21 @@ class PromptBuilder:
         self._check_suffix(ids, ids)
         return ids
 
+    def response_ids(self, problem: Problem, text: str) -> list[int]:
+        """Return what the chat template writes behind the student's prompt if the assistant says `text`.
+
+        Raises BadArgument if that does not begin with the prompt: the model would be trained on another one.
+        """
+        turns = fill(self.config.student_template, problem)
+        prompt = self._render(turns)
+        whole = self._render([*turns, {"role": "assistant", "content": text}], generation_prompt=False)
+        if not whole.startswith(prompt):
+            raise BadArgument(
+                f"the chat template writes another prompt before what the assistant says ({whole[-80:]!r}) than before "
+                f"a response ({prompt[-80:]!r}), so reference solutions cannot be trained; change data.enable_thinking"
+            )
+        return self._encode(whole[len(prompt) :])
+
     def _check_special(self, problem: Problem) -> None:
         if found := next(filter(None, map(self.special.search, problem.texts[1:])), None):
             place = f"problem {problem.id}"
@@ -83,11 +98,11 @@ class PromptBuilder:
     def _teacher(self, problem: Problem) -> list[int]:
         return self._encode(self._render(self.context(problem, fill(self.config.student_template, problem))))
 
-    def _render(self, turns: Turns) -> str:
+    def _render(self, turns: Turns, *, generation_prompt: bool = True) -> str:
         messages = list(turns)
         if self.config.system_prompt and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.config.system_prompt})
-        return apply_template(self.tokenizer, self.config, messages, generation_prompt=True)
+        return apply_template(self.tokenizer, self.config, messages, generation_prompt=generation_prompt)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)  # the template contains them

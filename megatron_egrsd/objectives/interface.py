@@ -60,6 +60,7 @@ class Objective:
 
     # Class attributes or properties, no fields.
     needs_teacher = True  # run the teacher; what it reads must then be in the data
+    needs_rollouts = True  # False: nothing is sampled, the reference solutions are trained, one a prompt
     needs_contexts = False  # the teacher reads data.teacher_context "contrast", a right rollout and wrong ones
     needs_student = False  # `prepare` sees the student's scores; costs one more forward pass a step
     divergence: ClassVar[DivergenceForm | None] = None  # from the teacher, at every token; needs `needs_teacher`

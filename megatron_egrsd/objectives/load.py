@@ -47,6 +47,11 @@ def needs_teacher(config: "ObjectiveConfig") -> bool:
     return load_objective(config).needs_teacher
 
 
+def needs_rollouts(config: "ObjectiveConfig") -> bool:
+    """Return whether responses are sampled, and not the reference solutions trained. Raises as `load_objective`."""
+    return load_objective(config).needs_rollouts
+
+
 def needs_teacher_prompts(config: "Config") -> bool:
     """Return whether every problem needs a prompt for the teacher; one that reads rollouts gets it after sampling."""
     return needs_teacher(config.objective) and not config.data.reads_siblings

@@ -47,6 +47,13 @@ _PRESETS = {
         "teacher.snapshot_every": 50,
         "data.teacher_context": "concise",
     },
+    # The baseline of the paper; cross-entropy is at temperature 1, whatever samples.
+    "sft": _PAPER
+    | {
+        "objective.function": "megatron_egrsd.objectives.sft:SFT",
+        "objective.length_bonus": 0.0,
+        "objective.score_temperature": 1.0,
+    },
     # arXiv 2606.11709, with the settings of its authors' code.
     "rlcsd": _PAPER
     | _GROUPS

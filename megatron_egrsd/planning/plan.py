@@ -25,7 +25,7 @@ from megatron_egrsd.hf.adapters import adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.checkpoint import HFCheckpoint, holds_weights
 from megatron_egrsd.objectives import Objective
-from megatron_egrsd.objectives.load import load_objective, needs_teacher
+from megatron_egrsd.objectives.load import load_objective, needs_rollouts, needs_teacher
 from megatron_egrsd.planning.memory import SERVER_SHARE, HeldTeacher, Placement, RankMemory, rank_memory
 from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.rollout.ports import choose_ports
@@ -81,7 +81,9 @@ def resolve(
     longest = _add_batch(plan, config, arch, prompts, heldout, ranks)
     if config.debug != "rollout-only":
         _add_memory(plan, config, arch, ranks, longest, gpu_memory)
-    if config.debug != "train-only":
+    if not needs_rollouts(config.objective):
+        plan.add("rollouts", "none: the reference solutions are trained, and no server starts")
+    elif config.debug != "train-only":
         _add_servers(plan, config, arch, prompts, gpu_memory)
     _add_disk(plan, config, arch)
     return plan

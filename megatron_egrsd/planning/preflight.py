@@ -9,10 +9,11 @@ from megatron_egrsd.config import Config, WandbConfig
 from megatron_egrsd.data.prompt_builder import prompt_builder
 from megatron_egrsd.data.prompts import load_prompts
 from megatron_egrsd.data.samples import Prompt
+from megatron_egrsd.data.solutions import Solutions
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.adapter_file import AdapterFile, configured_spec
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.objectives.load import check_objective, load_objective, needs_teacher_prompts
+from megatron_egrsd.objectives.load import check_objective, load_objective, needs_rollouts, needs_teacher_prompts
 from megatron_egrsd.rewards.reward import load_reward
 from megatron_egrsd.rollout.server_command import check_served
 from megatron_egrsd.system import torchrun
@@ -36,6 +37,7 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
     config.check_world(ranks or torchrun.world_size())
     check_objective(config.objective)
     _check_contexts(config)
+    _check_solutions(config)
     _check_wandb(config.logging.wandb)
     output, model = Path(config.output), Path(config.model.path)
     check_writable(output, "output")
@@ -50,7 +52,9 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
         raise BadArgument(f"replay is {config.replay}, which does not exist; give a file or directory of rollouts")
     load_reward(config.data.reward)
     builder = prompt_builder(config)
-    train = load_prompts(config.data.train, builder, privileged=needs_teacher_prompts(config))
+    solutions = None if needs_rollouts(config.objective) else Solutions(builder, config)
+    privileged = needs_teacher_prompts(config)
+    train = load_prompts(config.data.train, builder, privileged=privileged, solutions=solutions)
     heldout = load_prompts(config.data.evaluation, builder, privileged=False) if config.data.evaluation else []
     return train, heldout, builder.tokenizer
 
@@ -61,6 +65,19 @@ def _check_contexts(config: Config) -> None:
         raise BadArgument(
             "the objective compares the teacher after a right rollout with the teacher after wrong ones, but "
             f'data.teacher_context is "{config.data.teacher_context}"; set it to contrast'
+        )
+
+
+def _check_solutions(config: Config) -> None:
+    """Raise BadArgument if solutions are to be trained, of which a problem has one, and something would be sampled."""
+    if needs_rollouts(config.objective):
+        return
+    if config.debug == "rollout-only":
+        raise BadArgument("the objective trains reference solutions, so debug rollout-only has nothing to sample")
+    if config.rollout.rollouts_per_prompt != 1:
+        raise BadArgument(
+            "the objective trains the reference solution of each problem, so rollout.rollouts_per_prompt must be 1, "
+            f"and is {config.rollout.rollouts_per_prompt}"
         )
 
 

@@ -10,6 +10,7 @@ NAMES = {
     "grpo": "GRPO",
     "rlsd": "RLSD",
     "rlcsd": "RLCSD",
+    "sft": "SFT",
     "gate_off": "EGRSD without gate",
     "egrsd": "EGRSD",
     "cl_egrsd": "CL-EGRSD",

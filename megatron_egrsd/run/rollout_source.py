@@ -1,4 +1,4 @@
-"""The source of a step's rollouts: SGLang servers, or the dumps of another run (`debug: train-only`)."""
+"""The source of a step's rollouts: SGLang servers, the dumps of another run (`debug: train-only`), or solutions."""
 
 import contextlib
 import itertools
@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from megatron_egrsd.config import Config
-from megatron_egrsd.data.problems import Place
+from megatron_egrsd.data.problems import Place, problem_indices
+from megatron_egrsd.data.prompt_builder import prompt_builder
 from megatron_egrsd.data.samples import Prompt, Rollout, load_rollouts
+from megatron_egrsd.data.solutions import Solutions
 from megatron_egrsd.data.stopping import stop_token_ids
 from megatron_egrsd.engine.distributed import on_first_rank
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.fleet.colocation import Colocated, Placement, Separate
 from megatron_egrsd.fleet.fleet import Fleet
-from megatron_egrsd.objectives.load import load_objective, needs_teacher
+from megatron_egrsd.objectives.load import load_objective, needs_rollouts, needs_teacher
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import ServersLost, retry_lost
 from megatron_egrsd.run.preemption import Preemption
@@ -160,13 +162,44 @@ class LiveRollouts:
         retry_lost(send, recover)
 
 
-class ReplayedRollouts:
+class _WithoutServers:
+    """What a source has in place of servers: nothing to evaluate with, and nobody who takes weights."""
+
+    def __init__(self) -> None:
+        self.placement: Placement = Separate(None)
+        self.restarts = 0
+
+    def evaluation(self, prompts: list[Prompt], step: int) -> list[Rollout]:
+        return []
+
+    def push_weights(self, version: int, watch: Stopwatch) -> None:
+        watch.seconds["time/sync"] = 0.0
+
+
+class SolutionRollouts(_WithoutServers):
+    """Reference solutions in place of rollouts, in the order of the problems. The problems begin at `begin`."""
+
+    def __init__(self, config: Config, engine: Engine, begin: Place):
+        super().__init__()
+        self.config, self.begin = config, begin
+        self.solutions = Solutions(prompt_builder(config), config)
+        if engine.is_first_rank:
+            left_out = "; held-out problems are not evaluated" if config.data.evaluation else ""
+            print(f"rollouts: none, the reference solutions are trained, without SGLang{left_out}", flush=True)
+
+    def batch(self, prompts: list[Prompt], step: int) -> Batch:
+        size, seed = self.config.rollout.prompts_per_step, self.config.seed
+        chosen = problem_indices(len(prompts), self.begin.after(step, size), size, seed)
+        rollouts = [self.solutions.rollout(prompts[i], group, step) for group, i in enumerate(chosen)]
+        return Batch(rollouts, 0)
+
+
+class ReplayedRollouts(_WithoutServers):
     """Rollouts of `config.replay`: one file for every step, or a directory with a file for each. No SGLang runs."""
 
     def __init__(self, config: Config, engine: Engine):
+        super().__init__()
         self.config, self.vocab_size = config, engine.arch.vocab_size
-        self.placement: Placement = Separate(None)
-        self.restarts = 0
         if engine.is_first_rank:
             print(f"rollouts: replayed from {config.replay}, without SGLang", flush=True)
 
@@ -177,11 +210,15 @@ class ReplayedRollouts:
         rollouts = on_first_rank(lambda: load_replay(path, self.config, self.vocab_size, privileged=privileged))
         return Batch(rollouts, len(rollouts))
 
-    def evaluation(self, prompts: list[Prompt], step: int) -> list[Rollout]:
-        return []
 
-    def push_weights(self, version: int, watch: Stopwatch) -> None:
-        watch.seconds["time/sync"] = 0.0  # no server takes them
+def rollout_source(config: Config, engine: Engine, tokenizer, preemption: Preemption, seed: int, begin: Place,
+                   stack: contextlib.ExitStack) -> RolloutSource:  # fmt: skip
+    """Make the source that `config` names; `LiveRollouts` has the arguments."""
+    if config.debug == "train-only":
+        return ReplayedRollouts(config, engine)
+    if not needs_rollouts(config.objective):
+        return SolutionRollouts(config, engine, begin)
+    return LiveRollouts(config, engine, tokenizer, preemption, seed, begin, stack)
 
 
 def load_replay(path: Path, config: Config, vocab_size: int, *, privileged: bool) -> list[Rollout]:

@@ -25,7 +25,7 @@ from megatron_egrsd.run.health import Health
 from megatron_egrsd.run.log import RunLog
 from megatron_egrsd.run.preemption import Preemption
 from megatron_egrsd.run.resuming import load, notes_after
-from megatron_egrsd.run.rollout_source import LiveRollouts, ReplayedRollouts, RolloutSource
+from megatron_egrsd.run.rollout_source import RolloutSource, rollout_source
 from megatron_egrsd.run.run_directory import RunDirectory
 from megatron_egrsd.run.stopwatch import Stopwatch
 from megatron_egrsd.run.throughput import known_peak, throughput
@@ -70,11 +70,7 @@ class Session:
         stack.callback(self.checkpoints.end)  # while the directory is locked
         # Another seed after every resume: the run samples on, and not what it has sampled before.
         seed = (config.seed + 1_000_003 * resumed_step) % 2**31
-        self.rollouts: RolloutSource = (
-            ReplayedRollouts(config, engine)
-            if config.debug == "train-only"
-            else LiveRollouts(config, engine, tokenizer, preemption, seed, self.begin, stack)
-        )
+        self.rollouts: RolloutSource = rollout_source(config, engine, tokenizer, preemption, seed, self.begin, stack)
         on_first_rank(self._open_log)
 
     def _open_log(self) -> None:

@@ -39,6 +39,8 @@ PRESETS = {
     | {"objective.length_bonus": 0.0, "objective.loss_normalization": "seq_mean",
        "objective.options": {"kind": "reverse_kl"}, "teacher.weights": "snapshot", "teacher.snapshot_every": 50,
        "data.teacher_context": "concise"},
+    "sft": PAPER
+    | {"objective.length_bonus": 0.0, "objective.loss_normalization": "token_mean", "objective.score_temperature": 1.0},
     "rlcsd": GROUPS
     | {"objective.mix": 0.0, "objective.clip_high": 0.2, "objective.importance_cap": 2.0, "teacher.weights": "snapshot",
        "teacher.snapshot_every": 10, "data.teacher_context": "contrast"},
@@ -202,7 +204,7 @@ def test_a_preset_sets_what_makes_it_one_and_any_key_beside_it_overrides_it(name
     config = parse_config(BASE + preset)
     assert {key: value(config, key) for key in PRESETS[name]} == PRESETS[name]
     assert config.objective == preset_objective(name)
-    assert needs_teacher(config.objective) == (name != "grpo")
+    assert needs_teacher(config.objective) == (name not in ("grpo", "sft"))
 
     overrides = {"objective.mix": 0.25, "objective.ratio_clip": 0.1, "objective.length_bonus": 0.125,
                  "objective.importance_cap": None, "rollout.rollouts_per_prompt": 3,

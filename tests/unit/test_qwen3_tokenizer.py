@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_egrsd.config import DataConfig
+from megatron_egrsd.config import Config, DataConfig, ModelConfig
 from megatron_egrsd.data.contexts import fill
 from megatron_egrsd.data.packing import Sequence, pack
 from megatron_egrsd.data.problems import load_problems
 from megatron_egrsd.data.prompt_builder import PromptBuilder
 from megatron_egrsd.data.samples import Problem
+from megatron_egrsd.data.solutions import Solutions
+from megatron_egrsd.errors import BadArgument
 from tests.qwen3_tokenizer import qwen3_tokenizer
 
 pytestmark = pytest.mark.heavy
@@ -176,3 +178,21 @@ def test_ready_made_turns(tokenizer, thinking, tmp_path):
     )
     assert one == f"<|im_start|>user\n2+3? A friend says {{answer}}.<|im_end|>\n{header(thinking)}"
     assert two.count("<|im_start|>") == 4 and two.endswith(header(thinking))
+
+
+@each_thinking
+@pytest.mark.parametrize("solution", [PROBLEM.solution, f"<think>\nCancel.\n</think>\n\n{PROBLEM.solution}"])
+def test_prompt_and_solution_are_the_conversation_as_the_template_writes_it(solution, thinking, tokenizer):
+    """With thinking off the prompt has an empty block, so a solution with thinking of its own is refused."""
+    data, problem = DataConfig(train="-", enable_thinking=thinking), replace(PROBLEM, solution=solution)
+    make = builder(tokenizer, data)
+    prompt, solutions = make.build(problem, privileged=False), Solutions(make, Config(ModelConfig("-"), data))
+    if "<think>" in solution and not thinking:
+        with pytest.raises(BadArgument, match=r"another prompt .* change data\.enable_thinking"):
+            solutions.response_ids(problem)
+        return
+    ids = solutions.response_ids(problem)
+    turns = [{"role": "user", "content": problem.problem}, {"role": "assistant", "content": solution}]
+    whole = tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=thinking)
+    assert tokenizer.decode(prompt.student_ids + ids) == whole.rstrip("\n") and ids[-1] == IM_END
+    assert (THINK in ids) == thinking and ids.count(IM_END) == 1
