@@ -30,6 +30,7 @@ _OF_ANSWERS = ("bad answers", "slow answers")
 _OF_NETWORKS = ("cut network",)
 FAULTS = (*_OF_RUNS, *_OF_SERVERS, *_OF_ANSWERS, *_OF_NETWORKS)
 ON_THE_SECOND_HOST = f"{plants.__name__}:on_the_second_host"
+_REFUSED = "another run is writing"  # whichever of two runs comes second
 _ADDRESSES = ("10.79.0.1", "10.79.0.2")
 
 # What a start that suffers a fault may end with. Ranks that lose another one end with 1, and so does their torchrun; a
@@ -38,7 +39,8 @@ _STATUSES = {
     "kill": {0, 1, -signal.SIGKILL}, "kill all": {0, -signal.SIGKILL}, "freeze": {0, 1},
     "SIGTERM": {0, 1, -signal.SIGTERM}, "SIGINT": {0, 1, 130, -signal.SIGINT}, "full disk": {0, 1},
     "flipped byte": {0, -signal.SIGKILL},
-    "file handles": {0, 1, 2}, "clock jump": {0}, "second run": {0}, "kill server": {0, 1}, "freeze server": {0, 1},
+    "file handles": {0, 1, 2}, "clock jump": {0}, "second run": {0, 1, 2}, "kill server": {0, 1},
+    "freeze server": {0, 1},
     "bad answers": {0}, "slow answers": {0}, "cut network": {0, 1},
 }  # fmt: skip
 
@@ -81,6 +83,8 @@ class Strike:
             self._strike(run)
             status = self.start.ended(run, _STATUSES[self.fault])
             self.trial.seconds = time.monotonic() - began
+            if status and self.fault == "second run" and _REFUSED not in run.text():
+                raise Failure(f"status {status} of a run that no other one kept from its output:\n{run.text()}")
         self._check_checkpoints()
         self.killed = status < 0 or "SIGKILL) received" in run.text() or self.fault in _OF_SERVERS
         carried_on = status == 0 and "resumable" not in run.text()
@@ -162,7 +166,7 @@ class Strike:
         with self.start("second") as second:
             status = self.start.ended(second, {0, 1, 2})
             # torchrun makes 1 of every status.
-            if run.process.poll() is None and (status == 0 or "another run is writing" not in second.text()):
+            if run.process.poll() is None and (status == 0 or _REFUSED not in second.text()):
                 raise Failure(f"a second run on the same output ended with {status}:\n{second.text()}")
 
     def _check_checkpoints(self) -> None:
