@@ -171,7 +171,8 @@ class Soak:
             if left := {name for name in left if name not in known or name.startswith("megatron-egrsd-")}:
                 raise Failure(f"temporary files are left: {sorted(left)[:3]}")
             if not wait_until(lambda: not abandoned(shared_memory() - memory), 10):
-                raise Failure(f"shared memory is left: {sorted(shared_memory() - memory)[:3]}")
+                logs = "\n".join(log.read_text(errors="replace")[-1500:] for log in sorted(place.glob("*.log")))
+                raise Failure(f"shared memory is left: {sorted(shared_memory() - memory)[:3]}\n{logs}")
         shutil.rmtree(place)
 
     def _reference(self, name: str) -> tuple[Path, float]:
