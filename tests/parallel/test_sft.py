@@ -86,7 +86,9 @@ def assert_run(output, metrics, model, expected):  # noqa: F811
     assert_weights(load_file(output / "hf" / "model.safetensors"), load_file(model / "model.safetensors"), weights)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(x, marks=pytest.mark.slow if x in ("PP2", "DP2") else ()) for x in LAYOUTS]
+)
 def test_three_steps(layout, model, expected, tmp_path):  # noqa: F811
     metrics = run(model, tmp_path / "run", *LAYOUTS[layout])
     assert_run(tmp_path / "run", metrics, model, expected)
