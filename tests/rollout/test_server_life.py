@@ -58,7 +58,7 @@ def test_ctrl_c_during_the_start_leaves_nothing(trainer):
     assert wait_until(lambda: not processes_of_group(group), 5), processes_of_group(group)
 
 
-@pytest.mark.parametrize("moment", ["healthy", "starting"])
+@pytest.mark.parametrize("moment", ["starting", pytest.param("healthy", marks=pytest.mark.slow)])
 def test_sigkill_of_the_trainer_leaves_nothing(moment, request):
     before = shared_memory()
     process, group = request.getfixturevalue("trainer")
