@@ -54,7 +54,7 @@ class ToMegatron:
         return _plan(self, f"torch_dist in {RELEASE}/, config and tokenizer in {SIDECAR}/")
 
     def run(self, advance: Advance = lambda nbytes: None) -> None:
-        """Convert. Raises RunError if the disk is full, and leaves nothing at `target` then; BadArgument for a rope."""
+        """Convert, or leave nothing: BadArgument if Megatron-LM cannot say the rope, RunError if the disk is full."""
         arch, checkpoint = self.architecture, self.checkpoint
         checkpoint.check_tied_head()
         shapes, parts, common = hf_shapes(arch), [], common_state(arch, self.dtype)

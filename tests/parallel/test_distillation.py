@@ -63,12 +63,21 @@ def assert_weights(after, before, expected):
         assert (after[name].double() - expected[name]).norm() < 1e-4 * moved + rounding, name
 
 
+def assert_model(output, model, expected):  # noqa: F811
+    before, after = (load_file(path / "model.safetensors") for path in (model, output / "hf"))
+    assert_weights(after, before, expected)
+
+
+def assert_adapter(output, adapter, expected):  # noqa: F811
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, output / "adapter"))
+    assert_weights(after, before, expected)
+
+
 def assert_run(output, metrics, model, expected):  # noqa: F811
     steps, weights = expected[False]
     assert_steps(metrics, steps)
     assert all(m["weight/abs_mean"] == 0 and m["batch/degenerate_share"] == 0 for m in metrics)
-    before, after = load_file(model / "model.safetensors"), load_file(output / "hf" / "model.safetensors")
-    assert_weights(after, before, weights)
+    assert_model(output, model, weights)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -95,9 +104,7 @@ def test_three_steps_of_opsd_with_adapters(layout, model, batches, adapter, expe
     metrics = run(model, batches, tmp_path / "run", LAYOUTS[layout], lora=lora)
     steps, tensors = expected[True]
     assert_steps(metrics, steps)
-    before = load_file(adapter / "adapter_model.safetensors")
-    after = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    assert_weights(after, before, tensors)
+    assert_adapter(tmp_path / "run", adapter, tensors)
 
 
 @pytest.mark.parametrize("layout", ["TP2 SP", pytest.param("PP2", marks=pytest.mark.slow)])

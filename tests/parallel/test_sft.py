@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_egrsd.config_reader import parse_config
@@ -14,7 +13,7 @@ from megatron_egrsd.report.scored_dump import load_scores
 from megatron_egrsd.report.token_page import render
 from tests.parallel.test_algorithm1 import STEPS, TOKENIZER, model  # noqa: F401 (a fixture)
 from tests.parallel.test_algorithm1 import _train_on_rank as train_on_rank
-from tests.parallel.test_distillation import LAYOUTS, SETTINGS, assert_weights
+from tests.parallel.test_distillation import LAYOUTS, SETTINGS, assert_adapter, assert_model
 from tests.parallel.test_lora import adapter  # noqa: F401 (a fixture)
 from tests.ranks import run_ranks
 
@@ -83,7 +82,7 @@ def assert_steps(metrics, steps):
 def assert_run(output, metrics, model, expected):  # noqa: F811
     steps, weights = expected[None]
     assert_steps(metrics, steps)
-    assert_weights(load_file(output / "hf" / "model.safetensors"), load_file(model / "model.safetensors"), weights)
+    assert_model(output, model, weights)
 
 
 @pytest.mark.parametrize(
@@ -115,5 +114,4 @@ def test_three_steps_with_adapters(layout, model, adapter, expected, tmp_path): 
     metrics = run(model, output, *LAYOUTS[layout], "--lora.init", str(adapter), "--lora.export", "adapter")
     steps, tensors = expected[adapter]
     assert_steps(metrics, steps)
-    after, before = (load_file(path / "adapter_model.safetensors") for path in (output / "adapter", adapter))
-    assert_weights(after, before, tensors)
+    assert_adapter(output, adapter, tensors)
