@@ -20,6 +20,17 @@ def run(command: list[str], threads: int, name: str) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {name} failed: {last}")
 
 
+def reason_in(log: Path, start: int = 0) -> str:
+    """Return why a process has failed, "" if its log does not say: the program's own last error, else the last line.
+
+    The process began to write at byte `start` of the log.
+    """
+    text = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith("megatron-egrsd: error:")]
+    return (own or lines or [""])[-1]
+
+
 def metrics(path: Path) -> list[dict]:
     """The rows of the metrics.jsonl of the run at `path`."""
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

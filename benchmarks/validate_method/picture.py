@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.validate_method.paired import difference
+from benchmarks.paired import difference
 from benchmarks.validate_method.plan import TITLES
 from megatron_egrsd.report.figures import COLOURS
 from megatron_egrsd.system.files import atomic

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import table
-from benchmarks.validate_method.paired import Difference, difference, holm
+from benchmarks.paired import Difference, difference, holm
 from benchmarks.validate_method.plan import HYPOTHESES, MARGIN, Hypothesis, settings
 from benchmarks.validate_method.run import is_complete, path_of
 from megatron_egrsd.errors import BadArgument, RunError

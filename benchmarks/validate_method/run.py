@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.runs import reason_in
 from benchmarks.validate_method.plan import CONFIG, STEPS, Setting, settings
 from megatron_egrsd.config import Config
 from megatron_egrsd.config_reader import parse_config
@@ -113,8 +114,7 @@ def _train(setting: Setting, seed: int, path: Path, urls: list[str], stop: threa
         process.kill()
         process.join()
         return f"not done after {_TIMEOUT} s"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return "" if process.exitcode == 0 and is_complete(path) else (lines[-1] if lines else "no output")
+    return "" if process.exitcode == 0 and is_complete(path) else (reason_in(log) or "no output")
 
 
 def _command(words: list[str], log: Path) -> None:

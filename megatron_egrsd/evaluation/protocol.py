@@ -1,4 +1,4 @@
-"""The evaluation protocol of the EGRSD paper and its published results (arXiv 2605.13255, tables 2, 3, 5 and A3).
+"""The evaluation protocol of the EGRSD paper and its published results (arXiv 2605.13255, tables 2, 3, 5 and A4).
 
 Six sets, avg@4 at T 1.0 and top-p 0.95 with up to 32,768 new tokens, thinking on; AIME24 is the mean of five runs.
 Avg and AvgLen are means over the sets, Eff is Avg / (AvgLen / 1000). Each set counts the same in AvgLen (ours: over all
@@ -40,6 +40,14 @@ PUBLISHED: dict[str, dict[str, tuple[list[float], int | None]]] = {
         "CRISP": ([76.04, 67.29, 42.92, 86.93, 34.47, 94.57], None),
         "EGRSD": ([76.67, 70.00, 45.42, 87.20, 35.48, 94.61], 11_836),
         "CL-EGRSD": ([77.22, 70.00, 52.50, 86.95, 34.83, 94.43], 12_232),
+    },
+    "AceReason-Nemotron-7B": {
+        "untrained": ([65.56, 49.17, 37.50, 87.00, 33.09, 91.49], 8_382),
+        "SFT": ([68.06, 49.17, 30.00, 86.35, 32.35, 91.64], 8_360),
+        "GRPO": ([67.50, 50.83, 34.17, 86.85, 32.31, 91.49], 8_218),
+        "OPSD": ([67.78, 49.17, 35.83, 86.15, 32.35, 89.48], 8_259),
+        "CRISP": ([67.78, 49.17, 35.83, 86.70, 33.09, 91.94], 7_908),
+        "CL-EGRSD": ([67.22, 52.50, 35.83, 86.90, 32.35, 93.91], 7_943),
     },
 }
 

@@ -47,7 +47,7 @@ def summarize(samples: list[Sample], seed: int = 0) -> dict[str, Estimate]:
     """
     groups = by_problem(samples)
     k = min(map(len, groups))
-    resamples = _resamples(len(groups), seed)
+    resamples = resamples_of(len(groups), seed)
 
     def ratio(numerators: Iterable[float], denominators: Iterable[float]) -> Estimate:
         return _ratio(np.fromiter(numerators, float), np.fromiter(denominators, float), resamples)
@@ -84,7 +84,7 @@ def summarize(samples: list[Sample], seed: int = 0) -> dict[str, Estimate]:
 def accuracy(samples: list[Sample], seed: int = 0) -> Estimate:
     """Compute avg@k: the mean over the problems of the share of right samples."""
     shares = np.array([sum(s.right for s in g) / len(g) for g in by_problem(samples)])
-    return _ratio(shares, np.ones(len(shares)), _resamples(len(shares), seed))
+    return _ratio(shares, np.ones(len(shares)), resamples_of(len(shares), seed))
 
 
 def by_problem(samples: list[Sample]) -> list[list[Sample]]:
@@ -118,7 +118,7 @@ def percentile_95(values: Sequence[float]) -> float:
     return float(np.percentile(values, 95, method="nearest"))
 
 
-def _resamples(problems: int, seed: int) -> np.ndarray | None:
+def resamples_of(problems: int, seed: int) -> np.ndarray | None:
     """Count how often each resample draws each problem: [RESAMPLES, problems] fp32, or None for one problem."""
     if problems < 2:
         return None

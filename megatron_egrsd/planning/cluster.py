@@ -120,25 +120,34 @@ def best_in_turns(
 def _choices(
     arch: Architecture, machine: Machine, serving: int, training: int, batch: Batch, lora: AdapterSpec | None = None
 ) -> Iterator[Choice]:
-    if (served := _generate(arch, machine, serving, batch)) is None:
+    if (served := sampling(arch, machine, serving, batch)) is None:
         return
-    students = [batch.student_prompt + n for n in batch.responses]
-    teachers = [batch.teacher_prompt + n for n in batch.responses]
-    response_rows = sum(batch.responses)
-    for parallel in _layouts(arch, machine, training, len(students), max(teachers)):
+    longest = batch.teacher_prompt + max(batch.responses)
+    for parallel in _layouts(arch, machine, training, len(batch.responses), longest):
         memory = _memory(arch, parallel, training, lora)
         if memory.total > TRAINER_SHARE * machine.memory:
             continue
-        score = pass_seconds(machine, arch, parallel, training, teachers, response_rows, train=False, lora=lora)
-        train = pass_seconds(machine, arch, parallel, training, students, response_rows, train=True, lora=lora)
-        own = _trained(arch, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline,
-                       tuple(parallel.pipeline_layout), parallel.expert, lora)  # fmt: skip
-        train += update_seconds(machine, parallel, training, own)
-        sync = sync_seconds(machine, arch, parallel, SyncConfig().bucket_mib << 20, lora)
-        yield Choice(serving, served[1], training, parallel, memory.total, memory.kept, served[0], score, train, sync)
+        phases = learning(arch, machine, training, parallel, batch, lora)
+        yield Choice(serving, served[1], training, parallel, memory.total, memory.kept, served[0], *phases)
 
 
-def _generate(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> tuple[float, int] | None:
+def learning(
+    arch: Architecture, machine: Machine, training: int, parallel: ParallelConfig, batch: Batch,
+    lora: AdapterSpec | None = None,
+) -> tuple[float, float, float]:  # fmt: skip
+    """Seconds of scoring, training and weight sync of a step on `training` GPUs."""
+    students = [batch.student_prompt + n for n in batch.responses]
+    teachers = [batch.teacher_prompt + n for n in batch.responses]
+    response_rows = sum(batch.responses)
+    score = pass_seconds(machine, arch, parallel, training, teachers, response_rows, train=False, lora=lora)
+    train = pass_seconds(machine, arch, parallel, training, students, response_rows, train=True, lora=lora)
+    own = _trained(arch, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline,
+                   tuple(parallel.pipeline_layout), parallel.expert, lora)  # fmt: skip
+    train += update_seconds(machine, parallel, training, own)
+    return score, train, sync_seconds(machine, arch, parallel, SyncConfig().bucket_mib << 20, lora)
+
+
+def sampling(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> tuple[float, int] | None:
     """(seconds, TP of a server) of sampling on `gpus`: the fastest TP whose KV cache holds a longest response."""
     cache = arch.kv_cache_bytes(2)
     found = []

@@ -16,9 +16,9 @@ from megatron_egrsd.system.files import atomic
 # The palette of Okabe and Ito without its yellow and black: distinguishable with every colour vision.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 _STYLES = ["-", "--", ":"]  # for more runs than colours
-_INK, _GREY, _FRAME, _GRID, _PALE = "#1d2125", "#5a6068", "#b0b4b8", "#e4e6e8", "#9db8cc"
+INK, GREY, _FRAME, _GRID, _PALE = "#1d2125", "#5a6068", "#b0b4b8", "#e4e6e8", "#9db8cc"
 # In the page these become the page's own light, dark and paper colours.
-_VARIABLES = {_INK: "var(--ink)", _GREY: "var(--muted)", _FRAME: "var(--line)", _GRID: "var(--line)"}
+_VARIABLES = {INK: "var(--ink)", GREY: "var(--muted)", _FRAME: "var(--line)", _GRID: "var(--line)"}
 
 _PHASES = [
     ("time/generate", "generate"),
@@ -30,10 +30,10 @@ _PHASES = [
 
 def frontier(runs: list[Run]) -> Figure:
     """Draw accuracy against mean response length, one point per evaluation, and both over the steps; 95 % bands."""
-    figure = _figure(10, 5)
+    figure = canvas(10, 5)
     grid = figure.add_gridspec(2, 2, width_ratios=[1.9, 1])
-    main = _axes(figure, grid[:, 0])
-    accuracy, length = _axes(figure, grid[0, 1]), _axes(figure, grid[1, 1])
+    main = axes_on(figure, grid[:, 0])
+    accuracy, length = axes_on(figure, grid[0, 1]), axes_on(figure, grid[1, 1])
     for i, run in enumerate(runs):
         points = drawable(run.evaluations)
         if not points:
@@ -52,12 +52,12 @@ def frontier(runs: list[Run]) -> Figure:
         other = COLOURS[1] if len(runs) == 1 else colour
         for axes, values, line in ((accuracy, y, colour), (length, x, other)):
             axes.plot(steps, values, **(_line(i) | {"color": line}), marker="o", markersize=4, clip_on=False)
-    _titles(main, "Accuracy against response length, by training step", size=12)
+    entitle(main, "Accuracy against response length, by training step", size=12)
     main.margins(0.1, 0.18)
     main.set_xlabel("mean response length (tokens)     \N{LEFTWARDS ARROW} shorter is better")
     main.set_ylabel("held-out accuracy     higher is better \N{RIGHTWARDS ARROW}")
-    _titles(accuracy, "accuracy")
-    _titles(length, "mean length (tokens)")
+    entitle(accuracy, "accuracy")
+    entitle(length, "mean length (tokens)")
     accuracy.set_ylim(0, 1)
     length.set_ylim(bottom=0)
     for axes in (accuracy, length):
@@ -71,7 +71,7 @@ def frontier(runs: list[Run]) -> Figure:
 def _one_frontier(axes, steps: list[float], x: list[float], y: list[float]) -> None:
     axes.plot(x, y, color=_PALE, linewidth=1.5, zorder=1)
     axes.scatter(x[1:-1], y[1:-1], s=42, color=COLOURS[0], edgecolor="white", linewidth=1, zorder=2)
-    ends = {0: ("start", "s", _GREY), len(x) - 1: ("end", "*", COLOURS[1])}
+    ends = {0: ("start", "s", GREY), len(x) - 1: ("end", "*", COLOURS[1])}
     for i, (name, marker, colour) in ends.items():
         size = 380 if marker == "*" else 110
         axes.scatter(x[i], y[i], s=size, marker=marker, color=colour, edgecolor="white", linewidth=1.2, zorder=3)
@@ -92,7 +92,7 @@ def _one_frontier(axes, steps: list[float], x: list[float], y: list[float]) -> N
         )
     for i in _labelled(x, y):
         offset = {"xytext": (6, 3), "textcoords": "offset points"}
-        axes.annotate(f"{steps[i]:.0f}", (x[i], y[i]), **offset, fontsize=8, color=_GREY)
+        axes.annotate(f"{steps[i]:.0f}", (x[i], y[i]), **offset, fontsize=8, color=GREY)
 
 
 def _labelled(x: list[float], y: list[float]) -> list[int]:
@@ -119,11 +119,11 @@ def curves(runs: list[Run], panels: list[tuple[str, str]]) -> Figure | None:
     if not panels:
         return None
     rows = -(-len(panels) // 3)
-    figure = _figure(10, 2.3 * rows + 0.35)
+    figure = canvas(10, 2.3 * rows + 0.35)
     grid = figure.add_gridspec(rows, 3)
     for n, (key, name) in enumerate(panels):
-        axes = _axes(figure, grid[n // 3, n % 3])
-        _titles(axes, name)
+        axes = axes_on(figure, grid[n // 3, n % 3])
+        entitle(axes, name)
         for i, run in enumerate(runs):
             steps, values = _series(run, key)
             window = max(1, len(values) // 25)
@@ -160,9 +160,9 @@ def time_spent(runs: list[Run]) -> Figure | None:
     columns = min(3, len(timed))
     rows = -(-len(timed) // columns)
     bars = 0.4 * len(timed) + 0.5
-    figure = _figure(10, bars + 2.1 * rows + 0.7)
+    figure = canvas(10, bars + 2.1 * rows + 0.7)
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[bars, *[2.1] * rows])
-    top, shared = _axes(figure, grid[0, :]), None
+    top, shared = axes_on(figure, grid[0, :]), None
     colours = [*COLOURS[:4], _FRAME]
     for n, (run, parts) in enumerate(timed):
         start = 0.0
@@ -172,18 +172,18 @@ def time_spent(runs: list[Run]) -> Figure | None:
             if mean > 0.06 * max(sum(p.mean() for p in other.values()) for _, other in timed):
                 top.text(start + mean / 2, n, f"{mean:.3g} s", ha="center", va="center", color="white", fontsize=8)
             start += mean
-        axes = shared = _axes(figure, grid[1 + n // columns, n % columns], sharey=shared)
+        axes = shared = axes_on(figure, grid[1 + n // columns, n % columns], sharey=shared)
         axes.stackplot([s["step"] for s in run.steps], *parts.values(), colors=colours, linewidth=0)
-        _titles(axes, run.name)
+        entitle(axes, run.name)
         axes.set_xlabel("training step")
         axes.margins(x=0)
         if n % columns == 0:
-            axes.set_ylabel("seconds", color=_GREY)
+            axes.set_ylabel("seconds", color=GREY)
     top.set_yticks(range(len(timed)), [run.name for run, _ in timed])
     top.invert_yaxis()
     top.grid(False, axis="y")
     top.set_xlabel("seconds of the mean step")
-    figure.legend(loc="outside upper left", ncols=5, frameon=False, fontsize=9, labelcolor=_INK)
+    figure.legend(loc="outside upper left", ncols=5, frameon=False, fontsize=9, labelcolor=INK)
     return figure
 
 
@@ -198,9 +198,9 @@ def phases(run: Run) -> dict[str, np.ndarray]:
 
 def mechanism(gap: np.ndarray, weight: np.ndarray, share: dict[str, float], restored: dict[str, float]) -> Figure:
     """Draw the paper's Figure 4: gap and weight by entropy decile, [10] each; share and restored weight by regime."""
-    figure = _figure(10, 3.8)
+    figure = canvas(10, 3.8)
     grid = figure.add_gridspec(1, 2, width_ratios=[1.4, 1])
-    left, right = _axes(figure, grid[0, 0]), _axes(figure, grid[0, 1])
+    left, right = axes_on(figure, grid[0, 0]), axes_on(figure, grid[0, 1])
     deciles = np.arange(1, len(gap) + 1)
     left.bar(deciles, gap, color=_PALE, width=0.7)
     left.set_xlabel("decile of teacher entropy     sure \N{RIGHTWARDS ARROW} unsure")
@@ -211,45 +211,45 @@ def mechanism(gap: np.ndarray, weight: np.ndarray, share: dict[str, float], rest
     other.tick_params(colors=COLOURS[1], labelsize=9)
     other.spines[["top", "left", "bottom"]].set_visible(False)
     other.set_ylim(min(0.6, float(np.nanmin(weight)) - 0.05), max(1.05, float(np.nanmax(weight)) + 0.02))
-    _titles(left, "The gate closes where the teacher is unsure")
+    entitle(left, "The gate closes where the teacher is unsure")
     places = np.arange(len(share))
     bars = right.bar(places, [100 * v for v in share.values()], color=COLOURS[0], width=0.6)
     labels = [f"{100 * s:.1f} %\n+{r:.3f}" for s, r in zip(share.values(), restored.values(), strict=True)]
-    right.bar_label(bars, labels, fontsize=9, color=_GREY, padding=2)
+    right.bar_label(bars, labels, fontsize=9, color=GREY, padding=2)
     right.set_xticks(places, list(share))
     right.set_ylabel("share of tokens, %")
     right.margins(y=0.25)
-    _titles(right, "Token regimes, weight restored (+)")
+    entitle(right, "Token regimes, weight restored (+)")
     return figure
 
 
 # -- parts shared by all figures --------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float) -> Figure:
+def canvas(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.08, w_pad=0.06)  # type: ignore[call-arg]
     FigureCanvasAgg(figure)
     return figure
 
 
-def _axes(figure: Figure, cell, **options):
+def axes_on(figure: Figure, cell, **options):
     axes = figure.add_subplot(cell, **options)
     axes.grid(True, color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_FRAME)
-    axes.tick_params(colors=_GREY, labelsize=9)
-    axes.xaxis.label.set_color(_GREY)
-    axes.yaxis.label.set_color(_GREY)
+    axes.tick_params(colors=GREY, labelsize=9)
+    axes.xaxis.label.set_color(GREY)
+    axes.yaxis.label.set_color(GREY)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.locator_params(axis="x", nbins=6)
     axes.xaxis.get_major_locator().set_params(integer=True)
     return axes
 
 
-def _titles(axes, text: str, size: float = 10) -> None:
-    axes.set_title(text, loc="left", fontsize=size, color=_INK)
+def entitle(axes, text: str, size: float = 10) -> None:
+    axes.set_title(text, loc="left", fontsize=size, color=INK)
 
 
 def _line(i: int) -> dict:
@@ -262,7 +262,7 @@ def _legend(figure: Figure, runs: list[Run]) -> None:
         return
     lines = [matplotlib.lines.Line2D([], [], **_line(i), label=run.name) for i, run in enumerate(runs)]
     columns = min(len(runs), 4)
-    figure.legend(handles=lines, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=_INK)
+    figure.legend(handles=lines, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=INK)
 
 
 def save_png(figure: Figure, path: Path) -> None:

@@ -10,9 +10,9 @@ from markupsafe import Markup
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def template(name: str) -> jinja2.Template:
-    """Load a template of the package; every value is HTML-escaped unless it is Markup."""
-    loader = jinja2.FileSystemLoader(TEMPLATES)
+def template(name: str, directory: Path = TEMPLATES) -> jinja2.Template:
+    """Load a template of the package, or of `directory`; every value is HTML-escaped unless it is Markup."""
+    loader = jinja2.FileSystemLoader([directory, TEMPLATES])
     return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(name)
 
 

@@ -29,6 +29,7 @@ from megatron_egrsd.evaluation.table import deviations, paper_summary, paper_tab
 AVERAGES = {
     "Qwen3-4B": [65.59, 54.88, 65.90, 66.61, 65.35, 67.24, 67.14],
     "Qwen3-8B": [67.28, 66.99, 67.41, 67.51, 67.04, 68.23, 69.32],
+    "AceReason-Nemotron-7B": [60.63, 59.60, 60.52, 60.13, 60.75, 61.45],
 }
 ROWS = [
     (model, method, average)

@@ -20,7 +20,8 @@ from megatron_egrsd.objectives.load import check_objective, load_objective
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.validate_method import paired, plan, results  # noqa: E402
+from benchmarks import paired  # noqa: E402
+from benchmarks.validate_method import plan, results  # noqa: E402
 
 exact = st.integers(-1024, 1024).map(lambda n: n / 1024)  # sums have no rounding, so equal values compare equal
 
