@@ -5,6 +5,7 @@ so it goes straight into its rows of the result, and the transient memory (token
 Backward needs the logits once more. As many chunks as fit into a fixed budget are kept for it, the rest is recomputed.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ class _Plan(NamedTuple):
     reduce_hidden_grad: bool
     main_grad: bool
     entropy_grad: bool
+    observe: Callable[[torch.Tensor], None] | None
 
 
 def linear_token_statistics(
@@ -55,6 +57,7 @@ def linear_token_statistics(
     grad_dtype: torch.dtype | None = None,
     main_grad: bool = False,
     keep_bytes: int | None = None,
+    observe: Callable[[torch.Tensor], None] | None = None,
 ) -> TokenStatistics:
     """Compute `token_statistics(hidden @ weight.T, target)` without all logits: three results [...] fp32, nats.
 
@@ -77,6 +80,8 @@ def linear_token_statistics(
                        memory, which Megatron's hook ignores
     keep_bytes         logits kept from forward to backward, if a gradient is required; 0 keeps none. Default:
                        64 MiB (CPU), 1 GiB (CUDA). Each micro-batch in flight in a pipeline holds as much
+    observe            called in forward with each chunk of this rank's logits [tokens, columns], for what the results
+                       do not tell (their extremes, their norm). It must neither change nor keep them
     The other arguments and the errors are those of `token_statistics`.
     """
     check_operands(hidden, weight, chunk_size, logits_dtype, grad_dtype)
@@ -106,7 +111,7 @@ def linear_token_statistics(
     )
     plan = _Plan(
         chunk_size, kept_chunks, logits_dtype, grad_dtype or hidden.dtype, sequence_ranks > 1, reduce_hidden_grad,
-        main_grad, entropy_grad,
+        main_grad, entropy_grad, observe,
     )  # fmt: skip
     results = _LinearTokenStatistics.apply(hidden, weight, target_N, shard, temperature, plan)
     log_prob, entropy, log_normalizer = (x.view(target.shape) for x in results)
@@ -168,6 +173,8 @@ class _LinearTokenStatistics(torch.autograd.Function):
         part_N4 = None
         ctx.kept = _empty_chunks(hidden_ND, shard, plan)
         for columns, logits_NC in _logit_chunks(hidden_ND, weight_VD, shard, plan, ctx.kept):
+            if plan.observe is not None:
+                plan.observe(logits_NC)
             chunk_N4 = ops.statistics(logits_NC, target_N, shard.slice(columns.start, columns.stop), temperature)
             part_N4 = chunk_N4 if part_N4 is None else ops.combine(torch.stack([part_N4, chunk_N4]))[0]
         statistics_N4, log_prob_N, entropy_N, log_normalizer_N = ops.combine(gather_parts(part_N4, shard))

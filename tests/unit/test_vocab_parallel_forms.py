@@ -170,6 +170,16 @@ def test_the_linear_form_has_the_same_options():
         close(grads[0], grads[1], 5e-6)
 
 
+def test_the_linear_form_shows_its_chunks():
+    hidden, weight, target = torch.randn(5, 8, requires_grad=True), torch.randn(40, 8), torch.randint(0, 40, (5,))
+    seen = []
+    linear_token_statistics(
+        hidden, weight, target, chunk_size=16, observe=lambda logits: seen.append(logits.clone())
+    ).log_prob.sum().backward()
+    assert [logits.shape[1] for logits in seen] == [16, 16, 8]  # in forward alone
+    torch.testing.assert_close(torch.cat(seen, 1), (hidden @ weight.T).detach())
+
+
 def test_fp32_gradients_of_half_operands():
     hidden, weight = torch.randn(32, 64).bfloat16(), (torch.randn(500, 64) * 0.3).bfloat16()
     target, exact = torch.randint(0, 500, (32,)), hidden.double().requires_grad_()

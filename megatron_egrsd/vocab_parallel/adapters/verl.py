@@ -24,6 +24,11 @@ def vocab_parallel_entropy(vocab_parallel_logits: torch.Tensor) -> torch.Tensor:
     return token_statistics(vocab_parallel_logits, group=megatron_group(), entropy_grad=True).entropy
 
 
+def vocab_parallel_entropy_with_chunking(vocab_parallel_logits: torch.Tensor, chunk_size: int = 2048) -> torch.Tensor:
+    """Return `vocab_parallel_entropy(logits)`. `chunk_size` has no effect: there are no temporaries to bound."""
+    return vocab_parallel_entropy(vocab_parallel_logits)
+
+
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -58,6 +63,10 @@ def linear_cross_entropy(
 
 def install() -> None:
     """Replace the functions in verl, in this process."""
-    functions = (vocab_parallel_log_probs_from_logits, vocab_parallel_entropy)
-    replace("verl.utils.megatron.tensor_parallel", {f.__name__: f for f in functions})
+    functions = (vocab_parallel_log_probs_from_logits, vocab_parallel_entropy, vocab_parallel_entropy_with_chunking)
+    replace(
+        "verl.utils.megatron.tensor_parallel",
+        {f.__name__: f for f in functions},
+        newer={"vocab_parallel_entropy_with_chunking"},
+    )
     replace("verl.utils.kernel.linear_cross_entropy", {"linear_cross_entropy": linear_cross_entropy})
