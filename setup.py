@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import setuptools
@@ -21,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 CPU_SOURCES = ["csrc/bind/module.cpp", "csrc/bind/divergence.cpp", *(f"csrc/cpu/{n}.cpp" for n in (
     "dispatch", "simd_avx512", "simd_avx2", "simd_portable"))]  # fmt: skip
+CUDA_SOURCES = ["csrc/cuda/kernels.cu", "csrc/cuda/divergence.cu"]
 CUDA_ARCHITECTURES = ("80", "90", "100")
 
 if int(setuptools.__version__.split(".")[0]) < 77:  # older ones would install "UNKNOWN 0.0.0" without a word
@@ -61,7 +63,7 @@ class BuildKernels(build_ext):
         if torch_is_for_cpu():
             return ["the CUDA kernels: torch is built for the CPU only"]
         try:
-            objects = [compile_cuda(nvcc, Path(self.build_temp))]
+            objects = compile_cuda(nvcc, Path(self.build_temp))
         except Exception as error:
             return [f"the CUDA kernels: {error}"]
         extension.extra_objects = objects
@@ -115,17 +117,22 @@ def find_nvcc() -> Path | None:
     return Path(found).resolve() if found else None
 
 
-def compile_cuda(nvcc: Path, build_dir: Path) -> str:
-    """Compile the CUDA kernels for every architecture this nvcc knows, plus PTX for later ones."""
+def compile_cuda(nvcc: Path, build_dir: Path) -> list[str]:
+    """Compile the CUDA kernels for every architecture this nvcc knows, plus PTX for later ones; return the objects."""
     build_dir.mkdir(parents=True, exist_ok=True)
     known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True, timeout=60).stdout
     architectures = [a for a in CUDA_ARCHITECTURES if f"compute_{a}" in known.split()]
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     targets.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
-    out = build_dir / "cuda_kernels.o"
-    command = [nvcc, "-O3", "-std=c++17", "-Xcompiler=-fPIC", *targets, "-c", "csrc/cuda/kernels.cu", "-o", out]
-    subprocess.run([str(x) for x in command], check=True, timeout=600)
-    return str(out)
+    flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC", *targets]
+
+    def compiled(source: str) -> str:
+        out = build_dir / f"cuda_{Path(source).stem}.o"
+        subprocess.run([str(nvcc), *flags, "-c", source, "-o", str(out)], check=True, timeout=600)
+        return str(out)
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(compiled, CUDA_SOURCES))
 
 
 setup(

@@ -17,10 +17,19 @@ nvdisasm=${NVDISASM:-$bin/nvdisasm}
 [[ -x $nvdisasm ]] || nvdisasm=$(command -v nvdisasm || ${PYTHON:-python} -c 'import glob, sysconfig
 print(*glob.glob(sysconfig.get_path("purelib") + "/nvidia/*/bin/nvdisasm")[:1])')
 
-for arch in sm_80 sm_90 sm_100; do
+compile() {
+  local name=$build/$1.$2
   "$nvcc" -std=c++17 -O3 -Werror all-warnings -Xptxas -v,-warn-spills,-warn-lmem-usage \
-    -cubin -arch="$arch" csrc/cuda/kernels.cu -o "$build/$arch.cubin" 2> "$build/$arch.log" \
-    || { cat "$build/$arch.log"; echo "check_cuda: $arch does not compile" >&2; exit 1; }
+    -cubin -arch="$1" "csrc/cuda/$2.cu" -o "$name.cubin" 2> "$name.log" \
+    || { cat "$name.log"; echo "check_cuda: $1 does not compile" >&2; return 1; }
+}
+for arch in sm_80 sm_90 sm_100; do
+  for source in kernels divergence; do compile "$arch" "$source" & done
+done
+for job in $(jobs -p); do wait "$job"; done
+
+for arch in sm_80 sm_90 sm_100; do
+  cat "$build/$arch".{kernels,divergence}.log > "$build/$arch.log"
   kernels=$(grep -c 'bytes spill stores' "$build/$arch.log")
   if grep 'bytes spill stores' "$build/$arch.log" | grep -v ' 0 bytes spill stores, 0 bytes spill loads'; then
     echo "check_cuda: $arch spills registers, see $build/$arch.log" >&2
@@ -29,11 +38,12 @@ for arch in sm_80 sm_90 sm_100; do
   registers=$(grep -o 'Used [0-9]* registers' "$build/$arch.log" | sort -k2 -n | tail -1)
   widths="no nvdisasm, 128-bit accesses not looked for"
   if [[ -n $nvdisasm ]]; then
-    "$nvdisasm" -c "$build/$arch.cubin" > "$build/$arch.sass"
+    for source in kernels divergence; do "$nvdisasm" -c "$build/$arch.$source.cubin"; done > "$build/$arch.sass"
     loads=$(grep -cE 'LDG\.E.*\.128' "$build/$arch.sass" || true)
     stores=$(grep -cE 'STG\.E.*\.128' "$build/$arch.sass" || true)
-    # three forward kernels with kUnroll + 1 loads each; six backward ones with as many loads and as many stores
-    if ((loads < 9 * 5 || stores < 6 * 5)); then
+    # Of one tensor: three forward kernels with kUnroll + 1 loads each; six backward ones with as many loads and stores.
+    # Of two: kPairUnroll + 1 of each tensor, in six near, three general and nine entry kernels; 18 gradients store too.
+    if ((loads < 9 * 5 + (6 + 3 + 9 + 18) * 6 || stores < 6 * 5 + 18 * 3)); then
       echo "check_cuda: $arch has $loads 128-bit loads and $stores stores, fewer than the kernels ask for" >&2
       exit 1
     fi
@@ -50,6 +60,6 @@ for source in module divergence; do
   ${CXX:-g++} -std=c++17 -O1 -fPIC -Wall -Wextra -Werror -DEGRSD_CUDA -isystem "$python_include" \
     -isystem "$pybind11_include" -c "csrc/bind/$source.cpp" -o "$build/$source.o"
 done
-"$nvcc" -std=c++17 -O1 -Xcompiler -fPIC -arch=sm_90 -cudart static -shared csrc/cuda/kernels.cu "$build"/{module,divergence}.o \
-  -o "$build/libcuda_part.so"
+"$nvcc" -std=c++17 -O1 -Xptxas -O1 -Xcompiler -fPIC -arch=sm_90 -cudart static -shared csrc/cuda/{kernels,divergence}.cu \
+  "$build"/{module,divergence}.o -o "$build/libcuda_part.so"
 echo "check_cuda: bindings compile and link"

@@ -9,6 +9,10 @@
 #include "../cpu/divergence.h"
 #include "address.h"
 #include "parallel.h"
+#ifdef EGRSD_CUDA
+#include "../cuda/divergence.h"
+#include "cuda_error.h"
+#endif
 
 namespace py = pybind11;
 
@@ -79,6 +83,35 @@ void pair_gradient(const Pair& pair, const Entries& entries, const PairGradient&
                [&](int64_t first, int64_t last) { cpu::pair_gradient(pair, entries, gradient, first, last); });
 }
 
+#ifdef EGRSD_CUDA
+void cuda_pair_statistics(const Pair& pair, bool other_entropy, int splits, Address workspace, Address out,
+                          Address stream) {
+  check(cuda::pair_statistics(pair, other_entropy, splits, at<PairStatistics>(workspace), at<PairStatistics>(out),
+                              at<void>(stream)));
+}
+
+void cuda_merge_pairs(Address parts, int64_t ranks, int64_t rows, double inverse_temperature, Address out,
+                      Address stream) {
+  check(cuda::merge_pairs(at<const PairStatistics>(parts), ranks, rows, inverse_temperature, at<PairStatistics>(out),
+                          at<void>(stream)));
+}
+
+void cuda_combine_pairs(Address parts, int64_t ranks, int64_t rows, double inverse_temperature, bool student_first,
+                        Address scale, Address divergence, Address teacher_entropy, Address stream) {
+  check(cuda::combine_pairs(at<const PairStatistics>(parts), ranks, rows, inverse_temperature, student_first,
+                            at<PairScale>(scale), at<float>(divergence), at<float>(teacher_entropy), at<void>(stream)));
+}
+
+void cuda_entry_sums(const Pair& pair, const Entries& entries, int splits, Address workspace, Address out,
+                     Address stream) {
+  check(cuda::entry_sums(pair, entries, splits, at<EntrySums>(workspace), at<EntrySums>(out), at<void>(stream)));
+}
+
+void cuda_pair_gradient(const Pair& pair, const Entries& entries, const PairGradient& gradient, Address stream) {
+  check(cuda::pair_gradient(pair, entries, gradient, at<void>(stream)));
+}
+#endif
+
 }  // namespace
 
 void bind_divergence(py::module_& m) {
@@ -91,6 +124,13 @@ void bind_divergence(py::module_& m) {
   m.def("merge_pairs", &merge_pairs, release());
   m.def("entry_sums", &entry_sums, release());
   m.def("pair_gradient", &pair_gradient, release());
+#ifdef EGRSD_CUDA
+  m.def("cuda_pair_statistics", &cuda_pair_statistics, release());
+  m.def("cuda_combine_pairs", &cuda_combine_pairs, release());
+  m.def("cuda_merge_pairs", &cuda_merge_pairs, release());
+  m.def("cuda_entry_sums", &cuda_entry_sums, release());
+  m.def("cuda_pair_gradient", &cuda_pair_gradient, release());
+#endif
 }
 
 }  // namespace egrsd

@@ -2,15 +2,12 @@
 // every torch, built without one. megatron_egrsd/vocab_parallel/kernels.py checks the tensors and allocates the results.
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-#include <string>
-
 #include "../cpu/kernels.h"
 #include "address.h"
 #include "divergence.h"
 #include "parallel.h"
 #ifdef EGRSD_CUDA
-#include "../cuda/kernels.h"
+#include "cuda_error.h"
 #endif
 
 namespace py = pybind11;
@@ -76,10 +73,6 @@ void read_write_floor(Address memory, int64_t bytes, int threads) {
 }
 
 #ifdef EGRSD_CUDA
-void check(int error) {
-  if (error) throw std::runtime_error(std::string("CUDA kernel failed: ") + cuda::error_name(error));
-}
-
 void cuda_statistics(const Logits& logits, int splits, Address workspace, Address out, Address stream) {
   check(cuda::statistics(logits, splits, at<Statistics>(workspace), at<Statistics>(out), at<void>(stream)));
 }

@@ -17,8 +17,10 @@
 
 #if defined(__CUDACC__)
 #define EGRSD_HOST_DEVICE __host__ __device__ __forceinline__
+#define EGRSD_DEVICE __device__ __forceinline__
 #else
 #define EGRSD_HOST_DEVICE inline
+#define EGRSD_DEVICE inline
 #endif
 
 namespace egrsd {

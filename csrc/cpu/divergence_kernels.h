@@ -1,49 +1,26 @@
 // The kernels of ../common/divergence.h, written once over a SIMD type S (simd_*.cpp) and an element type T.
 #pragma once
-#include "pair_columns.h"
+#include "../common/pair_terms.h"
+#include "row_kernels.h"
 
 namespace egrsd::cpu {
 
 template <class S>
-struct Divergence : PairColumns<S> {
-  using Base = PairColumns<S>;
+struct Divergence : PairTerms<S> {
+  using Base = PairTerms<S>;
   using F = typename S::F;
   using R = Rows<S>;
-  using Columns = typename Base::Columns;
-  using Mixture = typename Base::Mixture;
   using Power = typename Base::Power;
-  using Base::columns, Base::negated, Base::power;
+  using Sums = typename Base::Sums;
+  using Frame = typename Base::Frame;
+  using Normalised = typename Base::Normalised;
+  using EntryTotals = typename Base::EntryTotals;
+  using Base::accumulate, Base::negated, Base::no_sums, Base::power;
   static constexpr int64_t kPair = R::kPair, kBlock = R::kBlock;
   static constexpr float kRise = R::kRise;
   static constexpr float kFar = 64.f;  // bits; where q / p is larger, p may underflow while q is of weight
-  struct Sums {
-    F total, other_total, weighted, excess, entropy, other_entropy;  // PairStatistics; logarithms in bits
-  };
 
-  struct Frame {
-    float reference, other_reference;
-  };
-
-  static Sums no_sums() {
-    const F zero = S::set(0.f);
-    return {zero, zero, zero, zero, zero, zero};
-  }
-
-  // Sums of columns of any kind.
-  static inline void accumulate(F t, F s, F bits, const Frame& frame, Sums& sums) {
-    const F x = S::sub(t, S::set(frame.reference)), other = S::sub(s, S::set(frame.other_reference));
-    const F y = R::template bounded<true>(S::mul(x, bits)), z = R::template bounded<true>(S::mul(other, bits));
-    const Columns c = columns(y, z, S::mul(S::sub(other, x), bits));
-    const F e = c.p(), f = c.q();
-    sums.total = S::add(sums.total, e);
-    sums.other_total = S::add(sums.other_total, f);
-    sums.weighted = S::fma(e, c.pick(negated(c.low), c.clamped), sums.weighted);
-    sums.excess = S::fma(c.high, c.forward(), sums.excess);
-    sums.entropy = S::fma(e, y, sums.entropy);
-    sums.other_entropy = S::fma(f, z, sums.other_entropy);
-  }
-
-  // The same where 2^-126 <= q / p <= 2^kFar, from one exponential; `top` and `bottom` tell whether that was so.
+  // `accumulate` where 2^-126 <= q / p <= 2^kFar, from one exponential; `top` and `bottom` tell whether that was so.
   template <bool kOtherEntropy>
   static inline void accumulate_near(F t, F s, F bits, F reference, F other_reference, Sums& sums, F& top,
                                      F& bottom) {
@@ -175,47 +152,6 @@ struct Divergence : PairColumns<S> {
     }
   }
 
-  // The second reading: p is the teacher's distribution, q the student's, both normalised by `scale`.
-  struct Normalised {
-    F bits, reference, other_reference, scale, other_scale, log_ratio;
-    Normalised(const PairScale& k, float bits_per_logit)
-        : bits(S::set(bits_per_logit)), reference(S::set(k.reference)), other_reference(S::set(k.other_reference)),
-          scale(S::set(k.scale)), other_scale(S::set(k.other_scale)), log_ratio(S::set(k.log_ratio)) {}
-    Columns operator()(F t, F s) const {
-      const F x = S::sub(t, reference), other = S::sub(s, other_reference);
-      const F y = R::template bounded<true>(S::mul(x, bits)), z = R::template bounded<true>(S::mul(other, bits));
-      Columns c = columns(y, z, S::fma(S::sub(other, x), bits, log_ratio));
-      c.high = S::mul(c.high, c.pick(scale, other_scale));
-      return c;
-    }
-  };
-
-  struct EntryTotals {
-    F value, clipped, slope;
-  };
-
-  template <Kind kKind>
-  static inline void accumulate_entry(const Columns& c, F limit, F beta, F one_minus_beta, EntryTotals& sums) {
-    const F zero = S::set(0.f);
-    if (kKind == Kind::kJsd) {
-      const Mixture mixture(c, beta, one_minus_beta);
-      const F value = S::mul(c.high, mixture.value), log = S::sub(c.pick(c.log_smaller(), zero), mixture.log_m);
-      const F slope = S::mul(c.q(), log);
-      sums.value = S::add(sums.value, S::select_above(value, limit, limit, value));
-      sums.slope = S::add(sums.slope, S::select_above(value, limit, zero, slope));
-      return;
-    }
-    // The entry p ln(p / q), positive if p is larger, is p - q and what `forward` adds to it: all p - q sum to 0.
-    constexpr bool kForward = kKind == Kind::kForwardKl;
-    const F larger = S::mul(c.high, c.distance()), entry = kForward ? c.pick(larger, zero) : c.pick(zero, larger);
-    const F beyond = S::mul(c.high, kForward ? c.forward() : c.reverse());
-    const F at_limit = S::fma(c.high, c.power.minus_one(), limit);
-    sums.value = S::add(sums.value, S::select_above(entry, limit, at_limit, beyond));
-    sums.clipped = S::add(sums.clipped, S::select_above(entry, limit, c.high, zero));
-    if (!kForward) {
-      sums.slope = S::add(sums.slope, S::select_above(entry, limit, zero, S::mul(c.q(), c.log_ratio())));
-    }
-  }
   template <Kind kKind, class T>
   static void entry_sums_of(const Pair& pair, const Entries& entries, int64_t row_first, int64_t row_last,
                             int64_t first, int64_t last, EntrySums* out) {
@@ -235,8 +171,8 @@ struct Divergence : PairColumns<S> {
           const bool tail = end - i < kPair;
           tail ? R::load_tail(t + i, end - i, a, b) : S::load(t + i, a, b);
           tail ? R::load_tail(s + i, end - i, c, d) : S::load(s + i, c, d);
-          accumulate_entry<kKind>(normalised(a, c), limit, beta, rest, sums);
-          accumulate_entry<kKind>(normalised(b, d), limit, beta, rest, sums);
+          Base::template accumulate_entry<kKind>(normalised(a, c), limit, beta, rest, sums);
+          Base::template accumulate_entry<kKind>(normalised(b, d), limit, beta, rest, sums);
         }
         value += S::sum(sums.value);
         clipped += S::sum(sums.clipped);
@@ -246,37 +182,6 @@ struct Divergence : PairColumns<S> {
     }
   }
 
-  template <Kind kKind, bool kClip>
-  struct EntryGradients {
-    Normalised normalised;
-    F limit, beta, one_minus_beta, factor, below, above;
-    EntryGradients(const Entries& e, const EntryGradient& g, int64_t row, float bits_per_logit, float scale)
-        : normalised(e.scale[row], bits_per_logit), limit(S::set(e.limit)), beta(S::set(e.beta)),
-          one_minus_beta(S::set(1.f - e.beta)), factor(S::set(scale * g.factor)), below(S::set(g.below)),
-          above(S::set(scale * g.above)) {}
-
-    F operator()(F t, F s) const {
-      const Columns c = normalised(t, s);
-      const F zero = S::set(0.f);
-      F value, entry;
-      if (kKind == Kind::kForwardKl) {
-        const F difference = S::mul(c.high, c.power.minus_one());  // the smaller minus the larger
-        value = c.pick(difference, negated(difference));
-        if (kClip) value = S::fma(negated(c.q()), below, value);
-        if (kClip) entry = c.pick(S::mul(c.high, c.distance()), zero);
-      } else if (kKind == Kind::kReverseKl) {
-        value = S::mul(c.q(), S::sub(c.log_ratio(), below));
-        if (kClip) entry = c.pick(zero, S::mul(c.high, c.distance()));
-      } else {
-        const Mixture mixture(c, beta, one_minus_beta);
-        value = S::mul(c.q(), S::sub(S::sub(c.pick(c.log_smaller(), zero), mixture.log_m), below));
-        if (kClip) entry = S::mul(c.high, mixture.value);
-      }
-      value = S::mul(value, factor);
-      return kClip ? S::select_above(entry, limit, S::mul(c.q(), above), value) : value;
-    }
-  };
-
   template <Kind kKind, bool kClip, class T>
   static void pair_gradient_of(const Pair& pair, const Entries& entries, const PairGradient& g, int64_t row_first,
                                int64_t row_last) {
@@ -285,8 +190,9 @@ struct Divergence : PairColumns<S> {
       const T* t = static_cast<const T*>(pair.first) + pair.first_layout.offset(r);
       const T* s = static_cast<const T*>(pair.second) + pair.second_layout.offset(r);
       T* out = static_cast<T*>(g.data) + g.layout.offset(r);
-      const EntryGradients<kKind, kClip> gradient(entries, entry_gradient(kKind, g.sums[r], entries.beta), r,
-                                                  bits_per_logit, float(g.grad_value[r] * pair.inverse_temperature));
+      const typename Base::template EntryGradients<kKind, kClip> gradient(
+          entries, entry_gradient(kKind, g.sums[r], entries.beta), r, bits_per_logit,
+          float(g.grad_value[r] * pair.inverse_temperature));
       F a, b, c, d;
       int64_t i = 0;
       for (; i + kPair <= pair.valid; i += kPair) {
@@ -353,7 +259,6 @@ struct Divergence : PairColumns<S> {
       }
     });
   }
-
 };
 
 template <class S>

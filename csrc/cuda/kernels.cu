@@ -4,14 +4,13 @@
 
 #include <cuda_runtime.h>
 
+#include "block.h"
 #include "ptx.h"
 #include "vector16.h"
 
 namespace egrsd::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
 constexpr int kUnroll = 4;             // 16-byte loads in flight per thread
 constexpr int kVectorsPerThread = 16;  // of one backward block
 constexpr float kLowest = -126.f;      // bits; below it 2^y is 0, and y 2^y must not be -inf * 0
@@ -51,15 +50,8 @@ struct Online {
   }
 };
 
-__device__ __forceinline__ Statistics shuffled(const Statistics& s, int lane_mask) {
-  return {__shfl_xor_sync(~0u, s.reference, lane_mask), __shfl_xor_sync(~0u, s.rest, lane_mask),
-          __shfl_xor_sync(~0u, s.weighted, lane_mask), __shfl_xor_sync(~0u, s.target, lane_mask)};
-}
-
-__device__ __forceinline__ Statistics merged_over_warp(Statistics s) {
-#pragma unroll
-  for (int mask = 16; mask; mask >>= 1) s = merged(s, shuffled(s, mask));
-  return s;
+__device__ __forceinline__ Statistics merged_over_warp(const Statistics& s) {
+  return merged_over_lanes(s, 32, [](const Statistics& a, const Statistics& b) { return merged(a, b); });
 }
 
 // Where a row of `valid` logits begins and ends to be aligned, and where the target is. Elements [head, tail) are
@@ -224,7 +216,7 @@ int statistics_of(const Logits& l, int splits, Statistics* workspace, Statistics
   const dim3 grid(unsigned(l.rows), unsigned(splits));
   statistics_kernel<T><<<grid, kThreads, 0, stream>>>(l, splits > 1 ? workspace : out);
   if (splits > 1)
-    combine_kernel<<<unsigned((l.rows + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
+    combine_kernel<<<blocks_of_threads(l.rows), kThreads, 0, stream>>>(
         workspace, l.rows, splits, splits, 1, out, nullptr, nullptr, nullptr);
   return int(cudaGetLastError());
 }
@@ -268,7 +260,7 @@ int statistics(const Logits& l, int splits, Statistics* workspace, Statistics* o
 int combine(const Statistics* parts, int64_t ranks, int64_t rows, Statistics* whole, float* log_prob, float* entropy,
             float* log_normalizer, void* stream) {
   if (rows == 0) return 0;
-  combine_kernel<<<unsigned((rows + kThreads - 1) / kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+  combine_kernel<<<blocks_of_threads(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       parts, rows, ranks, 1, rows, whole, log_prob, entropy, log_normalizer);
   return int(cudaGetLastError());
 }

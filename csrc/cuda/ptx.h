@@ -1,4 +1,4 @@
-// The instructions that CUDA C++ has no name for: cache hints, and a maximum and an exponential of our choice.
+// The instructions that CUDA C++ has no name for: cache hints; a maximum, an exponential and a quotient of our choice.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -34,6 +34,11 @@ __device__ __forceinline__ float max_keep_nan(float a, float b) {
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float divide_approx(float a, float b) {  // two units in the last place, b in [2^-126, 2^126]
+  float y;
+  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
 

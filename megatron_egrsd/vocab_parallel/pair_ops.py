@@ -5,14 +5,13 @@ what needs the normalised probabilities; `gradient` reads both and writes one. T
 `csrc/common/divergence.h`.
 """
 
-import functools
 import math
-import warnings
 from typing import NamedTuple
 
 import torch
 
-from megatron_egrsd.vocab_parallel import kernels, ops, pair_reference
+from megatron_egrsd.vocab_parallel import kernels, pair_reference
+from megatron_egrsd.vocab_parallel.ops import compiled
 from megatron_egrsd.vocab_parallel.rows import row_layout, row_views
 from megatron_egrsd.vocab_parallel.shard import Shard
 
@@ -39,24 +38,6 @@ class Form(NamedTuple):
     @property
     def arguments(self) -> tuple[int, float, float]:
         return KINDS[self.kind], self.limit, self.beta
-
-
-def compiled(device: torch.device) -> bool:
-    """Return whether there are compiled kernels for this device; warns once if there are none."""
-    if device.type == "cuda" and not hasattr(kernels._kernels, "cuda_pair_statistics"):
-        _warn_of_cuda()
-        return False
-    return ops.compiled(device)
-
-
-@functools.cache
-def _warn_of_cuda() -> None:
-    warnings.warn(
-        "megatron_egrsd.vocab_parallel: the divergences have no CUDA kernels yet; using plain torch in fp64, which is "
-        "many times slower",
-        RuntimeWarning,
-        stacklevel=4,
-    )
 
 
 def statistics(

@@ -19,10 +19,8 @@ from megatron_egrsd.vocab_parallel.rows import row_layout
 
 HERE, CSRC = Path(__file__).parent, Path(__file__).parents[2] / "csrc"
 _LAUNCH = re.compile(r"(\w+(?:<[\w, ]+>)?)<<<(.+?), kThreads, 0, [^;]+?>>>\(", re.S)
-_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-_LAYOUT = [(name, ctypes.c_int64) for name in ("inner_rows", "outer_stride", "inner_stride")]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUT = [(name, ctypes.c_int64) for name in ("inner_rows", "outer_stride", "inner_stride")]
 
 
 class _Logits(ctypes.Structure):
@@ -30,7 +28,7 @@ class _Logits(ctypes.Structure):
 
     _fields_ = (
         [("data", ctypes.c_void_p), ("dtype", ctypes.c_int)]
-        + _LAYOUT
+        + LAYOUT
         + [(name, ctypes.c_int64) for name in ("rows", "columns", "valid", "vocab_start")]
         + [("target", ctypes.c_void_p), ("temperature", ctypes.c_void_p), ("inverse_temperature", ctypes.c_double)]
     )
@@ -41,7 +39,7 @@ class _Gradient(ctypes.Structure):
 
     _fields_ = (
         [("data", ctypes.c_void_p)]
-        + _LAYOUT
+        + LAYOUT
         + [(name, ctypes.c_void_p) for name in ("whole", "grad_log_prob", "grad_entropy", "grad_log_normalizer")]
     )
 
@@ -50,29 +48,33 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def source() -> str:
-    return (CSRC / "cuda" / "kernels.cu").read_text()
+def source(file: str) -> str:
+    return (CSRC / "cuda" / file).read_text()
 
 
-def build(source: str, directory: Path) -> ctypes.CDLL:
-    """Compile `source`, the text of kernels.cu, into a library in `directory`."""
+def build(directory: Path, entry: str = "entry.cpp", changed: dict[str, str] | None = None) -> ctypes.CDLL:
+    """Compile what `entry` includes of csrc/cuda into a library in `directory`; `changed`: other texts of files."""
     for part in ("cuda", "common"):
         shutil.copytree(CSRC / part, directory / part)
     for file in HERE.glob("*.[hc]*"):
         shutil.copy(file, directory / "cuda")
-    rewritten, launches = _LAUNCH.subn(r"cuda_on_cpu::launch(\1, \2, kThreads)(", source)
-    assert launches == source.count("<<<") > 0
-    (directory / "cuda" / "kernels.cpp").write_text(rewritten)
-    flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
-    files = ["-I", directory / "cuda", directory / "cuda" / "entry.cpp", "-o", directory / "kernels.so"]
-    subprocess.run([compiler(), *flags, *files], check=True, timeout=120)
+    for file, text in (changed or {}).items():
+        (directory / "cuda" / file).write_text(text)
+    for file in (directory / "cuda").glob("*.cu"):
+        text = file.read_text()
+        rewritten, launches = _LAUNCH.subn(r"cuda_on_cpu::launch(\1, \2, kThreads)(", text)
+        assert launches == text.count("<<<") > 0
+        file.with_suffix(".cpp").write_text(rewritten)
+    flags = ["-std=c++17", "-O0", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
+    files = ["-I", directory / "cuda", directory / "cuda" / entry, "-o", directory / "kernels.so"]
+    subprocess.run([compiler(), *flags, *files], check=True, timeout=280)
     return ctypes.CDLL(str(directory / "kernels.so"))
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def library(entry: str = "entry.cpp") -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as directory:
-        return build(source(), Path(directory))
+        return build(Path(directory), entry)
 
 
 class Kernels:
@@ -85,7 +87,7 @@ class Kernels:
         described = _describe(logits, target, shard, temperature)
         splits = self._library.split_statistics(ctypes.byref(described))
         workspace, out = (torch.full((max(1, described.rows) * n, 4), torch.nan) for n in (splits, 1))
-        _check(self._library.statistics(ctypes.byref(described), splits, _pointer(workspace), _pointer(out)))
+        check(self._library.statistics(ctypes.byref(described), splits, pointer(workspace), pointer(out)))
         return out[: described.rows]
 
     def combine(self, parts):
@@ -93,16 +95,16 @@ class Kernels:
         ranks, rows, _ = parts.shape
         results = [torch.full((rows, *rest), torch.nan) for rest in ((4,), (), (), ())]
         sizes = ctypes.c_int64(ranks), ctypes.c_int64(rows)
-        _check(self._library.combine(_pointer(parts), *sizes, *map(_pointer, results)))
+        check(self._library.combine(pointer(parts), *sizes, *map(pointer, results)))
         return tuple(results)
 
     def logits_grad(self, logits, target, statistics, gradients, shard, temperature, *, inplace):
         grad = logits if inplace else torch.full_like(logits, torch.nan, memory_format=torch.contiguous_format)
         described = _describe(logits, target, shard, temperature)
         log_prob = torch.zeros(described.rows) if gradients.log_prob is None else gradients.log_prob
-        given = [_pointer(x) for x in (statistics, log_prob, gradients.entropy, gradients.log_normalizer)]
+        given = [pointer(x) for x in (statistics, log_prob, gradients.entropy, gradients.log_normalizer)]
         gradient = _Gradient(grad.data_ptr(), *row_layout(grad)[1:], *given)
-        _check(self._library.logits_grad(ctypes.byref(described), ctypes.byref(gradient)))
+        check(self._library.logits_grad(ctypes.byref(described), ctypes.byref(gradient)))
         if inplace:
             torch.autograd.graph.increment_version(logits)
         return grad
@@ -111,14 +113,14 @@ class Kernels:
 def _describe(logits, target, shard, temperature) -> _Logits:
     rows, *strides = row_layout(logits)
     per_token = isinstance(temperature, torch.Tensor)
-    return _Logits(logits.data_ptr(), _DTYPES.index(logits.dtype), *strides, rows, logits.shape[-1], shard.valid,
-                   shard.start, _pointer(target), _pointer(temperature if per_token else None),
+    return _Logits(logits.data_ptr(), DTYPES.index(logits.dtype), *strides, rows, logits.shape[-1], shard.valid,
+                   shard.start, pointer(target), pointer(temperature if per_token else None),
                    1.0 if per_token else 1.0 / temperature)  # fmt: skip
 
 
-def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def _check(error: int) -> None:
+def check(error: int) -> None:
     assert error == 0, f"the kernel failed with {error}"

@@ -20,5 +20,6 @@ inline void store_streaming(void* p, const uint4& v) {
 }
 inline float max_keep_nan(float a, float b) { return a != a ? a : b != b ? b : fmaxf(a, b); }
 inline float exp2_approx(float x) { return x < -126.f ? 0.f : exp2f(x); }
+inline float divide_approx(float a, float b) { return a / b; }
 
 }  // namespace egrsd::cuda

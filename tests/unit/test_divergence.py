@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_egrsd.vocab_parallel import divergence, pair_ops
+from tests import cuda_on_cpu
+from tests.cuda_on_cpu.pairs import ENTRY, PairKernels
 from tests.unit.divergence_cases import FORMS, FULL, fp64, hard_pairs, near_pairs
-from tests.unit.test_vocab_parallel import DTYPES, LargestTensor
+from tests.unit.test_vocab_parallel import CUDA, DTYPES, LargestTensor
 
-IMPLEMENTATIONS = ["compiled", "plain torch"]
+IMPLEMENTATIONS = ["compiled", "plain torch", CUDA]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -20,11 +22,22 @@ def implementation(request, monkeypatch):
     return request.param
 
 
-def use(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def use(implementation: str, monkeypatch: pytest.MonkeyPatch, kernels: PairKernels | None = None) -> None:
     if implementation == "plain torch":
         monkeypatch.setattr(pair_ops, "compiled", lambda device: False)
+    elif implementation == "CUDA":
+        if not cuda_on_cpu.compiler():
+            pytest.skip("needs a C++ compiler")
+        kernels = kernels or PairKernels(cuda_on_cpu.library(ENTRY))
+        for name in ("statistics", "merge", "combine", "entry_sums", "gradient"):
+            monkeypatch.setattr(pair_ops, name, getattr(kernels, name))
     elif not pair_ops.compiled(torch.device("cpu")):
         pytest.skip("the kernels are not built on this machine")
+
+
+def few(implementation: str, count: int) -> int:
+    """Return a number of rows or cases: `count`, but 1 for the CUDA kernels, whose threads run one by one here."""
+    return 1 if implementation == "CUDA" else count
 
 
 def run(teacher, student, grad_value, **arguments):
@@ -60,13 +73,13 @@ def check(teacher, student, where="", **arguments):
 @pytest.mark.parametrize("vocab", [7, 5003])
 @pytest.mark.parametrize("form", FULL)
 def test_hard_rows(implementation, form, vocab):
-    for name, (teacher, student) in hard_pairs(vocab).items():
+    for name, (teacher, student) in hard_pairs(vocab, few(implementation, 6)).items():
         check(teacher, student, f"{form}, {name}", temperature=1.3, **FORMS[form])
 
 
 @pytest.mark.parametrize("form", [name for name in FORMS if name not in FULL])
 def test_top_k_and_the_rest(implementation, form):
-    for name, (teacher, student) in hard_pairs(300).items():
+    for name, (teacher, student) in hard_pairs(300, few(implementation, 6)).items():
         # Ties have no unique top k, and the rest's probability is known to 1e-7 only.
         if name in ("independent", "flat", "apart by 0.1", "all negative", "offset", "the mass comes late"):
             check(teacher, student, f"{form}, {name}", temperature=1.3, vocab_size=290, **FORMS[form])
@@ -101,7 +114,7 @@ def test_any_shape(rows, vocab, padding, scale, apart, offset, temperature, form
 @pytest.mark.parametrize("form", FULL)
 def test_distributions_of_two_columns_far_apart(implementation, form):
     """KL is 69 to 137 nats, and what the two have in common is a column near the end of the range of logits."""
-    for seed in range(20):
+    for seed in range(few(implementation, 20)):
         check_any_shape(1, 2, 0, 0.01, 50.0, 0.0, 0.5, form, torch.float32, 0, seed)
 
 
@@ -119,7 +132,7 @@ def check_any_shape(rows, vocab, padding, scale, apart, offset, temperature, for
 @pytest.mark.parametrize("form", ["forward", "reverse", "jsd", "jsd 0.1", "forward clipped", "reverse clipped"])
 def test_near_equal_distributions_keep_their_digits(implementation, form, vocab):
     """A divergence of 1e-9 is right to two percent: a sum of p ln(p / q) in fp32 would be noise of 1e-7."""
-    for name, (teacher, student) in near_pairs(vocab).items():
+    for name, (teacher, student) in near_pairs(vocab, few(implementation, 4)).items():
         value, _, gradient = run(teacher, student, torch.ones(len(teacher)), **FORMS[form])
         expected, _, exact, _ = fp64(teacher, student, torch.ones(len(teacher)), **FORMS[form])
         assert bool((expected < 4e-9).all() and (expected > 1e-12).all()), name
@@ -130,7 +143,7 @@ def test_near_equal_distributions_keep_their_digits(implementation, form, vocab)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_distributions_give_exact_zeros(implementation, form, dtype):
-    for name, (teacher, _) in hard_pairs(3001).items():
+    for name, (teacher, _) in hard_pairs(3001, few(implementation, 6)).items():
         if "top" in form and name in ("range 1e4", "rising"):
             continue  # x / temperature in fp32 moves such a logit by 1e-3; the rest is below its floor
         teacher = teacher.to(dtype)
@@ -144,7 +157,7 @@ def test_equal_distributions_give_exact_zeros(implementation, form, dtype):
 @pytest.mark.parametrize("form", ["forward", "reverse", "jsd", "jsd 0.1"])
 def test_values_are_never_negative(implementation, form):
     g = torch.Generator().manual_seed(5)
-    a, b = torch.randn(2, 64, 999, generator=g)
+    a, b = torch.randn(2, few(implementation, 64), 999, generator=g)
     for apart in (0.0, 1e-7, 1e-6, 1e-5, 1e-3, 1.0):
         assert bool((divergence(a * 3 + 7, a * 3 + b * apart - 5, **FORMS[form]).value >= 0).all())
 
@@ -230,3 +243,58 @@ def test_bad_logits_are_named():
             divergence(teacher, student, kind="forward_kl")
     with pytest.raises(ValueError, match="inplace_backward"):
         divergence(torch.zeros(2, 5), torch.zeros(5).expand(2, 5), kind="forward_kl", inplace_backward=True)
+
+
+# Mistake -> (file of csrc/cuda, its text, the wrong replacement).
+MISTAKES = {
+    "no barrier before the warps are merged": ("block.h", "warps[warp] = x;\n  __syncthreads();", "warps[warp] = x;"),
+    "a reference raised without the sums": ("pair_sums.h", "        sums = raised(sums, needed);\n",
+                                            "        sums.reference = needed;\n"),
+    "the first estimate of r' - r is the last": ("pair_sums.h", "if (!result.found || !again)", "if (true)"),
+    "-inf taken for mass": ("pair_sums.h", "if (no_p || no_q) return without_mass(sums, no_p, no_q);", ""),
+    "far columns taken for near ones": ("pair_sums.h", "sums.farthest <= kFar &&", "true ||"),
+    "small differences by subtraction": ("pair_sums.h", "fabsf(v) < 0.5f ? series : direct", "direct"),
+    "a logit of the tail left out": ("pair_part.h", "j = tail + threadIdx.x;", "j = tail + 1 + threadIdx.x;"),
+    "ends in every part": ("pair_part.h", "has_ends(part == 0)", "has_ends(true)"),
+    "a misaligned store": ("divergence.cu", "same_alignment ? uint32_t((valid - head) / V::kWidth) : 0u",
+                           "uint32_t((valid - head) / V::kWidth)"),
+    "a chunk of the gradient left out": ("divergence.cu", "(pair.columns + per_block - 1) / per_block",
+                                         "pair.columns / per_block"),
+}  # fmt: skip
+
+
+def check_the_cuda_kernels():
+    """Rows of several parts and of every kind, each of the two kernels of the first reading, and every second one."""
+    for dtype in DTYPES:
+        check_any_shape(2, 17001, 40, 3.0, 0.1, 1.0, 1.0, "forward", dtype, 1, 0)
+    teacher, student = torch.randn(3, 2061), torch.randn(3, 2062)[:, 1:]  # rows of different alignments
+    check(teacher, student, kind="reverse_kl")
+    cases = hard_pairs(5003, rows=2) | near_pairs(5003, rows=2)
+    for name in ("student masked", "rising", "one-hot", "offset"):
+        check(*cases[name], name, kind="jsd", entry_clip=0.002)
+    check(*hard_pairs(16384, rows=2)["teacher masked at first"], kind="jsd")  # the first of two parts has no mass
+    # Two parts of 2,500 vectors each: the references come from a sample without weight, and hide the rest's divergence.
+    noise, gap = torch.randn(2, 20000, generator=torch.Generator().manual_seed(0)), 20.0
+    sampled = torch.arange(20000) // 4 % 2500 % (2500 // 8) < 32
+    gapped = noise + gap * ~sampled
+    for teacher, student in (cases["student 100 higher"], (gapped, gapped + noise * 4.5e-5 + sampled)):
+        value, _, _ = run(teacher, student, torch.ones(2), kind="forward_kl")
+        expected = fp64(teacher, student, torch.ones(2), kind="forward_kl")[0]
+        assert bool(((value - expected).abs() <= 0.02 * expected).all())
+
+
+@pytest.mark.skipif(not cuda_on_cpu.compiler(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("mistake", ["none", *MISTAKES])
+@pytest.mark.heavy
+def test_a_mistake_in_the_cuda_kernels_is_found(mistake, tmp_path, monkeypatch):
+    changed = {}
+    if mistake != "none":
+        file, right, wrong = MISTAKES[mistake]
+        assert cuda_on_cpu.source(file).count(right) == 1
+        changed = {file: cuda_on_cpu.source(file).replace(right, wrong)}
+    use("CUDA", monkeypatch, PairKernels(cuda_on_cpu.build(tmp_path, ENTRY, changed)))
+    if mistake == "none":
+        check_the_cuda_kernels()
+    else:
+        with pytest.raises(AssertionError):
+            check_the_cuda_kernels()

@@ -21,6 +21,8 @@ def operands(shared: bool, tokens=(3, 5), vocab=200):
 @pytest.mark.parametrize("chunk_size", [1, 48, 1000])
 @pytest.mark.parametrize("form", FULL)
 def test_equals_fp64(implementation, form, chunk_size, shared):  # noqa: F811
+    if implementation == "CUDA" and chunk_size == 1:
+        pytest.skip("200 chunks of 15 rows are 9,000 blocks, of which the CPU runs every thread")
     teacher_hidden, teacher_weight, hidden, weight = operands(shared)
     weight = weight.requires_grad_()
     arguments = dict(vocab_size=180, temperature=1.3, **FORMS[form])

@@ -548,9 +548,10 @@ MISTAKES = {
 def test_a_mistake_in_the_cuda_kernels_is_found(mistake, tmp_path, monkeypatch):
     """The tests above prove something only if wrong kernels fail them."""
     right, wrong = MISTAKES.get(mistake, ("", ""))
-    source = cuda_on_cpu.source()
+    source = cuda_on_cpu.source("kernels.cu")
     assert mistake == "none" or source.count(right) == 1
-    use("CUDA", monkeypatch, cuda_on_cpu.Kernels(cuda_on_cpu.build(source.replace(right, wrong), tmp_path)))
+    library = cuda_on_cpu.build(tmp_path, changed={"kernels.cu": source.replace(right, wrong)})
+    use("CUDA", monkeypatch, cuda_on_cpu.Kernels(library))
 
     def check():
         for dtype in DTYPES:
