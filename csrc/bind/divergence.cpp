@@ -74,7 +74,7 @@ void entry_sums(const Pair& pair, const Entries& entries, int threads, Address o
         cpu::entry_sums(pair, entries, r0, r1, c0, c1, result);
       },
       [](const EntrySums& a, const EntrySums& b) {
-        return EntrySums{a.value + b.value, a.clipped + b.clipped, a.slope + b.slope};
+        return EntrySums{a.value + b.value, a.mass + b.mass, a.slope + b.slope};
       });
 }
 

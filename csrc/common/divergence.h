@@ -145,12 +145,15 @@ enum class Kind { kForwardKl, kReverseKl, kJsd };
 // Sums over columns of the normalised distributions, which simply add up over parts. p is the teacher's distribution, q
 // the student's, m = beta p + (1 - beta) q. An entry above the limit counts as the limit ("clipped"), without gradient.
 //
-//              value: the sum of           clipped: over the clipped      slope: over the others
+//              value: the sum of           mass: over the clipped         slope: over the others
 //   forward    p ln(p / q)                 p                              0
 //   reverse    q ln(q / p)                 q                              q ln(q / p)
-//   jsd        beta p ln(p / m) + (1 - beta) q ln(q / m)   0              q ln(q / m)
+//   jsd        beta p ln(p / m) + (1 - beta) q ln(q / m)   q of all       q ln(q / m)
+//
+// JSD's mass is 1 but for the rounding of q's normaliser. Where p and q are far apart ln(q / m) is the same number for
+// all columns of weight, so that l - slope would be little more than that rounding; slope / mass has none of it.
 struct EntrySums {
-  float value, clipped, slope;
+  float value, mass, slope;
 };
 
 // d value / dz_j, in nats, of an entry below the limit and of one above it, with l = ln(q_j / p_j) or ln(q_j / m_j).
@@ -162,9 +165,10 @@ struct EntryGradient {
 };
 
 EGRSD_HOST_DEVICE EntryGradient entry_gradient(Kind kind, const EntrySums& s, double beta) {
-  if (kind == Kind::kForwardKl) return {1.f, s.clipped, 1.f - s.clipped};
-  if (kind == Kind::kReverseKl) return {1.f, s.slope - s.clipped, s.clipped - s.slope - 1.f};
-  return {float(1 - beta), s.slope, float((beta - 1) * s.slope)};
+  if (kind == Kind::kForwardKl) return {1.f, s.mass, 1.f - s.mass};
+  if (kind == Kind::kReverseKl) return {1.f, s.slope - s.mass, s.mass - s.slope - 1.f};
+  const float slope = s.slope / s.mass;
+  return {float(1 - beta), slope, float((beta - 1) * slope)};
 }
 
 // Two tensors of logits [rows, columns]: the columns [0, valid) of both are real tokens.

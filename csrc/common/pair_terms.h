@@ -56,7 +56,7 @@ struct PairTerms : PairColumns<S> {
   };
 
   struct EntryTotals {
-    F value, clipped, slope;
+    F value, mass, slope;
   };
 
   template <Kind kKind>
@@ -65,9 +65,10 @@ struct PairTerms : PairColumns<S> {
     if (kKind == Kind::kJsd) {
       const Mixture mixture(c, beta, one_minus_beta);
       const F value = S::mul(c.high, mixture.value), log = S::sub(c.pick(c.log_smaller(), zero), mixture.log_m);
-      const F slope = S::mul(c.q(), log);
+      const F q = c.q();
       sums.value = S::add(sums.value, S::select_above(value, limit, limit, value));
-      sums.slope = S::add(sums.slope, S::select_above(value, limit, zero, slope));
+      sums.mass = S::add(sums.mass, q);
+      sums.slope = S::add(sums.slope, S::select_above(value, limit, zero, S::mul(q, log)));
       return;
     }
     // The entry p ln(p / q), positive if p is larger, is p - q and what `forward` adds to it: all p - q sum to 0.
@@ -76,7 +77,7 @@ struct PairTerms : PairColumns<S> {
     const F beyond = S::mul(c.high, kForward ? c.forward() : c.reverse());
     const F at_limit = S::fma(c.high, c.power.minus_one(), limit);
     sums.value = S::add(sums.value, S::select_above(entry, limit, at_limit, beyond));
-    sums.clipped = S::add(sums.clipped, S::select_above(entry, limit, c.high, zero));
+    sums.mass = S::add(sums.mass, S::select_above(entry, limit, c.high, zero));
     if (!kForward) {
       sums.slope = S::add(sums.slope, S::select_above(entry, limit, zero, S::mul(c.q(), c.log_ratio())));
     }

@@ -162,7 +162,7 @@ struct Divergence : PairTerms<S> {
       const T* t = static_cast<const T*>(pair.first) + pair.first_layout.offset(r);
       const T* s = static_cast<const T*>(pair.second) + pair.second_layout.offset(r);
       const Normalised normalised(entries.scale[r], bits_per_logit);
-      double value = 0, clipped = 0, slope = 0;
+      double value = 0, mass = 0, slope = 0;
       for (int64_t block = first; block < last; block += kBlock) {
         const int64_t end = last - block < kBlock ? last : block + kBlock;
         EntryTotals sums{S::set(0.f), S::set(0.f), S::set(0.f)};
@@ -175,10 +175,10 @@ struct Divergence : PairTerms<S> {
           Base::template accumulate_entry<kKind>(normalised(b, d), limit, beta, rest, sums);
         }
         value += S::sum(sums.value);
-        clipped += S::sum(sums.clipped);
+        mass += S::sum(sums.mass);
         slope += S::sum(sums.slope);
       }
-      out[r - row_first] = {float(value), float(clipped), float(slope)};
+      out[r - row_first] = {float(value), float(mass), float(slope)};
     }
   }
 

@@ -74,9 +74,9 @@ entries_kernel(const Pair pair, const Entries entries, EntrySums* __restrict__ o
   EntryAdder<kKind> adder{Terms::Normalised(entries.scale[blockIdx.x], float(kLog2e * pair.inverse_temperature)),
                           entries.limit, entries.beta, {0.f, 0.f, 0.f}};
   part.each(adder);
-  const EntrySums own{adder.sums.value, adder.sums.clipped, adder.sums.slope};
+  const EntrySums own{adder.sums.value, adder.sums.mass, adder.sums.slope};
   const EntrySums whole = merged_over_block(own, [](const EntrySums& a, const EntrySums& b) {
-    return EntrySums{a.value + b.value, a.clipped + b.clipped, a.slope + b.slope};
+    return EntrySums{a.value + b.value, a.mass + b.mass, a.slope + b.slope};
   });
   if (threadIdx.x == 0) out[int64_t(blockIdx.x) * gridDim.y + blockIdx.y] = whole;
 }
@@ -88,7 +88,7 @@ __global__ void add_entries_kernel(const EntrySums* __restrict__ in, int64_t row
   EntrySums sums = in[row * parts];
   for (int64_t k = 1; k < parts; ++k) {
     const EntrySums part = in[row * parts + k];
-    sums = {sums.value + part.value, sums.clipped + part.clipped, sums.slope + part.slope};
+    sums = {sums.value + part.value, sums.mass + part.mass, sums.slope + part.slope};
   }
   out[row] = sums;
 }

@@ -138,9 +138,9 @@ def entry_sums(
         clipped = entry > limit
         first_order = {FORWARD_KL: difference, REVERSE_KL: -difference, JSD: torch.zeros_like(difference)}[kind]
         value = torch.where(clipped, limit + first_order, beyond) if limit < math.inf else beyond
-        mass = {FORWARD_KL: p, REVERSE_KL: q, JSD: torch.zeros_like(p)}[kind]
+        mass = torch.where(clipped, p if kind == FORWARD_KL else q, 0.0) if kind != JSD else q
         slope = torch.where(clipped | (q == 0), 0.0, q * log) if kind != FORWARD_KL else torch.zeros_like(q)
-        sums = value, torch.where(clipped, mass, 0.0), slope
+        sums = value, mass, slope
         out_N3[rows] = torch.stack([x.sum(-1) for x in sums], dim=-1).float()
     return out_N3
 
@@ -154,14 +154,15 @@ def gradient(
         block = teacher_NV[rows, :valid], student_NV[rows, :valid], scale_N5[rows], inverse_temperature
         p, q, u, difference = _probabilities(*block)
         entry, _, log = _entries(p, q, u, difference, kind, beta)
-        _, clipped_mass, slope = sums_N3[rows].double()[:, :, None].unbind(1)
+        _, mass, slope = sums_N3[rows].double()[:, :, None].unbind(1)
         if kind == FORWARD_KL:
-            below, above = difference - q * clipped_mass, q * (1 - clipped_mass)
+            below, above = difference - q * mass, q * (1 - mass)
         elif kind == REVERSE_KL:
             log = torch.where(q > 0, log, 0.0)
-            below, above = q * (log - slope + clipped_mass), q * (clipped_mass - slope - 1)
+            below, above = q * (log - slope + mass), q * (mass - slope - 1)
         else:
             log = torch.where(q > 0, log, 0.0)
+            slope = slope / mass
             below, above = (1 - beta) * q * (log - slope), (beta - 1) * q * slope
         block_NV = torch.where(entry > limit, above, below) * (grad_value_N[rows, None] * inverse_temperature)
         grad_NV[rows, :valid] = block_NV.to(grad_NV.dtype)

@@ -18,6 +18,7 @@ IMPLEMENTATIONS = ["compiled", "plain torch", CUDA]
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request, monkeypatch):
+    spare_cuda(request.param, "top" not in request.node.callspec.params.get("form", ""))  # runs none of these kernels
     use(request.param, monkeypatch)
     return request.param
 
@@ -38,6 +39,12 @@ def use(implementation: str, monkeypatch: pytest.MonkeyPatch, kernels: PairKerne
 def few(implementation: str, count: int) -> int:
     """Return a number of rows or cases: `count`, but 1 for the CUDA kernels, whose threads run one by one here."""
     return 1 if implementation == "CUDA" else count
+
+
+def spare_cuda(implementation: str, proves_more: bool) -> None:
+    """Skip a case that says nothing new about the CUDA kernels."""
+    if implementation == "CUDA" and not proves_more:
+        pytest.skip("another case reads as much of the CUDA kernels")
 
 
 def run(teacher, student, grad_value, **arguments):
@@ -73,6 +80,7 @@ def check(teacher, student, where="", **arguments):
 @pytest.mark.parametrize("vocab", [7, 5003])
 @pytest.mark.parametrize("form", FULL)
 def test_hard_rows(implementation, form, vocab):
+    spare_cuda(implementation, vocab == 5003 and form != "jsd 0.1")
     for name, (teacher, student) in hard_pairs(vocab, few(implementation, 6)).items():
         check(teacher, student, f"{form}, {name}", temperature=1.3, **FORMS[form])
 
@@ -89,7 +97,7 @@ def test_top_k_and_the_rest(implementation, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_half_precision(implementation, form, dtype):
     g = torch.Generator().manual_seed(3)
-    teacher, student = (torch.randn(2, 5, 3001, generator=g) * 2).to(dtype)
+    teacher, student = (torch.randn(2, few(implementation, 5), 3001, generator=g) * 2).to(dtype)
     check(teacher, student, form, temperature=0.8, **FORMS[form])
 
 
@@ -132,6 +140,7 @@ def check_any_shape(rows, vocab, padding, scale, apart, offset, temperature, for
 @pytest.mark.parametrize("form", ["forward", "reverse", "jsd", "jsd 0.1", "forward clipped", "reverse clipped"])
 def test_near_equal_distributions_keep_their_digits(implementation, form, vocab):
     """A divergence of 1e-9 is right to two percent: a sum of p ln(p / q) in fp32 would be noise of 1e-7."""
+    spare_cuda(implementation, vocab == 20001)
     for name, (teacher, student) in near_pairs(vocab, few(implementation, 4)).items():
         value, _, gradient = run(teacher, student, torch.ones(len(teacher)), **FORMS[form])
         expected, _, exact, _ = fp64(teacher, student, torch.ones(len(teacher)), **FORMS[form])
@@ -143,6 +152,7 @@ def test_near_equal_distributions_keep_their_digits(implementation, form, vocab)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_distributions_give_exact_zeros(implementation, form, dtype):
+    spare_cuda(implementation, dtype == torch.float32 and form in ("forward", "reverse", "jsd clipped"))
     for name, (teacher, _) in hard_pairs(3001, few(implementation, 6)).items():
         if "top" in form and name in ("range 1e4", "rising"):
             continue  # x / temperature in fp32 moves such a logit by 1e-3; the rest is below its floor
@@ -173,7 +183,7 @@ def test_a_nan_stays_in_its_row(implementation, form):
 
 
 def test_rows_of_any_strides(implementation):
-    logits = torch.randn(2, 4, 6, 50)
+    logits = torch.randn(2, 3, 2, 50)
     for view in (lambda x: x[:, :-1], lambda x: x.transpose(0, 1), lambda x: x[1]):
         check(view(logits[0]), view(logits[1]), kind="forward_kl")
         check(view(logits[0]), view(logits[1]), kind="jsd")
@@ -210,7 +220,7 @@ def test_extra_memory_is_proportional_to_the_tokens(form):
     with largest:
         value, _ = divergence(teacher, student, inplace_backward=True, **FORMS[form])
         torch.autograd.grad(value.sum(), student)
-    assert 0 < largest.numel <= 8 * 20
+    assert 0 < largest.numel <= 8 * (8 + 3 * 5)
 
 
 BAD_INPUT = {
@@ -261,6 +271,7 @@ MISTAKES = {
     "a chunk of the gradient left out": ("divergence.cu", "(pair.columns + per_block - 1) / per_block",
                                          "pair.columns / per_block"),
 }  # fmt: skip
+SOON = ("no barrier before the warps are merged", "-inf taken for mass", "a misaligned store")  # the others are slow
 
 
 def check_the_cuda_kernels():
@@ -284,7 +295,9 @@ def check_the_cuda_kernels():
 
 
 @pytest.mark.skipif(not cuda_on_cpu.compiler(), reason="needs a C++ compiler")
-@pytest.mark.parametrize("mistake", ["none", *MISTAKES])
+@pytest.mark.parametrize(
+    "mistake", ["none", *(pytest.param(x, marks=() if x in SOON else pytest.mark.slow) for x in MISTAKES)]
+)
 @pytest.mark.heavy
 def test_a_mistake_in_the_cuda_kernels_is_found(mistake, tmp_path, monkeypatch):
     changed = {}
