@@ -4,12 +4,14 @@ With several seeds the interval is Student's t over them. With one it is a boots
 resampled by itself: it holds for this training run, and knows nothing of how another run would differ.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import orjson
 
 from benchmarks.paired import difference
 from benchmarks.reproduce_paper.plan import Cell, Setting, Table
@@ -51,16 +53,20 @@ class Number:
         return found is not None and found.low is not None and not found.low <= 0 <= found.high
 
 
-def seeds_of(setting: Setting, site: Site) -> list[Cell]:
+def begun(setting: Setting, site: Site) -> list[Cell]:
+    """Return the setting's cells that have a directory, in the order of their seeds."""
+    directories = (site.output / "cells" / setting.key).glob("seed-*")
+    return [Cell(setting, seed) for seed in sorted(int(path.name.removeprefix("seed-")) for path in directories)]
+
+
+def finished(setting: Setting, site: Site) -> list[Cell]:
     """Return the setting's finished cells, in the order of their seeds."""
-    directory = site.output / "cells" / setting.key
-    seeds = [int(path.name.removeprefix("seed-")) for path in directory.glob("seed-*")]
-    return [cell for cell in (Cell(setting, seed) for seed in sorted(seeds)) if site.is_finished(cell)]
+    return [cell for cell in begun(setting, site) if site.is_finished(cell)]
 
 
 def values_of(setting: Setting, site: Site) -> tuple[dict[str, Value], int]:
     """Return our value of each column that can be computed, and from how many seeds."""
-    cells = seeds_of(setting, site)
+    cells = finished(setting, site)
     if not cells:
         return {}, 0
     runs = [of_evaluation(site.evaluation_of(cell)) for cell in cells]
@@ -70,8 +76,12 @@ def values_of(setting: Setting, site: Site) -> tuple[dict[str, Value], int]:
     return {column: _over_seeds([run[column].value for run in runs]) for column in common}, len(runs)
 
 
+@functools.cache
 def of_evaluation(directory: Path) -> dict[str, Value]:
-    """Return the columns of one evaluation with intervals over its problems; summaries only if all sets are there."""
+    """Return the columns of a finished evaluation with intervals over its problems; summaries only if it has all sets.
+
+    It is read once: its samples hold every response.
+    """
     sets = json.loads((directory / "results.json").read_text(encoding="utf-8"))["sets"]
     found = {}
     for name in SETS:
@@ -87,10 +97,10 @@ def of_evaluation(directory: Path) -> dict[str, Value]:
 def _problems(path: Path, k: dict[str, int]) -> dict[str, np.ndarray]:
     """Return [problems, 2] of each set: the share of right samples in per cent, and their mean length in tokens."""
     rows: dict[str, dict[str, list[tuple[float, int]]]] = {name: {} for name in k}
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         next(file)  # the settings
         for line in file:
-            row = json.loads(line)
+            row = orjson.loads(line)
             if row["set"] in k and row["index"] < k[row["set"]]:
                 samples = rows[row["set"]].setdefault(row["id"], [])
                 samples.append((100.0 * (row["reward"] > 0.5), row["tokens"]))

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.reproduce_paper import picture
 from benchmarks.reproduce_paper.claim import holder
-from benchmarks.reproduce_paper.numbers import Number, Value, fill, seeds_of, values_of
-from benchmarks.reproduce_paper.plan import MODELS, TABLES, TITLES, Cell, Setting, Table, methods
+from benchmarks.reproduce_paper.numbers import Number, Value, begun, fill, finished, values_of
+from benchmarks.reproduce_paper.plan import MODELS, TABLES, TITLES, Setting, Table, methods
 from benchmarks.reproduce_paper.published import COLUMNS, of_method
 from benchmarks.reproduce_paper.site import Site
 from megatron_egrsd.errors import BadArgument
@@ -49,9 +49,9 @@ def write_page(site: Site) -> Path:
 
 def state(setting: Setting, site: Site) -> str:
     """Return "" for a setting with a finished cell, else why there is none: one that failed, runs, or was never run."""
-    if seeds_of(setting, site):
+    if finished(setting, site):
         return ""
-    found = [Cell(setting, int(p.name.removeprefix("seed-"))) for p in _begun(setting, site)]
+    found = begun(setting, site)
     for cell in found:
         if who := holder(site.directory(cell)):
             return f"runs on {who}"
@@ -61,16 +61,12 @@ def state(setting: Setting, site: Site) -> str:
     return "not finished" if found else "not run"
 
 
-def _begun(setting: Setting, site: Site) -> list[Path]:
-    return sorted((site.output / "cells" / setting.key).glob("seed-*"))
-
-
 def unlike(site: Site) -> list[str]:
     """Return in what the finished cells were not made as the paper says, a sentence each."""
     words: dict[str, set[str]] = {"trained with": set(), "evaluated with": set()}
     for table in TABLES:
         for row in table.rows:
-            for cell in seeds_of(row.setting, site):
+            for cell in finished(row.setting, site):
                 identity = json.loads((site.directory(cell) / "cell.json").read_text(encoding="utf-8"))
                 words["trained with"].add(" ".join(identity["train"]))
                 words["evaluated with"].add(" ".join(identity["evaluate"]))
@@ -122,7 +118,7 @@ def _figures(site: Site) -> Iterator[tuple[str, str, str, Figure]]:
             yield (f"frontier-{model}", f"Accuracy against length, {about.name} (the paper's Figure 1)",
                    "Up and to the left is better. Filled: ours, with 95 % intervals. Hollow: the paper's, if its "
                    "length is published; a dotted line joins the two.", drawn)  # fmt: skip
-        first = {name: seeds_of(found[name], site)[:1] for name in _GRADIENTS}
+        first = {name: finished(found[name], site)[:1] for name in _GRADIENTS}
         runs = {TITLES[name]: read_run(site.run_of(cell)) for name, cells in first.items() for cell in cells}
         if drawn := picture.gradient_norms(runs):
             yield (f"gradients-{model}", f"Gradient norms, {about.name} (the paper's Figure A1, on 8B)",

@@ -26,6 +26,10 @@ class Stopped(Exception):
     """Somebody asked this process to stop, or has taken over its cell."""
 
 
+class Elsewhere(Exception):
+    """Another process works on the cell; the message says which."""
+
+
 @dataclass
 class Outcome:
     """The cells of a schedule by what became of them; `failed` has the reasons."""
@@ -49,32 +53,37 @@ def run_all(cells: list[Cell], site: Site) -> Outcome:
                 break
             started = time.monotonic()
             try:
-                state = _run_once(cell, site, stop)
+                new = _run_once(cell, site, stop)
             except Stopped:
                 outcome.stopped = True
                 break
+            except Elsewhere as other:
+                outcome.elsewhere.append(cell)
+                state = f"runs on {other}"
             except RunError as error:
                 outcome.failed[cell] = str(error)
-                print(f"{number:3d}/{len(cells)}  {cell.key:32s} FAILED: {error}", flush=True)
-                continue
-            (outcome.elsewhere if state.startswith("runs") else outcome.finished).append(cell)
-            seconds = time.monotonic() - started
-            print(f"{number:3d}/{len(cells)}  {cell.key:32s} {state}" + (f", {seconds:.0f} s" * (state == "finished")),
-                  flush=True)  # fmt: skip
+                state = f"FAILED: {error}"
+            else:
+                outcome.finished.append(cell)
+                state = f"finished, {time.monotonic() - started:.0f} s" if new else "is finished"
+            print(f"{number:3d}/{len(cells)}  {cell.key:32s} {state}", flush=True)
     return outcome
 
 
-def _run_once(cell: Cell, site: Site, stop: Callable[[], bool]) -> str:
-    """Run a cell; returns what became of it. Raises RunError with the reason and the log, or Stopped."""
+def _run_once(cell: Cell, site: Site, stop: Callable[[], bool]) -> bool:
+    """Run a cell to its end; returns False if it was finished before.
+
+    Raises RunError with the reason and the log if it fails, Elsewhere if another process holds it, or Stopped.
+    """
     directory = site.directory(cell)
     _check_identity(directory / "cell.json", site.identity(cell))
     if site.is_finished(cell):
-        return "is finished"
+        return False
     with claimed(directory) as claim:
         if claim is None:
-            return f"runs on {holder(directory) or 'another node'}"
+            raise Elsewhere(holder(directory) or "another node")
         if site.is_finished(cell):  # by the process that held it a moment ago
-            return "is finished"
+            return False
         failure = directory / "failure.json"
         try:
             _run(cell, site, claim, stop)
@@ -82,7 +91,7 @@ def _run_once(cell: Cell, site: Site, stop: Callable[[], bool]) -> str:
             write_text(failure, json.dumps({"reason": str(error)}))
             raise
         failure.unlink(missing_ok=True)
-    return "finished"
+    return True
 
 
 def _run(cell: Cell, site: Site, claim: Claim, stop: Callable[[], bool]) -> None:

@@ -27,7 +27,7 @@ from megatron_egrsd.evaluation.evaluated_model import digest, hugging_face
 from megatron_egrsd.evaluation.protocol import overridden, published_models, samples_per_problem
 from megatron_egrsd.evaluation.sample_file import SampleFile
 from megatron_egrsd.evaluation.summary import Estimate, Sample, summarize
-from megatron_egrsd.evaluation.table import deviations, evaluation_table, paper_summary, paper_table
+from megatron_egrsd.evaluation.table import TABLE_WIDTH, deviations, evaluation_table, paper_summary, paper_table
 from megatron_egrsd.rewards.answers import final_answer, states_answer
 from megatron_egrsd.rewards.normal_form import normalize
 from megatron_egrsd.rewards.reward import Reward, decode_and_grade, load_reward
@@ -67,6 +67,7 @@ def evaluate(config: Config) -> Results:
     console = Console(soft_wrap=True, highlight=False)
     console.print(evaluation_table(title, results))
     if config.evaluation.protocol:
+        console.width = max(console.width, TABLE_WIDTH)
         console.print(paper_table(results, published_models(config.model.path), unlike))
     if failures := [row for row in run.file.rows.values() if row["error"]]:
         print(f"the reward failed on {len(failures)} responses, which count as 0; first: {failures[0]['error']}")

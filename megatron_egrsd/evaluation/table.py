@@ -9,6 +9,7 @@ from megatron_egrsd.evaluation.protocol import PUBLISHED, SETS, summary_columns
 from megatron_egrsd.evaluation.summary import Estimate
 
 _ACROSS = 4  # sets side by side; more sets get another table below
+TABLE_WIDTH = 120  # columns of a terminal, or of a log, in which the paper's table keeps every digit
 _NAMES = {
     "accuracy": "accuracy (avg@k)",
     "truncated": "truncated responses",

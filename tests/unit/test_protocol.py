@@ -23,7 +23,7 @@ from megatron_egrsd.evaluation.protocol import (
     summary_columns,
 )
 from megatron_egrsd.evaluation.summary import Estimate
-from megatron_egrsd.evaluation.table import deviations, paper_summary, paper_table
+from megatron_egrsd.evaluation.table import TABLE_WIDTH, deviations, paper_summary, paper_table
 
 # The Avg column of the published tables, in their order.
 AVERAGES = {
@@ -119,6 +119,16 @@ def test_table_of_all_sets():
     assert own.split()[2:] == ["73.02", "65.00", "41.56", "86.93", "33.09", "93.96", "65.59", "11,008", "5.96"]
     assert next(line for line in lines if "untrained" in line).split()[2:] == own.split()[2:]
     assert len([line for line in lines if "Qwen3-4B" in line]) == 7 and not any("Qwen3-8B" in line for line in lines)
+
+
+def test_every_digit_fits_into_the_width_of_a_log():
+    console = Console(width=TABLE_WIDTH, color_system=None)
+    with console.capture() as captured:
+        console.print(paper_table(results(), list(PUBLISHED), {}))
+    lines = captured.get().splitlines()
+    (last,) = (line for line in lines if "61.45" in line)
+    assert last.split()[:2] == ["AceReason-Nemotron-7B", "CL-EGRSD"] and last.split()[-2:] == ["7,943", "7.74"]
+    assert not any("…" in line for line in lines)
 
 
 def test_table_without_some_sets_has_no_summary():

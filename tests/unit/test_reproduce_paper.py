@@ -130,6 +130,26 @@ def test_commands_of_a_node_with_gpus(tmp_path):
     assert untrained.lora.init == "" and untrained.data.student_template == config.data.student_template
 
 
+@pytest.mark.heavy
+def test_the_launcher_understands_the_words(tmp_path):
+    """Also in a job of several nodes, of which each runs cells of its own."""
+    stub = tmp_path / "torchrun"
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+    site, cell = site_in(tmp_path, Site, gpus=8), Cell(methods("8b")["cl_egrsd"], 7)
+    training = site.training(cell)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "NNODES": "4", "SLURM_NODEID": "2"} | training.variables
+    done = subprocess.run(training.words, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    launch, _, words = done.stdout.partition("-m\nmegatron_egrsd.cli\ntrain\n")
+    config = parse_config(words.removesuffix("\n").split("\n"))
+    assert launch.split("\n")[:4] == ["--nnodes", "1", "--node-rank", "0"]
+    assert (config.objective.attenuation, config.objective.lookahead, config.dump_scores) == (1.0, 5, True)
+    assert (config.output, config.seed, config.lora.export) == (str(site.run_of(cell)), 7, "adapter")
+    assert config.checkpoint.resume == "auto" and config.data.evaluation == ""
+
+
 def test_bad_arguments_are_refused_before_anything_runs(tmp_path, capsys):
     output = ["--output", str(tmp_path / "out")]
     tiny = ["--model", f"8b={ROOT}/examples/tiny/model"]
