@@ -47,7 +47,9 @@ def _adapters(rank, world_size):
     def check(call):
         leaf = shard.clone().requires_grad_()
         lp, h = call(leaf)
-        ((lp.view(-1) * g_lp).sum() + (h.view(-1) * g_h).sum()).backward()
+        loss = (lp.view(-1) * g_lp).sum() + (h.view(-1) * g_h).sum()
+        loss.backward(retain_graph=True)
+        assert torch.equal(torch.autograd.grad(loss, leaf)[0], leaf.grad)  # nothing was overwritten
         assert (lp.view(-1) - log_prob).abs().max() < 2e-6 * log_prob.abs().max()
         assert (h.view(-1) - entropy).abs().max() < 2e-6
         assert (leaf.grad - own).norm() <= 1e-6 * own.norm()
@@ -67,6 +69,10 @@ def _adapters(rank, world_size):
     check(lambda x: (areal.gather_logprobs(x, labels, tp_group=group), verl.vocab_parallel_entropy(x)))
     check(lambda x: (areal.gather_logprobs(x, labels, tp_group=group), verl.vocab_parallel_entropy_with_chunking(x, 4)))
     _areal_reuses_logits(areal, shard, labels, group)
+    _a_second_use_raises(
+        lambda x: areal.gather_logprobs_entropy(x, labels, tp_group=group, reuse_logits=True)[0], shard
+    )
+    _a_second_use_raises(lambda x: megatron_lm.vocab_parallel_cross_entropy(x, labels, inplace_backward=True), shard)
     _areal_chunked_head(areal, rank, world_size, group, r)
 
     kept = torch.rand(TOKENS, VOCAB, generator=r) < 0.4  # slime: for the log-prob alone, with the sampled token in it
@@ -139,6 +145,16 @@ def _areal_reuses_logits(areal, shard, labels, group):
     ):
         gradient, untouched = run(view, True)
         assert torch.equal(gradient, run(view, False)[0]) and untouched != overwritten
+
+
+def _a_second_use_raises(loss, shard):
+    """Once backward has written the gradient over the logits: the same function again, and another one."""
+    for again in (lambda own, other: own, lambda own, other: other):
+        logits = shard.clone().requires_grad_() + 0.0
+        own, other = loss(logits).sum(), logits.square().sum()
+        own.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            again(own, other).backward()
 
 
 def _areal_chunked_head(areal, rank, world_size, group, r):

@@ -199,16 +199,21 @@ def test_few_tokens(implementation, form, shape):
     assert value.shape == entropy.shape == shape and not entropy.requires_grad
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS.values(), {"kind": "forward_kl", "top_k": 4}])
 def test_the_gradient_is_written_over_the_logits_and_autograd_knows(implementation, form):
     teacher, leaf = torch.randn(3, 70), torch.randn(3, 70, requires_grad=True)
-    (expected,) = torch.autograd.grad(divergence(teacher, leaf, **FORMS[form]).value.sum(), leaf)
+    (expected,) = torch.autograd.grad(divergence(teacher, leaf, **form).value.sum(), leaf)
     student = leaf * 1
-    value, _ = divergence(teacher, student, inplace_backward=True, **FORMS[form])
+    value, _ = divergence(teacher, student, inplace_backward=True, **form)
     (gradient,) = torch.autograd.grad(value.sum(), student, retain_graph=True)
     assert gradient.data_ptr() == student.data_ptr() and torch.equal(gradient, expected)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.sum().backward()
+    student = leaf * 1
+    other = student.square().sum()
+    divergence(teacher, student, inplace_backward=True, **form).value.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
 
 
 @pytest.mark.skipif(not pair_ops.compiled(torch.device("cpu")), reason="the kernels are not built")
