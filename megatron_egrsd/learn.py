@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from megatron_egrsd.config import Config, ObjectiveConfig
@@ -19,6 +20,7 @@ from megatron_egrsd.data.samples import Rollout
 from megatron_egrsd.engine.engine import Engine, Scores
 from megatron_egrsd.engine.heads import TeacherStates
 from megatron_egrsd.engine.update import TokenSums, Update
+from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.operations import forward_flops, head_flops, needed_training_flops
 from megatron_egrsd.objectives.interface import Objective, Tokens, batch_tokens
 from megatron_egrsd.objectives.load import load_objective
@@ -55,6 +57,8 @@ def learn(
     engine.refresh_teacher(history.steps + 1)
     metrics = rollout_metrics(rollouts, batch.rewards, batch.advantage) | _update_metrics(updates)
     metrics |= {"reward/running_mean": history.mean, "reward/running_std": history.std}
+    if config.rollout.routing_replay:
+        metrics["sync/routing_changed"] = engine.passes.routing.share_changed(engine.device)
     metrics["perf/model_flops"] = _model_flops(engine, batch, objective, scores)
     return metrics | {"time/score": scored - started, "time/train": time.perf_counter() - scored}
 
@@ -103,7 +107,7 @@ def _divide(engine: Engine, rollouts: list[Rollout], objective: Objective, confi
     """Give each rollout its signal, and divide the prompts equally among the updates."""
     rewards, advantage = rollout_advantages(rollouts, objective, config.rollout.max_response_tokens)
     has_gradient = [bool(a or config.objective.kl_coef) for a in advantage]
-    students = [Sequence(r.prompt.student_ids, r.response_ids) for r in rollouts]
+    students = [_student(r, engine.arch, config.rollout.routing_replay) for r in rollouts]
     teachers, contexts, contexts_of = _teachers(rollouts, objective)
     updates = []
     prompts = config.rollout.prompts_per_step // config.optimizer.updates_per_batch
@@ -113,6 +117,15 @@ def _divide(engine: Engine, rollouts: list[Rollout], objective: Objective, confi
         trained = [len(students[i]) if has_gradient[i] else 0 for i in members]
         updates.append([[members[i] for i in part] for part in engine.partition(scored, trained)])
     return _Batch(rollouts, rewards, advantage, has_gradient, students, teachers, contexts, contexts_of, updates)
+
+
+def _student(rollout: Rollout, arch: Architecture, replayed: bool) -> Sequence:
+    """What the student reads and said, with the experts to send it through if they are `replayed`."""
+    prompt, response, routes = rollout.prompt.student_ids, rollout.response_ids, None
+    if replayed:
+        shape = len(prompt) + len(response) - 1, arch.num_layers, arch.experts_per_token
+        routes = np.frombuffer(rollout.routes, np.uint8).reshape(shape)
+    return Sequence(prompt, response, routes)
 
 
 def _teachers(rollouts: list[Rollout], objective: Objective) -> tuple[list[Sequence], list[Sequence], list[list[int]]]:

@@ -20,6 +20,7 @@ class OptimizerConfig:
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay; norms and biases are exempt.
         clip_grad: Global gradient norm is clipped to this; 0 switches clipping off.
+        freeze_router: Of a mixture of experts, keep the router's weights as they are.
         updates_per_batch: Optimizer steps per rollout batch, each on an equal share of the prompts.
     """
 
@@ -32,6 +33,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_grad: float = 1.0
+    freeze_router: bool = False
     updates_per_batch: int = 1
 
     def __post_init__(self):

@@ -114,6 +114,9 @@ class RolloutConfig:
             on-policy; 1 samples the next batch while this one trains (docs/guides/overlap.md); more needs
             `partial`.
         partial: Partial rollouts: new weights do not wait for the responses in flight, which go on with them.
+        routing_replay: Of a mixture of experts, send every token through the experts that SGLang chose for it, in the
+            student's scores and in training, so that both sides agree although they compute in another order. The
+            teacher chooses its own.
         extra_prompts: Prompts in flight beyond one batch: as many may be carried over while others are trained. At most
             `prompts_per_step`, and only if `partial` is set and `staleness` is 2 or more.
         servers: The SGLang servers.
@@ -130,6 +133,7 @@ class RolloutConfig:
     dynamic_sampling: int = 0
     staleness: int = 0
     partial: bool = False
+    routing_replay: bool = False
     extra_prompts: int = 0
     servers: ServersConfig = field(default_factory=ServersConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)

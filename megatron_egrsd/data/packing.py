@@ -5,17 +5,24 @@ import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from megatron_egrsd.data.zigzag import zigzag
 
+NO_ROUTE = 255  # in place of an expert: the router chooses
+
 
 @dataclass(frozen=True)
 class Sequence:
-    """A prompt and its response as one token sequence."""
+    """A prompt and its response as one token sequence.
+
+    `routes` [tokens - 1, layers, k] uint8 are the experts of each token but the last, if they are to be replayed.
+    """
 
     prompt_ids: Seq[int]
     response_ids: Seq[int]
+    routes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -28,7 +35,7 @@ class MicroBatch:
     Row `rows[r]` of the hidden states, the row before a response token, predicts `targets[own[r]]`. A batch of only
     padding (B = 0, R = 0) keeps a rank in step that has fewer samples than the others have micro-batches.
 
-    After `split`, `tokens`, `position_ids`, `rows` and `own` are those of a context-parallel rank.
+    After `split`, `tokens`, `position_ids`, `routes`, `rows` and `own` are those of a context-parallel rank.
     """
 
     tokens: torch.Tensor  # [T] int64
@@ -39,6 +46,7 @@ class MicroBatch:
     targets: torch.Tensor  # [R] int64
     response_cu_seqlens: torch.Tensor  # [B + 1] int32
     samples: tuple[int, ...]  # B indices into the list that was packed
+    routes: torch.Tensor | None = None  # [T, layers, k] uint8 experts, NO_ROUTE where none are known
 
     @property
     def max_seqlen(self) -> int:
@@ -56,7 +64,12 @@ class MicroBatch:
         rows = row[self.rows]
         own = (rows >= 0).nonzero()[:, 0]
         return replace(
-            self, tokens=self.tokens[places], position_ids=self.position_ids[places], rows=rows[own], own=self.own[own]
+            self,
+            tokens=self.tokens[places],
+            position_ids=self.position_ids[places],
+            routes=None if self.routes is None else self.routes[places],
+            rows=rows[own],
+            own=self.own[own],
         )
 
     def unpack(self, packed: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -157,4 +170,16 @@ def pack(sequences: Seq[Sequence], samples: Seq[int], multiple: int = 1, pad_id:
         targets=targets,
         response_cu_seqlens=response_lengths.cumsum(0, dtype=torch.int32),
         samples=tuple(samples),
+        routes=_routes(chosen, starts, len(tokens) + padding),
     )
+
+
+def _routes(sequences: Seq[Sequence], starts: Seq[int], tokens: int) -> torch.Tensor | None:
+    """Lay the routes of `sequences`, which begin at `starts`, over `tokens`; None if none has any."""
+    known = [(s.routes, start) for s, start in zip(sequences, starts, strict=False) if s.routes is not None]
+    if not known:
+        return None
+    routes = np.full((tokens, *known[0][0].shape[1:]), NO_ROUTE, np.uint8)
+    for own, start in known:
+        routes[start : start + len(own)] = own
+    return torch.from_numpy(routes)

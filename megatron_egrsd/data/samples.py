@@ -1,5 +1,6 @@
 """The stages of the data: Problem -> Prompt -> Rollout (-> Sequence -> MicroBatch, data/packing.py)."""
 
+import base64
 import json
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -46,6 +47,8 @@ class Rollout:
     (rollout.partial), `segments` lists [weight version, number of tokens sampled by it] in order; else it is empty.
     `contexts` are the teacher's prompts if they quote other rollouts of the group (data/siblings.py), the first in the
     place of the prompt's `teacher_ids`; [] if no sibling serves: such a rollout is not trained. Else None.
+    `routes` are the experts of all tokens but the last, if they are to be replayed (rollout.routing_replay): uint8
+    [tokens - 1, layers, k] as bytes.
     """
 
     prompt: Prompt
@@ -59,6 +62,7 @@ class Rollout:
     reward_error: str = ""  # the reason why the reward function failed and the reward is 0
     segments: list[list[int]] = field(default_factory=list)
     contexts: list[list[int]] | None = None
+    routes: bytes = b""
 
     @property
     def teacher_prompts(self) -> list[list[int]]:
@@ -77,7 +81,8 @@ def save_rollouts(rollouts: list[Rollout], path: Path) -> None:
         raise RunError(f"{path} exists already; rollouts are never overwritten")
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for rollout in rollouts:
-            file.write(json.dumps(asdict(rollout), ensure_ascii=False) + "\n")
+            row = asdict(rollout) | {"routes": base64.b64encode(rollout.routes).decode()}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def load_rollouts(path: Path, most: int | None = None) -> list[Rollout]:
@@ -105,7 +110,8 @@ def _rollout(row: dict) -> Rollout:
     """Build a rollout from its JSON object. Raises ValueError, KeyError, TypeError or AttributeError if it is none."""
     prompt = row.pop("prompt")
     problem = Problem(**prompt.pop("problem"))
-    rollout = Rollout(prompt=Prompt(problem=problem, **prompt), **row)
+    routes = base64.b64decode(row.pop("routes", ""), validate=True)
+    rollout = Rollout(prompt=Prompt(problem=problem, **prompt), routes=routes, **row)
     texts = [*problem.texts, rollout.finish_reason, rollout.text, rollout.reward_error]
     contexts = [] if rollout.contexts is None else rollout.contexts
     if type(contexts) is not list or not all(contexts):
@@ -130,4 +136,6 @@ def _rollout(row: dict) -> Rollout:
             raise ValueError("segments must be [version, tokens] from weight_version on, and add up to the response")
     if not rollout.prompt.student_ids or not 0 < len(rollout.response_ids) == len(rollout.rollout_log_probs):
         raise ValueError("an empty prompt or response, or not one log-prob a response token")
+    if len(routes) % (len(rollout.prompt.student_ids) + len(rollout.response_ids) - 1):
+        raise ValueError("routes are not those of all tokens but the last")
     return rollout

@@ -31,6 +31,7 @@ from megatron_egrsd.engine.model import build_model, transformer_config
 from megatron_egrsd.engine.offload import OffloadedStorages, without
 from megatron_egrsd.engine.optimizer import build_optimizer, parts
 from megatron_egrsd.engine.passes import Passes
+from megatron_egrsd.engine.routing import freeze_routers
 from megatron_egrsd.engine.update import LossFunction, TokenSums, Update, differentiate, sum_over_ranks
 from megatron_egrsd.engine.weights import export_adapter, export_hf, load_hf
 from megatron_egrsd.hf.adapters import AdapterSpec, adapter_shapes, initial_tensor
@@ -116,6 +117,8 @@ class Engine:
             shapes = adapter_shapes(self.arch, adapter)
             new = initial_adapter or (lambda name: initial_tensor(name, shapes[name], seed))
             attach_adapters(self.chunks, self.arch, transformer, adapter, new)
+        if optimizer.freeze_router:
+            freeze_routers(self.chunks)
         reduction = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=parallel.distributed_optimizer,

@@ -15,6 +15,7 @@ from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.data.packing import MicroBatch, Sequence, pack, schedule
 from megatron_egrsd.engine.context_parallel import gather_columns, packed_seq_params
 from megatron_egrsd.engine.heads import Head, ScoringHead
+from megatron_egrsd.engine.routing import ReplayedRouting
 
 
 class Passes:
@@ -40,6 +41,7 @@ class Passes:
         self.model, self.parallel, self.device = model, parallel, device
         self.context_group = parallel_state.get_context_parallel_group()
         tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.routing = ReplayedRouting(model, parallel.sequence_parallel)
         self.scoring = ScoringHead(tensor_group if tensor_group.size() > 1 else None, vocab_size, temperature)
 
     def micro_batches(self, sequences: Seq[Sequence], partition: list[list[int]]) -> list[MicroBatch]:
@@ -85,6 +87,7 @@ class Passes:
 
     def _forward(self, batches: Iterator[MicroBatch], model, loss, head: Head):
         batch = next(batches).to(self.device)
+        self.routing.begin(model, batch.routes)
         output = model(
             batch.tokens[None],
             batch.position_ids[None],

@@ -104,12 +104,14 @@ class Fleet:
         return peft_config(self.engine.adapter, self.model.path) if by_sglang else None
 
     def _server_settings(self) -> ServersConfig:
-        """Return `rollout.servers`, with the arguments of SGLang's LoRA if the servers get adapters."""
-        settings = self.config.servers
-        if not self._adapter():
-            return settings
-        spec, device = self.engine.adapter, self.engine.device.type
-        return replace(settings, args=lora_arguments(spec.rank, spec.targets, device) | settings.args)
+        """Return `rollout.servers`, with the arguments that adapters and routing replay need."""
+        arguments: dict[str, Any] = {}
+        if self._adapter():
+            spec, device = self.engine.adapter, self.engine.device.type
+            arguments = lora_arguments(spec.rank, spec.targets, device)
+        if self.config.routing_replay:
+            arguments["enable-return-routed-experts"] = True
+        return replace(self.config.servers, args=arguments | self.config.servers.args)
 
     def _hold_the_rest(self) -> bool:
         """Return whether the servers have all weights of the last push, so that those with adapters are enough.

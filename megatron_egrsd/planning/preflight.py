@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from megatron_egrsd.config import Config, WandbConfig
+from megatron_egrsd.data.packing import NO_ROUTE
 from megatron_egrsd.data.prompt_builder import prompt_builder
 from megatron_egrsd.data.prompts import load_prompts
 from megatron_egrsd.data.samples import Prompt
@@ -36,6 +37,7 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
         AdapterFile(config.lora.init, arch)
     config.check_world(ranks or torchrun.world_size())
     check_objective(config.objective)
+    _check_routing(config, arch)
     _check_contexts(config)
     _check_solutions(config)
     _check_wandb(config.logging.wandb)
@@ -57,6 +59,25 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
     train = load_prompts(config.data.train, builder, privileged=privileged, solutions=solutions)
     heldout = load_prompts(config.data.evaluation, builder, privileged=False) if config.data.evaluation else []
     return train, heldout, builder.tokenizer
+
+
+def _check_routing(config: Config, arch: Architecture) -> None:
+    """Raise BadArgument if a router is to be frozen or its choices replayed, and there is none or it cannot be."""
+    if config.optimizer.freeze_router and not arch.num_experts:
+        raise BadArgument("optimizer.freeze_router is true, but the model has no experts; set it to false")
+    if not config.rollout.routing_replay:
+        return
+    reason = ""
+    if not arch.num_experts:
+        reason = "the model has no experts"
+    elif arch.num_experts > NO_ROUTE:
+        reason = f"the model has {arch.num_experts} experts; routes are kept as bytes, for up to {NO_ROUTE}"
+    elif not needs_rollouts(config.objective):
+        reason = "the objective trains reference solutions, which nothing has routed"
+    elif config.parallel.megatron.get("moe_router_fusion"):
+        reason = "parallel.megatron.moe_router_fusion chooses the experts in a kernel that takes none"
+    if reason:
+        raise BadArgument(f"rollout.routing_replay cannot work: {reason}; set it to false")
 
 
 def _check_contexts(config: Config) -> None:

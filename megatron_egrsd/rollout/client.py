@@ -23,6 +23,7 @@ _HEALTH_CHECK = 5.0  # seconds between two requests to a server's /health
 _OTHER_FILES = 256  # files that the process may have open besides its requests
 _UNLIMITED_FILES = 1 << 20  # stands for the number of files if the system sets no limit
 _ABORT_TIMEOUT = 5.0  # seconds that a server may take to accept an abort
+ROUTES = {"return_routed_experts": True}  # of a request
 
 
 class _RequestFailed(Exception):
@@ -73,13 +74,15 @@ class RolloutClient:
         finished: Callable[[int, int, Generation], object] = lambda *_: None,
         sampling: dict[str, Any] | None = None,
         seeds: Callable[[int, int], int] | None = None,
+        routes: bool = False,
     ) -> list[list[Generation]]:
         """Sample `n` responses to each prompt (token ids), in the order of the prompts. Not for use in an event loop.
 
         `done` collects the j-th response to the i-th prompt under (i, j). After ServersLost and the recovery of the
         servers, a second call with the same `done` samples only the missing responses. `finished(i, j, response)` is
         called for each response and should return at once. `sampling` holds more of SGLang's sampling parameters.
-        `seeds(i, j)` is the seed of a response; only deterministic servers use it.
+        `seeds(i, j)` is the seed of a response; only deterministic servers use it. `routes` asks for the experts of
+        every token.
 
         Raises:
             BadArgument: A prompt is empty (it would kill SGLang's scheduler), or a size is not positive.
@@ -97,7 +100,7 @@ class RolloutClient:
                               f"{temperature} not negative")  # fmt: skip
         sampling = dict(sampling or {}) | self.sampling(temperature, max_new_tokens)
         done = {} if done is None else done
-        asyncio.run(self._generate(prompts, n, sampling, done, finished, seeds))
+        asyncio.run(self._generate(prompts, n, sampling, done, finished, seeds, ROUTES if routes else {}))
         return [[done[i, j] for j in range(n)] for i in range(len(prompts))]
 
     def sampling(self, temperature: float, max_new_tokens: int) -> dict[str, Any]:
@@ -105,7 +108,7 @@ class RolloutClient:
         stop = {"stop_token_ids": self.stop_token_ids} if self.stop_token_ids else {}
         return {"temperature": temperature, "max_new_tokens": max_new_tokens, "skip_special_tokens": False} | stop
 
-    async def _generate(self, prompts: list[list[int]], n: int, sampling: dict, done: dict, finished, seeds) -> None:
+    async def _generate(self, prompts, n: int, sampling: dict, done: dict, finished, seeds, more: dict) -> None:
         # Requests for the same prompt are adjacent: all but the first find its prefix cached.
         missing = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]
         slots = self.slots()
@@ -113,7 +116,8 @@ class RolloutClient:
         async def sample(session: aiohttp.ClientSession, i: int, j: int) -> None:
             async with slots:
                 seed = {"sampling_seed": seeds(i, j)} if seeds else {}
-                done[i, j] = await self.sample(session, {"input_ids": prompts[i], "sampling_params": sampling | seed})
+                body = {"input_ids": prompts[i], "sampling_params": sampling | seed} | more
+                done[i, j] = await self.sample(session, body)
                 finished(i, j, done[i, j])
 
         await self.serve(lambda session: asyncio.gather(*(sample(session, i, j) for i, j in missing)))
@@ -227,9 +231,14 @@ class RolloutClient:
                 if response.status != 200:
                     raise _RequestFailed(f"{url} failed with HTTP {response.status}: {(await response.text())[:300]}")
                 answer = await response.read()
-            if len(answer) > LARGE:
-                return await asyncio.to_thread(read_apart, answer, self.stopping)
-            return read_answer(answer, self.stopping)
+            large, stopping = len(answer) > LARGE, self.stopping
+            generation = (
+                await asyncio.to_thread(read_apart, answer, stopping) if large else read_answer(answer, stopping)
+            )
+            if "return_routed_experts" in body and generation.response_ids and not generation.routes:
+                raise RunError(f"{server.url} does not say which experts it chose; start it with "
+                               "--enable-return-routed-experts, or set rollout.routing_replay false")  # fmt: skip
+            return generation
         except TimeoutError:
             raise _RequestFailed(f"{url} did not answer within rollout.servers.request_timeout = "
                                  f"{self.config.servers.request_timeout:g} s") from None  # fmt: skip

@@ -47,7 +47,7 @@ def __getattr__(name: str) -> "type[SRTPlatform]":
             from sglang.srt.layers import sampler
             from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-            from megatron_egrsd.rollout.cpu_lora import use_pageable_memory
+            from megatron_egrsd.rollout.cpu_memory import use_pageable_memory
             from megatron_egrsd.rollout.cpu_sampling import multinomial_with_seed
 
             use_pageable_memory()

@@ -1,5 +1,6 @@
 """SGLang's answer to a generation request: a response or a partial response."""
 
+import base64
 import contextlib
 import itertools
 import math
@@ -8,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import orjson
 
+from megatron_egrsd.data.packing import NO_ROUTE
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.system.worker_process import WorkerProcess
 
@@ -23,13 +26,15 @@ class Generation:
     `log_probs[t]` is the log-probability (nats) of `response_ids[t]` under softmax(logits / temperature). A response
     that stopped ends with the stop token. `finish_reason` is "stop", "length" or, for a partial response, "abort".
     `segments` lists [weight version, number of tokens sampled by it], in order. A version is the number of the last
-    weight sync: 0 before the first, -1 if the server reports a version that is no number.
+    weight sync: 0 before the first, -1 if the server reports a version that is no number. `routes` are the experts of
+    prompt and response but its last token, uint8 [tokens - 1, layers, k] as bytes, if they were asked for.
     """
 
     response_ids: list[int]
     log_probs: list[float]
     finish_reason: str
     segments: list[list[int]]
+    routes: bytes = b""
 
     @property
     def weight_version(self) -> int:
@@ -41,11 +46,15 @@ class Generation:
         return self.finish_reason != "abort"
 
     def continued(self, more: "Generation") -> "Generation":
-        """Return this partial response followed by the tokens of `more`."""
+        """Return this partial response followed by the tokens of `more`.
+
+        `more` computes the earlier tokens again; they keep the routes with which they were sampled.
+        """
         by_version = itertools.groupby(self.segments + more.segments, key=lambda segment: segment[0])
         segments = [[version, sum(tokens for _, tokens in same)] for version, same in by_version]
         ids, log_probs = self.response_ids + more.response_ids, self.log_probs + more.log_probs
-        return Generation(ids, log_probs, more.finish_reason, segments)
+        routes = self.routes + more.routes[len(self.routes) :]
+        return Generation(ids, log_probs, more.finish_reason, segments, routes)
 
 
 NOTHING = Generation([], [], "abort", [])
@@ -105,9 +114,29 @@ def parse_generation(answer: Any, stopping: bool = False) -> Generation:
     except OverflowError:
         raise ValueError("a log-probability that no float holds") from None
     version = int(version) if isinstance(version, str) and version.isdecimal() else -1
+    routes = _read_routes(meta, len(output_ids), dropped=int(begun))
     if begun:
         sampled_ids, log_probs = sampled_ids[:-1], log_probs[:-1]
-    return Generation(sampled_ids, log_probs, kind, [[version, len(sampled_ids)]] if sampled_ids else [])
+    return Generation(sampled_ids, log_probs, kind, [[version, len(sampled_ids)]] if sampled_ids else [], routes)
+
+
+def _read_routes(meta: dict, sampled: int, dropped: int) -> bytes:
+    """Return the experts in SGLang's `meta` for all tokens but the last `dropped` + 1; b"" if it sends none.
+
+    Raises ValueError if they are not one byte each (there are at most 255 experts), or those of other tokens.
+    """
+    encoded = meta.get("routed_experts")
+    if not encoded or sampled <= dropped:
+        return b""
+    try:
+        experts = np.frombuffer(base64.b64decode(encoded, validate=True), np.int32)
+        tokens = meta["prompt_tokens"] + sampled - 1
+        rows = experts.reshape(tokens, -1)
+    except (ValueError, TypeError, KeyError):
+        raise ValueError("routed experts of other tokens than it read and sampled") from None
+    if not rows.size or rows.min() < 0 or rows.max() >= NO_ROUTE:
+        raise ValueError(f"a routed expert outside [0, {NO_ROUTE - 1}]")
+    return rows[: tokens - dropped].astype(np.uint8).tobytes()
 
 
 _reader = WorkerProcess(f"{__name__}:reading", "orjson")

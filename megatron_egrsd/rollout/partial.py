@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import aiohttp
 
-from megatron_egrsd.rollout.client import RolloutClient, truncation
+from megatron_egrsd.rollout.client import ROUTES, RolloutClient, truncation
 from megatron_egrsd.rollout.generation import Generation
 
 _POLL = 0.02  # seconds between two looks for added responses and for `stop`
@@ -73,5 +73,5 @@ class SamplingPhase:
             body = {
                 "input_ids": prompt + begun.response_ids,
                 "sampling_params": self.client.sampling(self.temperature, left) | truncation(self.client.config),
-            }
+            } | (ROUTES if self.client.config.routing_replay else {})
             responses[j] = begun.continued(await self.client.sample(session, body))

@@ -43,6 +43,7 @@ METRICS = [
     Metric("optimizer/updates", "", "3.0f", "Optimizer steps taken on the batch; 0 if no rollout has a signal."),
     Metric("optimizer/skipped", "", "3.0f", "Updates skipped: numbers not finite, or engine and SGLang disagree."),
     Metric("sync/log_prob_difference", "dlogp", "7.1e", "Mean |log-prob(SGLang) - log-prob(engine)|, nats."),
+    Metric("sync/routing_changed", "", "6.4f", "Share of tokens that the engine would route otherwise, over layers."),
     Metric("batch/tokens", "", "8.0f", "Response tokens of the batch."),
     Metric("batch/degenerate_share", "", "5.3f", "Share of rollouts without advantage: groups all right or wrong."),
     Metric("batch/sampled", "", "5.0f", "Rollouts sampled for the batch; more than it holds under dynamic sampling."),

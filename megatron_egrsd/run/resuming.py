@@ -9,6 +9,7 @@ from megatron_egrsd.data.problems import Place
 from megatron_egrsd.engine import checkpoint
 from megatron_egrsd.engine.distributed import on_first_rank
 from megatron_egrsd.engine.engine import Engine
+from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.signal import History
 
 
@@ -22,6 +23,7 @@ def load(engine: Engine, config: Config, path: Path) -> tuple[Place, History]:
         BadArgument: The checkpoint does not belong to this model or optimizer.
     """
     notes = on_first_rank(lambda: checkpoint.read_notes(path))
+    check_frozen(path, notes, config)
     step, rewards = checkpoint.load(engine, path)
     if engine.is_first_rank:
         changes = changed_settings(notes.get("config", {}), asdict(config))
@@ -30,6 +32,16 @@ def load(engine: Engine, config: Config, path: Path) -> tuple[Place, History]:
             print("warning: it holds no statistics of the rewards; the running advantage warms up anew", flush=True)
     problems = notes.get("problems", step * config.rollout.prompts_per_step)  # 0.1.0 saved no notes
     return Place(step, problems), History(**rewards)
+
+
+def check_frozen(path: Path, notes: dict[str, Any], config: Config) -> None:
+    """Raise BadArgument if the checkpoint with `notes` has no moments of routers that are now to be trained."""
+    frozen = notes.get("config", {}).get("optimizer", {}).get("freeze_router", False)
+    if frozen and not config.optimizer.freeze_router:
+        raise BadArgument(
+            f"{path} is of a run with optimizer.freeze_router and holds no moments of the routers; continue with the "
+            "same"
+        )
 
 
 def notes_after(step: int, config: Config, begin: Place) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.fleet.colocation import Colocated, Placement, Separate
 from megatron_egrsd.fleet.fleet import Fleet
+from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.objectives.load import load_objective, needs_rollouts, needs_teacher
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import ServersLost, retry_lost
@@ -200,6 +201,7 @@ class ReplayedRollouts(_WithoutServers):
     def __init__(self, config: Config, engine: Engine):
         super().__init__()
         self.config, self.vocab_size = config, engine.arch.vocab_size
+        self.routed_by = engine.arch if config.rollout.routing_replay else None
         if engine.is_first_rank:
             print(f"rollouts: replayed from {config.replay}, without SGLang", flush=True)
 
@@ -207,7 +209,9 @@ class ReplayedRollouts(_WithoutServers):
         path = Path(self.config.replay)
         path = path / f"step_{step + 1:06d}.jsonl" if path.is_dir() else path
         privileged = needs_teacher(self.config.objective)
-        rollouts = on_first_rank(lambda: load_replay(path, self.config, self.vocab_size, privileged=privileged))
+        rollouts = on_first_rank(
+            lambda: load_replay(path, self.config, self.vocab_size, privileged=privileged, routed_by=self.routed_by)
+        )
         return Batch(rollouts, len(rollouts))
 
 
@@ -221,10 +225,13 @@ def rollout_source(config: Config, engine: Engine, tokenizer, preemption: Preemp
     return LiveRollouts(config, engine, tokenizer, preemption, seed, begin, stack)
 
 
-def load_replay(path: Path, config: Config, vocab_size: int, *, privileged: bool) -> list[Rollout]:
+def load_replay(
+    path: Path, config: Config, vocab_size: int, *, privileged: bool, routed_by: Architecture | None = None
+) -> list[Rollout]:
     """Load rollouts that `config` can train on as one batch, with teacher prompts if `privileged`.
 
-    Raises BadArgument if they do not fit the batch, the vocabulary or the objective.
+    And with routes through the experts of `routed_by`, if that is given. Raises BadArgument if they do not fit the
+    batch, the vocabulary, the objective or these experts.
     """
     rollouts = load_rollouts(path)
     prompts, n = config.rollout.prompts_per_step, config.rollout.rollouts_per_prompt
@@ -243,6 +250,15 @@ def load_replay(path: Path, config: Config, vocab_size: int, *, privileged: bool
             raise BadArgument(f"{path}, line {number}: a token beyond the model's vocabulary of {vocab_size}")
         if siblings and (r.contexts is None or (several and len(r.contexts) == 1)):
             raise BadArgument(f"{path}, line {number}: no contexts as data.teacher_context makes them")
+        if routed_by and not _routes_fit(r, routed_by):
+            raise BadArgument(f"{path}, line {number}: no routes of this model, which rollout.routing_replay needs")
         if privileged and not siblings and not r.prompt.teacher_ids:
             raise BadArgument(f"{path}, line {number}: no teacher prompt, which this objective needs")
     return rollouts
+
+
+def _routes_fit(rollout: Rollout, arch: Architecture) -> bool:
+    """Return whether the rollout's routes are experts of `arch`, in each layer, of all tokens but the last."""
+    tokens = len(rollout.prompt.student_ids) + len(rollout.response_ids) - 1
+    whole = len(rollout.routes) == tokens * arch.num_layers * arch.experts_per_token
+    return whole and max(rollout.routes) < arch.num_experts

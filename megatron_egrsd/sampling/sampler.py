@@ -46,7 +46,10 @@ class Sampler:
         ids = [p.student_ids for p in prompts]
         try:
             temperature, sampling = settings.temperature, truncation(settings)
-            self.client.generate(ids, n, temperature=temperature, done=done, finished=finished, sampling=sampling)
+            routes = isinstance(settings, RolloutConfig) and settings.routing_replay
+            self.client.generate(
+                ids, n, temperature=temperature, done=done, finished=finished, sampling=sampling, routes=routes
+            )
             return self._await([rewards[i, j] for i in range(len(prompts)) for j in range(n)])
         finally:
             for future in rewards.values():
@@ -75,6 +78,7 @@ class Sampler:
             reward=reward,
             reward_error=error,
             segments=g.segments if len(g.segments) > 1 else [],
+            routes=g.routes,
         )
 
     @staticmethod

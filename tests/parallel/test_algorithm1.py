@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from megatron_egrsd.config_reader import preset_objective
-from megatron_egrsd.data.samples import Problem, Prompt, Rollout, save_rollouts
+from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts, save_rollouts
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
-from tests.reference.algorithm1 import Settings, read_rollouts, train
+from tests.reference.algorithm1 import Settings, Step, read_rollouts, train
 
 TOKENIZER = Path(__file__).parents[2] / "examples/tiny/model"
 VOCAB, STEPS, ROLLOUTS, LONGEST = 61, 3, 8, 48
@@ -36,10 +36,13 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    path = make_qwen3(tmp_path_factory.mktemp("algorithm1") / "model", tied=True, vocab_size=VOCAB)
+    return with_tokenizer(make_qwen3(tmp_path_factory.mktemp("algorithm1") / "model", tied=True, vocab_size=VOCAB))
+
+
+def with_tokenizer(model: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(TOKENIZER / name, path)
-    return path
+        shutil.copy(TOKENIZER / name, model)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +111,12 @@ def test_three_steps_are_those_of_algorithm_1(preset, layout, model, batches, ex
     ranks, parallel = LAYOUTS[layout]
     config = configuration(model, batches, tmp_path / "run", preset, parallel, gamma=0.8)
     run_ranks(_train_on_rank, ranks, config)
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps, weights = expected[preset]
+    assert_same_steps(tmp_path / "run", model, *expected[preset])
+
+
+def assert_same_steps(run: Path, model: Path, steps: list[Step], weights: dict[str, torch.Tensor]) -> None:
+    """Compare a run's metrics with `steps`, and how its weights have moved from `model` with final `weights`."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for got, want in zip(metrics, steps, strict=True):
         assert got["optimizer/grad_norm"] == pytest.approx(want.grad_norm, rel=1e-5)
         assert got["loss/policy"] == pytest.approx(want.loss, rel=1e-4, abs=1e-6)
@@ -118,7 +125,7 @@ def test_three_steps_are_those_of_algorithm_1(preset, layout, model, batches, ex
         assert got["weight/abs_mean"] == pytest.approx(sum(every) / len(every), rel=1e-5)
         gates = [g for response in want.gates for g in response]
         assert got["gate/mean"] == pytest.approx(sum(gates) / len(gates), rel=1e-5)
-    before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "run" / "hf" / "model.safetensors")
+    before, after = load_file(model / "model.safetensors"), load_file(run / "hf" / "model.safetensors")
     for name, start in before.items():
         moved = (weights[name] - start.double()).norm()
         assert moved > 0, name
@@ -131,3 +138,58 @@ def test_the_two_objectives_and_the_gate_differ_here(expected):
     assert all(abs(a.grad_norm - b.grad_norm) > 1e-3 * a.grad_norm for a, b in zip(egrsd, cl_egrsd, strict=True))
     gates = [g for response in egrsd[0].gates for g in response]
     assert max(gates) - min(gates) > 0.05
+
+
+EXPERTS, CHOSEN, LAYERS = 6, 2, 2
+EXPERT_LAYOUTS = {
+    "one rank, recompute": (1, {"recompute": True}),
+    "PP2, recompute": (2, {"pipeline": 2, "recompute": True}),
+    "TP2 SP EP2": (2, {"tensor": 2, "sequence_parallel": True, "expert": 2}),
+    "CP2, the mixture again": (
+        2,
+        {"context": 2, "megatron": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("mixture") / "model"
+    return with_tokenizer(make_qwen3(path, tied=False, vocab_size=VOCAB, num_experts=EXPERTS, num_hidden_layers=LAYERS))
+
+
+@pytest.fixture(scope="module")
+def routed_batches(batches, tmp_path_factory) -> Path:
+    """The same batches, every token sent to experts that no router has chosen."""
+    g, directory = torch.Generator().manual_seed(1), tmp_path_factory.mktemp("mixture") / "rollouts"
+    for path in sorted(batches.glob("*.jsonl")):
+        rollouts = []
+        for r in load_rollouts(path):
+            tokens = len(r.prompt.student_ids) + len(r.response_ids) - 1
+            experts = torch.rand(tokens, LAYERS, EXPERTS, generator=g).topk(CHOSEN).indices
+            rollouts.append(dataclasses.replace(r, routes=experts.to(torch.uint8).numpy().tobytes()))
+        save_rollouts(rollouts, directory / path.name)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def expected_of_mixture(mixture, routed_batches):
+    settings = Settings(gamma=0.8, longest=LONGEST, warmup_steps=1, lr=1e-3, clip_norm=0.1)
+    return train(mixture, [read_rollouts(p) for p in sorted(routed_batches.glob("*.jsonl"))], settings)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(x, marks=pytest.mark.slow if ranks == 1 else ()) for x, (ranks, _) in EXPERT_LAYOUTS.items()],
+)
+def test_replayed_routes_are_taken_in_scores_and_in_training(
+    layout, mixture, routed_batches, expected_of_mixture, tmp_path
+):
+    ranks, parallel = EXPERT_LAYOUTS[layout]
+    config = configuration(mixture, routed_batches, tmp_path / "run", "cl_egrsd", parallel, gamma=0.8)
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, routing_replay=True))
+    run_ranks(_train_on_rank, ranks, config)
+    assert_same_steps(tmp_path / "run", mixture, *expected_of_mixture)
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        # Two of six at random are the router's own two in one case of fifteen.
+        assert json.loads(line)["sync/routing_changed"] == pytest.approx(14 / 15, abs=0.05)

@@ -6,6 +6,7 @@ Weights and adapters.
 import dataclasses
 
 import pytest
+from safetensors.torch import load_file
 
 from megatron_egrsd.config import LoraConfig, OptimizerConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.config.lora import ATTENTION, TARGETS
@@ -219,3 +220,16 @@ def test_order_of_the_rollouts_does_not_change_training(tied, paths, reference, 
     save_rollouts(made_up_rollouts()[::-1], tmp_path / "reversed.jsonl")
     config = training_config(models[tied], **METHOD[tied])
     assert_same_training(run_training(1, config, tmp_path / "reversed.jsonl"), reference[tied])
+
+
+def test_a_frozen_router_stays_as_it_is(paths, mixture):
+    """And all else trains, alike with the optimizer's state on one rank and divided."""
+    frozen = OptimizerConfig(lr=1e-3, clip_grad=0.5, freeze_router=True)
+    layouts = ParallelConfig(), ParallelConfig(expert=2, distributed_optimizer=True)
+    one, two = (
+        run_training(n, training_config(mixture[0], optimizer=frozen, parallel=layout), paths[1])
+        for n, layout in enumerate(layouts, 1)
+    )
+    assert_same_training(two, one)
+    for name, before in load_file(mixture[0] / "model.safetensors").items():
+        assert before.equal(one[1][name]) == name.endswith("mlp.gate.weight"), name

@@ -14,6 +14,10 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
+from tests.reference.routing import expert_by_expert, read_routes, routed
+
+EXACT = {"dtype": torch.float64, "attn_implementation": "eager", "experts_implementation": "eager"}
+
 
 @dataclass
 class Settings:
@@ -57,7 +61,7 @@ def train(
 
     With an `adapter`, PEFT trains it in place of the weights; returns its final tensors by PEFT's names.
     """
-    student = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
+    student = AutoModelForCausalLM.from_pretrained(model, **EXACT)
     teacher = copy.deepcopy(student).eval()  # frozen: the initial weights
     if adapter:
         student = PeftModel.from_pretrained(student, adapter, is_trainable=True, autocast_adapter_dtype=False).double()
@@ -69,7 +73,7 @@ def train(
     for number, batch in enumerate(batches):
         steps.append(_step(student, teacher, optimizer, batch, number, earlier_rewards, settings))
         earlier_rewards += steps[-1].rewards  # after the update (line 20)
-    state = get_peft_model_state_dict(student) if adapter else student.state_dict()
+    state = get_peft_model_state_dict(student) if adapter else expert_by_expert(student.state_dict())
     return steps, {name: weight.detach().clone() for name, weight in state.items()}
 
 
@@ -92,7 +96,10 @@ def _step(student, teacher, optimizer, batch: list[dict], number: int, earlier: 
     number_of_tokens = sum(len(rollout["response_ids"]) for rollout in batch)
     loss, step = 0.0, Step(0.0, 0.0, rewards, advantages)
     for rollout, advantage, from_teacher, entropy in zip(batch, advantages, teacher_log_prob, entropies, strict=True):
-        log_probs = log_probs_of(student, rollout["prompt"]["student_ids"], rollout["response_ids"], s.temperature)
+        routes = read_routes(rollout, student.config.num_hidden_layers) if rollout.get("routes") else None
+        with routed(student, routes):
+            prompt, response = rollout["prompt"]["student_ids"], rollout["response_ids"]
+            log_probs = log_probs_of(student, prompt, response, s.temperature)
         log_prob = _of_sampled(log_probs, rollout["response_ids"])
         direction = (advantage > 0) - (advantage < 0)
         weights, gates = [], []

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ from megatron_egrsd.config import CheckpointConfig, Config, DataConfig, LoraConf
 from megatron_egrsd.errors import BadArgument, Interrupted, Preempted
 from megatron_egrsd.run import agreement
 from megatron_egrsd.run.preemption import Preemption
-from megatron_egrsd.run.resuming import changed_settings
+from megatron_egrsd.run.resuming import changed_settings, check_frozen
 from megatron_egrsd.run.run_directory import RunDirectory
 from megatron_egrsd.run.stopwatch import Stopwatch
 from megatron_egrsd.run.throughput import known_peak, throughput
@@ -117,6 +118,15 @@ def test_the_facts_of_a_run_do_not_need_the_packages_own_path(monkeypatch):
     expected = agreement.facts(config, [])
     monkeypatch.setattr(megatron_egrsd, "__file__", None)
     assert agreement.facts(config, []) == expected
+
+
+def test_routers_that_were_frozen_stay_so_at_a_resume():
+    trained = Config(ModelConfig("m"), DataConfig(train="d"))
+    frozen = replace(trained, optimizer=OptimizerConfig(freeze_router=True))
+    check_frozen(Path("step_1"), {"config": asdict(trained)}, frozen)
+    check_frozen(Path("step_1"), {}, trained)  # of an older version
+    with pytest.raises(BadArgument, match=r"step_1 is of a run with optimizer\.freeze_router.*continue with the same"):
+        check_frozen(Path("step_1"), {"config": asdict(frozen)}, trained)
 
 
 def test_changed_settings_are_named():

@@ -1,7 +1,7 @@
-"""SGLang's LoRA in plain torch (`--lora-backend torch_native`) on a machine without a GPU.
+"""SGLang's host memory on a machine without a GPU: of LoRA (`--lora-backend torch_native`), and of routed experts.
 
-SGLang pins host memory in these modules without asking the platform, and torch refuses to pin without a GPU. There is
-nothing to copy to, so the memory stays as it is.
+SGLang pins it without asking the platform, and torch refuses to pin without a GPU. There is nothing to copy to, so the
+memory stays as it is.
 """
 
 import torch
@@ -23,9 +23,11 @@ class _Unpinned:
 
 
 def use_pageable_memory() -> None:
-    """Let SGLang's LoRA layers and torch backend run without pinned memory. For this process."""
+    """Let SGLang's LoRA layers, its torch backend and its host caches run without pinned memory. For this process."""
     from sglang.srt.lora import layers
     from sglang.srt.lora.backend import torch_backend
+    from sglang.srt.mem_cache.pool_host import common
 
     layers.torch = torch_backend.torch = _Unpinned()
     torch.Tensor.pin_memory = lambda tensor, device=None: tensor
+    common.ALLOC_MEMORY_FUNCS["cpu"] = lambda dims, dtype, device, **_: torch.empty(dims, dtype=dtype, device=device)
