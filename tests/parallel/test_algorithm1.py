@@ -105,8 +105,18 @@ def expected(model, batches):
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("preset", WINDOWS)
+# In every test run the lookahead through each kind of layout, and EGRSD on one rank.
+QUICK = {("cl_egrsd", x) for x in ("TP2 SP", "PP2", "DP2 distributed optimizer", "CP2")} | {("egrsd", "one rank")}
+
+
+@pytest.mark.parametrize(
+    ("preset", "layout"),
+    [
+        pytest.param(preset, layout, marks=() if (preset, layout) in QUICK else pytest.mark.slow)
+        for preset in WINDOWS
+        for layout in LAYOUTS
+    ],
+)
 def test_three_steps_are_those_of_algorithm_1(preset, layout, model, batches, expected, tmp_path):
     ranks, parallel = LAYOUTS[layout]
     config = configuration(model, batches, tmp_path / "run", preset, parallel, gamma=0.8)

@@ -46,7 +46,9 @@ def hf_logits(path: Path) -> torch.Tensor:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(TOKENS[None]).logits[0]
 
 
-@pytest.mark.parametrize("layout", [pytest.param(x, marks=pytest.mark.slow if x == "TP4" else ()) for x in LAYOUTS])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(x, marks=pytest.mark.slow if x in ("TP4", "TP2", "PP2") else ()) for x in LAYOUTS]
+)
 def test_megatron_core_loads_the_checkpoint_and_its_own_is_read(layout, models, tmp_path):
     tensor, pipeline, last = LAYOUTS[layout]
     check(models, (tensor, pipeline, last, 1), NAMES.get(layout, {}), tmp_path)

@@ -100,7 +100,9 @@ def run_one(config: Config, world_size: int, rank: int, monkeypatch) -> tuple[Ca
     ("name", "world_size", "layout"),
     [
         ("Qwen3-8B", 512, {"tensor": 8, "pipeline": 4, "virtual_pipeline": 3}),
-        ("Qwen3-30B-A3B", 512, {"pipeline": 4, "virtual_pipeline": 3, "expert": 16}),
+        pytest.param(
+            "Qwen3-30B-A3B", 512, {"pipeline": 4, "virtual_pipeline": 3, "expert": 16}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )

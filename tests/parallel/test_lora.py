@@ -57,7 +57,13 @@ def _train_on_rank(rank, world_size, config, directory):
         return metrics, {name: tensor.clone().numpy() for name, tensor in engine.export_adapter()}, same
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(x, marks=() if x in ("TP2 SP", "PP2", "DP2 distributed optimizer") else pytest.mark.slow)
+        for x in LAYOUTS
+    ],
+)
 def test_three_steps_are_those_of_peft(layout, model, batches, adapter, expected, tmp_path):  # noqa: F811
     ranks, parallel = LAYOUTS[layout]
     config = configuration(model, batches, tmp_path / "run", "cl_egrsd", parallel, gamma=0.8)

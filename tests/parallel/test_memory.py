@@ -127,7 +127,7 @@ SLOW = {
     "fp32, KL", "bf16, snapshot", "OPSD", "OPSD, moving average", "TP2", "TP2 SP", "TP2 PP2", "PP2", "CP2",
     "TP2, one key/value head",
     "CP2 distributed optimizer", "LoRA recompute", "LoRA PP2", "LoRA CP2", "LoRA DP2",
-    "Llama, LoRA", "Qwen2 TP2 SP",
+    "Llama, LoRA", "Qwen2 TP2 SP", "PP2 VPP2", "bf16, recompute", "bf16, moving average", "DP2 distributed optimizer",
 }  # fmt: skip
 
 

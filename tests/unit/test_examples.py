@@ -115,7 +115,12 @@ def test_a_node_of_eight_gpus(script, rank, tensor, data_parallel, started):
     ("script", "variables", "reason"),
     [
         (RUN_4B, {"NPROC_PER_NODE": "3", "LORA_RANK": "0"}, "3 training ranks do not divide into replicas"),
-        (RUN_4B, {"CONTEXT": "3"}, "parallel.tensor x parallel.pipeline x parallel.context = 1 x 1 x 3 = 3"),
+        pytest.param(
+            RUN_4B,
+            {"CONTEXT": "3"},
+            "parallel.tensor x parallel.pipeline x parallel.context = 1 x 1 x 3 = 3",
+            marks=pytest.mark.slow,
+        ),
         (RUN_30B, {"LOOKAHEAD": "two"}, "objective.lookahead is 'two'"),
     ],
     ids=["nproc", "context", "lookahead"],

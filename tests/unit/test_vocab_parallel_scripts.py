@@ -1,4 +1,4 @@
-"""The compiled parts' own checks, as part of `make test`: sanitizers over the CPU core, the CUDA part without a GPU."""
+"""The compiled parts' own checks as tests: sanitizers over the CPU core, the CUDA part without a GPU."""
 
 import os
 import shutil
@@ -20,6 +20,7 @@ def _run(script: str) -> str:
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+@pytest.mark.slow
 def test_sanitizers_find_nothing_in_the_cpu_core():
     assert _run("check_sanitizers.sh").count(": ok") == 4
 
