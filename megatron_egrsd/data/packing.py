@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from megatron_egrsd.data.zigzag import zigzag
-
-NO_ROUTE = 255  # in place of an expert: the router chooses
+from megatron_egrsd.rollout.generation import NO_ROUTE
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_egrsd.data.packing import NO_ROUTE
+from megatron_egrsd.rollout.generation import NO_ROUTE
 
 
 class ReplayedRouting:

@@ -6,7 +6,6 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from megatron_egrsd.config import Config, WandbConfig
-from megatron_egrsd.data.packing import NO_ROUTE
 from megatron_egrsd.data.prompt_builder import prompt_builder
 from megatron_egrsd.data.prompts import load_prompts
 from megatron_egrsd.data.samples import Prompt
@@ -16,6 +15,7 @@ from megatron_egrsd.hf.adapter_file import AdapterFile, configured_spec
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.objectives.load import check_objective, load_objective, needs_rollouts, needs_teacher_prompts
 from megatron_egrsd.rewards.reward import load_reward
+from megatron_egrsd.rollout.generation import NO_ROUTE
 from megatron_egrsd.rollout.server_command import check_served
 from megatron_egrsd.system import torchrun
 from megatron_egrsd.system.files import check_outside, check_writable, is_empty

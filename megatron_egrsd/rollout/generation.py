@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megatron_egrsd.data.packing import NO_ROUTE
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.system.worker_process import WorkerProcess
 
+NO_ROUTE = 255  # in place of an expert: the router chooses
 LARGE = 1 << 16  # bytes of an answer (2,000 tokens) above which parsing in another process saves time
 
 

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_egrsd.config_reader import parse_config
-from megatron_egrsd.data.packing import NO_ROUTE, Sequence, pack
+from megatron_egrsd.data.packing import Sequence, pack
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts, save_rollouts
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.preflight import prepare
-from megatron_egrsd.rollout.generation import NOTHING, Generation, parse_generation
+from megatron_egrsd.rollout.generation import NO_ROUTE, NOTHING, Generation, parse_generation
 from megatron_egrsd.run.rollout_source import load_replay
 from tests.models import make_qwen3
 from tests.parallel.test_algorithm1 import with_tokenizer
