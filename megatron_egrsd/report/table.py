@@ -1,5 +1,9 @@
 """The table before and after training."""
 
+import math
+
+from megatron_egrsd.report.runs import accuracy_interval
+
 _ROWS = [  # key, name, unit of the change
     ("accuracy", "accuracy (avg@{k})", "percent"),
     ("pass", "pass@{k}", "percent"),
@@ -26,5 +30,12 @@ def summary_table(before: dict, after: dict) -> str:
             change = f"{100 * (b - a) / a:+.1f} %" if a else "-"
             cells = f"{a:>10.1f}{b:>10.1f}{change:>13}"
         lines.append(f"{name.format(k=k):<36}{cells}")
+        if key == "accuracy":
+            lines.append(f"{'  its 95 % interval':<36}{_interval(before):>10}{_interval(after):>10}{'':>13}")
     rule = "-" * len(lines[0])
     return "\n".join([rule, lines[0], rule, *lines[1:], rule])
+
+
+def _interval(evaluation: dict) -> str:
+    low, high = accuracy_interval(evaluation)
+    return f"{100 * low:.0f}-{100 * high:.0f} %" if math.isfinite(low) else "-"

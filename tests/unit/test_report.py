@@ -49,6 +49,9 @@ def test_table():
     assert cells["response length, mean"] == ["100.0", "50.0", "-50.0", "%"]
     assert cells["truncated responses"] == ["10.0%", "0.0%", "-10.0", "pts"]
     assert "pass@8" in cells
+    recorded = AFTER | {"accuracy/low": 0.75, "accuracy/high": 1.0}
+    interval = report.summary_table(BEFORE, recorded).splitlines()[4]
+    assert " ".join(interval.split()) == "its 95 % interval 38-62 % 75-100 %"
 
 
 def size(png):
