@@ -14,7 +14,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 RUN := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help install browser demo check test test-all fuzz soak bench lint clean gpu-check
+.PHONY: help install browser demo demo-llm check test test-all fuzz soak bench lint clean gpu-check
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,11 @@ install: $(VENV)/.package  ## make .venv with everything pinned, and build the e
 
 demo: install  ## train the tiny Qwen3 with CL-EGRSD on the CPU; make demo SEED=1
 	@$(RUN) megatron-egrsd train --config examples/configs/tiny_cpu.yaml --seed $(SEED) --output runs/demo-$(STAMP)
+
+demo-llm: install  ## train a pretrained SmolLM2-135M with CL-EGRSD on the CPU; make demo-llm SEED=1
+	@$(RUN) python examples/smollm2/fetch_model.py runs/smollm2/model
+	@$(RUN) python examples/smollm2/make_problems.py runs/smollm2
+	@$(RUN) bash examples/smollm2/train.sh runs/demo-llm-$(STAMP) --seed $(SEED)
 
 browser: install  ## headless Chromium for the tests of the pages
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/install_browser.sh $(VENV)

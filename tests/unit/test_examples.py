@@ -19,6 +19,8 @@ TINY = {"MODEL": "examples/tiny/model", "DATA": "examples/tiny/train.jsonl"}
 # Training ranks that each configuration and script is written for, up to the largest run of docs/guides/cluster.md.
 WORLDS = {
     "tiny_cpu.yaml": (1, 2, 4),
+    "smollm2_cpu_warm_start.yaml": (1, 2, 4),
+    "smollm2_cpu.yaml": (1, 2, 4),
     "qwen3_4b_cl_egrsd.yaml": (1, 2, 4, 8, 16, 32),
     "qwen3_8b_cl_egrsd.yaml": (1, 2, 4, 8, 16, 32),
     "qwen3_30b_a3b_cl_egrsd.yaml": (8, 16, 32, 64),
