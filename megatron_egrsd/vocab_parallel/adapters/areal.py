@@ -41,8 +41,8 @@ def gather_logprobs_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (log-probs, entropy), [...] fp32, both with gradient. `chunk_size` has no effect.
 
-    With `reuse_logits` the entropy has no gradient and backward writes over the logits, if they are no leaf and fill
-    their memory; forward leaves them as they are. AReaL's does both in forward already, for fp32 on CUDA only.
+    With `reuse_logits` the entropy has no gradient, and backward writes over the logits if they are no leaf and fill
+    their memory. AReaL's own function overwrites them in forward already, but only fp32 on CUDA.
     """
     values = token_statistics(
         logits, labels.long(), group=tp_group, temperature=temperature, entropy_grad=not reuse_logits,
