@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file
 
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.rollout.servers import RolloutServers
@@ -172,10 +173,17 @@ def test_mixture_of_experts_on_expert_parallel_ranks(tmp_path):
         "parallel.distributed_optimizer": "true",
         "rollout.sync.verify": "true",
     }
-    done = run(tmp_path / "run", ranks=2, timeout=500, steps=2, **overrides)
+    overrides |= {"rollout.routing_replay": "true", "dump_rollouts": "true"}
+    done = run(tmp_path / "run", ranks=2, timeout=400, steps=2, **overrides)
     assert done.returncode == 0, done.stderr[-3000:]
     steps = [m for m in metrics(tmp_path / "run") if "loss/policy" in m]
     assert len(steps) == 2 and all(m["sync/log_prob_difference"] < 1e-5 for m in steps)
+    assert all(m["sync/routing_changed"] < 1e-3 for m in steps)  # in fp32
+    again = {"debug": "train-only", "replay": tmp_path / "run" / "rollouts"}
+    done = run(tmp_path / "replay", ranks=2, timeout=100, steps=2, **overrides | again)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = (load_file(tmp_path / run / "hf/model.safetensors") for run in ("replay", "run"))
+    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
 def even_length(response: str, answer: str) -> float:
