@@ -1,6 +1,11 @@
-"""The reproduction of the paper's tables with the tiny model in place of 8B: real cells."""
+"""The reproduction of the paper's tables with the tiny model in place of 8B: real cells, interrupted three times."""
 
+import json
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.reproduce_paper.__main__ import main  # noqa: E402
+from benchmarks.reproduce_paper.plan import chosen  # noqa: E402
 from megatron_egrsd.evaluation.protocol import SETS  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -31,6 +37,56 @@ def words(tmp_path_factory) -> list[str]:
         "--model", f"8b={ROOT}/examples/tiny/model", "--config", f"8b={ROOT}/examples/configs/tiny_cpu.yaml",
         "--gpus", "0", f"--train={TRAIN}", f"--evaluate={EVALUATE}", "--cells", *CELLS,
     ]  # fmt: skip
+
+
+def interrupted_at(path: Path, words: list[str]) -> int:
+    """Run the command, and send this process SIGTERM as soon as `path` is there and not empty."""
+    ended = threading.Event()
+
+    def strike() -> None:
+        while not ended.is_set():
+            if path.is_dir() or (path.is_file() and path.stat().st_size):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    try:
+        return main(words)
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_every_cell_is_filled_after_three_interruptions(words, capsys):
+    output = Path(words[1])
+    cells = output / "cells/8b"
+    places = [cells / "untrained/seed-0/evaluation/samples.jsonl", cells / "sft/seed-0/train/checkpoints/step_000001",
+              cells / "grpo/seed-0/train/adapter"]  # fmt: skip
+    for place in places:
+        assert interrupted_at(place, words) == 1
+        assert "stopped; the same command goes on from here" in capsys.readouterr().err
+    assert main(words) == 0, capsys.readouterr().err
+
+    wanted = {setting.key for setting in chosen(CELLS, ["8b"])}
+    assert len(wanted) == 7
+    tables = json.loads((output / "numbers.json").read_text())
+    rows = [row for table in tables.values() for row in table["rows"] if row["setting"] in wanted]
+    assert {row["setting"] for row in rows} == wanted
+    for row in rows:
+        assert row["state"] == "finished"
+        assert all(number["ours"]["value"] is not None for number in row["numbers"].values())
+    assert tables["table3"]["rows"][6]["numbers"]["avg"]["paper"] == pytest.approx(69.32, abs=0.01)
+    page = (output / "page.html").read_text()
+    for key in ("frontier-8b", "gradients-8b", "mechanism-8b"):
+        assert f'<figure id="{key}">' in page
+    assert "evaluation.rollouts_per_problem = 1" in page and "--lora.rank 4" in page
+
+    before = {path: path.stat().st_mtime_ns for path in output.glob("cells/*/*/*/evaluation/results.json")}
+    assert len(before) == 7 and main(words) == 0  # nothing is left to do
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert page == (output / "page.html").read_text()
 
 
 def test_a_cell_that_fails_is_named_and_the_others_go_on(words, tmp_path, capsys):
