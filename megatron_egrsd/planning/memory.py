@@ -66,6 +66,11 @@ class RankMemory:
         return sum(self.resident.values()) + sum(self.phases[self.peak_phase].values())
 
 
+# Bytes a token and column of linear_divergence with top_k. Beside a chunk of logits: its coefficients and the places in
+# the chunk, and parts that are merged. Without a chunk: the value in fp64 with its gradient.
+_TOP_K_BACKWARD, _TOP_K_READING, _TOP_K_VALUE = 33, 100, 131
+
+
 @dataclass(frozen=True)
 class HeldTeacher:
     """What a divergence from the teacher holds on the last stage from the teacher's pass to the end of the step.
@@ -74,11 +79,13 @@ class HeldTeacher:
         tokens: Response tokens of the rollouts of a rank, whose hidden states are held.
         copies_weight: Whether the teacher's LM head is a copy of its own: it was cast, or would change between updates.
         log_prob_grad: Whether the objective has a policy loss besides.
+        top_k: The columns that are compared one by one; None for all.
     """
 
     tokens: int
     copies_weight: bool
     log_prob_grad: bool
+    top_k: int | None = None
 
 
 def shard_shapes(arch: Architecture, parallel: ParallelConfig, stage: int) -> list[dict[str, torch.Size]]:
@@ -194,7 +201,7 @@ def rank_memory(
         )
     final_norm = _norm(h, b, place) - (h * b if lora and not place.transformer_engine else 0)
     head = lm_head(arch, parallel.tensor, tokens, b, place, frozen=lora is not None)
-    states = {}
+    states, reading = {}, {}
     if held and is_last:
         states["teacher's hidden states"] = held.tokens * arch.hidden_size * b
         if held.copies_weight:
@@ -202,6 +209,11 @@ def rank_memory(
             states["teacher's LM head"] = columns * arch.hidden_size * b
         shared = lora is not None or (teacher.weights == "live" and not held.copies_weight)
         both = divergence_head(arch, parallel.tensor, tokens, b, place, shared=shared, frozen=lora is not None)
+        if held.top_k:
+            k = min(held.top_k, arch.vocab_size)
+            both["divergence: top k"] = tokens * k * _TOP_K_BACKWARD
+            chunk = both["divergence: a chunk of both models' logits"]
+            reading = {"divergence: top k": max(chunk + tokens * k * _TOP_K_READING, tokens * k * _TOP_K_VALUE)}
         head = head | both if held.log_prob_grad else both
     head |= {"final norm": tokens * (final_norm + (arch.hidden_size * b if parallel.sequence_parallel else 0))}
     backward = {"gradients of activations": tokens * _layer_gradients(arch, parallel.tensor, h, b, place)}
@@ -210,6 +222,7 @@ def rank_memory(
     phases = {"backward pass of the layers": activations | backward}
     if is_last:
         phases["backward pass of the LM head"] = activations | head
+        phases["forward pass of the LM head"] = activations | reading
     phases["optimizer step"] = {"temporaries": _adam_temporaries(trained, parallel, replicas, place)}
     if teacher.weights == "ema" and b < 4:
         phases["scoring"] = {"teacher in the type of the weights": _numel(trained) * b,

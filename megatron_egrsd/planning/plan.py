@@ -259,6 +259,7 @@ def _held(config: Config, objective: Objective, ranks: int, tokens: int | None) 
         tokens,
         copies_weight=not config.lora.enabled and (changes or cast),
         log_prob_grad=objective.has_policy_loss or bool(config.objective.kl_coef),
+        top_k=objective.divergence.top_k if objective.divergence else None,
     )
 
 

@@ -6,11 +6,11 @@ import torch
 
 from megatron_egrsd.vocab_parallel import pair_ops
 from megatron_egrsd.vocab_parallel.collectives import gather_parts
-from megatron_egrsd.vocab_parallel.form import check_form
+from megatron_egrsd.vocab_parallel.form import check_form, check_top_k
 from megatron_egrsd.vocab_parallel.pair_ops import Form
 from megatron_egrsd.vocab_parallel.rows import overlap
 from megatron_egrsd.vocab_parallel.shard import Shard, check_logits, prepare_temperature
-from megatron_egrsd.vocab_parallel.top_k import top_k_divergence
+from megatron_egrsd.vocab_parallel.top_k import TopKDivergence
 
 
 class Divergence(NamedTuple):
@@ -47,7 +47,7 @@ def divergence(
     | reverse_kl                 | sum q ln(q / p)                        | 1             | 1 of 8                  |
     | jsd                        | beta KL(p, m) + (1 - beta) KL(q, m)    | 2             | 8, then 3               |
     | any of them, entry_clip    | each column's entry limited from above | 2             | 8, then 3               |
-    | any of them, top_k         | of k columns and the rest as one       | 1, and top-k  | 8 + 2 k, then k         |
+    | any of them, top_k         | of k columns and the rest as one       | 1, and top-k  | 1 of 8 + 3 k            |
 
     m = beta p + (1 - beta) q, as in arXiv 2306.13649 (GKD), TRL and SDPO; beta must be between 0 and 1, both excluded.
 
@@ -63,21 +63,18 @@ def divergence(
     Raises ValueError on a bad shape, dtype, stride, vocab_size, temperature, kind or option.
     """
     shard = check_pair(teacher_logits, student_logits, group, vocab_size)
-    form = check_form(kind, entry_clip, beta)
+    form, top = check_form(kind, entry_clip, beta), check_top_k(top_k, top_k_of)
     temperature = check_temperature(temperature)
     if inplace_backward and overlap(student_logits):
         raise ValueError(
             f"inplace_backward needs student_logits whose rows do not overlap, got strides {student_logits.stride()}"
         )
     teacher_logits = teacher_logits.detach()
-    if top_k is None:
+    if top is None:
         results = _Divergence.apply(teacher_logits, student_logits, shard, temperature, form, inplace_backward)
     else:
-        if top_k < 1 or top_k_of not in ("student", "teacher"):
-            raise ValueError(f'top_k must be at least 1 of the "student" or "teacher", got {top_k} of {top_k_of!r}')
-        results = top_k_divergence(
-            teacher_logits, student_logits, shard, temperature, form, top_k, top_k_of, inplace_backward
-        )
+        top = top._replace(k=min(top.k, shard.vocab_size))
+        results = TopKDivergence.apply(teacher_logits, student_logits, shard, temperature, form, top, inplace_backward)
     value, teacher_entropy = (x.view(student_logits.shape[:-1]) for x in results)
     return Divergence(value, teacher_entropy)
 

@@ -6,11 +6,12 @@ frozen teacher's, the two hidden states go through one GEMM, which reads the wei
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_egrsd.vocab_parallel import pair_ops
+from megatron_egrsd.vocab_parallel import top_k as top_k_ops
 from megatron_egrsd.vocab_parallel.collectives import gather_parts, gather_sequence, reduce_hidden
 from megatron_egrsd.vocab_parallel.divergence import (
     Divergence,
@@ -18,7 +19,7 @@ from megatron_egrsd.vocab_parallel.divergence import (
     plain_sums,
     summed_entries,
 )
-from megatron_egrsd.vocab_parallel.form import check_form
+from megatron_egrsd.vocab_parallel.form import TopK, check_form, check_top_k
 from megatron_egrsd.vocab_parallel.linear import check_operands, chunk_plan
 from megatron_egrsd.vocab_parallel.pair_ops import Form
 from megatron_egrsd.vocab_parallel.shard import Shard
@@ -37,6 +38,8 @@ def linear_divergence(
     temperature: float = 1.0,
     entry_clip: float | None = None,
     beta: float = 0.5,
+    top_k: int | None = None,
+    top_k_of: str = "student",
     chunk_size: int | None = None,
     sequence_parallel: bool = False,
     logits_dtype: torch.dtype | None = None,
@@ -53,7 +56,7 @@ def linear_divergence(
     teacher_weight, student_weight   [V / ranks, D], dtypes of the hidden states; the same tensor twice is read once
     chunk_size       vocabulary columns at a time; default: as many as keep both models' logits at a fixed size
     logits_dtype     as in `linear_token_statistics`; the same for both models
-    The other arguments and the errors are those of `divergence`, which alone has top_k.
+    The other arguments and the errors are those of `divergence`.
     """
     for hidden, weight in ((teacher_hidden, teacher_weight), (student_hidden, student_weight)):
         check_operands(hidden, weight, chunk_size, logits_dtype)
@@ -68,7 +71,10 @@ def linear_divergence(
             "one vocabulary"
         )
     form, temperature = check_form(kind, entry_clip, beta), check_temperature(temperature)
-    shard = Shard.of(student_weight.shape[0], group, vocab_size)
+    shard, top = Shard.of(student_weight.shape[0], group, vocab_size), check_top_k(top_k, top_k_of)
+    method: _Whole | _TopK = _Whole(form, temperature)
+    if top is not None:
+        method = _TopK(form, temperature, top._replace(k=min(top.k, shard.vocab_size)))
     gathers = sequence_parallel and shard.ranks > 1
     if gathers and student_hidden.dim() < 2:
         raise ValueError(f"sequence_parallel needs hidden [S / ranks, ..., D], got {tuple(student_hidden.shape)}")
@@ -82,7 +88,7 @@ def linear_divergence(
     )
     results = _LinearDivergence.apply(
         teacher_hidden.detach(), teacher_weight.detach(), student_hidden, student_weight,
-        teacher_weight is student_weight, shard, temperature, form, chunk, gathers, logits_dtype,
+        teacher_weight is student_weight, shard, method, chunk, gathers, logits_dtype,
     )  # fmt: skip
     value, teacher_entropy = (x.view(tokens_shape) for x in results)
     return Divergence(value, teacher_entropy)
@@ -127,56 +133,100 @@ def _project(hidden_ND: torch.Tensor, weight_CD: torch.Tensor, out_NC: torch.Ten
 # One function for each reading: on return it drops its last views of the logits, before the next reading makes others.
 
 
-def _first_reading(operands: tuple, plan: tuple, temperature: float, form: Form) -> torch.Tensor:
-    """Return the PairStatistics [N, 8] of this rank's columns."""
-    part_N8, shard = None, plan[1]
-    for columns, teacher_NC, student_NC in _chunks(*operands, *plan):
-        pair = (student_NC, teacher_NC) if form.student_first else (teacher_NC, student_NC)
-        shard_of_chunk = shard.slice(columns.start, columns.stop)
-        chunk_N8 = pair_ops.statistics(*pair, shard_of_chunk, temperature, form.student_first)
-        part_N8 = chunk_N8 if part_N8 is None else pair_ops.merge(torch.stack([part_N8, chunk_N8]), temperature)
-    return part_N8
+class _Whole(NamedTuple):
+    """The divergence over all columns."""
+
+    form: Form
+    temperature: float
+
+    def value(self, operands: tuple, plan: tuple) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return the value [N], the teacher's entropy [N], and what `gradient` needs."""
+        form, shard = self.form, plan[1]
+        parts = gather_parts(self._first_reading(operands, plan), shard)
+        scale_N5, value_N, entropy_N = pair_ops.combine(parts, self.temperature, form.student_first)
+        if form.second_reading:
+            part_N3 = self._second_reading(operands, plan, scale_N5)
+            sums_N3, value_N = summed_entries(gather_parts(part_N3, shard), form)
+        else:
+            sums_N3 = plain_sums(value_N)
+        return value_N, entropy_N, (scale_N5, sums_N3)
+
+    def _first_reading(self, operands: tuple, plan: tuple) -> torch.Tensor:
+        """Return the PairStatistics [N, 8] of this rank's columns."""
+        part_N8, shard, student_first = None, plan[1], self.form.student_first
+        for columns, teacher_NC, student_NC in _chunks(*operands, *plan):
+            pair = (student_NC, teacher_NC) if student_first else (teacher_NC, student_NC)
+            shard_of_chunk = shard.slice(columns.start, columns.stop)
+            chunk_N8 = pair_ops.statistics(*pair, shard_of_chunk, self.temperature, student_first)
+            if part_N8 is not None:
+                chunk_N8 = pair_ops.merge(torch.stack([part_N8, chunk_N8]), self.temperature)
+            part_N8 = chunk_N8
+        return part_N8
+
+    def _second_reading(self, operands: tuple, plan: tuple, scale_N5: torch.Tensor) -> torch.Tensor:
+        """Return the EntrySums [N, 3] of this rank's columns."""
+        part_N3, shard = scale_N5.new_zeros((scale_N5.shape[0], 3)), plan[1]
+        for columns, teacher_NC, student_NC in _chunks(*operands, *plan):
+            shard_of_chunk = shard.slice(columns.start, columns.stop)
+            part_N3 += pair_ops.entry_sums(
+                teacher_NC, student_NC, scale_N5, self.form, shard_of_chunk, self.temperature
+            )
+        return part_N3
+
+    def gradient(self, saved, teacher_NC, student_NC, grad_value_N, shard: Shard) -> torch.Tensor:
+        """Write the gradient of a chunk over the student's logits, and return it."""
+        scale_N5, sums_N3 = saved
+        return pair_ops.gradient(
+            teacher_NC, student_NC, scale_N5, sums_N3, grad_value_N, self.form, shard, self.temperature, inplace=True
+        )
 
 
-def _second_reading(
-    operands: tuple, plan: tuple, temperature: float, form: Form, scale_N5: torch.Tensor
-) -> torch.Tensor:
-    """Return the EntrySums [N, 3] of this rank's columns."""
-    part_N3, shard = scale_N5.new_zeros((scale_N5.shape[0], 3)), plan[1]
-    for columns, teacher_NC, student_NC in _chunks(*operands, *plan):
-        shard_of_chunk = shard.slice(columns.start, columns.stop)
-        part_N3 += pair_ops.entry_sums(teacher_NC, student_NC, scale_N5, form, shard_of_chunk, temperature)
-    return part_N3
+class _TopK(NamedTuple):
+    """The divergence of the k most probable columns and the rest as one."""
+
+    form: Form
+    temperature: float
+    top: TopK
+
+    def value(self, operands: tuple, plan: tuple) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        parts = gather_parts(self._reading(operands, plan), plan[1])
+        return top_k_ops.finish(parts, self.temperature, self.form, self.top)
+
+    def _reading(self, operands: tuple, plan: tuple) -> torch.Tensor:
+        """Return this rank's part [N, 8 + 3 k]."""
+        part, shard = None, plan[1]
+        for columns, teacher_NC, student_NC in _chunks(*operands, *plan):
+            shard_of_chunk = shard.slice(columns.start, columns.stop)
+            chunk = top_k_ops.part(teacher_NC, student_NC, shard_of_chunk, self.temperature, self.top)
+            part = chunk if part is None else top_k_ops.merge(torch.stack([part, chunk]), self.top)
+        return part
+
+    def gradient(self, saved, teacher_NC, student_NC, grad_value_N, shard: Shard) -> torch.Tensor:
+        found = top_k_ops.Coefficients(*saved)
+        return top_k_ops.gradient(student_NC, found, grad_value_N, shard, self.temperature, inplace=True)
 
 
 class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, teacher_hidden, teacher_weight_VD, student_hidden, student_weight_VD, shared, shard, temperature, form,
-        chunk, gathers, logits_dtype,
+        ctx, teacher_hidden, teacher_weight_VD, student_hidden, student_weight_VD, shared, shard, method, chunk,
+        gathers, logits_dtype,
     ):  # fmt: skip
         hidden = [gather_sequence(x, shard) if gathers else x for x in (teacher_hidden, student_hidden)]
         teacher_ND, student_ND = (x.reshape(-1, x.shape[-1]) for x in hidden)
         operands = (teacher_ND, teacher_weight_VD, student_ND, student_weight_VD)
         plan = (shared, shard, chunk, logits_dtype)
-        part_N8 = _first_reading(operands, plan, temperature, form)
-        scale_N5, value_N, entropy_N = pair_ops.combine(gather_parts(part_N8, shard), temperature, form.student_first)
-        if form.second_reading:
-            part_N3 = _second_reading(operands, plan, temperature, form, scale_N5)
-            sums_N3, value_N = summed_entries(gather_parts(part_N3, shard), form)
-        else:
-            sums_N3 = plain_sums(value_N)
+        value_N, entropy_N, saved = method.value(operands, plan)
         # The gathered sequences are kept, so that backward needs no second gather.
-        ctx.save_for_backward(*operands, scale_N5, sums_N3)
-        ctx.plan, ctx.temperature, ctx.form, ctx.gathers = plan, temperature, form, gathers
-        ctx.hidden_shape = student_hidden.shape
+        ctx.save_for_backward(*operands, *saved)
+        ctx.plan, ctx.method, ctx.gathers, ctx.hidden_shape = plan, method, gathers, student_hidden.shape
         ctx.mark_non_differentiable(entropy_N)
         return value_N, entropy_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_value_N, _):
-        *operands, scale_N5, sums_N3 = ctx.saved_tensors
+        operands, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         _, _, student_ND, weight_VD = operands
         shared, shard, chunk, logits_dtype = ctx.plan
         need_hidden, need_weight = ctx.needs_input_grad[2:4]
@@ -185,10 +235,9 @@ class _LinearDivergence(torch.autograd.Function):
         grad_hidden_ND = torch.zeros_like(student_ND, dtype=torch.float32) if need_hidden else None
         grad_weight_VD = torch.empty_like(weight_VD) if need_weight else None
         for columns, teacher_NC, student_NC in _chunks(*operands, shared, shard, chunk, logits_dtype):
-            grad_NC = pair_ops.gradient(
-                teacher_NC, student_NC, scale_N5, sums_N3, grad_value_N, ctx.form,
-                shard.slice(columns.start, columns.stop), ctx.temperature, inplace=True,
-            ).to(student_ND.dtype)  # fmt: skip
+            shard_of_chunk = shard.slice(columns.start, columns.stop)
+            grad_NC = ctx.method.gradient(saved, teacher_NC, student_NC, grad_value_N, shard_of_chunk)
+            grad_NC = grad_NC.to(student_ND.dtype)
             if need_hidden:
                 grad_hidden_ND += grad_NC @ weight_VD[columns]
             if need_weight:
@@ -197,4 +246,4 @@ class _LinearDivergence(torch.autograd.Function):
         if need_hidden:
             grad_hidden_ND = reduce_hidden(grad_hidden_ND, shard, ctx.gathers)
             grad_hidden = grad_hidden_ND.to(student_ND.dtype).view(ctx.hidden_shape)
-        return None, None, grad_hidden, grad_weight_VD, *[None] * 7
+        return None, None, grad_hidden, grad_weight_VD, *[None] * 6

@@ -1,54 +1,88 @@
-"""The divergence of the k most probable columns, and of all others as one column (SDPO)."""
+"""The divergence of the k most probable columns, and of all others as one column (SDPO).
+
+`part` reads the logits of one part of the vocabulary, a shard or a chunk, once; parts merge, and `finish` makes the
+value and the gradient's coefficients of their union. `gradient` then needs the student's logits of a part alone.
+"""
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from megatron_egrsd.vocab_parallel import ops
 from megatron_egrsd.vocab_parallel.collectives import gather_parts
+from megatron_egrsd.vocab_parallel.form import TopK
 from megatron_egrsd.vocab_parallel.pair_ops import Form
 from megatron_egrsd.vocab_parallel.shard import Shard
 
 _SMALLEST_TAIL = 1e-7  # the resolution of a normalised fp32 probability
 
 
-def top_k_divergence(
-    teacher: torch.Tensor,
-    student: torch.Tensor,
-    shard: Shard,
-    temperature: float,
-    form: Form,
-    k: int,
-    of: str,
-    inplace: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the value [N] and the teacher's entropy [N]; the arguments are those of `divergence`, checked."""
-    return _TopK.apply(teacher, student, shard, temperature, form, min(k, shard.vocab_size), of, inplace)
+class Coefficients(NamedTuple):
+    """What the gradient needs: of a column j outside the k it is -q_j C, of column j among them c_j - q_j C.
+
+    c_j is the derivative of the value with respect to ln q_j, the rest's probability being a function of all of them,
+    and C is the sum of all c_j.
+    """
+
+    statistics_N4: torch.Tensor  # the student's, of the whole vocabulary
+    total_N: torch.Tensor  # C
+    among_Nk: torch.Tensor  # c_j - q_j C
+    ids_Nk: torch.Tensor  # the k columns, int32
 
 
-def _most_probable(logits: torch.Tensor, shard: Shard, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return this shard's k highest logits [N, k] fp32 and their global ids; -inf and -1 if it has fewer columns."""
-    rows = logits.shape[:-1].numel()
-    values_Nk = torch.full((rows, k), -math.inf, dtype=torch.float32, device=logits.device)
-    ids_Nk = torch.full((rows, k), -1, dtype=torch.int64, device=logits.device)
-    held = min(k, shard.valid)
+def part(teacher: torch.Tensor, student: torch.Tensor, shard: Shard, temperature: float, top: TopK) -> torch.Tensor:
+    """Return one part's [N, 8 + 3 k] fp32: statistics of both models, and the k columns that may be the top k.
+
+    Of each column both logits and the id's bits; -inf and -1 if the part has fewer columns.
+    """
+    statistics = [ops.statistics(logits, None, shard, temperature) for logits in (teacher, student)]
+    rows, held = student.shape[:-1].numel(), min(top.k, shard.valid)
+    columns_3Nk = torch.full((3, rows, top.k), -math.inf, dtype=torch.float32, device=student.device)
+    columns_3Nk[2] = torch.full((), -1, dtype=torch.int32, device=student.device).view(torch.float32)
     if held:
-        values, ids = logits[..., : shard.valid].topk(held, dim=-1)
-        values_Nk[:, :held] = values.reshape(rows, held).float()
-        ids_Nk[:, :held] = ids.reshape(rows, held) + shard.start
-    return values_Nk, ids_Nk
+        chosen = student if top.of == "student" else teacher
+        place = chosen[..., : shard.valid].topk(held, dim=-1).indices
+        for i, logits in enumerate((teacher, student)):
+            columns_3Nk[i, :, :held] = logits.gather(-1, place).reshape(rows, held)
+        columns_3Nk[2, :, :held] = (place.reshape(rows, held) + shard.start).int().view(torch.float32)
+    return torch.cat([*statistics, *columns_3Nk], dim=-1)
 
 
-def _columns(ids_Nk: torch.Tensor, shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which of the ids this shard holds, and their columns (0 for the others)."""
-    column_Nk = ids_Nk - shard.start
-    held_Nk = (column_Nk >= 0) & (column_Nk < shard.valid)
-    return held_Nk, column_Nk.where(held_Nk, 0)
+def merge(parts: torch.Tensor, top: TopK) -> torch.Tensor:
+    """Merge R disjoint parts [R, N, 8 + 3 k] into one [N, 8 + 3 k]."""
+    statistics, _, columns_N3k = _union(parts, top)
+    rows = parts.shape[1]
+    return torch.cat([statistics[:rows], statistics[rows:], columns_N3k.flatten(1)], dim=-1)
 
 
-def _gather_columns(logits: torch.Tensor, column_Nk: torch.Tensor) -> torch.Tensor:
-    """Return the logits [N, k] fp32 in the given columns."""
-    return logits.gather(-1, column_Nk.view(*logits.shape[:-1], column_Nk.shape[-1])).reshape(column_Nk.shape).float()
+def _union(parts: torch.Tensor, top: TopK) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the statistics [2 N, 4] of teacher and student, their entropies [2 N], and the top k columns [N, 3, k]."""
+    statistics, _, entropy, _ = ops.combine(torch.cat([parts[..., :4], parts[..., 4:8]], dim=1))
+    columns_N3K = parts[..., 8:].unflatten(-1, (3, top.k)).permute(1, 2, 0, 3).flatten(2)
+    place_Nk = columns_N3K[:, 1 if top.of == "student" else 0].topk(top.k, dim=-1).indices
+    return statistics, entropy, columns_N3K.gather(2, place_Nk[:, None].expand(-1, 3, -1))
+
+
+def finish(
+    parts: torch.Tensor, temperature: float, form: Form, top: TopK
+) -> tuple[torch.Tensor, torch.Tensor, Coefficients]:
+    """Return the value [N] and the teacher's entropy [N] of the whole vocabulary, and the gradient's coefficients."""
+    statistics, entropy, columns_N3k = _union(parts, top)
+    rows = parts.shape[1]
+    reference, total = statistics[:, 0].double(), statistics[:, 1].double()
+    log_z_T, log_z_S = (reference * math.log(2.0) + total.log()).view(2, rows, 1)
+    log_p = columns_N3k[:, 0].double() / temperature - log_z_T
+    log_q = columns_N3k[:, 1].double() / temperature - log_z_S
+    with torch.enable_grad():
+        log_q.requires_grad_()
+        value_N = _value(_with_tail(log_p), _with_tail(log_q), form)
+        slope_Nk = torch.autograd.grad(value_N.sum(), log_q)[0]
+    total_N1 = slope_Nk.sum(-1, keepdim=True)
+    among_Nk = slope_Nk - log_q.detach().exp() * total_N1
+    ids_Nk = columns_N3k[:, 2].contiguous().view(torch.int32)
+    found = Coefficients(statistics[rows:], total_N1[:, 0].float(), among_Nk.float(), ids_Nk)
+    return value_N.detach().float(), entropy[:rows].clone(), found
 
 
 def _with_tail(log_p_Nk: torch.Tensor) -> torch.Tensor:
@@ -72,60 +106,50 @@ def _value(log_p: torch.Tensor, log_q: torch.Tensor, form: Form) -> torch.Tensor
     return entries.clamp_max(form.limit).sum(-1)
 
 
-class _TopK(torch.autograd.Function):
-    """The gradient of a column j outside the k is -q_j C, of column j among them c_j - q_j C.
+def gradient(
+    student: torch.Tensor,
+    found: Coefficients,
+    grad_value_N: torch.Tensor,
+    shard: Shard,
+    temperature: float,
+    *,
+    inplace: bool,
+) -> torch.Tensor:
+    """Return the gradient with respect to the student's logits of a part; `inplace` writes it over them."""
+    gradients = ops.Gradients(None, None, (-found.total_N * grad_value_N).float())
+    grad = ops.logits_grad(student, None, found.statistics_N4, gradients, shard, temperature, inplace=inplace)
+    column_Nk = found.ids_Nk.long() - shard.start
+    held_Nk = (column_Nk >= 0) & (column_Nk < shard.valid)
+    column_Nk.masked_fill_(~held_Nk, 0)
+    among_Nk = found.among_Nk * (grad_value_N / temperature)[:, None]
+    # An id that this part does not hold writes again what belongs into one column that it does, or into the first.
+    first_N1 = held_Nk.int().argmax(-1, keepdim=True)
+    spare_N1, any_N1 = column_Nk.gather(1, first_N1), held_Nk.any(-1, keepdim=True)
+    shape = grad.shape[:-1]
+    own_N1 = grad.gather(-1, spare_N1.view(*shape, 1)).reshape(-1, 1).float()
+    kept_N1 = among_Nk.gather(1, first_N1).where(any_N1, own_N1)
+    column_Nk, among_Nk = column_Nk.where(held_Nk, spare_N1), among_Nk.where(held_Nk, kept_N1)
+    grad.scatter_(-1, column_Nk.view(*shape, -1), among_Nk.to(grad.dtype).view(*shape, -1))
+    return grad
 
-    c_j is the derivative of the value with respect to ln q_j, the rest's probability being a function of all of them,
-    and C is the sum of all c_j.
-    """
+
+class TopKDivergence(torch.autograd.Function):
+    """Value [N] and the teacher's entropy [N] from the logits of a shard; the arguments are checked."""
 
     @staticmethod
-    def forward(ctx, teacher, student, shard, temperature, form, k, of, inplace):
-        parts = [ops.statistics(logits, None, shard, temperature) for logits in (teacher, student)]
-        chosen, other = (student, teacher) if of == "student" else (teacher, student)
-        values_Nk, ids_Nk = _most_probable(chosen, shard, k)
-        packed = torch.cat([*parts, values_Nk, ids_Nk.int().view(torch.float32)], dim=-1)  # an id's bits, as a float
-        gathered = gather_parts(packed, shard)
-        rows = packed.shape[0]
-        statistics, _, entropy, _ = ops.combine(torch.cat([gathered[..., :4], gathered[..., 4:8]], dim=1))
-        values_NK = gathered[..., 8 : 8 + k].movedim(0, 1).flatten(1)
-        ids_NK = gathered[..., 8 + k :].contiguous().view(torch.int32).movedim(0, 1).flatten(1)
-        values_Nk, place_Nk = values_NK.topk(k, dim=-1)
-        ids_Nk = ids_NK.gather(1, place_Nk).long()
-        held_Nk, column_Nk = _columns(ids_Nk, shard)
-        others = _gather_columns(other, column_Nk).masked_fill(~held_Nk, -math.inf)
-        others_Nk = gather_parts(others, shard).amax(0)
-        student_Nk, teacher_Nk = (values_Nk, others_Nk) if of == "student" else (others_Nk, values_Nk)
-        reference, total = statistics[:, 0].double(), statistics[:, 1].double()
-        log_z_T, log_z_S = (reference * math.log(2.0) + total.log()).view(2, rows, 1)
-        log_p = teacher_Nk.double() / temperature - log_z_T
-        log_q = student_Nk.double() / temperature - log_z_S
-        with torch.enable_grad():
-            log_q.requires_grad_()
-            value_N = _value(_with_tail(log_p), _with_tail(log_q), form)
-            slope_Nk = torch.autograd.grad(value_N.sum(), log_q)[0]
-        ctx.save_for_backward(student, statistics[rows:], slope_Nk, log_q.detach(), ids_Nk)
+    def forward(ctx, teacher, student, shard, temperature, form, top, inplace):
+        own = part(teacher, student, shard, temperature, top)
+        value_N, entropy_N, found = finish(gather_parts(own, shard), temperature, form, top)
+        ctx.save_for_backward(student, *found)
         ctx.shard, ctx.temperature, ctx.inplace = shard, temperature, inplace
-        entropy_N = entropy[:rows].clone()
         ctx.mark_non_differentiable(entropy_N)
-        return value_N.detach().float(), entropy_N
+        return value_N, entropy_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_value_N, _):
-        student, statistics_N4, slope_Nk, log_q_Nk, ids_Nk = ctx.saved_tensors
-        shard, temperature = ctx.shard, ctx.temperature
-        total_N1 = slope_Nk.sum(-1, keepdim=True)
-        gradients = ops.Gradients(None, None, (-total_N1[:, 0] * grad_value_N).float())
-        grad = ops.logits_grad(student, None, statistics_N4, gradients, shard, temperature, inplace=ctx.inplace)
-        held_Nk, column_Nk = _columns(ids_Nk, shard)
-        among_Nk = ((slope_Nk - log_q_Nk.exp() * total_N1) * grad_value_N[:, None] / temperature).float()
-        # An id that this shard does not hold writes again what belongs into one column that it does, or into the first.
-        first_N1 = held_Nk.int().argmax(-1, keepdim=True)
-        spare_N1 = column_Nk.gather(1, first_N1)
-        any_N1 = held_Nk.any(-1, keepdim=True)
-        kept_N1 = among_Nk.gather(1, first_N1).where(any_N1, _gather_columns(grad, spare_N1))
-        column_Nk, among_Nk = column_Nk.where(held_Nk, spare_N1), among_Nk.where(held_Nk, kept_N1)
-        shape = (*grad.shape[:-1], ids_Nk.shape[-1])
-        grad.scatter_(-1, column_Nk.view(shape), among_Nk.to(grad.dtype).view(shape))
-        return None, grad, *[None] * 6
+        student, *found = ctx.saved_tensors
+        grad = gradient(
+            student, Coefficients(*found), grad_value_N, ctx.shard, ctx.temperature, inplace=ctx.inplace
+        )  # fmt: skip
+        return None, grad, *[None] * 5

@@ -64,7 +64,7 @@ def test_shards_agree_with_one(ranks):
         difference = (joined - gradient)[finite].abs()
         assert bool((difference <= (1e-9 if near else 1e-6) * scale).all()), name
         assert bool((joined[..., VOCAB:] == 0).all())
-        forward = 1 if name.startswith(("forward,", "reverse,")) else 2
+        forward = 1 if name.startswith(("forward,", "reverse,", "top")) else 2
         assert all(part[name][3] == forward and part[name][4] == 0 for part in parts), name
 
 
@@ -81,7 +81,7 @@ def _linear(rank, world_size):
     g = torch.Generator().manual_seed(0)
     teacher, hidden = torch.randn(2, 4, 3, 16, generator=g)
     weight, out = torch.randn(COLUMNS, 16, generator=g).chunk(world_size)[rank].contiguous(), {}
-    for form in ("forward", "reverse", "jsd", "forward clipped"):
+    for form in ("forward", "reverse", "jsd", "forward clipped", "top 5"):
         for sequence_parallel in (False, True):
             inputs = (teacher, hidden)
             if sequence_parallel:
