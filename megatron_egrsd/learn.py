@@ -25,7 +25,7 @@ from megatron_egrsd.hf.operations import forward_flops, head_flops, needed_train
 from megatron_egrsd.objectives.interface import Objective, Tokens, batch_tokens
 from megatron_egrsd.objectives.load import load_objective
 from megatron_egrsd.objectives.loss import divergence_loss, importance_weight, loss_normalizer, policy_loss
-from megatron_egrsd.objectives.signal import History, rollout_advantages
+from megatron_egrsd.objectives.signal import NOTE, History, rollout_advantages
 
 # (shaped reward and signal of every rollout, this data-parallel rank's student scores, its teacher scores or None)
 Record = Callable[[list[float], list[float], dict[int, Scores], dict[int, Scores] | None], None]
@@ -52,6 +52,7 @@ def learn(
     if record:
         record(batch.rewards, batch.advantage, scores.student, scores.teacher)
     columns = _prepare(engine, batch, objective, scores)
+    notes = objective.remember(columns.tokens, group=engine.data_parallel_group)
     scored = time.perf_counter()
     updates = _update(engine, batch, objective, columns, scores.states, config.log_prob_limit)
     engine.refresh_teacher(history.steps + 1)
@@ -59,6 +60,7 @@ def learn(
     metrics |= {"reward/running_mean": history.mean, "reward/running_std": history.std}
     if config.rollout.routing_replay:
         metrics["sync/routing_changed"] = engine.passes.routing.share_changed(engine.device)
+    metrics |= {NOTE + name: value for name, value in notes.items()}
     metrics["perf/model_flops"] = _model_flops(engine, batch, objective, scores)
     return metrics | {"time/score": scored - started, "time/train": time.perf_counter() - scored}
 
@@ -106,7 +108,7 @@ class _Batch:
 def _divide(engine: Engine, rollouts: list[Rollout], objective: Objective, config: Config) -> _Batch:
     """Give each rollout its signal, and divide the prompts equally among the updates."""
     rewards, advantage = rollout_advantages(rollouts, objective, config.rollout.max_response_tokens)
-    has_gradient = [bool(a or config.objective.kl_coef) for a in advantage]
+    has_gradient = [bool(a or config.objective.kl_coef or objective.trains_all) for a in advantage]
     students = [_student(r, engine.arch, config.rollout.routing_replay) for r in rollouts]
     teachers, contexts, contexts_of = _teachers(rollouts, objective)
     updates = []

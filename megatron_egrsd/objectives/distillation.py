@@ -20,18 +20,20 @@ class Distillation(Objective):
         kind: forward_kl, KL(p_T, p_S); reverse_kl, KL(p_S, p_T); or jsd.
         entry_clip: Most nats that one entry of the vocabulary adds to a token's divergence; null does not limit them.
         beta: Weight of the teacher in the mixture of jsd.
+        top_k: Compare the student's likeliest tokens, and the rest as one; null compares all.
     """
 
     kind: str = "forward_kl"
     entry_clip: float | None = None
     beta: float = 0.5
+    top_k: int | None = None
 
     def __post_init__(self):
         _ = self.divergence  # refuses a bad option
 
     @property
     def divergence(self) -> DivergenceForm:  # type: ignore[override]
-        return DivergenceForm(self.kind, self.entry_clip, self.beta)
+        return DivergenceForm(self.kind, self.entry_clip, self.beta, self.top_k)
 
     def advantages(self, rewards, group_ids):
         return torch.ones_like(rewards)  # every rollout is trained

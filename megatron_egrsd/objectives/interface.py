@@ -1,6 +1,6 @@
 """The interface between an objective and the training loop.
 
-The loop knows nothing of an objective but five methods on packed tokens and what it needs; docs/guides/extending.md
+The loop knows nothing of an objective but six methods on packed tokens and what it needs; docs/guides/extending.md
 adds one.
 """
 
@@ -63,14 +63,20 @@ class Objective:
     needs_rollouts = True  # False: nothing is sampled, the reference solutions are trained, one a prompt
     needs_contexts = False  # the teacher reads data.teacher_context "contrast", a right rollout and wrong ones
     needs_student = False  # `prepare` sees the student's scores; costs one more forward pass a step
+    trains_all = False  # True: a rollout with a signal of exactly 0 is trained as well
+    needs_token_mean = False  # its loss is a mean of its own, made of objective.loss_normalization "token_mean"
     divergence: ClassVar[DivergenceForm | None] = None  # from the teacher, at every token; needs `needs_teacher`
 
     def advantages(self, rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
         """The signal A of each rollout, [R] fp32, from shaped rewards [R] and group_ids [R] int (one group a prompt).
 
-        A rollout with a signal of exactly 0 is scored but not trained.
+        A rollout with a signal of exactly 0 is scored but not trained, unless the objective `trains_all`.
         """
         return advantages(rewards, group_ids, self.config, self.history)
+
+    def without_context(self, signal: torch.Tensor) -> torch.Tensor:
+        """The signals of rollouts whose teacher should read a sibling and has none; by default 0: not trained."""
+        return torch.zeros_like(signal)
 
     def prepare(
         self, tokens: Tokens, *, vocab_size: int, group: dist.ProcessGroup | None = None
@@ -79,6 +85,13 @@ class Objective:
 
         `group` holds the data-parallel ranks, for statistics over all tokens (egrsd.entropy_quantile takes it);
         None means that `tokens` are all there are. "gate" goes into dumps and onto the token page.
+        """
+        return {}
+
+    def remember(self, tokens: Tokens, *, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+        """Once a step, from what `prepare` got: numbers by name, equal on every rank, for later steps.
+
+        They are added to `history.notes`, logged as "history/name", and kept in checkpoints and scored dumps.
         """
         return {}
 

@@ -1,5 +1,6 @@
 """Find the objective that a configuration names, and try a user's own before anything is started."""
 
+import math
 import traceback
 from dataclasses import fields, replace
 from pathlib import Path
@@ -37,9 +38,15 @@ def load_objective(config: "ObjectiveConfig", history: History | None = None) ->
         known = f"its options are {', '.join(options)}" if options else "it has no options"
         raise BadArgument(f"objective.options: {cls.__name__} has no option {unknown[0]!r}; {known}")
     try:
-        return cls(config, **config.options, history=history)
+        objective = cls(config, **config.options, history=history)
     except Exception as error:
         raise BadArgument(f"objective.options of {cls.__name__}: {error}") from None
+    if objective.needs_token_mean and config.loss_normalization != "token_mean":
+        raise BadArgument(
+            f'objective.loss_normalization is "{config.loss_normalization}", but the loss of {cls.__name__} is a mean '
+            "over tokens of its own choice; set it to token_mean"
+        )
+    return objective
 
 
 def needs_teacher(config: "ObjectiveConfig") -> bool:
@@ -93,6 +100,9 @@ def _try(objective: Objective) -> None:
         _check(f"prepare's {name!r}", values, 5, "token")
     _check("weight", objective.weight(tokens), 5, "token")
     _check("divergence_weight", objective.divergence_weight(tokens), 5, "token")
+    for name, value in objective.remember(tokens).items():
+        if not isinstance(value, float) or not math.isfinite(value):
+            raise BadArgument(f"remember's {name!r} should be a finite float, and is {value!r}")
     for name, values in objective.metrics(tokens).items():
         _check(f"metrics' {name!r}", values, 5, "token")
         if "/" not in name:

@@ -29,6 +29,18 @@ _DISTILLATION = {
     "objective.length_bonus": 0.0,
     "objective.loss_normalization": "seq_mean",
 }
+# A moving average of the student reads a right rollout of the same prompt.
+_SIBLING = (
+    _GROUPS
+    | _UNGATED
+    | {
+        "objective.mix": 0.0,
+        "objective.importance_cap": 2.0,
+        "teacher.weights": "ema",
+        "teacher.ema_decay": 0.95,
+        "data.teacher_context": "sibling",
+    }
+)
 
 _PRESETS = {
     "egrsd": _PAPER,
@@ -67,6 +79,21 @@ _PRESETS = {
         "teacher.weights": "snapshot",
         "teacher.snapshot_every": 10,
         "data.teacher_context": "contrast",
+    },
+    # arXiv 2601.20802, with the settings of its authors' code.
+    "sdpo": _PAPER | _SIBLING | {"objective.function": "megatron_egrsd.objectives.sdpo:SDPO"},
+    # arXiv 2604.02288, table 3.
+    "srpo": _PAPER | _SIBLING | {"objective.function": "megatron_egrsd.objectives.sdpo:SRPO", "objective.loss": "ppo"},
+    # arXiv 2605.11609, table 5: the teacher is the student itself.
+    "antisd": _PAPER
+    | _GROUPS
+    | _UNGATED
+    | {
+        "objective.function": "megatron_egrsd.objectives.antisd:AntiSD",
+        "objective.mix": 0.0,
+        "objective.loss": "ppo",
+        "objective.clip_high": 0.2,
+        "teacher.weights": "live",
     },
     # arXiv 2604.03128; decay and copies of the teacher as in its authors' later code (arXiv 2606.11709).
     "rlsd": _PAPER

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from megatron_egrsd.objectives.interface import Objective, Tokens
+from megatron_egrsd.objectives.means import totals
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class RLCSD(Objective):
     selected_weight: float = 1.0
 
     needs_contexts = True
+    needs_token_mean = True
 
     def __post_init__(self):
         if not self.tau > 0:
@@ -42,11 +43,8 @@ class RLCSD(Objective):
         step = self.strength * torch.tanh(contrast / self.tau)
         selected = step.abs() > self.threshold
         trained = tokens.advantage != 0
-        counts = torch.stack([trained.new_tensor(trained.numel(), dtype=torch.float64),
-                              (trained & ~selected).sum(), (trained & selected).sum()])  # fmt: skip
-        if group is not None and group.size() > 1:
-            dist.all_reduce(counts, group=group)
-        every, unchanged, changed = counts  # `normalizer` divides by the batch's tokens, a mean by its own
+        sums = totals(torch.ones_like(trained), trained & ~selected, trained & selected, group=group)
+        every, unchanged, changed = sums  # `normalizer` divides by the batch's tokens, a mean by its own
         scale = torch.where(
             selected, self.selected_weight * every / changed.clamp(min=1), every / unchanged.clamp(min=1)
         )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from megatron_egrsd.data.samples import Rollout
     from megatron_egrsd.objectives.interface import Objective
 
+NOTE = "history/"  # the prefix of the metrics that are notes
 _STD_FLOOR = 1e-6  # added to every standard deviation that a reward is divided by (ours; the paper names none)
 
 
 @dataclass(frozen=True)
 class History:
-    """The number of earlier steps, and Welford's statistics of all their shaped rewards.
+    """The number of earlier steps, Welford's statistics of all their shaped rewards, and the objective's own notes.
 
     Python floats, so fp64; equal on every rank, because every rank sees all rollouts of a batch in the same order.
     """
@@ -26,21 +27,25 @@ class History:
     count: int = 0  # rewards
     mean: float = 0.0
     squares: float = 0.0  # sum of squared deviations from the mean
+    notes: dict[str, float] = field(default_factory=dict)  # what `Objective.remember` returned, by name
 
     @property
     def std(self) -> float:
         """The sample standard deviation (n - 1), 0 for fewer than two rewards."""
         return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
 
-    def after(self, rewards: Iterable[float]) -> "History":
-        """Return the history one step later, with the rewards of that step (B. P. Welford, Technometrics 4 (1962))."""
+    def after(self, rewards: Iterable[float], notes: dict[str, float] | None = None) -> "History":
+        """Return the history one step later, with the rewards and new notes of that step.
+
+        The statistics are B. P. Welford's (Technometrics 4 (1962)).
+        """
         count, mean, squares = self.count, self.mean, self.squares
         for reward in rewards:
             count += 1
             difference = reward - mean
             mean += difference / count
             squares += difference * (reward - mean)
-        return History(self.steps + 1, count, mean, squares)
+        return History(self.steps + 1, count, mean, squares, self.notes | (notes or {}))
 
 
 def shaped_rewards(rollouts: "list[Rollout]", config: "ObjectiveConfig", max_response_tokens: int) -> list[float]:
@@ -91,9 +96,10 @@ def rollout_advantages(
 ) -> tuple[list[float], list[float]]:
     """Return the shaped reward of each rollout of a batch, and the signal that `objective` makes of it.
 
-    A rollout whose teacher should read a sibling and has none has no signal: 0.
+    The objective decides on rollouts whose teacher should read a sibling and has none (`without_context`).
     """
     shaped = shaped_rewards(rollouts, objective.config, max_response_tokens)
     groups = torch.tensor([r.group for r in rollouts])
-    signal = objective.advantages(torch.tensor(shaped), groups).tolist()
-    return shaped, [0.0 if r.contexts == [] else a for r, a in zip(rollouts, signal, strict=True)]
+    signal = objective.advantages(torch.tensor(shaped), groups)
+    alone = torch.tensor([r.contexts == [] for r in rollouts])
+    return shaped, torch.where(alone, objective.without_context(signal), signal).tolist()

@@ -16,7 +16,7 @@ from megatron_egrsd.evaluation.summary import summarize_rollouts
 from megatron_egrsd.hf.adapter_file import save_adapter
 from megatron_egrsd.hf.checkpoint import save_hf
 from megatron_egrsd.learn import Record
-from megatron_egrsd.objectives.signal import History, shaped_rewards
+from megatron_egrsd.objectives.signal import NOTE, History, shaped_rewards
 from megatron_egrsd.report import plot_frontier, summary_table
 from megatron_egrsd.report.scored_dump import gather_scores, save_scores, scored_rollouts
 from megatron_egrsd.run.checkpoints import Checkpoints
@@ -142,13 +142,14 @@ class Session:
         return _recorder(self, step, rollouts) if self.config.dump_scores else None
 
     def check_update(self, step: int, rollouts: list[Rollout], metrics: dict[str, float]) -> None:
-        """Add the rewards of a step (from 1) to the history; dump its rollouts if its update was skipped.
+        """Add the rewards and the notes of a step (from 1) to the history; dump its rollouts if its update was skipped.
 
         A skipped update counts as well: its rewards are real. RunError after too many skipped updates in a row.
         """
         config = self.config
+        notes = {name.removeprefix(NOTE): value for name, value in metrics.items() if name.startswith(NOTE)}
         self.history = self.history.after(
-            shaped_rewards(rollouts, config.objective, config.rollout.max_response_tokens)
+            shaped_rewards(rollouts, config.objective, config.rollout.max_response_tokens), notes
         )
         self.unreported = step, rollouts, metrics
         if reason := self.guard.check(step, rollouts, metrics):

@@ -48,7 +48,7 @@ def test_live_page_replay_and_resume(preset, urls, tmp_path):
     command.main(["--tokens", str(live)])
     page = (live / "tokens_step_000002.html").read_text()
     # The page offers the recorded objective with and without its gate; RLSD has none, and others none of its weights.
-    shown = {"rlsd": "gate_off"} | dict.fromkeys(("opsd", "crisp", "rlcsd", "sft"), "run")
+    shown = {"rlsd": "gate_off"} | dict.fromkeys(("opsd", "crisp", "rlcsd", "sdpo", "srpo", "sft", "antisd"), "run")
     assert f'value="{shown.get(preset, preset)}" checked' in page
 
     replayed = settings(preset) | {"debug": "train-only", "replay": live / "rollouts"}

@@ -1,6 +1,7 @@
 """The dry run's memory against the engine: resident bytes exactly, a step's peak within a tenth, on every rank."""
 
 import dataclasses
+import re
 import weakref
 
 import pytest
@@ -120,12 +121,14 @@ LAYOUTS = {
     "OPSD": (1, "bfloat16", {}, False, "frozen"),
     "OPSD, LoRA PP2": (2, "float32", {"pipeline": 2}, True, "frozen"),
     "OPSD, moving average": (1, "bfloat16", {}, True, "ema"),
+    "SRPO, LoRA": (1, "float32", {}, True, "frozen"),
+    "SDPO, moving average": (1, "float32", {}, False, "ema"),
 }
 
 
 SLOW = {
     "fp32, KL", "bf16, snapshot", "OPSD", "OPSD, moving average", "TP2", "TP2 SP", "TP2 PP2", "PP2", "CP2",
-    "TP2, one key/value head",
+    "TP2, one key/value head", "SDPO, moving average",
     "CP2 distributed optimizer", "LoRA recompute", "LoRA PP2", "LoRA CP2", "LoRA DP2",
     "Llama, LoRA", "Qwen2 TP2 SP", "PP2 VPP2", "bf16, recompute", "bf16, moving average", "DP2 distributed optimizer",
 }  # fmt: skip
@@ -143,9 +146,9 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
         for r in made_up_rollouts()
     ]
     save_rollouts(rollouts, tmp_path / "rollouts.jsonl")
-    objective = (
-        preset_objective("opsd") if "OPSD" in name else dataclasses.replace(GROUPS, kl_coef=0.1 * ("KL" in name))
-    )
+    objective = dataclasses.replace(GROUPS, kl_coef=0.1 * ("KL" in name))
+    if preset := re.match("OPSD|SDPO|SRPO", name):
+        objective = preset_objective(preset[0].lower())
     config = dataclasses.replace(
         training_config(model, objective=objective),
         model=ModelConfig(path=str(model), dtype=dtype),

@@ -22,8 +22,8 @@ from tests.reference.algorithm1 import read_rollouts
 from tests.reference.rlcsd import advantages, train
 
 TAU = 1.0  # contexts of random tokens move this model by more than the default 0.02, which would hide the contrast
+RLCSD = ["--objective.preset", "rlcsd", "--objective.options.tau", str(TAU), "--teacher.snapshot_every", "2"]
 WORDS = [
-    *("--objective.preset", "rlcsd", "--objective.options.tau", str(TAU), "--teacher.snapshot_every", "2"),
     *("--rollout.prompts_per_step", "4", "--rollout.rollouts_per_prompt", "4"),
     *("--rollout.temperature", str(SETTINGS["temperature"]), "--rollout.max_response_tokens", "48"),
     *("--optimizer.lr", str(SETTINGS["lr"]), "--optimizer.eps", str(SETTINGS["adam_epsilon"])),
@@ -66,10 +66,11 @@ def expected(model, batches, adapter):  # noqa: F811
     return {a: train(model, read, **SETTINGS, tau=TAU, refresh=2, adapter=a) for a in (None, adapter)}
 
 
-def run(model, batches, output, ranks, parallel, *words):  # noqa: F811
+def run(model, batches, output, ranks, parallel, *words, objective=RLCSD):  # noqa: F811
     problems = output.parent / "problems.jsonl"
     problems.write_text('{"problem": "p", "answer": "a"}\n', encoding="utf-8")
-    words = [*WORDS, *words, "--model.path", model, "--data.train", problems, "--replay", batches, "--output", output]
+    files = ["--model.path", model, "--data.train", problems, "--replay", batches, "--output", output]
+    words = [*objective, *WORDS, *words, *files]
     layout = [word for key, value in parallel.items() for word in (f"--parallel.{key}", str(value).lower())]
     run_ranks(train_on_rank, ranks, parse_config(["--steps", str(STEPS), *map(str, words), *layout]))
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -27,6 +27,9 @@ PAPER = {"objective.advantage": "running", "objective.loss": "reinforce", "objec
          "teacher.weights": "frozen"}  # fmt: skip
 GROUPS = {"objective.advantage": "group", "objective.loss": "ppo", "rollout.rollouts_per_prompt": 8,
           "objective.length_bonus": 0.0, "objective.attenuation": 0.0, "objective.lookahead": 0}  # fmt: skip
+SIBLING = GROUPS | {"objective.mix": 0.0, "objective.importance_cap": 2.0, "teacher.weights": "ema",
+                    "teacher.ema_decay": 0.95, "data.teacher_context": "sibling",
+                    "objective.loss_normalization": "token_mean"}  # fmt: skip
 PRESETS = {
     "egrsd": PAPER | {"objective.attenuation": 0.3, "objective.lookahead": 0},
     "cl_egrsd": PAPER | {"objective.attenuation": 0.3, "objective.lookahead": 3},
@@ -44,6 +47,11 @@ PRESETS = {
     "rlcsd": GROUPS
     | {"objective.mix": 0.0, "objective.clip_high": 0.2, "objective.importance_cap": 2.0, "teacher.weights": "snapshot",
        "teacher.snapshot_every": 10, "data.teacher_context": "contrast"},
+    "sdpo": SIBLING | {"objective.function": "megatron_egrsd.objectives.sdpo:SDPO", "objective.loss": "reinforce"},
+    "srpo": SIBLING | {"objective.function": "megatron_egrsd.objectives.sdpo:SRPO", "objective.loss": "ppo"},
+    "antisd": GROUPS
+    | {"objective.mix": 0.0, "objective.clip_high": 0.2, "objective.importance_cap": None, "teacher.weights": "live",
+       "data.teacher_context": "template"},
     "rlsd": GROUPS
     | {"objective.mix": 0.5, "objective.mix_decay_steps": 50, "objective.importance_cap": 2.0,
        "teacher.weights": "snapshot", "teacher.snapshot_every": 10},

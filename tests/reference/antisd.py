@@ -1,0 +1,74 @@
+"""AntiSD (arXiv 2605.11609, algorithm 1) written a second time in fp64, with Hugging Face and PEFT.
+
+No line of the package is used. One rollout at a time, and for the weights one token at a time. Each step is one update
+of the policy that sampled, so no ratio is clipped. The teacher is the student, with another prompt.
+"""
+
+import math
+import statistics
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.reference.algorithm1 import log_probs_of, trained
+
+
+def advantages(batch: list[dict]) -> list[float]:
+    """Group advantages."""
+    result = []
+    for rollout in batch:
+        rewards = [other["reward"] for other in batch if other["group"] == rollout["group"]]
+        result.append((rollout["reward"] - statistics.mean(rewards)) / (statistics.stdev(rewards) + 1e-6))
+    return result
+
+
+def train(
+    model: Path,
+    batches: list[list[dict]],
+    *,
+    temperature: float,
+    lr: float,
+    adam_epsilon: float,
+    clip_norm: float,
+    warmup: int,
+    collapse: float,
+) -> tuple[list[tuple[float, float, float, float]], dict[str, torch.Tensor]]:
+    """Take one step on each batch.
+
+    Returns (loss, gradient norm, gate, median entropy of the teacher) of each step, and the final weights.
+    """
+    student = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
+    optimizer = torch.optim.AdamW(trained(student), lr=lr, betas=(0.9, 0.999), eps=adam_epsilon, weight_decay=0.0)
+    steps, medians, gate = [], [], 1.0
+    for number, batch in enumerate(batches):
+        scored, entropies = [], []
+        for rollout in batch:
+            response = rollout["response_ids"]
+            context = rollout["contexts"][0] if rollout["contexts"] else rollout["prompt"]["student_ids"]
+            with torch.no_grad():
+                target = log_probs_of(student, context, response, temperature)
+            entropies += [-float((row.exp() * row).sum()) for row in target]
+            own = log_probs_of(student, rollout["prompt"]["student_ids"], response, temperature)
+            places = range(len(response)), response
+            scored.append((target[places], own[places]))
+        median = statistics.median(entropies)
+        if number < warmup:
+            medians.append(median)
+        elif median >= statistics.mean(medians):
+            gate = 1.0
+        elif median < collapse * statistics.mean(medians):
+            gate = 0.0
+        strength = 0.5 * gate if number >= warmup else 0.0
+        loss = 0.0
+        for advantage, (target, own) in zip(advantages(batch), scored, strict=True):
+            for theirs, log_prob in zip(target, own, strict=True):
+                gap = float(theirs - log_prob.detach())
+                weight = advantage - strength * 0.5 * (math.log1p(math.exp(gap)) - math.log(2))
+                loss = loss - weight * (log_prob - log_prob.detach()).exp() / len(entropies)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(trained(student), clip_norm))
+        optimizer.step()
+        steps.append((float(loss.detach()), norm, gate if number >= warmup else 0.0, median))
+    return steps, {name: weight.detach().clone() for name, weight in student.state_dict().items()}
