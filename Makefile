@@ -50,12 +50,12 @@ browser: install  ## headless Chromium for the tests of the pages
 check: lint  ## lint and the unit tests that are quick: under two minutes
 	@$(RUN) python -m pytest tests/unit -m "not heavy and not slow" -n 2 --dist loadfile
 
-# Tests of one process and of gloo ranks, two files at a time, those with long tests first; servers and whole runs have
-# the cores for themselves.
+# Two files at a time. First tests of one process and of gloo ranks, those with long ones first; then servers and whole
+# runs, in their own order. The two kinds do not meet: a server beside two ranks would miss its deadlines.
 test: MARKED := -m "not slow"
 test test-all: install browser
 	@$(RUN) python -m pytest $(MARKED) tests/parallel tests/unit -n 2 --dist loadfile --no-loadscope-reorder || first=$$?; \
-	$(RUN) python -m pytest $(MARKED) --ignore tests/unit --ignore tests/parallel || second=$$?; \
+	$(RUN) python -m pytest $(MARKED) --ignore tests/unit --ignore tests/parallel -n 2 --dist loadfile || second=$$?; \
 	exit $$(( $${first:-0} | $${second:-0} ))
 
 test:  ## every test that needs minutes, not more

