@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import get_peft_model_state_dict
+from transformers import AutoTokenizer
 
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.samples import load_rollouts
@@ -16,6 +16,7 @@ from tests.parallel.test_algorithm1 import _train_on_rank as train_on_rank
 from tests.parallel.test_distillation import LAYOUTS, SETTINGS, assert_adapter, assert_model
 from tests.parallel.test_lora import adapter  # noqa: F401 (a fixture)
 from tests.ranks import run_ranks
+from tests.reference.algorithm1 import load_student, trained
 
 ROWS = [json.loads(line) for line in (TOKENIZER.parent / "train.jsonl").read_text().splitlines()[:8]]
 WORDS = [  # sampling's temperature must not matter
@@ -31,11 +32,8 @@ WORDS = [  # sampling's temperature must not matter
 def reference(model, adapter=None):  # noqa: F811
     """Take the steps on all rows each; (loss, gradient norm) of each step, and the final weights or the adapter's."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
-    if adapter:
-        network = PeftModel.from_pretrained(network, adapter, is_trainable=True, autocast_adapter_dtype=False).double()
-    weights = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=SETTINGS["lr"], eps=SETTINGS["adam_epsilon"], weight_decay=0.0)
+    network = load_student(model, adapter)
+    optimizer = torch.optim.AdamW(trained(network), lr=SETTINGS["lr"], eps=SETTINGS["adam_epsilon"], weight_decay=0.0)
     rows = []
     for row in ROWS:
         user, said = {"role": "user", "content": row["problem"]}, {"role": "assistant", "content": row["solution"]}
@@ -51,7 +49,7 @@ def reference(model, adapter=None):  # noqa: F811
             for ids, start in rows
         )
         (loss / count).backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(weights, SETTINGS["clip_norm"]))
+        norm = float(torch.nn.utils.clip_grad_norm_(trained(network), SETTINGS["clip_norm"]))
         optimizer.step()
         steps.append((float(loss.detach()) / count, norm))
     state = get_peft_model_state_dict(network) if adapter else network.state_dict()

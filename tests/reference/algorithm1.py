@@ -4,7 +4,6 @@ No line of the package is used, and nothing is packed, sharded or fused: one rol
 token at a time. tests/parallel/test_algorithm1.py holds the trainer against it.
 """
 
-import copy
 import json
 import math
 from dataclasses import dataclass, field
@@ -61,10 +60,8 @@ def train(
 
     With an `adapter`, PEFT trains it in place of the weights; returns its final tensors by PEFT's names.
     """
-    student = AutoModelForCausalLM.from_pretrained(model, **EXACT)
-    teacher = copy.deepcopy(student).eval()  # frozen: the initial weights
-    if adapter:
-        student = PeftModel.from_pretrained(student, adapter, is_trainable=True, autocast_adapter_dtype=False).double()
+    student = load_student(model, adapter)
+    teacher = load_student(model).eval()  # frozen: the initial weights
     optimizer = torch.optim.AdamW(
         trained(student), lr=settings.lr, betas=settings.betas, eps=settings.adam_epsilon, weight_decay=0.0
     )
@@ -75,6 +72,14 @@ def train(
         earlier_rewards += steps[-1].rewards  # after the update (line 20)
     state = get_peft_model_state_dict(student) if adapter else expert_by_expert(student.state_dict())
     return steps, {name: weight.detach().clone() for name, weight in state.items()}
+
+
+def load_student(model: Path, adapter: Path | None = None):
+    """Load the model in fp64, with a trainable `adapter` if one is given."""
+    student = AutoModelForCausalLM.from_pretrained(model, **EXACT)
+    if adapter:
+        student = PeftModel.from_pretrained(student, adapter, is_trainable=True, autocast_adapter_dtype=False).double()
+    return student
 
 
 def trained(model) -> list[torch.nn.Parameter]:

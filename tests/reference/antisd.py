@@ -9,9 +9,8 @@ import statistics
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from tests.reference.algorithm1 import log_probs_of, trained
+from tests.reference.algorithm1 import load_student, log_probs_of, trained
 from tests.reference.groups import advantages
 
 
@@ -30,7 +29,7 @@ def train(
 
     Returns (loss, gradient norm, gate, median entropy of the teacher) of each step, and the final weights.
     """
-    student = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
+    student = load_student(model)
     optimizer = torch.optim.AdamW(trained(student), lr=lr, betas=(0.9, 0.999), eps=adam_epsilon, weight_decay=0.0)
     steps, medians, gate = [], [], 1.0
     for number, batch in enumerate(batches):

@@ -4,15 +4,13 @@ With Hugging Face and PEFT; no line of the package is used. One rollout at a tim
 models.
 """
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM
+from peft import get_peft_model_state_dict
 
-from tests.reference.algorithm1 import log_probs_of, trained
+from tests.reference.algorithm1 import load_student, log_probs_of, trained
 
 # (log p_T [T, V], log p_S [T, V]) -> [T]
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -43,10 +41,7 @@ def train(
     The teacher is the initial model, or every `refresh` steps a copy of the student.
     Returns (loss, gradient norm) of each step, and the final weights, or those of the `adapter`.
     """
-    student = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
-    teacher = copy.deepcopy(student).eval()
-    if adapter:
-        student = PeftModel.from_pretrained(student, adapter, is_trainable=True, autocast_adapter_dtype=False).double()
+    student, teacher = load_student(model, adapter), load_student(model).eval()
     optimizer = torch.optim.AdamW(trained(student), lr=lr, betas=(0.9, 0.999), eps=adam_epsilon, weight_decay=0.0)
     steps = []
     for batch in batches:

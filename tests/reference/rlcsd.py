@@ -7,11 +7,10 @@ import copy
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM
+from peft import get_peft_model_state_dict
 
 from tests.reference import groups
-from tests.reference.algorithm1 import log_probs_of, trained
+from tests.reference.algorithm1 import load_student, log_probs_of, trained
 
 
 def advantages(batch: list[dict]) -> list[float]:
@@ -36,9 +35,7 @@ def train(
 
     Returns (loss, gradient norm, share of selected tokens) of each step, and the final weights, or the `adapter`'s.
     """
-    student = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
-    if adapter:
-        student = PeftModel.from_pretrained(student, adapter, is_trainable=True, autocast_adapter_dtype=False).double()
+    student = load_student(model, adapter)
     teacher = copy.deepcopy(student).eval()
     optimizer = torch.optim.AdamW(trained(student), lr=lr, betas=(0.9, 0.999), eps=adam_epsilon, weight_decay=0.0)
     steps = []
