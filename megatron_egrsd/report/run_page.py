@@ -21,7 +21,7 @@ def write_report(runs: list[Run], directory: Path) -> Path:
         sections.append((name, title, caption, Markup(figures.to_svg(figure))))
     page = directory / "report.html"
     rows = [_summary(run) | {"colour": figures.COLOURS[i % len(figures.COLOURS)]} for i, run in enumerate(runs)]
-    write_text(page, template("report.html").render(runs=runs, rows=rows, sections=sections))
+    write_text(page, template("report.html").render(runs=runs, rows=rows, figures=sections))
     return page
 
 
