@@ -122,12 +122,12 @@ def _divide(engine: Engine, rollouts: list[Rollout], objective: Objective, confi
 
 
 def _student(rollout: Rollout, arch: Architecture, replayed: bool) -> Sequence:
-    """What the student reads and said, with the experts to send it through if they are `replayed`."""
-    prompt, response, routes = rollout.prompt.student_ids, rollout.response_ids, None
+    """Return the response after the student's prompt, with the experts to send it through if they are `replayed`."""
+    routes = None
     if replayed:
-        shape = len(prompt) + len(response) - 1, arch.num_layers, arch.experts_per_token
+        shape = rollout.routed_tokens, arch.num_layers, arch.experts_per_token
         routes = np.frombuffer(rollout.routes, np.uint8).reshape(shape)
-    return Sequence(prompt, response, routes)
+    return Sequence(rollout.prompt.student_ids, rollout.response_ids, routes)
 
 
 def _teachers(rollouts: list[Rollout], objective: Objective) -> tuple[list[Sequence], list[Sequence], list[list[int]]]:

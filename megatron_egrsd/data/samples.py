@@ -70,6 +70,11 @@ class Rollout:
         return self.contexts or [self.prompt.teacher_ids or self.prompt.student_ids]
 
     @property
+    def routed_tokens(self) -> int:
+        """Tokens that `routes` covers: of prompt and response, all but the last."""
+        return len(self.prompt.student_ids) + len(self.response_ids) - 1
+
+    @property
     def versions(self) -> list[list[int]]:
         """[weight version, number of tokens] of every segment of the response."""
         return self.segments or [[self.weight_version, len(self.response_ids)]]
@@ -136,6 +141,6 @@ def _rollout(row: dict) -> Rollout:
             raise ValueError("segments must be [version, tokens] from weight_version on, and add up to the response")
     if not rollout.prompt.student_ids or not 0 < len(rollout.response_ids) == len(rollout.rollout_log_probs):
         raise ValueError("an empty prompt or response, or not one log-prob a response token")
-    if len(routes) % (len(rollout.prompt.student_ids) + len(rollout.response_ids) - 1):
+    if len(routes) % rollout.routed_tokens:
         raise ValueError("routes are not those of all tokens but the last")
     return rollout

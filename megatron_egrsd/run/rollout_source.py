@@ -259,6 +259,5 @@ def load_replay(
 
 def _routes_fit(rollout: Rollout, arch: Architecture) -> bool:
     """Return whether the rollout's routes are experts of `arch`, in each layer, of all tokens but the last."""
-    tokens = len(rollout.prompt.student_ids) + len(rollout.response_ids) - 1
-    whole = len(rollout.routes) == tokens * arch.num_layers * arch.experts_per_token
+    whole = len(rollout.routes) == rollout.routed_tokens * arch.num_layers * arch.experts_per_token
     return whole and max(rollout.routes) < arch.num_experts
