@@ -124,6 +124,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.heavy
 def test_a_mistake_is_one_sentence_by_the_script_and_by_the_module(command, tmp_path):
     """In each command, from a directory outside the checkout, without PYTHONPATH if it is installed."""
     script = shutil.which("megatron-egrsd", path=os.path.dirname(sys.executable))

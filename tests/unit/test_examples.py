@@ -127,6 +127,7 @@ def test_a_node_of_eight_gpus(script, rank, tensor, data_parallel, started):
     ],
     ids=["nproc", "context", "lookahead"],
 )
+@pytest.mark.heavy
 def test_the_program_refuses_a_layout_in_one_sentence(script, variables, reason):
     done = run(script, "--dry-run", **TINY, **variables)
     assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1, done.stderr

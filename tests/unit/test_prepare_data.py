@@ -94,6 +94,7 @@ def test_rows_of_every_dataset(name, tmp_path):
     assert ("have no solution" in done.stdout) == (not expected["solution"])
 
 
+@pytest.mark.heavy
 def test_parquet_and_the_trainers_own_reader(tmp_path):
     import pyarrow
     import pyarrow.parquet

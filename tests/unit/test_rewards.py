@@ -146,6 +146,7 @@ def test_no_text_raises_or_hangs(response, answer):
     assert time.perf_counter() - start < 100  # four comparisons of five CPU seconds on a machine that is busy
 
 
+@pytest.mark.heavy
 def test_threads_may_call():
     results = []
     ask = lambda i: results.append(math_reward(rf"\boxed{{(x+{i})^2}}", f"x^2+{2 * i}x+{i * i}"))  # noqa: E731
