@@ -253,6 +253,9 @@ class Starter:
         found = [f"{process.pid} {' '.join(process.cmdline())[:100]}" for process in left]
         for process in left:
             kill_tree(process.pid)
+        for process in psutil.Process().children():  # adopted, and ended: thousands would slow every look at processes
+            if process.pid not in ours and not is_running(process):
+                os.waitpid(process.pid, os.WNOHANG)
         return found
 
 
