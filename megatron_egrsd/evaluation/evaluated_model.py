@@ -8,8 +8,10 @@ from pathlib import Path
 
 from megatron_egrsd.config import Config
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.convert import ToHF
 from megatron_egrsd.hf.merge import Merge
+from megatron_egrsd.rollout.server_command import check_served_model
 
 
 @contextlib.contextmanager
@@ -20,6 +22,8 @@ def hugging_face(config: Config) -> Iterator[str]:
     """
     path, like = Path(config.model.path), config.evaluation.benchmarks.like or None
     is_megatron = path.is_dir() and not (path / "config.json").is_file()
+    if not is_megatron:
+        check_served_model(Architecture.from_pretrained(path))
     if not (is_megatron or config.lora.init):
         yield config.model.path
         return

@@ -16,7 +16,7 @@ from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.objectives.load import check_objective, load_objective, needs_rollouts, needs_teacher_prompts
 from megatron_egrsd.rewards.reward import load_reward
 from megatron_egrsd.rollout.generation import NO_ROUTE
-from megatron_egrsd.rollout.server_command import check_served
+from megatron_egrsd.rollout.server_command import check_served_adapters, check_served_model
 from megatron_egrsd.system import torchrun
 from megatron_egrsd.system.files import check_outside, check_writable, is_empty
 
@@ -32,11 +32,13 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
     if spec := configured_spec(config.lora):
         spec.check(arch, config.parallel.tensor)
         if config.rollout.sync.lora == "adapter":
-            check_served(spec.targets)
+            check_served_adapters(spec.targets)
     if config.lora.init:
         AdapterFile(config.lora.init, arch)
     config.check_world(ranks or torchrun.world_size())
     check_objective(config.objective)
+    if needs_rollouts(config.objective) and config.debug != "train-only":
+        check_served_model(arch)
     _check_routing(config, arch)
     _check_contexts(config)
     _check_solutions(config)

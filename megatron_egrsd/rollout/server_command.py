@@ -1,13 +1,25 @@
 """The arguments that SGLang is launched with."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_egrsd.config import ModelConfig, ServersConfig
 from megatron_egrsd.errors import BadArgument
 
+if TYPE_CHECKING:
+    from megatron_egrsd.hf.architecture import Architecture
 
-def check_served(targets: Sequence[str]) -> None:
+
+def check_served_model(arch: "Architecture") -> None:
+    """Raise BadArgument if SGLang would read the model and answer with something else."""
+    if arch.num_experts and arch.tied_embeddings:
+        raise BadArgument(
+            "the model has experts and ties its embeddings, which SGLang ignores: it would answer with random tokens; "
+            "write the embedding as lm_head.weight too and set tie_word_embeddings false in config.json"
+        )
+
+
+def check_served_adapters(targets: Sequence[str]) -> None:
     """Raise BadArgument if SGLang cannot serve adapters on the projections `targets`."""
     for fused in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         if len({*fused} & {*targets}) not in (0, len(fused)):

@@ -19,6 +19,7 @@ from megatron_egrsd.config.lora import TARGETS
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.evaluation.evaluated_model import hugging_face
 from megatron_egrsd.hf.adapters import AdapterSpec, adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.memory import Placement
@@ -32,8 +33,9 @@ from megatron_egrsd.planning.plan import (
     resolve,
 )
 from megatron_egrsd.planning.preflight import prepare
-from megatron_egrsd.rollout.server_command import check_served
+from megatron_egrsd.rollout.server_command import check_served_adapters, check_served_model
 from tests.adapters import random_adapter
+from tests.models import make_qwen3
 from tests.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
@@ -258,13 +260,23 @@ def test_an_adapter_that_the_model_cannot_have_is_refused_before_anything_starts
 
 def test_half_of_a_fused_matrix_is_not_served_as_an_adapter():
     for served in (TARGETS, ("q_proj", "k_proj", "v_proj", "down_proj"), ("o_proj",)):
-        check_served(served)
+        check_served_adapters(served)
     words = ["--data.train", "examples/tiny/train.jsonl", "--rollout.sync.lora", "adapter", "--rollout.sync.transport"]
     words += ["ipc", "--parallel.tensor", "1", "--parallel.sequence_parallel", "false", "--output", "no/such"]
     for half in (["q_proj", "v_proj"], ["up_proj"]):
         lora = ["--lora.rank", "4", "--lora.targets", json.dumps(half)]
         with pytest.raises(BadArgument, match=r"on all of \w+_proj, .* or on none; change lora\.targets"):
             prepare(config_8b(ROOT / "examples/tiny/model", *words, *lora), 4)
+
+
+def test_a_tied_mixture_is_not_sampled_from(tmp_path):
+    tied, untied = (make_qwen3(tmp_path / str(tied), tied=tied, num_experts=4) for tied in (True, False))
+    check_served_model(Architecture.from_pretrained(untied))
+    with pytest.raises(BadArgument, match="has experts and ties its embeddings, which SGLang ignores"):
+        prepare(config_8b(tied, "--parallel.tensor", "2", "--data.train", "examples/tiny/train.jsonl"), 2)
+    evaluated = parse_config(["--model.path", str(tied), "--data.train", "-", "--output", str(tmp_path / "out")])
+    with pytest.raises(BadArgument, match="ties its embeddings"), hugging_face(evaluated):
+        pass
 
 
 def test_ports_that_are_taken(model):
