@@ -43,6 +43,8 @@ def _initialize(config: ParallelConfig, seed: int, facts: Facts) -> torch.device
     else:
         device, backend = torch.device("cpu"), "gloo"
     if torchrun.is_launched():
+        if torchrun.has_ended():
+            raise RunError(f"rank {torchrun.rank()} ends: its torchrun, which starts and watches the ranks, has ended")
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         # torchrun keeps its store over a restart: without a name for each, gloo would connect to the ranks that died.
         store = dist.PrefixStore(f"restart_{torchrun.restart_count()}", store)

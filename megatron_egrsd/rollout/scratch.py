@@ -24,10 +24,8 @@ class Scratch:
     """
 
     def __init__(self):
-        place, names = _place(), []
-        for path in place.glob(f"{_PREFIX}*"):
-            with contextlib.suppress(OSError):  # locked by a live process, or another user's
-                names += _clear(path, _lock(path))
+        place = _place()
+        names = _clear_abandoned(place)
         hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=place))
         self._lock_file = _lock(hidden)
         # Again at the end: the servers of a run that was killed a moment ago may not have created it yet.
@@ -38,6 +36,19 @@ class Scratch:
         """Remove the directory and the listed shared memory, after the servers have ended. Idempotent."""
         if not self._lock_file.closed:
             _clear(self.path, self._lock_file)
+
+
+def clear_abandoned() -> None:
+    """Remove what the servers of killed runs have left, for a run that starts none of its own."""
+    _clear_abandoned(_place())
+
+
+def _clear_abandoned(place: Path) -> list[str]:
+    names = []
+    for path in place.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # locked by a live process, or another user's
+            names += _clear(path, _lock(path))
+    return names
 
 
 def _place() -> Path:

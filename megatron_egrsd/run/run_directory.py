@@ -12,6 +12,7 @@ from megatron_egrsd.config import Config
 from megatron_egrsd.engine import checkpoint
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.report import read_evaluations
+from megatron_egrsd.rollout.scratch import clear_abandoned
 
 
 class RunDirectory:
@@ -34,6 +35,7 @@ class RunDirectory:
         wanted = self.config.checkpoint.resume
         path = checkpoint.find(self.checkpoints, wanted) if wanted else None
         if path is not None and checkpoint.step_of(path) >= self.config.steps and self._is_exported():
+            clear_abandoned()  # it may have been killed while it closed its servers, and this start has none
             raise BadArgument(f"{path} is the end of a run of {self.config.steps} steps; raise steps to train on")
         return path
 

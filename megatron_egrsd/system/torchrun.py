@@ -1,6 +1,7 @@
 """torchrun's environment variables; without them the process is the only one of its job."""
 
 import os
+import socket
 
 # They describe the training job: a process that is started for something else must not see them.
 VARIABLES = (
@@ -43,6 +44,23 @@ def restart_count() -> int:
 def master() -> tuple[str, int]:
     """Return the address and port of the job's store. Raises KeyError if torchrun did not start this process."""
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def has_ended() -> bool:
+    """Return whether torchrun has ended before this process could reach it.
+
+    Its store is there before its first process is, so nobody listening means that it is gone: interrupted while it
+    started them. torch would try to connect for twice its timeout.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False  # the first rank makes the store, and may come last
+    try:
+        socket.create_connection(master(), timeout=10).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        pass  # out of reach, which torch reports
+    return False
 
 
 def environment_without() -> dict[str, str]:

@@ -4,6 +4,7 @@ was stopped and continued can be compared bit for bit with one that never was.""
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 
@@ -159,6 +160,19 @@ def test_sigterm_of_one_rank_stops_all_of_them(rank, replay, tmp_path):
         kill(run.ranks()[rank], signal.SIGTERM)
         assert run.finish(90) == 0, run.text()
         assert "resumable" in run.last_word()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("nothing_left")
+def test_a_rank_whose_torchrun_was_interrupted_while_it_started_ranks_ends_with_a_sentence(replay, tmp_path):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # where the store was
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(closed.getsockname()[1]), "RANK": "1",
+                       "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+        settings = replayed(replay) | {"parallel.tensor": 2}
+        with Run(tmp_path / "run", environment=environment, steps=STEPS, **settings) as run:
+            assert run.finish(60) == 1, run.text()  # parallel.timeout is two hours
+            assert "rank 1 ends: its torchrun" in run.last_word(), run.text()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import megatron_egrsd
 from megatron_egrsd.config import CheckpointConfig, Config, DataConfig, LoraConfig, ModelConfig, OptimizerConfig
 from megatron_egrsd.errors import BadArgument, Interrupted, Preempted
+from megatron_egrsd.rollout.scratch import SHARED_LIST
 from megatron_egrsd.run import agreement
 from megatron_egrsd.run.preemption import Preemption
 from megatron_egrsd.run.resuming import changed_settings, check_frozen
@@ -53,6 +55,23 @@ def test_a_run_killed_between_its_last_step_and_its_export_is_resumed(lora, expo
         (tmp_path / name).mkdir()
     with pytest.raises(BadArgument, match="is the end of a run of 3 steps"):
         directory.checkpoint_to_resume()
+
+
+def test_a_start_that_is_refused_at_the_end_of_a_run_clears_what_its_killed_servers_left(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_egrsd.engine.checkpoint.find", lambda *_: tmp_path / "checkpoints" / "step_000003")
+    settings = {"steps": 3, "checkpoint": CheckpointConfig(resume="auto"), "output": str(tmp_path)}
+    directory = RunDirectory(Config(ModelConfig("m"), DataConfig(train="d"), **settings))
+    directory.model.mkdir()
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:  # short, as the names of sockets need it
+        monkeypatch.setattr(tempfile, "tempdir", place)
+        number, memory = tempfile.mkstemp(dir="/dev/shm")
+        os.close(number)
+        left = Path(place) / "megatron-egrsd-killed"
+        left.mkdir()
+        (left / SHARED_LIST).write_text(f"{Path(memory).name}\n")
+        with pytest.raises(BadArgument, match="is the end of a run of 3 steps"):
+            directory.checkpoint_to_resume()
+        assert not left.exists() and not Path(memory).exists()
 
 
 def test_the_stopwatch_adds_up_by_name():
