@@ -18,9 +18,10 @@ from megatron_egrsd.report.scored_dump import ScoredRollout, dumped_tokens, dump
 REGIMES = ("lock", "mid", "pivot", "fork")
 _LOW, _HIGH = 0.5, 0.7  # quantiles of Hhat that bound the regimes
 # Figure 4 of the paper: Qwen3-4B, gamma 0.3, W 5, 5.5M held-out tokens.
-_PAPER_GAP = (0.00237, 0.329)  # nats, first and last decile
-_PAPER_SHARE = {"lock": 0.500, "mid": 0.270, "pivot": 0.209, "fork": 0.021}
-_PAPER_RESTORED = {"lock": 0.001, "mid": 0.040, "pivot": 0.111, "fork": 0.053}
+PAPER_GAP = (0.00237, 0.329)  # nats, first and last decile
+PAPER_WEIGHT = (1.0, 1.0, 1.0, 1.0, 1.0, 0.99, 0.97, 0.93, 0.895, 0.83)  # the first five are "about 1.00"
+PAPER_SHARE = {"lock": 0.500, "mid": 0.270, "pivot": 0.209, "fork": 0.021}
+PAPER_RESTORED = {"lock": 0.001, "mid": 0.040, "pivot": 0.111, "fork": 0.053}
 _WINDOW = 3  # lookahead of a dump whose objective has none
 
 
@@ -54,16 +55,19 @@ def thresholds(normalized: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def gated(objective: ObjectiveConfig) -> ObjectiveConfig:
+    """CL-EGRSD with the settings of `objective`, and with gamma 0.3 and W 3 if it has no gate or no lookahead."""
+    gamma, window = objective.attenuation or 0.3, objective.lookahead or _WINDOW
+    return replace(objective, function="", options={}, attenuation=gamma, lookahead=window)
+
+
 def measure(dumps: list[list[ScoredRollout]]) -> Mechanism:
     """Measure scored batches, each with the entropy scale of its own. BadArgument if no teacher has scored them."""
     if any(batch[0].teacher_entropy is None for batch in dumps):
         raise BadArgument(
             "the dump holds no teacher's scores: its objective runs none, and there is no gate to look at"
         )
-    first = dumps[0][0].objective
-    objective = replace(
-        first, function="", options={}, attenuation=first.attenuation or 0.3, lookahead=first.lookahead or _WINDOW
-    )
+    objective = gated(dumps[0][0].objective)
     parts = [_batch(batch, objective) for batch in dumps]
     entropy, gap, weight, h, ahead, restored = (np.concatenate(column) for column in zip(*parts, strict=True))
     deciles = np.array_split(np.argsort(entropy, kind="stable"), 10)
@@ -102,18 +106,18 @@ def table(found: Mechanism) -> str:
     lines = [
         f"{found.tokens:,} response tokens, gamma {found.gamma:g}, W {found.window}",
         "",
-        f"{'decile of teacher entropy':<28}{'H, nats':>10}{'|delta|, nats':>15}{'weight':>9}",
+        f"{'decile of teacher entropy':<28}{'H, nats':>10}{'|delta|, nats':>15}{'weight':>9}{'paper':>9}",
     ]
-    rows = zip(found.entropy, found.gap, found.weight, strict=True)
-    lines += [f"{i:<28}{h:>10.3f}{gap:>15.5f}{w:>9.3f}" for i, (h, gap, w) in enumerate(rows, 1)]
+    rows = zip(found.entropy, found.gap, found.weight, PAPER_WEIGHT, strict=True)
+    lines += [f"{i:<28}{h:>10.3f}{gap:>15.5f}{w:>9.3f}{paper:>9.3f}" for i, (h, gap, w, paper) in enumerate(rows, 1)]
     lines += [
-        f"{'paper, deciles 1 and 10':<28}{'':>10}{f'{_PAPER_GAP[0]:g}, {_PAPER_GAP[1]:g}':>15}",
+        f"{'paper, deciles 1 and 10':<28}{'':>10}{f'{PAPER_GAP[0]:g}, {PAPER_GAP[1]:g}':>15}",
         "",
         f"{'regime':<10}{'share':>9}{'paper':>9}{'restored':>11}{'paper':>9}",
     ]
     for name in REGIMES:
-        shares = f"{100 * found.share[name]:>7.1f} %{100 * _PAPER_SHARE[name]:>7.1f} %"
-        lines.append(f"{name:<10}{shares}{found.restored[name]:>11.3f}{_PAPER_RESTORED[name]:>9.3f}")
+        shares = f"{100 * found.share[name]:>7.1f} %{100 * PAPER_SHARE[name]:>7.1f} %"
+        lines.append(f"{name:<10}{shares}{found.restored[name]:>11.3f}{PAPER_RESTORED[name]:>9.3f}")
     return "\n".join(lines)
 
 
