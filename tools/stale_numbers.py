@@ -35,6 +35,11 @@ MEASURES = {
         "megatron_egrsd/hf/operations.py",
     ),
     r"benchmarks\.weight_sync\b": ("megatron_egrsd/rollout", "megatron_egrsd/engine/weights.py"),
+    r"benchmarks\.mechanism\b": (
+        "benchmarks/mechanism",
+        "megatron_egrsd/objectives/egrsd.py",
+        "megatron_egrsd/report/mechanism.py",
+    ),
     r"validate_method": ("megatron_egrsd/objectives", *_STEP),
     r"reproduce_paper": ("benchmarks/reproduce_paper", "megatron_egrsd/planning"),
     r"make demo|examples/configs/tiny_cpu\.yaml": ("megatron_egrsd/objectives", "examples/tiny", *_STEP),

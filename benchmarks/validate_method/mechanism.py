@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.mechanism.analysis import by_class, class_means
 from benchmarks.validate_method import plan
 from benchmarks.validate_method.run import DUMPED
 from megatron_egrsd.config import ObjectiveConfig
@@ -96,17 +97,12 @@ def measure(model_path: Path, wrong: bool) -> dict:
     ahead = (1 - gates[1]) / members["cl_egrsd"].attenuation
     # Uncertain tokens whose uncertainty is over within the lookahead (2 tokens), and those where it is sustained.
     resolution = {"transient": (h > UNCERTAIN) & (ahead <= UNCERTAIN), "sustained": ahead > UNCERTAIN}
-    by_type = {name: torch.tensor([t == name for t in types]) for name in TYPES}
+    means = {"h": h.numpy(), "egrsd": gates[0].numpy(), "cl_egrsd": gates[1].numpy()}
     return {
-        "types": {name: _shares(here, h, *gates) for name, here in by_type.items()},
-        "resolution": {name: _shares(here, h, *gates) for name, here in resolution.items()},
+        "types": by_class(np.array([TYPES.index(t) for t in types]), TYPES, means),
+        "resolution": {name: class_means(here.numpy(), means) for name, here in resolution.items()},
         "gradients": _gradients(model, batch, columns),
     }
-
-
-def _shares(here: torch.Tensor, h: torch.Tensor, egrsd: torch.Tensor, cl: torch.Tensor) -> dict[str, float]:
-    means = {"h": h, "egrsd": egrsd, "cl_egrsd": cl}
-    return {"share": here.float().mean().item()} | {k: v[here].mean().item() for k, v in means.items()}
 
 
 def _gradients(model, batch: Sampled, columns: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
