@@ -42,10 +42,12 @@ class AntiSD(Objective):
         return signal  # the teacher reads what the student reads, and u is 0
 
     def prepare(self, tokens, *, vocab_size, group=None):
-        return {"gate": torch.full_like(tokens.advantage, self._gate(self._entropy(tokens, group)))}
+        entropy = entropy_quantile(tokens.teacher_entropy, 0.5, group=group)  # H, in nats
+        gate = torch.full_like(tokens.advantage, self._gate(entropy.item()))
+        return {"gate": gate, "median_entropy": entropy.expand_as(gate)}
 
     def remember(self, tokens, *, group=None):
-        entropy, notes = self._entropy(tokens, group), self.history.notes
+        entropy, notes = tokens.fields["median_entropy"][0].item(), self.history.notes
         done, warm = notes.get("warmed", 0.0), notes.get("warm", 0.0)
         if done < self.warmup:
             return {"warmed": done + 1, "warm": warm + (entropy - warm) / (done + 1)}
@@ -62,10 +64,6 @@ class AntiSD(Objective):
         u = tokens.teacher_log_prob - tokens.student_log_prob
         phi = (torch.nn.functional.softplus(u) - math.log(2)) / 2
         return self.strength * tokens.fields["gate"] * phi
-
-    def _entropy(self, tokens, group) -> float:
-        """H, in nats: of all tokens of the batch, equal on every rank."""
-        return entropy_quantile(tokens.teacher_entropy, 0.5, group=group).item()
 
     def _gate(self, entropy: float) -> float:
         """g of this step, from the median entropy of its batch and from earlier steps."""

@@ -89,9 +89,10 @@ class Objective:
         return {}
 
     def remember(self, tokens: Tokens, *, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """Once a step, from what `prepare` got: numbers by name, equal on every rank, for later steps.
+        """Once a step, from what `prepare` got and returned (`tokens.fields`): numbers by name, for later steps.
 
-        They are added to `history.notes`, logged as "history/name", and kept in checkpoints and scored dumps.
+        Equal on every rank. They are added to `history.notes`, logged as "history/name", and kept in checkpoints and
+        scored dumps.
         """
         return {}
 
