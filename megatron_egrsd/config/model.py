@@ -27,8 +27,10 @@ class ModelConfig:
 
 Turns = list[dict[str, str]]  # a conversation: {"role": "system" | "user" | "assistant", "content": text} each
 _BRACED = re.compile(r"(?<![A-Za-z}])\{(\w+)\}")  # no argument of a LaTeX command: \\text{solutions}
-SIBLINGS = ("sibling", "contrast")  # contexts of the teacher that quote other rollouts, by name (data/siblings.py)
-CONTEXTS = ("template", "answer", "concise", *SIBLINGS)  # all of them (data/contexts.py)
+# Contexts of the teacher, by name (data/contexts.py): those that quote a rollout, those that need rollouts, and all.
+QUOTING = ("sibling", "contrast")
+SIBLINGS = (*QUOTING, "majority")
+CONTEXTS = ("template", "answer", "concise", *SIBLINGS)
 _PLACEHOLDERS = ("problem", "solution", "answer")
 
 
@@ -69,7 +71,8 @@ class DataConfig:
         teacher_context: What the teacher reads. "template": the turns of `teacher_template` or `teacher_key`; "answer":
             the student's turns with the answer behind them; "concise": the student's turns with the wish for a short
             solution before the last (CRISP); "sibling": the template with a right rollout of the same prompt as
-            {solution}; "contrast": that, and up to `wrong_siblings` wrong ones, each in a context of its own (RLCSD).
+            {solution}; "contrast": that, and up to `wrong_siblings` wrong ones, each in a context of its own (RLCSD);
+            "majority": the student's turns with the answer that most rollouts of the prompt give behind them.
             Or the import path of a function, "file.py:function" or
             "module:function", that makes the turns of a problem and the student's turns (docs/guides/data.md).
         wrong_siblings: Most wrong rollouts that "contrast" shows to the teacher; each costs a scoring pass.
@@ -126,7 +129,7 @@ class DataConfig:
             "data.student_template contains {solution} or {answer}: the student would read what only the teacher may",
         )
         require(
-            not self.reads_siblings or "solution" in placeholders(self.teacher_template),
+            self.teacher_context not in QUOTING or "solution" in placeholders(self.teacher_template),
             f'data.teacher_context is "{self.teacher_context}", so data.teacher_template must contain {{solution}}, '
             "the place of the rollout that the teacher reads",
         )
@@ -134,5 +137,5 @@ class DataConfig:
 
     @property
     def reads_siblings(self) -> bool:
-        """Whether the teacher's contexts quote rollouts, and can be built only when these are there."""
+        """Whether the teacher's contexts are made of rollouts, and can be built only when these are there."""
         return self.teacher_context in SIBLINGS

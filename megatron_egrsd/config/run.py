@@ -142,10 +142,10 @@ class Config:
     def _check_objective(self) -> None:
         """Check the objective against the sampling."""
         objective, rollout = self.objective, self.rollout
-        least = {"sibling": 2, "contrast": 3}.get(self.data.teacher_context, 1)
+        least = {"sibling": 2, "contrast": 3, "majority": 2}.get(self.data.teacher_context, 1)
         require(
             rollout.rollouts_per_prompt >= least,
-            f'data.teacher_context "{self.data.teacher_context}" shows other rollouts of the prompt to the teacher, so '
+            f'data.teacher_context "{self.data.teacher_context}" is made of several rollouts of the prompt, so '
             f"rollout.rollouts_per_prompt must be at least {least}, and is {rollout.rollouts_per_prompt}",
         )
         if not objective.function:

@@ -18,21 +18,26 @@ Context = Callable[[Problem, Turns], Turns]
 
 _CONCISE = "Solve the problem below correctly and briefly: only the steps that lead to the answer, none of them twice."
 _ANSWER = "The correct answer is {answer}. Reason until you reach it."
+_MAJORITY = "The most frequent answer of several attempts is {answer}. Reason until you reach it."
 
 
 def load_context(config: DataConfig) -> Context:
     """Return the context that `config` names. Raises BadArgument if there is none."""
-    if config.teacher_context == "template" or config.reads_siblings:  # a sibling stands where the solution does
-        return lambda problem, student: problem.teacher_turns or fill(config.teacher_template, problem)
     if config.teacher_context in _BUILT_IN:
         return _BUILT_IN[config.teacher_context]
+    if config.teacher_context == "template" or config.reads_siblings:  # a sibling stands where the solution does
+        return lambda problem, student: problem.teacher_turns or fill(config.teacher_template, problem)
     return functools.partial(_of_user, config.teacher_context, import_path.load(config.teacher_context, _KEY))
 
 
 def answer(problem: Problem, student: Turns) -> Turns:
     """The student's turns, and the answer behind them."""
-    told = fill(_ANSWER, problem)[0]["content"]
-    return [*student[:-1], student[-1] | {"content": f"{student[-1]['content']}\n\n{told}"}]
+    return _told(_ANSWER, problem, student)
+
+
+def majority(problem: Problem, student: Turns) -> Turns:
+    """The student's turns, and behind them `problem.answer` as what most rollouts answer (sampling/majority.py)."""
+    return _told(_MAJORITY, problem, student)
 
 
 def concise(problem: Problem, student: Turns) -> Turns:
@@ -41,7 +46,13 @@ def concise(problem: Problem, student: Turns) -> Turns:
 
 
 _KEY = "data.teacher_context"
-_BUILT_IN: dict[str, Context] = {"answer": answer, "concise": concise}
+_BUILT_IN: dict[str, Context] = {"answer": answer, "concise": concise, "majority": majority}
+
+
+def _told(words: str, problem: Problem, student: Turns) -> Turns:
+    """Add `words`, a template, to the student's last turn."""
+    told = fill(words, problem)[0]["content"]
+    return [*student[:-1], student[-1] | {"content": f"{student[-1]['content']}\n\n{told}"}]
 
 
 def _of_user(name: str, context: Context, problem: Problem, student: Turns) -> Turns:

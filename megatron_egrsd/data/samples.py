@@ -45,8 +45,8 @@ class Rollout:
     log-ratio of the objective. `group` is the index of the prompt in its batch: rollouts of one prompt share it.
     `weight_version` is the version of the weights that sampled the first token. If later weights continued the response
     (rollout.partial), `segments` lists [weight version, number of tokens sampled by it] in order; else it is empty.
-    `contexts` are the teacher's prompts if they quote other rollouts of the group (data/siblings.py), the first in the
-    place of the prompt's `teacher_ids`; [] if no sibling serves: such a rollout is not trained. Else None.
+    `contexts` are the teacher's prompts if they are made of rollouts of the group (sampling/sampler.py), the first in
+    the place of the prompt's `teacher_ids`; [] if none can be made: such a rollout is not trained. Else None.
     `routes` are the experts of all tokens but the last, if they are to be replayed (rollout.routing_replay): uint8
     [tokens - 1, layers, k] as bytes.
     """

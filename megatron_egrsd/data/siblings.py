@@ -7,11 +7,10 @@ Truncated siblings are not quoted, nor those that the prompt has no room for or 
 from collections.abc import Callable
 from dataclasses import replace
 
-from megatron_egrsd.config import Config
 from megatron_egrsd.data.boxes import boxes
 from megatron_egrsd.data.contexts import fill
 from megatron_egrsd.data.problems import BadRow
-from megatron_egrsd.data.prompt_builder import PromptBuilder, prompt_builder
+from megatron_egrsd.data.prompt_builder import PromptBuilder
 from megatron_egrsd.data.samples import Rollout
 
 # (right siblings, wrong ones: numbers of rollouts that can be quoted) -> those that the teacher reads, a context each
@@ -64,8 +63,3 @@ class SiblingContexts:
             return self.builder.teacher_ids(told, fill(self.builder.config.teacher_template, told))
         except BadRow:
             return None
-
-
-def sibling_contexts(config: Config) -> SiblingContexts | None:
-    """Make the contexts that `config` names; None if the teacher reads no rollouts."""
-    return SiblingContexts(prompt_builder(config)) if config.data.reads_siblings else None

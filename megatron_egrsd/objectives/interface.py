@@ -75,7 +75,7 @@ class Objective:
         return advantages(rewards, group_ids, self.config, self.history)
 
     def without_context(self, signal: torch.Tensor) -> torch.Tensor:
-        """The signals of rollouts whose teacher should read a sibling and has none; by default 0: not trained."""
+        """The signals of rollouts whose teacher should read other rollouts, and cannot; by default 0: not trained."""
         return torch.zeros_like(signal)
 
     def prepare(

@@ -96,7 +96,7 @@ def rollout_advantages(
 ) -> tuple[list[float], list[float]]:
     """Return the shaped reward of each rollout of a batch, and the signal that `objective` makes of it.
 
-    The objective decides on rollouts whose teacher should read a sibling and has none (`without_context`).
+    The objective decides on rollouts whose teacher should read other rollouts, and cannot (`without_context`).
     """
     shaped = shaped_rewards(rollouts, objective.config, max_response_tokens)
     groups = torch.tensor([r.group for r in rollouts])

@@ -127,7 +127,10 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
         f"{r.prompts_per_step} prompts x {r.rollouts_per_prompt} rollouts = {r.rollouts_per_step} a step, "
         f"{per_update} an update, {per_rank} of them a data-parallel rank",
     )
-    if config.data.reads_siblings and needs_teacher(config.objective):
+    if config.data.teacher_context == "majority" and needs_teacher(config.objective):
+        plan.add("", f"the teacher reads the answer that most of the {r.rollouts_per_prompt} rollouts of a prompt "
+                     f"give, if it fits into {config.data.max_prompt_tokens:,} tokens")  # fmt: skip
+    elif config.data.reads_siblings and needs_teacher(config.objective):
         most = 1 + (config.data.wrong_siblings if load_objective(config.objective).needs_contexts else 0)
         plan.add("", f"the teacher scores each response after {min(most, r.rollouts_per_prompt - 1)} or fewer others "
                      f"of its prompt, those that fit into {config.data.max_prompt_tokens:,} tokens")  # fmt: skip

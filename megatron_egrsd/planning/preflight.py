@@ -14,7 +14,7 @@ from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.adapter_file import AdapterFile, configured_spec
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.objectives.load import check_objective, load_objective, needs_rollouts, needs_teacher_prompts
-from megatron_egrsd.rewards.reward import load_reward
+from megatron_egrsd.rewards.reward import check_math_verify, load_reward
 from megatron_egrsd.rollout.generation import NO_ROUTE
 from megatron_egrsd.rollout.server_command import check_served_adapters, check_served_model
 from megatron_egrsd.system import torchrun
@@ -83,7 +83,9 @@ def _check_routing(config: Config, arch: Architecture) -> None:
 
 
 def _check_contexts(config: Config) -> None:
-    """Raise BadArgument if the objective compares what the teacher thinks after several contexts, and has only one."""
+    """Raise BadArgument if the teacher reads a vote that cannot be counted, or one context if several are compared."""
+    if config.data.teacher_context == "majority":
+        check_math_verify('data.teacher_context is "majority"')
     if load_objective(config.objective).needs_contexts and config.data.teacher_context != "contrast":
         raise BadArgument(
             "the objective compares the teacher after a right rollout with the teacher after wrong ones, but "

@@ -43,11 +43,16 @@ def load_reward(name: str, timeout: float = 30.0) -> Reward:
     call that ends its process raises too. Neither ends the run.
     """
     if name == "math":
-        if importlib.util.find_spec("math_verify") is None:
-            raise BadArgument('data.reward is "math", which needs math-verify: pip install math-verify')
+        check_math_verify('data.reward is "math"')
         return math_reward
     _import(name)
     return _WorkerReward(name, timeout)
+
+
+def check_math_verify(reason: str) -> None:
+    """Raise BadArgument if answers cannot be compared; `reason` says why they would be."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise BadArgument(f"{reason}, which needs math-verify: pip install math-verify")
 
 
 def _import(name: str) -> Reward:

@@ -4,24 +4,27 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from megatron_egrsd.config import Config, EvaluationConfig, RolloutConfig
-from megatron_egrsd.data.prompt_builder import opened_thinking
+from megatron_egrsd.data.prompt_builder import opened_thinking, prompt_builder
 from megatron_egrsd.data.samples import Prompt, Rollout
-from megatron_egrsd.data.siblings import sibling_contexts
+from megatron_egrsd.data.siblings import SiblingContexts
 from megatron_egrsd.objectives.load import needs_teacher
 from megatron_egrsd.rewards.reward import WORKERS, decode_and_grade, load_reward, warn_of_failures
 from megatron_egrsd.rollout.client import RolloutClient, truncation
 from megatron_egrsd.rollout.generation import Generation
+from megatron_egrsd.sampling.majority import MajorityContexts
+
+Contexts = Callable[[list[Rollout]], list[Rollout]]
 
 
 class Sampler:
     """Samples responses through SGLang, decodes and rewards them.
 
     `opened` is what the prompts open and leave to the responses to close (prompt_builder.opened_thinking). `contexts`
-    gives the rollouts that are trained what their teacher reads, if that needs the whole group (data/siblings.py).
+    gives the rollouts that are trained what their teacher reads, if that needs the whole group (`group_contexts`).
     """
 
     def __init__(self, client: RolloutClient, tokenizer, reward: Callable[[str, str], float], opened: str = "",
-                 contexts: Callable[[list[Rollout]], list[Rollout]] | None = None):  # fmt: skip
+                 contexts: Contexts | None = None):  # fmt: skip
         self.client, self.tokenizer, self.reward, self.opened = client, tokenizer, reward, opened
         self.contexts = contexts or (lambda rollouts: rollouts)
         self.threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="reward")
@@ -91,5 +94,13 @@ class Sampler:
 def training_sampler(config: Config, client: RolloutClient, tokenizer) -> Sampler:
     """Make the sampler of a training run: with its reward, and with the contexts that its teacher reads."""
     reward = load_reward(config.data.reward, config.data.reward_timeout)
-    contexts = sibling_contexts(config) if needs_teacher(config.objective) else None
+    contexts = group_contexts(config) if needs_teacher(config.objective) else None
     return Sampler(client, tokenizer, reward, opened_thinking(tokenizer, config.data), contexts)
+
+
+def group_contexts(config: Config) -> Contexts | None:
+    """Make the contexts that `config` names; None if they need no rollouts, and each prompt has its own."""
+    if not config.data.reads_siblings:
+        return None
+    make = MajorityContexts if config.data.teacher_context == "majority" else SiblingContexts
+    return make(prompt_builder(config))

@@ -240,6 +240,13 @@ def test_the_plan_names_the_rollouts_that_the_teacher_reads(words, most, model):
     assert f"the teacher scores each response after {most} or fewer others of its prompt" in lines
 
 
+def test_the_plan_names_the_vote_that_the_teacher_reads(model):
+    words = ["--data.teacher_context", "majority", "--rollout.rollouts_per_prompt", "4"]
+    lines = "\n".join(resolve(config_8b(model("Qwen3-8B"), *words), PROMPTS, [], 4).lines)
+    assert "the teacher reads the answer that most of the 4 rollouts of a prompt give" in lines
+    assert "or fewer others of its prompt" not in lines
+
+
 def test_adapters_are_advised_where_nothing_else_fits(model):
     plan = resolve(config_8b(model("Qwen3-32B")), PROMPTS, [], 4, 80 * GIB)
     (reason,) = refusals(plan, "but a GPU has")
