@@ -216,7 +216,8 @@ class Starter:
             settings |= replayed(self.soak.replay)
         else:
             settings |= {"dump_rollouts": "true", "parallel.timeout": 60, "rollout.servers.request_timeout": 30,
-                         "rollout.servers.health_timeout": 25, "rollout.servers.request_retries": 12}  # fmt: skip
+                         "rollout.servers.start_timeout": 90, "rollout.servers.health_timeout": 25,
+                         "rollout.servers.request_retries": 12}  # fmt: skip
         if self.urls:
             settings["rollout.servers.urls"] = json.dumps(self.urls)
         firsts = [f for f in (self.soak.first, self.kind.hosts > 1 and strikes.ON_THE_SECOND_HOST, first) if f]
