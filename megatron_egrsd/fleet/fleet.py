@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_egrsd.config import ModelConfig, RolloutConfig, ServersConfig
 from megatron_egrsd.engine.distributed import on_first_rank, on_first_rank_while
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.fleet.nodes import Nodes
 from megatron_egrsd.hf.adapter_file import peft_config
 from megatron_egrsd.rollout.process_group import address_towards
-from megatron_egrsd.rollout.server_command import lora_arguments
+from megatron_egrsd.rollout.server_command import first_gpu, lora_arguments
 from megatron_egrsd.rollout.servers import RolloutServers
 from megatron_egrsd.rollout.transports import NamedTensors
 from megatron_egrsd.rollout.weight_sync import WeightSync
@@ -104,14 +106,17 @@ class Fleet:
         return peft_config(self.engine.adapter, self.model.path) if by_sglang else None
 
     def _server_settings(self) -> ServersConfig:
-        """Return `rollout.servers`, with the arguments that adapters and routing replay need."""
-        arguments: dict[str, Any] = {}
+        """Return `rollout.servers`, with the first GPU, and the arguments that adapters and routing replay need."""
+        servers, arguments = self.config.servers, {}
+        if self.engine.device.type == "cuda":
+            ranks, count = torchrun.local_world_size(), torch.cuda.device_count()
+            arguments["base_gpu_id"] = first_gpu(servers, ranks, count)
         if self._adapter():
             spec, device = self.engine.adapter, self.engine.device.type
-            arguments = lora_arguments(spec.rank, spec.targets, device)
+            arguments |= lora_arguments(spec.rank, spec.targets, device)
         if self.config.routing_replay:
             arguments["enable-return-routed-experts"] = True
-        return replace(self.config.servers, args=arguments | self.config.servers.args)
+        return replace(servers, args=arguments | servers.args)
 
     def _hold_the_rest(self) -> bool:
         """Return whether the servers have all weights of the last push, so that those with adapters are enough.

@@ -29,6 +29,7 @@ from megatron_egrsd.objectives.load import load_objective, needs_rollouts, needs
 from megatron_egrsd.planning.memory import SERVER_SHARE, HeldTeacher, Placement, RankMemory, rank_memory
 from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.rollout.ports import choose_ports
+from megatron_egrsd.rollout.server_command import first_gpu
 from megatron_egrsd.system import torchrun
 
 
@@ -324,11 +325,10 @@ def _add_servers(plan: Plan, config: Config, arch: Architecture, prompts, gpu_me
             choose_ports(r.host, r.port, r.engines)
         except BadArgument as error:
             plan.refusals.append(str(error))
-    needed = int(r.args.get("base_gpu_id", 0)) + r.engines * r.tensor_parallel
-    if torch.cuda.is_available() and needed > torch.cuda.device_count():
-        plan.refusals.append(
-            f"the servers need GPUs up to number {needed - 1}, and there are {torch.cuda.device_count()}"
-        )
+    gpus = torch.cuda.device_count()
+    last = first_gpu(r, torchrun.local_world_size(), gpus) + r.engines * r.tensor_parallel - 1
+    if torch.cuda.is_available() and last >= gpus:
+        plan.refusals.append(f"the servers need GPUs up to number {last}, and there are {gpus}")
     if gpu_memory is None:
         return
     b, tensor = getattr(torch, config.model.dtype).itemsize, r.tensor_parallel

@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer
 
 from megatron_egrsd.config import Config, WandbConfig
@@ -16,7 +17,7 @@ from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.objectives.load import check_objective, load_objective, needs_rollouts, needs_teacher_prompts
 from megatron_egrsd.rewards.reward import check_math_verify, load_reward
 from megatron_egrsd.rollout.generation import NO_ROUTE
-from megatron_egrsd.rollout.server_command import check_served_adapters, check_served_model
+from megatron_egrsd.rollout.server_command import check_served_adapters, check_served_model, first_gpu
 from megatron_egrsd.system import torchrun
 from megatron_egrsd.system.files import check_outside, check_writable, is_empty
 
@@ -39,6 +40,8 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
     check_objective(config.objective)
     if needs_rollouts(config.objective) and config.debug != "train-only":
         check_served_model(arch)
+    if ranks is None and torch.cuda.is_available():
+        _check_gpus(config, torchrun.local_world_size(), torch.cuda.device_count())
     _check_routing(config, arch)
     _check_contexts(config)
     _check_solutions(config)
@@ -61,6 +64,22 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
     train = load_prompts(config.data.train, builder, privileged=privileged, solutions=solutions)
     heldout = load_prompts(config.data.evaluation, builder, privileged=False) if config.data.evaluation else []
     return train, heldout, builder.tokenizer
+
+
+def _check_gpus(config: Config, ranks: int, count: int) -> None:
+    """Raise BadArgument if the `ranks` ranks of this node do not have a GPU each of its `count`.
+
+    And if a server would begin at one of theirs, and NCCL would have to join the two.
+    """
+    if ranks > count and config.debug != "rollout-only":
+        raise BadArgument(f"this node has {count} GPU(s), too few for its {ranks} training ranks")
+    servers = config.rollout.servers
+    joined = config.rollout.sync.transport == "distributed" and not (servers.urls or config.debug)
+    if joined and needs_rollouts(config.objective) and (first := first_gpu(servers, ranks, count)) < ranks:
+        raise BadArgument(
+            f"the servers would begin at GPU {first}, which training rank {first} has, and NCCL joins no two processes "
+            "on one GPU: leave GPUs to the servers by fewer training ranks, or set rollout.sync.transport to ipc"
+        )
 
 
 def _check_routing(config: Config, arch: Architecture) -> None:

@@ -39,6 +39,17 @@ def lora_arguments(rank: int, targets: Sequence[str], device: str) -> dict[str, 
     } | ({"lora-backend": "torch_native"} if device == "cpu" else {})
 
 
+def first_gpu(config: ServersConfig, ranks: int, count: int) -> int:
+    """Return the GPU at which a node's servers begin: the user's, or the first behind those of its `ranks` ranks.
+
+    It is 0 if the `count` GPUs of the node do not suffice for both, or if ranks and servers take turns (colocated).
+    """
+    if "base_gpu_id" in config.args:
+        return int(config.args["base_gpu_id"])
+    apart = not config.colocated and ranks + config.engines * config.tensor_parallel <= count
+    return ranks if apart else 0
+
+
 def server_command(config: ServersConfig, model: ModelConfig, seed: int, port: int, device: str) -> list[str]:
     """Return SGLang's arguments. `config.args` overrides all others."""
     arguments = {

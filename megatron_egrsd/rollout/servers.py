@@ -265,7 +265,7 @@ class RolloutServers:
         environment |= {KEY_VARIABLE: self.key} if self.key else {}
         if device == "cpu":
             environment |= {"OMP_NUM_THREADS": str(config.cpu_threads), "SGLANG_PLATFORM": cpu_platform.NAME}
-        else:  # the servers take consecutive GPUs from the user's base_gpu_id on
+        else:  # the servers take consecutive GPUs
             first = int(config.args.get("base_gpu_id", 0)) + index * config.tensor_parallel
             command += ["--base-gpu-id", str(first)]
         with open(log, "wb") as output:

@@ -36,6 +36,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_world_size() -> int:
+    """Return the number of this node's processes."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def restart_count() -> int:
     """Return how often torchrun has restarted the job's processes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

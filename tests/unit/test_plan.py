@@ -33,7 +33,7 @@ from megatron_egrsd.planning.plan import (
     resolve,
 )
 from megatron_egrsd.planning.preflight import prepare
-from megatron_egrsd.rollout.server_command import check_served_adapters, check_served_model
+from megatron_egrsd.rollout.server_command import check_served_adapters, check_served_model, first_gpu
 from tests.adapters import random_adapter
 from tests.models import make_qwen3
 from tests.published import PUBLISHED
@@ -284,6 +284,34 @@ def test_a_tied_mixture_is_not_sampled_from(tmp_path):
     evaluated = parse_config(["--model.path", str(tied), "--data.train", "-", "--output", str(tmp_path / "out")])
     with pytest.raises(BadArgument, match="ties its embeddings"), hugging_face(evaluated):
         pass
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gpus", "engines", "words", "first", "refused"),
+    [
+        (4, 8, 4, [], 4, ""),
+        (4, 8, 2, ["--rollout.servers.args.base_gpu_id", "6"], 6, ""),
+        (8, 8, 1, [], 0, "would begin at GPU 0"),
+        (8, 8, 4, ["--rollout.servers.args.base_gpu_id", "4"], 4, "would begin at GPU 4"),
+        (8, 8, 1, ["--rollout.sync.transport", "ipc"], 0, ""),
+        (8, 8, 8, ["--rollout.sync.transport", "ipc", "--rollout.servers.colocated", "true"], 0, ""),
+        (8, 8, 1, ["--rollout.servers.urls", '["http://10.0.0.3:30000"]'], 0, ""),
+        (8, 4, 1, ["--rollout.sync.transport", "ipc"], 0, r"has 4 GPU\(s\), too few for its 8"),
+    ],
+)
+def test_servers_begin_behind_the_gpus_of_the_ranks(ranks, gpus, engines, words, first, refused, model, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    config = config_8b(model("Qwen3-8B"), "--rollout.servers.engines", str(engines), "--data.train",
+                       "examples/tiny/train.jsonl", *words)  # fmt: skip
+    assert first_gpu(config.rollout.servers, ranks, gpus) == first
+    if refused:
+        with pytest.raises(BadArgument, match=refused):
+            prepare(config)
+    else:
+        prepare(config)
 
 
 def test_ports_that_are_taken(model):
