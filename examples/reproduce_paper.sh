@@ -20,7 +20,8 @@ OUTPUT=${OUTPUT:-runs/paper}         # every node must see it
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}    # 0: one process on the CPU
 TRAIN=${TRAIN:-}                     # further words of every training, such as "--steps 10"
 EVALUATE=${EVALUATE:-}               # further words of every evaluation
-PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+# The environment that is active, else the one of `make install`.
+PYTHON=${PYTHON:-$([ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 
 exec "$PYTHON" -m benchmarks.reproduce_paper --output "$OUTPUT" --data "$DATA" --benchmarks "$BENCHMARKS" \
     --gpus "$GPUS_PER_NODE" --train="$TRAIN" --evaluate="$EVALUATE" \

@@ -22,6 +22,8 @@ _PAPER: dict[str, object] = {
     "rollout.rollouts_per_prompt": 1,
 }
 _GROUPS = {"objective.advantage": "group", "objective.length_bonus": 0.0, "rollout.rollouts_per_prompt": 8}
+# SGLang reports the probabilities before a restriction of sampling, which the importance weight would miss.
+_CAPPED = {"objective.importance_cap": 2.0, "rollout.top_p": 1.0, "rollout.top_k": 0}
 _UNGATED = {"objective.attenuation": 0.0, "objective.lookahead": 0}
 # No reward, no weights of sampled tokens: a divergence from the teacher at every token of every rollout.
 _DISTILLATION = {
@@ -33,9 +35,9 @@ _DISTILLATION = {
 _SIBLING = (
     _GROUPS
     | _UNGATED
+    | _CAPPED
     | {
         "objective.mix": 0.0,
-        "objective.importance_cap": 2.0,
         "teacher.weights": "ema",
         "teacher.ema_decay": 0.95,
         "data.teacher_context": "sibling",
@@ -70,12 +72,12 @@ _PRESETS = {
     "rlcsd": _PAPER
     | _GROUPS
     | _UNGATED
+    | _CAPPED
     | {
         "objective.function": "megatron_egrsd.objectives.rlcsd:RLCSD",
         "objective.mix": 0.0,
         "objective.loss": "ppo",
         "objective.clip_high": 0.2,
-        "objective.importance_cap": 2.0,
         "teacher.weights": "snapshot",
         "teacher.snapshot_every": 10,
         "data.teacher_context": "contrast",
@@ -99,11 +101,11 @@ _PRESETS = {
     "rlsd": _PAPER
     | _GROUPS
     | _UNGATED
+    | _CAPPED
     | {
         "objective.mix": 0.5,
         "objective.mix_decay_steps": 50,
         "objective.loss": "ppo",
-        "objective.importance_cap": 2.0,
         "teacher.weights": "snapshot",
         "teacher.snapshot_every": 10,
     },

@@ -1,6 +1,6 @@
 """The metrics of a run: keys, columns, formats, meanings.
 
-The columns of the log and docs/metrics.md are made from `METRICS` (`python -m megatron_egrsd.run.metrics`).
+The columns of the log and docs/reference/metrics.md are made from `METRICS` (`python -m megatron_egrsd.run.metrics`).
 """
 
 from typing import NamedTuple
@@ -47,10 +47,14 @@ METRICS = [
     Metric("optimizer/lr", "", "8.2g", "Learning rate."),
     Metric("optimizer/updates", "", "3.0f", "Optimizer steps taken on the batch; 0 if no rollout has a signal."),
     Metric("optimizer/skipped", "", "3.0f", "Updates skipped: numbers not finite, or engine and SGLang disagree."),
+    Metric("skipped/log_prob", "", "3.0f", "Those of a log-prob that is not finite."),
+    Metric("skipped/loss", "", "3.0f", "Those of a loss that is not finite."),
+    Metric("skipped/gradient", "", "3.0f", "Those of a gradient that is not finite."),
+    Metric("skipped/disagreement", "", "3.0f", "Those where engine and SGLang differ by more than the limit."),
     Metric("sync/log_prob_difference", "dlogp", "7.1e", "Mean |log-prob(SGLang) - log-prob(engine)|, nats."),
     Metric("sync/routing_changed", "", "6.4f", "Share of tokens that the engine would route otherwise, over layers."),
     Metric("batch/tokens", "", "8.0f", "Response tokens of the batch."),
-    Metric("batch/degenerate_share", "", "5.3f", "Share of rollouts without advantage: groups all right or wrong."),
+    Metric("batch/degenerate_share", "", "5.3f", "Share of rollouts with advantage 0, as in groups all right."),
     Metric("batch/sampled", "", "5.0f", "Rollouts sampled for the batch; more than it holds under dynamic sampling."),
     Metric("rollout/staleness", "", "5.2f", "Updates from the weights that sampled a token to those it trains: mean."),
     Metric("rollout/staleness/max", "", "2.0f", "The same: largest."),
@@ -59,7 +63,7 @@ METRICS = [
     Metric("perf/tokens_per_second", "tok/s", "6.0f", "Response tokens a second over the whole step, all devices."),
     Metric("perf/model_flops", "", "8.2e", "FLOPs of the step's scores and updates, without those of recomputation."),
     Metric("time/generate", "gen", "5.1f", "Seconds of sampling and rewarding the batch."),
-    Metric("time/wait", "", "5.1f", "Those that training waited for: all, but less if rollout.staleness is above 0."),
+    Metric("time/wait", "", "5.1f", "The part of it that training waited for; all of it on-policy."),
     Metric("time/score", "score", "5.1f", "Seconds of scoring with the teacher (and the old policy)."),
     Metric("time/train", "train", "5.1f", "Seconds of forward, backward and optimizer."),
     Metric("time/sync", "sync", "5.1f", "Seconds of sending the new weights to SGLang."),

@@ -236,6 +236,13 @@ def test_a_preset_sets_what_makes_it_one_and_any_key_beside_it_overrides_it(name
     assert {key: value(got, key) for key in PRESETS[name]} == PRESETS[name]
 
 
+@pytest.mark.parametrize("file", sorted(Path("examples/configs").glob("qwen3_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_takes_the_place_of_the_examples_objective(name, file):
+    config = parse_config(["--config", str(file), "--objective.preset", name])
+    assert config.objective == preset_objective(name)
+
+
 def test_the_defaults_are_the_papers_cl_egrsd():
     default, preset = parse_config(BASE), parse_config([*BASE, "--objective.preset", "cl_egrsd"])
     assert replace(preset.objective, preset="") == default.objective == ObjectiveConfig()
