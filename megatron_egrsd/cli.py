@@ -186,6 +186,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
     "report": (_main_of("report.command"), """\
   report RUN ...     the table before/after and the report page of a run, or of several compared
   report --tokens X  the token page of a run or scored dump: every token coloured by its weight
+  report --mechanism X
+                     the paper's Figure 4 of a run or scored dump: weights by entropy, regimes of tokens
 """),
     "watch": (_main_of("watch.command"), """\
   watch OUTPUT       a run in this terminal while it goes on: progress, curves, one response with coloured tokens;
@@ -198,6 +200,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
     "convert": (_main_of("hf.command"), """\
   convert to-megatron|to-hf|verify --hf-path DIR --megatron-path DIR
                      weights between Hugging Face and Megatron-LM, compared bit by bit
+  convert merge --hf-path DIR --adapter DIR --output DIR
+                     a model with its adapter added in
 """),
     "plan": (_main_of("planning.command"), """\
   plan --models M... --gpus N...
@@ -217,7 +221,7 @@ EGRSD and CL-EGRSD: on-policy self-distillation of Qwen3 reasoning models on Meg
 commands:
 {"".join(text for _, text in COMMANDS.values())}
 `megatron-egrsd train --help` lists every configuration key. On several ranks:
-  torchrun --nproc-per-node 8 -m megatron_egrsd.cli train --config FILE
+  torchrun --nproc-per-node 4 -m megatron_egrsd.cli train --config FILE
 """
 
 
