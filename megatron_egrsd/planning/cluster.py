@@ -18,15 +18,9 @@ from megatron_egrsd.config.lora import ATTENTION, TARGETS
 from megatron_egrsd.hf.adapters import AdapterSpec, adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.operations import forward_flops
+from megatron_egrsd.planning.activations import Placement
 from megatron_egrsd.planning.machines import Machine
-from megatron_egrsd.planning.memory import (
-    SERVER_SHARE,
-    Placement,
-    RankMemory,
-    adapter_shards,
-    rank_memory,
-    shard_shapes,
-)
+from megatron_egrsd.planning.memory import SERVER_SHARE, RankMemory, adapter_shards, rank_memory, shard_shapes
 from megatron_egrsd.planning.step_time import (
     Batch,
     decode_step_seconds,

@@ -18,26 +18,23 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_egrsd.config import ParallelConfig, TeacherConfig
-from megatron_egrsd.hf.adapters import ROW_PARALLEL, AdapterSpec, adapter_entries, adapter_shapes
+from megatron_egrsd.hf.adapters import AdapterSpec, adapter_entries, adapter_shapes
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.mapping import entries, hf_shapes
-from megatron_egrsd.vocab_parallel.linear import chunk_plan
+from megatron_egrsd.planning.activations import (
+    Placement,
+    adapter_activations,
+    divergence_head,
+    frozen_norms,
+    layer_activations,
+    layer_gradients,
+    lm_head,
+    norm,
+)
 
 # CUDA context, cuBLAS workspaces, NCCL channels and the allocator's fragmentation. Assumed; no GPU has been measured.
 GPU_RUNTIME_BYTES = 4 << 30
 SERVER_SHARE = 0.88  # of a GPU's memory that SGLang takes for weights and KV cache: about its default
-
-
-@dataclass(frozen=True)
-class Placement:
-    """The device and layers of the engine. They determine the kernels and thereby the tensors that exist."""
-
-    gpu: bool
-    transformer_engine: bool
-
-    @property
-    def device(self) -> str:
-        return "cuda" if self.gpu else "cpu"
 
 
 @dataclass(frozen=True)
@@ -170,71 +167,141 @@ def rank_memory(
         lora: The adapters that are trained; None if all weights are.
         held: What is held for a divergence from the teacher; None if the objective asks for none.
     """
-    b = itemsize
-    chunks = shard_shapes(arch, parallel, stage)
-    trained = adapter_shards(arch, parallel, stage, lora) if lora else chunks
-    replicas = world_size // (parallel.tensor * parallel.pipeline)  # of a weight: context parallelism splits none
-    resident = {"frozen weights": _numel(chunks) * b} if lora else {}
-    resident |= _trained(trained, parallel, world_size // parallel.pipeline, b, "adapters" if lora else "weights")
-    # With adapters the frozen teacher and the initial weights are the frozen weights themselves.
-    if needs_teacher and teacher.weights != "live" and not (lora and teacher.weights == "frozen"):
-        resident[f"teacher ({teacher.weights})"] = _numel(trained) * (4 if teacher.weights == "ema" else b)
-    if needs_reference and not lora and "teacher (frozen)" not in resident:
-        resident["initial weights (KL)"] = _numel(chunks) * b
-    if place.gpu:
-        resident["CUDA runtime"] = GPU_RUNTIME_BYTES
-
-    in_flight = parallel.pipeline - stage  # 1F1B: forward passes of a stage before its first backward pass
-    if parallel.interleaved:  # counted in chunks: megatron-core's warm-up and one more
-        in_flight = 2 * (in_flight - 1) + (parallel.virtual_pipeline - 1) * parallel.pipeline + 1
-    layers = max(parallel.layers_of_stage(arch.num_layers, stage))
-    is_last = stage == parallel.pipeline - 1
-    h = arch.hidden_size // (parallel.tensor if parallel.sequence_parallel else 1)
-    layer = layer_activations(arch, parallel.tensor, h, b, place, parallel.context)
-    if lora:
-        layer += adapter_activations(parallel, b, lora) - frozen_norms(arch, parallel.tensor, h, b, place)
-    kept = layers * (h * b if parallel.recompute else layer) + (0 if is_last else h * b)
-    activations = {"activations": in_flight * tokens * kept}
-    if lora and not parallel.recompute:
-        activations["adapters: A of fused projections"] = in_flight * sum(
-            math.prod(shape) * b for name, shape in max(trained, key=len).items() if name.endswith("lora_A")
-        )
-    final_norm = _norm(h, b, place) - (h * b if lora and not place.transformer_engine else 0)
-    head = lm_head(arch, parallel.tensor, tokens, b, place, frozen=lora is not None)
-    states, reading = {}, {}
-    if held and is_last:
-        states["teacher's hidden states"] = held.tokens * arch.hidden_size * b
-        if held.copies_weight:
-            columns = arch.padded_vocab_size(parallel.tensor) // parallel.tensor
-            states["teacher's LM head"] = columns * arch.hidden_size * b
-        shared = lora is not None or (teacher.weights == "live" and not held.copies_weight)
-        both = divergence_head(arch, parallel.tensor, tokens, b, place, shared=shared, frozen=lora is not None)
-        if held.top_k:
-            k = min(held.top_k, arch.vocab_size)
-            both["divergence: top k"] = tokens * k * _TOP_K_BACKWARD
-            chunk = both["divergence: a chunk of both models' logits"]
-            reading = {"divergence: top k": max(chunk + tokens * k * _TOP_K_READING, tokens * k * _TOP_K_VALUE)}
-        head = head | both if held.log_prob_grad else both
-    head |= {"final norm": tokens * (final_norm + (arch.hidden_size * b if parallel.sequence_parallel else 0))}
-    backward = {"gradients of activations": tokens * _layer_gradients(arch, parallel.tensor, h, b, place)}
-    if parallel.recompute:
-        backward["recomputed layer"] = tokens * (layer - h * b)
-    phases = {"backward pass of the layers": activations | backward}
-    if is_last:
-        phases["backward pass of the LM head"] = activations | head
-        phases["forward pass of the LM head"] = activations | reading
-    phases["optimizer step"] = {"temporaries": _adam_temporaries(trained, parallel, replicas, place)}
-    if teacher.weights == "ema" and b < 4:
-        phases["scoring"] = {"teacher in the type of the weights": _numel(trained) * b,
-                             "one layer": tokens * layer}  # fmt: skip
-    phases = {name: terms | states for name, terms in phases.items()}
-    rank = stage * (world_size // parallel.pipeline)
-    if rank == 0:
-        largest = arch.padded_vocab_size(parallel.tensor) * arch.hidden_size * b
-        bucket = min(bucket_bytes, arch.num_parameters * b)
+    rank = _Rank(arch, parallel, world_size, stage, place, tokens, itemsize, lora)
+    resident = rank.resident(teacher, needs_teacher, needs_reference)
+    phases = rank.training_phases(teacher, held)
+    if teacher.weights == "ema" and itemsize < 4:
+        phases["scoring"] = {"teacher in the type of the weights": _numel(rank.trained) * itemsize,
+                             "one layer": tokens * rank.layer}  # fmt: skip
+    if held and rank.is_last:
+        states = rank.held_states(held)
+        phases = {name: terms | states for name, terms in phases.items()}
+    if rank.number == 0:
+        largest = arch.padded_vocab_size(parallel.tensor) * arch.hidden_size * itemsize
+        bucket = min(bucket_bytes, arch.num_parameters * itemsize)
         phases["weight sync"] = {"a bucket's tensors and the next one": bucket + largest,
                                  "flat copy": max(bucket, largest)}  # fmt: skip
-    return RankMemory(rank, stage, resident, phases)
+    return RankMemory(rank.number, stage, resident, phases)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """The terms of `rank_memory`, whose arguments these are."""
+
+    arch: Architecture
+    parallel: ParallelConfig
+    world_size: int
+    stage: int
+    place: Placement
+    tokens: int
+    b: int
+    lora: AdapterSpec | None
+
+    @property
+    def number(self) -> int:
+        """The first global rank of the stage."""
+        return self.stage * (self.world_size // self.parallel.pipeline)
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.parallel.pipeline - 1
+
+    @property
+    def h(self) -> int:
+        """Columns of a hidden state between the layers' tensor-parallel parts."""
+        return self.arch.hidden_size // (self.parallel.tensor if self.parallel.sequence_parallel else 1)
+
+    @functools.cached_property
+    def chunks(self) -> list[dict[str, torch.Size]]:
+        return shard_shapes(self.arch, self.parallel, self.stage)
+
+    @functools.cached_property
+    def trained(self) -> list[dict[str, torch.Size]]:
+        return adapter_shards(self.arch, self.parallel, self.stage, self.lora) if self.lora else self.chunks
+
+    @functools.cached_property
+    def layer(self) -> int:
+        """Bytes a token that a layer keeps from forward to backward."""
+        tensor, b = self.parallel.tensor, self.b
+        layer = layer_activations(self.arch, tensor, self.h, b, self.place, self.parallel.context)
+        if self.lora:
+            layer += adapter_activations(self.parallel, b, self.lora)
+            layer -= frozen_norms(self.arch, tensor, self.h, b, self.place)
+        return layer
+
+    def resident(self, teacher: TeacherConfig, needs_teacher: bool, needs_reference: bool) -> dict[str, int]:
+        """Weights, gradients, optimizer, the teacher's weights and the initial ones."""
+        frozen, stage_ranks = _numel(self.chunks) * self.b, self.world_size // self.parallel.pipeline
+        resident = {"frozen weights": frozen} if self.lora else {}
+        resident |= _trained(self.trained, self.parallel, stage_ranks, self.b, "adapters" if self.lora else "weights")
+        # With adapters the frozen teacher and the initial weights are the frozen weights themselves.
+        if needs_teacher and teacher.weights != "live" and not (self.lora and teacher.weights == "frozen"):
+            itemsize = 4 if teacher.weights == "ema" else self.b
+            resident[f"teacher ({teacher.weights})"] = _numel(self.trained) * itemsize
+        if needs_reference and not self.lora and "teacher (frozen)" not in resident:
+            resident["initial weights (KL)"] = frozen
+        if self.place.gpu:
+            resident["CUDA runtime"] = GPU_RUNTIME_BYTES
+        return resident
+
+    def activations(self) -> dict[str, int]:
+        """What the layers keep of the micro-batches in flight."""
+        parallel, in_flight = self.parallel, self.parallel.pipeline - self.stage  # 1F1B: forward passes of a stage
+        if parallel.interleaved:  # counted in chunks: megatron-core's warm-up and one more
+            in_flight = 2 * (in_flight - 1) + (parallel.virtual_pipeline - 1) * parallel.pipeline + 1
+        layers = max(parallel.layers_of_stage(self.arch.num_layers, self.stage))
+        hidden = self.h * self.b
+        kept = layers * (hidden if parallel.recompute else self.layer) + (0 if self.is_last else hidden)
+        activations = {"activations": in_flight * self.tokens * kept}
+        if self.lora and not parallel.recompute:
+            activations["adapters: A of fused projections"] = in_flight * sum(
+                math.prod(shape) * self.b
+                for name, shape in max(self.trained, key=len).items()
+                if name.endswith("lora_A")
+            )
+        return activations
+
+    def training_phases(self, teacher: TeacherConfig, held: HeldTeacher | None) -> dict[str, dict[str, int]]:
+        """What the passes of an update add, and its optimizer step."""
+        arch, parallel, b, tokens = self.arch, self.parallel, self.b, self.tokens
+        activations = self.activations()
+        backward = {"gradients of activations": tokens * layer_gradients(arch, parallel.tensor, self.h, b, self.place)}
+        if parallel.recompute:
+            backward["recomputed layer"] = tokens * (self.layer - self.h * b)
+        phases = {"backward pass of the layers": activations | backward}
+        if self.is_last:
+            head, reading = self._head(teacher, held)
+            phases["backward pass of the LM head"] = activations | head
+            phases["forward pass of the LM head"] = activations | reading
+        replicas = self.world_size // (parallel.tensor * parallel.pipeline)  # of a weight: CP splits none
+        phases["optimizer step"] = {"temporaries": _adam_temporaries(self.trained, parallel, replicas, self.place)}
+        return phases
+
+    def _head(self, teacher: TeacherConfig, held: HeldTeacher | None) -> tuple[dict[str, int], dict[str, int]]:
+        """Return what the backward pass of the final norm and the LM head adds, and its forward pass."""
+        arch, b, tokens, place, frozen = self.arch, self.b, self.tokens, self.place, self.lora is not None
+        tensor, reading = self.parallel.tensor, {}
+        head = lm_head(arch, tensor, tokens, b, place, frozen=frozen)
+        if held:
+            shared = frozen or (teacher.weights == "live" and not held.copies_weight)
+            both = divergence_head(arch, tensor, tokens, b, place, shared=shared, frozen=frozen)
+            if held.top_k:
+                k = min(held.top_k, arch.vocab_size)
+                both["divergence: top k"] = tokens * k * _TOP_K_BACKWARD
+                chunk = both["divergence: a chunk of both models' logits"]
+                reading = {"divergence: top k": max(chunk + tokens * k * _TOP_K_READING, tokens * k * _TOP_K_VALUE)}
+            head = head | both if held.log_prob_grad else both
+        kept = norm(self.h, b, place) - (self.h * b if frozen and not place.transformer_engine else 0)
+        gathered = arch.hidden_size * b if self.parallel.sequence_parallel else 0
+        return head | {"final norm": tokens * (kept + gathered)}, reading
+
+    def held_states(self, held: HeldTeacher) -> dict[str, int]:
+        """What the last stage holds of the teacher for a divergence, through all phases."""
+        states = {"teacher's hidden states": held.tokens * self.arch.hidden_size * self.b}
+        if held.copies_weight:
+            columns = self.arch.padded_vocab_size(self.parallel.tensor) // self.parallel.tensor
+            states["teacher's LM head"] = columns * self.arch.hidden_size * self.b
+        return states
 
 
 def _trained(
@@ -270,117 +337,6 @@ def _buffer_numel(sizes: list[int], data_parallel: int) -> int:
 
 def _numel(chunks: list[dict[str, torch.Size]]) -> int:
     return sum(math.prod(s) for shapes in chunks for s in shapes.values())
-
-
-def _norm(width: int, b: int, place: Placement) -> int:
-    """Return the bytes per token that an RMSNorm of `width` and the next layer keep: input and normalised output."""
-    if place.transformer_engine:
-        return 2 * b * width + 4
-    return 12 * width + 4  # engine/layers.py computes in fp32: fp32 two copies and bf16 two, or fp32 three
-
-
-def layer_activations(arch: Architecture, tensor: int, h: int, b: int, place: Placement, context: int = 1) -> int:
-    """Return the bytes per token that one layer keeps from forward to backward; `h` = H / TP if sequence parallel.
-
-    Derived as in Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1), for RMSNorm, grouped queries, SwiGLU and
-    attention that keeps no scores: two norms, queries and keys before their norms and after the rotary embedding,
-    values, the attention's output and its log-sum-exp, and the MLP's intermediate results.
-    """
-    heads, groups = arch.num_heads // tensor, max(1, arch.num_kv_heads // tensor)
-    q, kv = heads * arch.head_dim, groups * arch.head_dim
-    # Queries before the norm; keys are kept as a view of the whole projection, which ranks that share a head gather.
-    shares = tensor > arch.num_kv_heads
-    whole = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim if shares else q + 2 * kv
-    norms = 2 * _norm(h, b, place)
-    normed = arch.family.qk_norm  # else nothing needs queries and keys from before the rotary embedding
-    if place.transformer_engine:
-        # Without these norms the projection is kept for its values alone.
-        attention = b * ((q if normed else 0) + whole) + b * (q + kv) + b * q
-    else:
-        fp32_inputs = 8 * q + 4 * whole + 4 * kv if b == 4 else 10 * (q + kv)
-        # The core attention copies queries, keys, values and output into padded batches (engine/layers.py).
-        # Under context parallelism it copies the keys and values of all ranks up to the end of each of the two chunks.
-        # The masks, which all layers share, are not counted.
-        key = q if place.gpu and b == 4 else kv  # torch's fp32 kernels need a key for every query
-        copies = 2 * q + key * (2 * context + 1 if context > 1 else 2)
-        attention = (fp32_inputs if normed else 0) + b * copies + b * q
-        attention += 4 * arch.head_dim * b  # the unfused rotary embedding keeps cosines and sines, twice
-    attention += 4 * heads + (4 * (heads + groups) if normed else 0)
-    return norms + attention + _mlp(arch, tensor, h, b, place)
-
-
-def adapter_activations(parallel: ParallelConfig, b: int, lora: AdapterSpec) -> int:
-    """Return the bytes per token that the adapters of one layer keep: A x of each projection.
-
-    Its input x is counted with the layer, which keeps it for an adapter where it would for a gradient of W. Sequence
-    parallelism divides A x where it divides the layer's output.
-    """
-    divided = [name in ROW_PARALLEL and parallel.sequence_parallel for name in lora.targets]
-    return sum(b * lora.rank // (parallel.tensor if split else 1) for split in divided)
-
-
-def frozen_norms(arch: Architecture, tensor: int, h: int, b: int, place: Placement) -> int:
-    """Return the bytes per token that the norms of a layer keep for the gradients of their weights alone.
-
-    They are the normalised inputs; Transformer Engine computes them again.
-    """
-    heads, groups = arch.num_heads // tensor, max(1, arch.num_kv_heads // tensor)
-    heads_width = (heads + groups) * arch.head_dim if arch.family.qk_norm else 0
-    return 0 if place.transformer_engine else b * (2 * h + heads_width)
-
-
-def _mlp(arch: Architecture, tensor: int, h: int, b: int, place: Placement) -> int:
-    """Return SwiGLU's bytes per token: fc1's output, fc2's input; unfused (CPU) also SiLU's output and linear half."""
-    rows = 3 if place.gpu else 5
-    if not arch.num_experts:
-        return rows * b * arch.intermediate_size // tensor
-    # Each token visits k experts: dispatched and returned rows, router probabilities (estimated, not measured).
-    k = arch.experts_per_token
-    return k * b * (rows * arch.expert_intermediate_size // tensor + 2 * h) + 4 * arch.num_experts
-
-
-def _layer_gradients(arch: Architecture, tensor: int, h: int, b: int, place: Placement) -> int:
-    """Return the bytes per token of the gradients alive at once in a layer's backward pass, at its peak in the MLP."""
-    experts = arch.experts_per_token if arch.num_experts else 1
-    width = (arch.expert_intermediate_size or arch.intermediate_size) * experts // tensor
-    return b * (4 * width + 2 * h)
-
-
-def lm_head(
-    arch: Architecture, tensor: int, tokens: int, b: int, place: Placement, frozen: bool = False
-) -> dict[str, int]:
-    """Return the bytes of vocab_parallel.linear in the backward pass of `tokens` response rows, by name."""
-    columns = arch.padded_vocab_size(tensor) // tensor
-    logit = 4 if place.gpu else b
-    chunk, kept_chunks = chunk_plan(place.device, tokens, columns, logit)
-    kept = min(kept_chunks * chunk, columns)
-    buffer = min(chunk, columns - kept)
-    cast = chunk * b if logit > b else 0  # the gradient of one chunk, in the type of the weights
-    rows = tokens * arch.hidden_size
-    head = {
-        "LM head: logits kept and one chunk": tokens * ((kept + buffer) * logit + cast),
-        "LM head: rows and their gradient": rows * (b + 4 + b),
-    }
-    return head if frozen else head | {"LM head: gradient of the weight": columns * arch.hidden_size * b}
-
-
-def divergence_head(
-    arch: Architecture, tensor: int, tokens: int, b: int, place: Placement, *, shared: bool, frozen: bool
-) -> dict[str, int]:
-    """Return the bytes of vocab_parallel.linear_divergence in the backward pass of `tokens` response rows, by name.
-
-    `shared`: one LM head serves both models, whose rows then lie end to end; `frozen`: it is not trained.
-    """
-    columns = arch.padded_vocab_size(tensor) // tensor
-    logit = 4 if place.gpu else b
-    chunk, _ = chunk_plan(place.device, 2 * tokens, columns, logit, keep_bytes=0)
-    cast = chunk * b if logit > b else 0
-    rows = tokens * arch.hidden_size
-    head = {
-        "divergence: a chunk of both models' logits": tokens * (2 * chunk * logit + cast),
-        "divergence: rows and their gradient": rows * (2 * b + (2 * b if shared else 0) + 4 + b),
-    }
-    return head if frozen else head | {"divergence: gradient of the weight": columns * arch.hidden_size * b}
 
 
 def _adam_temporaries(

@@ -26,7 +26,8 @@ from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.checkpoint import HFCheckpoint, holds_weights
 from megatron_egrsd.objectives import Objective
 from megatron_egrsd.objectives.load import load_objective, needs_rollouts, needs_teacher
-from megatron_egrsd.planning.memory import SERVER_SHARE, HeldTeacher, Placement, RankMemory, rank_memory
+from megatron_egrsd.planning.activations import Placement
+from megatron_egrsd.planning.memory import SERVER_SHARE, HeldTeacher, RankMemory, rank_memory
 from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.rollout.ports import choose_ports
 from megatron_egrsd.rollout.server_command import first_gpu

@@ -22,7 +22,7 @@ from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.evaluation.evaluated_model import hugging_face
 from megatron_egrsd.hf.adapters import AdapterSpec, adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.planning.memory import Placement
+from megatron_egrsd.planning.activations import Placement
 from megatron_egrsd.planning.plan import (
     Plan,
     _add_weights,

@@ -10,7 +10,8 @@ import torch
 from megatron_egrsd.config import ParallelConfig, TeacherConfig
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.mapping import entries, hf_shapes
-from megatron_egrsd.planning.memory import Placement, rank_memory
+from megatron_egrsd.planning.activations import Placement
+from megatron_egrsd.planning.memory import rank_memory
 from tests.published import PARAMETERS, PUBLISHED
 
 

@@ -22,8 +22,9 @@ from megatron_egrsd.hf import operations
 from megatron_egrsd.hf.adapters import AdapterSpec
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning import cluster, step_time
+from megatron_egrsd.planning.activations import Placement
 from megatron_egrsd.planning.machines import MACHINES, Machine
-from megatron_egrsd.planning.memory import Placement, rank_memory
+from megatron_egrsd.planning.memory import rank_memory
 from tests.published import PARAMETERS, PUBLISHED
 
 ROOT = Path(__file__).parents[2]
