@@ -8,8 +8,9 @@ def majority_answer(responses: list[str]) -> str:
     """Return the most frequent final answer of `responses`, in the words of the first that gives it, or "" if none is.
 
     The vote of TTRL (arXiv 2504.16084, section 2): every response that states an answer has one vote. Ours: answers
-    that the reward "math" finds equal are one, in the order of the responses (TTRL's code compares spellings); and
-    answers that tie for the first place, or that only one response gives, are no majority (there the first wins).
+    that the reward "math" finds equal are one, in the order of the responses (TTRL's code compares simplified
+    spellings); and answers that tie for the first place, or that only one response gives, are no majority (there the
+    first wins).
     """
     votes: dict[str, int] = {}
     for response in filter(states_answer, responses):
