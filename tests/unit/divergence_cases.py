@@ -72,6 +72,9 @@ def hard_pairs(vocab: int, rows: int = 6) -> dict[str, tuple[torch.Tensor, torch
     masked = torch.where(torch.rand(rows, vocab, generator=g) < 0.5, -math.inf, a * 3)
     masked[:, vocab // 3] = 1.0
     late = torch.linspace(0, 12, vocab)
+    few = torch.arange(0, vocab // 2 + 1, max(vocab // 12, 1))  # all in the first half, but perhaps one
+    outside = torch.ones(vocab, dtype=torch.bool).index_fill(0, few, False)
+    steep = b.index_fill(-1, few[1:2], -50.0).index_fill(-1, few[:1], 3.0)  # against a column that the teacher has
     first = torch.arange(vocab) < vocab // 2
     return {
         "independent": (a * 3, b * 3),
@@ -86,6 +89,8 @@ def hard_pairs(vocab: int, rows: int = 6) -> dict[str, tuple[torch.Tensor, torch
         "student masked": (a, masked),
         "teacher masked at first": (a.masked_fill(first, -math.inf), b + 30),
         "student masked at first": (a + 300, b.masked_fill(first, -math.inf)),
+        "teacher of few columns": (a.masked_fill(outside, -math.inf), steep),
+        "teacher at -100 but for few columns": (a.masked_fill(outside, -100.0), steep),
         "both masked": (masked, masked + torch.where(masked > -math.inf, b * 0.01, 0.0)),
         "rising": (a.sort(-1).values * 40, b.sort(-1).values * 40),
         "against each other": (a.sort(-1).values * 40, -b.sort(-1).values * 40),

@@ -93,6 +93,52 @@ def test_top_k_and_the_rest(implementation, form):
             check(teacher, student, f"{form}, {name}", temperature=1.3, vocab_size=290, **FORMS[form])
 
 
+def _top_k_teacher():
+    """Log-probs of a teacher at 8 ids a token, of which some repeat; the student finds one of them very unlikely."""
+    g = torch.Generator().manual_seed(4)
+    log_q = torch.randn(6, 64, generator=g).log_softmax(-1).topk(8).values
+    ids = torch.randint(0, 64, (6, 8), generator=g)
+    ids[:, 3] = ids[:, 5]
+    return log_q, ids, torch.randn(6, 64, generator=g).scatter_(1, ids[:, :1], -50.0)
+
+
+def test_a_teacher_that_is_known_at_some_ids_alone():
+    """verl's distillation loss: sum of q (ln q - ln p) over the ids, which is m (D + ln m) and a constant.
+
+    D is the divergence of logits that are ln q there and -inf elsewhere, m the mass of q. The constant is 0 if no id
+    repeats. Expected: the sum in fp64.
+    """
+    log_q, ids, student = _top_k_teacher()
+    q, exact = log_q.exp(), student.double().requires_grad_()
+    expected = (log_q.double().exp() * (log_q.double() - exact.log_softmax(-1).gather(1, ids))).sum(-1)
+    expected.sum().backward()
+    mine, mass = student.clone().requires_grad_(), q.sum(-1)
+    columns = torch.zeros_like(student).scatter_add_(1, ids, q)
+    constant = (q * log_q).sum(-1) - torch.special.xlogy(columns, columns).sum(-1)
+    loss = mass * (divergence(columns.log(), mine, kind="forward_kl").value + mass.log()) + constant
+    loss.sum().backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mine.grad.double(), exact.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_a_teacher_with_one_log_prob_outside_its_top_k():
+    """NeMo-RL's reverse KL with zero_outside_topk: sum of p (ln p - ln q), ln q = -100 outside the known ids."""
+    log_q, ids, student = _top_k_teacher()
+    exact = student.double().requires_grad_()
+    log_p = exact.log_softmax(-1)
+    known = log_p.gather(1, ids)
+    rest = (log_p.exp() * log_p).sum(-1) - (known.exp() * known).sum(-1) + 100 * (1 - known.exp().sum(-1))
+    expected = (known.exp() * (known - log_q.double())).sum(-1) + rest
+    expected.sum().backward()
+    count = torch.zeros_like(student).scatter_add_(1, ids, torch.ones_like(log_q))
+    teacher = torch.zeros_like(student).scatter_add_(1, ids, log_q) - 100 * (1 - count)
+    mine = student.clone().requires_grad_()
+    loss = divergence(teacher, mine, kind="reverse_kl").value - teacher.logsumexp(-1)
+    loss.sum().backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mine.grad.double(), exact.grad, rtol=1e-6, atol=1e-6 * exact.grad.abs().max().item())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", FORMS)
 def test_half_precision(implementation, form, dtype):
