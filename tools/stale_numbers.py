@@ -50,11 +50,11 @@ MEASURES = {
     r"test_pages\.py": ("megatron_egrsd/report",),
     r"tools/make_tiny_model\.py": ("tools/make_tiny_model.py",),
 }
-_QUANTITY = re.compile(
-    r"(?<![\w.])\d[\d,.]*\s?(?:ms|us|ns|s|%|[KMGT]i?B(?:/s)?|GFLOP/s|minutes|hours|points|times)(?!\w)"
+_QUANTITY = re.compile(  # 95 % is the level of an interval
+    r"(?<![\w.])(?!95 %)\d[\d,.]*\s?(?:ms|us|ns|s|%|[KMGT]i?B(?:/s)?|GFLOP/s|minutes|hours|points|times)(?!\w)"
 )
-_MACHINE = re.compile(r"\bcores?\b|EPYC|\bload (?:average|of|at)?\b|\bA100|\bH[12]00", re.IGNORECASE)
-_MEASURED = re.compile(r"measured|median|took|load average|at load|cores|seed \d", re.IGNORECASE)
+_MACHINE = re.compile(r"\bcores?\b|EPYC|\bXeon\b|\bZen \d|\bload (?:average|of|at)?\b|\bA100|\bH[12]00", re.IGNORECASE)
+_MEASURED = re.compile(r"measured|median|took|load average|at load|\bcores\b|seed \d", re.IGNORECASE)
 _COMMIT = re.compile(r"\bcommits?\s+([0-9a-f]{7,40})(?:\s+to\s+([0-9a-f]{7,40}))?")
 
 

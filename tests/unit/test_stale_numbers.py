@@ -58,6 +58,10 @@ def test_what_a_number_lacks_is_named(repository):
     root, commit = repository
     commit(page="# Notes\n\nIt took 3 s.\n\n## Later\n\nIt waits at most 30 s.\n", code="1")
     assert said(root) == {"Notes": ["no command", "no commit", "no machine"]}  # a limit is no measurement
+    commit(page="# Notes\n\nThe median, with its 95 % interval.\n\n## File\n\n1.4 MB of scores.\n")
+    assert said(root) == {}  # neither is the level of an interval, or the size of a file of scores
+    commit(page="# Notes\n\nIt took 3 s on an AMD Zen 3.\n")
+    assert said(root) == {"Notes": ["no command", "no commit"]}
 
 
 def test_without_a_commit_the_last_change_of_the_number_counts(repository):
