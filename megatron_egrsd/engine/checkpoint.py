@@ -16,27 +16,18 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import (
-    LocalNonpersistentObject,
-    ShardedObject,
-    ShardedTensor,
-    ShardedTensorFactory,
-)
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_egrsd.engine import adapter_checkpoint
+from megatron_egrsd.engine import adapter_checkpoint, training_state
 from megatron_egrsd.engine.checkpoint_writer import SUMS, CheckpointWriter
 from megatron_egrsd.engine.distributed import lost_contact, on_first_rank
 from megatron_egrsd.engine.engine import Engine
-from megatron_egrsd.engine.optimizer import parts, with_settings_of
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.hf.safe_pickle import check_metadata
 from megatron_egrsd.system.files import PARTIAL, sha256, write_text
@@ -53,7 +44,7 @@ _FAILURES = (dist_checkpointing.core.CheckpointingException, torch.distributed.c
 
 
 def complete(directory: Path) -> list[Path]:
-    """The checkpoints in `directory` that were written to the end, the newest first."""
+    """Return the checkpoints in `directory` that were written to the end, the newest first."""
     found = [p for p in directory.glob("step_*") if re.fullmatch(_NAME, p.name)] if directory.is_dir() else []
     return sorted(found, key=step_of, reverse=True)
 
@@ -102,7 +93,7 @@ def save(
 
     with _as_run_error(f"{path} could not be written", directory):
         on_first_rank(prepare)
-        state = _state(engine, step, rewards, loading=False)
+        state = training_state.sharded(engine, step, rewards, loading=False)
         state |= {"notes": json.dumps(notes or {}), "adapter": _adapter(engine)}
         saving.writer = CheckpointWriter(state, partial, background=background)
     if not background:
@@ -153,7 +144,7 @@ class Saving:
 
 @contextlib.contextmanager
 def _as_run_error(what: str, directory: Path) -> Iterator[None]:
-    """An error of the disk, or of megatron-core about the disk, in a sentence; one of the network passes through."""
+    """Put an error of the disk, or of megatron-core about the disk, into a sentence; let one of the network through."""
     try:
         yield
     except RunError:
@@ -165,7 +156,7 @@ def _as_run_error(what: str, directory: Path) -> Iterator[None]:
 
 
 def _full(directory: Path) -> str:
-    """A sentence if the disk of `directory` is full: torch says then that it is at another place in the file."""
+    """Return a sentence if the disk of `directory` is full: torch says then that it is at another place in the file."""
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(directory).free
         if free < _LITTLE:
@@ -174,7 +165,7 @@ def _full(directory: Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The last line of what it says: torch puts the traceback of a rank before it."""
+    """Return the last line of what it says: torch puts the traceback of a rank before it."""
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
@@ -183,7 +174,7 @@ def _read(path: Path) -> str:
 
 
 def check(path: Path) -> None:
-    """BadArgument if a file of the checkpoint at `path` is missing, differs from what was written, or holds code."""
+    """Raise BadArgument if a file of the checkpoint `path` is missing, differs from what was written, or holds code."""
     if not re.fullmatch(_NAME, path.name) or not (path / "metadata.json").is_file():
         raise BadArgument(f"{path} is not a checkpoint: a directory step_NNNNNN with metadata.json in it")
     try:
@@ -201,7 +192,7 @@ def check(path: Path) -> None:
 
 
 def find(directory: Path, wanted: str) -> Path | None:
-    """The checkpoint to continue from, checked: the path `wanted`, or for "auto" the newest intact one of `directory`.
+    """Return the checkpoint to continue from, checked: `wanted`, or for "auto" the newest intact one of `directory`.
 
     Damaged ones are passed over with a word. None if "auto" finds no checkpoint at all.
 
@@ -233,18 +224,16 @@ def read_notes(path: Path) -> dict[str, Any]:
 def load(engine: Engine, path: Path) -> tuple[int, dict[str, Any]]:
     """Continue from a checkpoint that has passed `check`, saved in any layout. Collective.
 
-    The checkpoint brings weights, moments and the position in the schedule; learning rates, decays and the schedule's
-    shape and end are those that the engine was configured with.
+    `training_state.restore` says what it brings, and what stays as the engine was configured.
 
     Returns:
-        Its step, and the running statistics of the rewards: {} if an older version saved it, without them.
+        The checkpoint's step, and the running statistics of the rewards: {} if an older version saved it, without them.
 
     Raises:
         BadArgument: `path` does not belong to this model, or to a run that trains the same parameters.
     """
     sharded = engine.parallel.distributed_optimizer
-    for optimizer in _distributed_optimizers(engine):
-        _prepare_torch_adam(optimizer)
+    training_state.prepare_to_load(engine)
     try:
         with _without_code():
             saved = dist_checkpointing.load_common_state_dict(str(path))
@@ -253,32 +242,16 @@ def load(engine: Engine, path: Path) -> tuple[int, dict[str, Any]]:
                 raise BadArgument(
                     f"{path} was saved with parallel.distributed_optimizer {str(other).lower()}; continue with the same"
                 )
-            wanted = _without_absent_extra_states(_state(engine, 0, {}, loading=True), path)
+            wanted = _without_absent_extra_states(training_state.sharded(engine, 0, {}, loading=True), path)
             state = dist_checkpointing.load(wanted, str(path))
     except _FAILURES as error:
         raise BadArgument(f"{path} does not belong to this model: {_reason(error)}") from None
-    for i, chunk in enumerate(engine.chunks):
-        chunk.load_state_dict(state["model"][str(i)], strict=engine.adapter is None)
-    engine.optimizer.load_state_dict(with_settings_of(state["optimizer"], engine.optimizer))
-    engine.scheduler.load_state_dict(state["scheduler"] | {"num_steps": _updates(engine, state)})
-    if "teacher" in state:
-        for (chunk_index, name), teacher in zip(_names(engine), engine.teacher_weights, strict=True):
-            teacher.copy_(state["teacher"][chunk_index][name])
+    training_state.restore(engine, state)
     return state["step"], state.get("rewards") or {}
 
 
-def _updates(engine: Engine, state: dict) -> int:
-    """Return the position in the schedule, in updates of this run's size.
-
-    Updates without a gradient do not count. A position beyond all updates up to the saved step would be trained with
-    the last rate of the schedule, which may be 0.
-    """
-    now, saved = engine.updates_per_batch, state.get("updates_per_batch", engine.updates_per_batch)
-    return min(state["scheduler"]["num_steps"] * now // saved, state["step"] * now)
-
-
 def _without_absent_extra_states(state: dict, path: Path) -> dict:
-    """`state` without asking for extra states (Transformer Engine's FP8 scales) that the checkpoint does not hold.
+    """Return `state` without the extra states (Transformer Engine's FP8 scales) that the checkpoint does not hold.
 
     Which layers have one depends on their implementation; without one a layer begins with what it has.
     """
@@ -292,7 +265,7 @@ def _without_absent_extra_states(state: dict, path: Path) -> dict:
 
 @contextlib.contextmanager
 def _without_code() -> Iterator[None]:
-    """torch.load takes tensors and plain containers alone, whatever megatron-core and torch ask it for."""
+    """Let torch.load take tensors and plain containers alone, whatever megatron-core and torch ask it for."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -305,98 +278,6 @@ def _without_code() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _state(engine: Engine, step: int, rewards: dict[str, Any], *, loading: bool) -> dict:
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-    model = _sharded_chunks(engine, metadata)
-    if not loading:
-        for optimizer in parts(engine.optimizer):
-            _begin_moments(optimizer)
-    state = {
-        "model": model,
-        "optimizer": engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
-        "scheduler": engine.scheduler.state_dict(),
-        "step": step,
-        "rewards": rewards,
-        "updates_per_batch": engine.updates_per_batch,
-        "distributed_optimizer": engine.parallel.distributed_optimizer,
-    }
-    if engine.teacher.weights in ("ema", "snapshot") and engine.teacher_weights is not None:
-        state["teacher"] = {i: {} for i in model}
-        sharded = _sharded_chunks(engine, metadata, "teacher.")
-        for (i, name), teacher in zip(_names(engine), engine.teacher_weights, strict=True):
-            state["teacher"][i][name] = _with_data(sharded[i][f"teacher.{name}"], teacher)
-    return state
-
-
 def _adapter(engine: Engine) -> dict[str, Any] | None:
     """Return the form of the adapter and the hash of its base; None for a run that trains all weights."""
     return on_first_rank(lambda: adapter_checkpoint.describe(engine.adapter, engine.model_path))
-
-
-def _sharded_chunks(engine: Engine, metadata: dict, prefix: str = "") -> dict[str, dict]:
-    """Each chunk's trained parameters with their places in the checkpoint.
-
-    The chunk's number is no part of a place, only of this key.
-    """
-    if engine.adapter:
-        return adapter_checkpoint.sharded_adapter(engine.chunks, engine.arch, engine.adapter, prefix)
-    return {str(i): c.sharded_state_dict(prefix=prefix, metadata=metadata) for i, c in enumerate(engine.chunks)}
-
-
-def _names(engine: Engine) -> list[tuple[str, str]]:
-    """(chunk, name) of engine.trainable()."""
-    return [
-        (str(i), name)
-        for i, chunk in enumerate(engine.chunks)
-        for name, parameter in chunk.named_parameters()
-        if parameter.requires_grad
-    ]
-
-
-def _with_data(sharded: ShardedTensor | ShardedTensorFactory, data: torch.Tensor):
-    """The same place in the checkpoint for other values: the teacher's, in their own type."""
-    if isinstance(sharded, ShardedTensor):
-        return replace(sharded, data=data, dtype=data.dtype)
-    return replace(sharded, data=data)
-
-
-def _distributed_optimizers(engine: Engine) -> list[DistributedOptimizer]:
-    return [part for part in parts(engine.optimizer) if isinstance(part, DistributedOptimizer)]
-
-
-def _begin_moments(optimizer: MegatronOptimizer) -> None:
-    """Give Adam the moments that it makes at its first update, zeros: a run that is stopped before it can continue."""
-    adam = optimizer.optimizer
-    if not isinstance(adam, torch.optim.AdamW | torch.optim.Adam):
-        optimizer.init_state_fn(adam, optimizer.config)
-        return
-    for group in adam.param_groups:
-        for p in group["params"]:
-            if not adam.state[p]:
-                zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                adam.state[p] = {"step": torch.tensor(0.0), **zeros}
-
-
-def _prepare_torch_adam(optimizer: DistributedOptimizer) -> None:
-    """Make megatron-core's distributed optimizer loadable with torch's AdamW (no Transformer Engine, no apex).
-
-    Its state_dict() expects an initialised state. And its load_state_dict gives all parameters one shared `step`
-    tensor, which every parameter's update then counts up: each gets its own here, before its moments are copied in.
-    """
-    if not isinstance(optimizer.optimizer, torch.optim.AdamW | torch.optim.Adam):
-        return
-    _begin_moments(optimizer)
-    original = optimizer._set_main_param_and_optimizer_states
-
-    def set_states(model_param, tensors):
-        group, order = optimizer.model_param_group_index_map[model_param]
-        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
-        if "step" in state:
-            state["step"] = state["step"].detach().clone()
-            tensors = {**tensors, "step": state["step"]}
-        return original(model_param, tensors)
-
-    optimizer._set_main_param_and_optimizer_states = set_states

@@ -38,12 +38,14 @@ def replay(tmp_path_factory) -> Path:
 
 def _main(rank, world_size, config, with_rewards=True):
     """Run the trainer; returns the text that it printed. Checkpoints are an older version's without `with_rewards`."""
-    from megatron_egrsd.engine import checkpoint
+    from megatron_egrsd.engine import training_state
     from megatron_egrsd.train import main
 
-    state = checkpoint._state
+    sharded = training_state.sharded
     if not with_rewards:
-        checkpoint._state = lambda *args, **kwargs: {k: v for k, v in state(*args, **kwargs).items() if k != "rewards"}
+        training_state.sharded = lambda *args, **kwargs: {
+            k: v for k, v in sharded(*args, **kwargs).items() if k != "rewards"
+        }
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         main(config)
     return printed.getvalue()
