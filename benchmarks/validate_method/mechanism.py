@@ -6,8 +6,12 @@ which come from the runs that kept their scores.
 
 import dataclasses
 import json
+import multiprocessing
 import random
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -18,9 +22,10 @@ from benchmarks.validate_method import plan
 from benchmarks.validate_method.run import DUMPED
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.config_reader import parse_config
+from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.egrsd import confidence
 from megatron_egrsd.objectives.interface import Tokens
-from megatron_egrsd.objectives.signal import History, advantages
+from megatron_egrsd.objectives.signal import History, advantages, shaped_rewards
 from megatron_egrsd.report.scored_dump import batch_weights, dumped_tokens, load_scores
 from megatron_egrsd.system.files import write_text
 from tools import make_tiny_model as tiny
@@ -54,16 +59,29 @@ class Sampled:
 
     problems: list[tiny.Steps]
     responses: list[list[int]]
-    rewards: torch.Tensor
+    rewards: list[float]
     cu_seqlens: torch.Tensor
 
 
 def sampled(model, problems: list[tiny.Steps]) -> Sampled:
     repeated = [p for p in problems for _ in range(GROUP)]
     responses = tiny.sample(model, [tiny.prompt_ids(p) for p in repeated])
-    rewards = torch.tensor([tiny.reward(r, p) for r, p in zip(responses, repeated, strict=True)])
+    rewards = [tiny.reward(r, p) for r, p in zip(responses, repeated, strict=True)]
     bounds = torch.tensor([0, *map(len, responses)]).cumsum(0, dtype=torch.int32)
     return Sampled(repeated, responses, rewards, bounds)
+
+
+def signal_of(batch: Sampled, objective: ObjectiveConfig) -> torch.Tensor:
+    """Return the advantage of each response after the warm-up, whitened by the statistics of the batch's own rewards.
+
+    They stand for those of earlier steps: at the initial weights these would have the same distribution.
+    """
+    pairs = zip(batch.rewards, batch.responses, strict=True)
+    scored = [SimpleNamespace(reward=reward, response_ids=ids) for reward, ids in pairs]
+    shaped = shaped_rewards(scored, objective, tiny.MAX_NEW_TOKENS)
+    groups = torch.arange(len(batch.problems)) // GROUP
+    history = History(steps=objective.advantage_warmup).after(shaped)
+    return advantages(torch.tensor(shaped), groups, objective, history)
 
 
 def family() -> dict[str, ObjectiveConfig]:
@@ -82,10 +100,8 @@ def measure(model_path: Path, wrong: bool) -> dict:
     student, _ = tiny.score(model, [tiny.prompt_ids(p) for p in batch.problems], batch.responses)
     prompts = [tiny.prompt_ids(p, r) for p, r in zip(batch.problems, references, strict=True)]
     teacher, entropy = tiny.score(model, prompts, batch.responses)
-    groups = torch.arange(len(batch.problems)) // GROUP
     members = family()
-    signal = advantages(batch.rewards, groups, members["grpo"], History())
-    signal = signal.repeat_interleave(batch.cu_seqlens.diff())
+    signal = signal_of(batch, members["grpo"]).repeat_interleave(batch.cu_seqlens.diff())
     scores = dict(teacher_log_prob=teacher, teacher_entropy=entropy, student_log_prob=student)
     tokens = Tokens(batch.cu_seqlens, signal, **scores)
     weights = {name: batch_weights(tokens, o, len(tiny.VOCABULARY)) for name, o in members.items()}
@@ -95,7 +111,7 @@ def measure(model_path: Path, wrong: bool) -> dict:
     columns |= {"uncertain": signal * (h > UNCERTAIN), "certain": signal * (h <= UNCERTAIN)}
     gates = weights["egrsd"]["gate"], weights["cl_egrsd"]["gate"]
     ahead = (1 - gates[1]) / members["cl_egrsd"].attenuation
-    # Uncertain tokens whose uncertainty is over within the lookahead (2 tokens), and those where it is sustained.
+    # Uncertain tokens whose uncertainty is over within the lookahead (3 tokens), and those where it is sustained.
     resolution = {"transient": (h > UNCERTAIN) & (ahead <= UNCERTAIN), "sustained": ahead > UNCERTAIN}
     means = {"h": h.numpy(), "egrsd": gates[0].numpy(), "cl_egrsd": gates[1].numpy()}
     return {
@@ -113,10 +129,6 @@ def _gradients(model, batch: Sampled, columns: dict[str, torch.Tensor]) -> dict[
     for first in range(0, len(batch.responses), GROUP):
         members = range(first, first + GROUP)
         here = slice(int(batch.cu_seqlens[first]), int(batch.cu_seqlens[first + GROUP]))
-        if not columns["grpo"][here].any():
-            for name in columns:
-                rows[name].append(torch.zeros(sum(p.numel() for p in parameters)))
-            continue
         prompts = [tiny.prompt_ids(batch.problems[i]) for i in members]
         scored = tiny.response_log_probs(model, prompts, [batch.responses[i] for i in members])
         log_prob = torch.cat([own for _, own in scored])
@@ -139,7 +151,7 @@ def _signal_and_noise(g: torch.Tensor) -> dict[str, float]:
 
 
 def entropies_over_training(run: Path, steps: tuple[int, ...]) -> list[dict[str, float]]:
-    """From kept scores: the quantile in nats, the share of uncertain tokens, and the mean gates, at single steps."""
+    """From kept scores: entropy scale in nats, share of uncertain tokens, and mean gates, at single steps."""
     members, rows = family(), []
     for step in steps:
         rollouts = load_scores(run / "scores" / f"step_{step:06d}.jsonl")
@@ -147,8 +159,8 @@ def entropies_over_training(run: Path, steps: tuple[int, ...]) -> list[dict[str,
         entropy, bounds = tokens.teacher_entropy, tokens.cu_seqlens
         h = torch.cat([torch.from_numpy(r.normalized_entropy) for r in rollouts])
         gates = {name: confidence(entropy, bounds, members[name]).gate.mean().item() for name in ("egrsd", "cl_egrsd")}
-        quantile = float(np.quantile(entropy.numpy(), members["cl_egrsd"].entropy_quantile))
-        rows.append({"step": step, "quantile": quantile, "uncertain": (h > UNCERTAIN).float().mean().item()} | gates)
+        numbers = {"scale": rollouts[0].entropy_scale, "uncertain": (h > UNCERTAIN).float().mean().item()}
+        rows.append({"step": step} | numbers | gates)
     return rows
 
 
@@ -159,14 +171,43 @@ def reading(model_path: Path) -> dict[str, float]:
     return tiny.measure(model, tiny.make_problems(random.Random(0))[1])
 
 
-def main(output: Path) -> None:
-    """Write `output`/mechanism.json."""
-    torch.set_num_threads(1)
-    models = {"tiny": Path("examples/tiny/model"), "doubting": Path("examples/validation/model")}
-    result = {"reading": {name: reading(path) for name, path in models.items()}}
-    cases = (("tiny", False), ("doubting", False), ("doubting", True))
-    result["initial"] = {f"{name}{'/wrong' * wrong}": measure(models[name], wrong) for name, wrong in cases}
-    result["training"] = {
-        name: entropies_over_training(output / "runs" / name / "seed-0", (1, 5, 10, 15, 20)) for name in sorted(DUMPED)
+_MODELS = {"tiny": Path("examples/tiny/model"), "doubting": Path("examples/validation/model")}
+_CASES = {"tiny": ("tiny", False), "doubting": ("doubting", False), "doubting/wrong": ("doubting", True)}
+_STEPS = (1, 5, 10, 15, 20)
+
+
+def main(output: Path, lanes: int) -> None:
+    """Write `output`/mechanism.json. Measurements of the initial weights are kept, and not repeated."""
+    tasks: dict[str, dict[str, tuple]] = {
+        "reading": {name: (reading, path) for name, path in _MODELS.items()},
+        "initial": {name: (measure, _MODELS[model], wrong) for name, (model, wrong) in _CASES.items()},
     }
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(lanes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = {
+            part: {name: pool.submit(_kept, output / "mechanism" / part / f"{name}.json", *task)
+                   for name, task in members.items()}
+            for part, members in tasks.items()
+        }  # fmt: skip
+        result = {part: {name: f.result() for name, f in members.items()} for part, members in futures.items()}
+    result["training"] = {}
+    for name in sorted(DUMPED):
+        try:
+            result["training"][name] = entropies_over_training(output / "runs" / name / "seed-0", _STEPS)
+        except BadArgument as error:  # the run has failed
+            print(f"no entropies over training: {error}", flush=True)
     write_text(output / "mechanism.json", json.dumps(result, indent=1))
+
+
+def _kept(path: Path, function: Callable, *arguments) -> dict:
+    """Return `function(*arguments)` from the file of an earlier call with the same objectives, else call it."""
+    settings = {name: dataclasses.asdict(objective) for name, objective in family().items()}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["objectives"] == settings:
+            return found["result"]
+    except (OSError, ValueError, KeyError):
+        pass
+    result = function(*arguments)
+    write_text(path, json.dumps({"objectives": settings, "result": result}, indent=1))
+    return result

@@ -7,22 +7,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.paired import difference
-from benchmarks.validate_method.plan import TITLES
+from benchmarks.validate_method.plan import DOUBTING, EVALUATED, TINY, TITLES
 from megatron_egrsd.report.figures import COLOURS
 from megatron_egrsd.system.files import atomic
 
-_PANELS = (("tiny", "tiny", ""), ("doubting", "doubting, right references", ""),
-           ("doubting", "doubting, half of the references wrong", "/wrong"))  # fmt: skip
+_PANELS = ((TINY, "tiny"), (DOUBTING, "doubting, half of the references wrong"))
 
 
 def save(rows: dict, path: Path) -> None:
     """`rows` as results.collect returns them; settings without two seeds are left out."""
-    figure = Figure(figsize=(11, 4), layout="constrained", dpi=110)
+    figure = Figure(figsize=(9, 4), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
-    for axes, (task, title, suffix) in zip(figure.subplots(1, 3), _PANELS, strict=True):
+    for axes, (task, title) in zip(figure.subplots(1, 2), _PANELS, strict=True):
         for index, (name, label) in enumerate(TITLES.items()):
-            setting = f"{task}/{name}" + ("" if name == "grpo" else suffix)
-            seeds = list(rows.get(setting, {}).values())
+            seeds = list(rows.get(f"{task}/{name}", {}).values())
             if len(seeds) > 1:
                 x, y = (difference(np.array([s[c] for s in seeds])) for c in ("length", "accuracy"))
                 error = {"xerr": [[x.mean - x.low], [x.high - x.mean]], "yerr": [[y.mean - y.low], [y.high - y.mean]]}
@@ -33,7 +31,7 @@ def save(rows: dict, path: Path) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     left, *_ = figure.axes
-    left.set_ylabel("held-out avg@8 after the last step")
+    left.set_ylabel(f"held-out avg@{EVALUATED} after the last step")
     labels = {
         label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
