@@ -80,6 +80,17 @@ def frozen_norms(arch: Architecture, tensor: int, h: int, b: int, place: Placeme
     return 0 if place.transformer_engine else b * (2 * h + heads_width)
 
 
+def frozen_inputs(arch: Architecture, tensor: int, h: int, b: int, lora: AdapterSpec) -> int:
+    """Return the bytes per token of the inputs that a layer keeps for gradients of frozen matrices without an adapter.
+
+    They are fc2's input, and of a mixture, whose experts have no adapter, fc1's too. Those of attention and of a dense
+    fc1 are kept by other operations, or as part of a norm, and are not counted here.
+    """
+    if not arch.num_experts:
+        return 0 if "down_proj" in lora.targets else b * arch.intermediate_size // tensor
+    return arch.experts_per_token * b * (arch.expert_intermediate_size // tensor + h)
+
+
 def _mlp(arch: Architecture, tensor: int, h: int, b: int, place: Placement) -> int:
     """Return SwiGLU's bytes per token: fc1's output, fc2's input; unfused (CPU) also SiLU's output and linear half."""
     rows = 3 if place.gpu else 5

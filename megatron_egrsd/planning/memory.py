@@ -25,6 +25,7 @@ from megatron_egrsd.planning.activations import (
     Placement,
     adapter_activations,
     divergence_head,
+    frozen_inputs,
     frozen_norms,
     layer_activations,
     layer_gradients,
@@ -227,6 +228,7 @@ class _Rank:
         if self.lora:
             layer += adapter_activations(self.parallel, b, self.lora)
             layer -= frozen_norms(self.arch, tensor, self.h, b, self.place)
+            layer -= frozen_inputs(self.arch, tensor, self.h, b, self.lora)
         return layer
 
     def resident(self, teacher: TeacherConfig, needs_teacher: bool, needs_reference: bool) -> dict[str, int]:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_egrsd.config import LoraConfig, ModelConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.config.lora import ATTENTION, TARGETS
 from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.hf.architecture import Architecture
@@ -114,6 +115,8 @@ LAYOUTS = {
     "LoRA recompute": (1, "bfloat16", {"recompute": True}, False, "frozen"),
     "LoRA PP2": (2, "bfloat16", {"pipeline": 2, "distributed_optimizer": True}, True, "frozen"),
     "LoRA CP2": (2, "float32", {"context": 2, "distributed_optimizer": True}, True, "ema"),
+    "LoRA of attention": (1, "float32", {}, True, "frozen"),
+    "LoRA experts EP2": (2, "bfloat16", {"expert": 2, "distributed_optimizer": True}, False, "frozen"),
     "LoRA DP2": (2, "bfloat16", {"distributed_optimizer": True}, False, "live"),
     "Qwen2 TP2 SP": (2, "bfloat16", {"tensor": 2, "sequence_parallel": True}, False, "frozen"),
     "Llama": (1, "float32", {}, True, "live"),
@@ -129,7 +132,7 @@ LAYOUTS = {
 SLOW = {
     "fp32, KL", "bf16, snapshot", "OPSD", "OPSD, moving average", "TP2", "TP2 SP", "TP2 PP2", "PP2", "CP2",
     "TP2, one key/value head", "SDPO, moving average",
-    "CP2 distributed optimizer", "LoRA recompute", "LoRA PP2", "LoRA CP2", "LoRA DP2",
+    "CP2 distributed optimizer", "LoRA of attention", "LoRA recompute", "LoRA PP2", "LoRA CP2", "LoRA DP2",
     "Llama, LoRA", "Qwen2 TP2 SP", "PP2 VPP2", "bf16, recompute", "bf16, moving average", "DP2 distributed optimizer",
 }  # fmt: skip
 
@@ -141,6 +144,7 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
     family = family if family in FAMILIES else "qwen3_moe" if "experts" in name else "qwen3"
     sizes = SIZES | (EXPERTS if "experts" in name else {}) | ({"num_key_value_heads": 1} if "one key" in name else {})
     model = make_model(tmp_path / "model", family, tied=tied, **sizes)
+    attention = "attention" in name or "experts" in name  # has the adapters alone
     rollouts = [
         dataclasses.replace(r, response_ids=r.response_ids * 8, rollout_log_probs=r.rollout_log_probs * 8)
         for r in made_up_rollouts()
@@ -154,7 +158,7 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
         model=ModelConfig(path=str(model), dtype=dtype),
         parallel=ParallelConfig(max_tokens_per_microbatch=1200, **parallel),
         teacher=TeacherConfig(weights=teacher),
-        lora=LoraConfig(rank=16 * ("LoRA" in name)),
+        lora=LoraConfig(rank=16 * ("LoRA" in name), targets=list(ATTENTION if attention else TARGETS)),
         max_log_prob_difference=100.0,  # the rollouts are made up
     )
     for rank, (resident, peak, tokens, stage) in enumerate(
