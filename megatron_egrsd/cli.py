@@ -10,9 +10,11 @@ import functools
 import importlib
 import io
 import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from megatron_egrsd.errors import BadArgument, Interrupted, Preempted, RunError
 from megatron_egrsd.system import torchrun
@@ -38,7 +40,8 @@ def main(argv: list[str] | None = None, name: str = "megatron-egrsd") -> int:
     """Run one command and return the exit status. `name` begins the line on stderr that says why a command failed."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        return _run(command, rest) or 0
+        with _interruptible():
+            return _run(command, rest) or 0
     except SystemExit as exit:  # argparse has printed the help
         return int(exit.code or 0)
     except Interrupted as reason:
@@ -61,6 +64,36 @@ def main(argv: list[str] | None = None, name: str = "megatron-egrsd") -> int:
         return _fail(name, sentence, 1)
     except KeyboardInterrupt as interrupt:
         return _fail(name, "; ".join(["interrupted", *interrupt.args]), 130)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt after a Ctrl-C also where torch or megatron-core have made another exception of it."""
+    # Another handler is the caller's own; a shell's background job ignores the signal; a thread cannot set a handler.
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _is_main_thread():
+        yield
+        return
+    interrupts: list[int] = []
+
+    def note(number, frame):
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except (BadArgument, Interrupted, Preempted, RunError):
+        raise
+    except Exception as error:
+        if not interrupts:
+            raise
+        raise KeyboardInterrupt from error
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _run(command: str, words: list[str]) -> int | None:

@@ -24,17 +24,8 @@ def initialize(config: ParallelConfig, seed: int, facts: Facts | None = None) ->
 
     NCCL if CUDA is available, else gloo. A process that torchrun did not start is a world of one. BadArgument, on
     every rank, if one has other `facts` (agreement.py) than the first rank: nothing has been built then. RunError if
-    another rank is out of reach.
+    torchrun has ended; what `lost_contact` recognises if another rank is out of reach.
     """
-    try:
-        return _initialize(config, seed, facts or {})
-    except RuntimeError as error:
-        if reason := lost_contact(error):
-            raise reason from error
-        raise
-
-
-def _initialize(config: ParallelConfig, seed: int, facts: Facts) -> torch.device:
     timeout = timedelta(seconds=config.timeout)
     if torch.cuda.is_available():
         device = torch.device("cuda", torchrun.local_rank())
@@ -51,7 +42,7 @@ def _initialize(config: ParallelConfig, seed: int, facts: Facts) -> torch.device
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    _check_agreement(facts)
+    _check_agreement(facts or {})
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,

@@ -49,7 +49,7 @@ class Preemption:
 
     def save_on_interrupt(self) -> None:
         """Let the first Ctrl-C stop the run as SIGTERM does, and the second end it. Until then the first ends it."""
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a shell's background job
             self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +37,27 @@ def test_train_and_dry_run(train):
     assert cli.main([*TRAIN, "--dry-run"]) == 0
     assert [name for name, _ in train.calls] == ["main", "plan"]
     assert train.calls[0][1].steps == 3
+
+
+@pytest.mark.parametrize("other", [ValueError("could not determine the shape"), RuntimeError("x"), OSError("y")])
+def test_a_ctrl_c_of_which_a_library_makes_another_exception_is_one(other, train, capsys):
+    def interrupted(config):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            raise other from None
+
+    def fails(config):
+        raise other
+
+    train.main = interrupted
+    assert cli.main(TRAIN) == 130
+    assert capsys.readouterr().err == "megatron-egrsd: error: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train.main = fails
+    with pytest.raises(type(other)):
+        cli.main(TRAIN)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import megatron_egrsd
 from megatron_egrsd.config import CheckpointConfig, Config, DataConfig, LoraConfig, ModelConfig, OptimizerConfig
-from megatron_egrsd.errors import BadArgument, Interrupted, Preempted
+from megatron_egrsd.engine import build
+from megatron_egrsd.errors import BadArgument, Interrupted, Preempted, RunError
 from megatron_egrsd.rollout.scratch import SHARED_LIST
 from megatron_egrsd.run import agreement
 from megatron_egrsd.run.preemption import Preemption
@@ -129,6 +131,21 @@ def test_the_first_ctrl_c_stops_the_run_as_sigterm_does_and_the_second_ends_it(c
         preemption.save_on_interrupt()
         os.kill(os.getpid(), signal.SIGTERM)
         stopped(preemption, Preempted)
+
+
+def test_a_rank_that_is_lost_while_the_engine_is_built_is_a_sentence(monkeypatch):
+    config = Config(ModelConfig("m"), DataConfig(train="d"))
+
+    def lost(*_, **__):
+        raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 10000ms for send operation")
+
+    monkeypatch.setattr(build, "Engine", lost)
+    with pytest.raises(RunError, match=r"rank 0 on .* lost contact to another rank.*Timed out waiting"):
+        build.build_engine(config, needs_teacher=False)
+    monkeypatch.setattr(build, "Engine", lambda *_, **__: torch.empty(1).reshape(2))
+    with pytest.raises(RuntimeError, match="shape") as found:
+        build.build_engine(config, needs_teacher=False)
+    assert not isinstance(found.value, RunError)
 
 
 def test_the_facts_of_a_run_do_not_need_the_packages_own_path(monkeypatch):
