@@ -1,4 +1,4 @@
-"""What the benchmarks share: functions timed in turn, Markdown tables, the load of the machine."""
+"""Share among the benchmarks: functions timed in turn, Markdown tables, the load of the machine."""
 
 import os
 import time

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What routing replay changes: log-probs of SGLang and engine apart, with its experts and with the engine's own.
+"""Measure what routing replay changes: log-probs of SGLang and engine, with its experts and with the engine's own.
 
     python -m benchmarks.routing_replay [--model DIR] [--dtype bfloat16] [--tokens 64]
 

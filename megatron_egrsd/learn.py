@@ -131,7 +131,7 @@ def _student(rollout: Rollout, arch: Architecture, replayed: bool) -> Sequence:
 
 
 def _teachers(rollouts: list[Rollout], objective: Objective) -> tuple[list[Sequence], list[Sequence], list[list[int]]]:
-    """What the teacher scores: each response after its first context, and after further ones if `objective` asks."""
+    """List what the teacher scores: each response after its first context, and after others if `objective` asks."""
     first, further, of = [], [], []
     for r in rollouts:
         prompts = r.teacher_prompts

@@ -51,7 +51,7 @@ LIMITS, PEAK = {"float32": 1e-4, "bfloat16": 0.05}, 0.1
 
 @dataclass(frozen=True)
 class Result:
-    """What one model did on this device.
+    """Hold what one model did on this device.
 
     `differences` are mean |log-prob - fp32 log-prob| in nats of each step, the first before any update. `seconds` is
     the median step; `planned` is that of the step-time model, 0 for a device that it does not know.

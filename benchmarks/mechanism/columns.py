@@ -1,4 +1,4 @@
-"""What the analyses read: the columns of scored dumps, as arrays over all response tokens."""
+"""Read what the analyses take: the columns of scored dumps, as arrays over all response tokens."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""What the teacher reads before each response, by the name of the context.
+"""Make what the teacher reads before each response, by the name of the context.
 
 template, answer, concise and sibling are those of `data.teacher_context`. Ours, to tell what a solution says from the
 fact that there is one: "other_solution", the template with the solution of another problem; "wrong_sibling", the
@@ -33,7 +33,7 @@ class TeacherContexts:
             self.siblings["wrong_sibling"].choose = lambda right, wrong: wrong[:1]
 
     def fits(self, problem: Problem) -> bool:
-        """Whether each prompt that can be built before sampling is neither too long nor holds a special token."""
+        """Return whether no prompt that can be built before sampling is too long or holds a special token."""
         try:
             self.template.build(problem)
             for builder in self.built.values():

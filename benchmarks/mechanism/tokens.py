@@ -86,7 +86,7 @@ def _role_of_word(word: str) -> str:
 
 
 def _calculates(text: str, place: int) -> bool:
-    """Whether the character, neither letter nor digit, is an operator or part of a number or an amount."""
+    """Return whether the character, neither letter nor digit, is an operator or part of a number or an amount."""
     sign, before, after = text[place], text[:place], text[place + 1 : place + 2]
     if sign in _OPERATORS | _MONEY:
         return True

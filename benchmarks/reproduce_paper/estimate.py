@@ -1,4 +1,4 @@
-"""What cells take before any of them runs: hours by the planner's time of a step, and bytes on disk.
+"""Estimate what cells take before any of them runs: hours by the planner's time of a step, and bytes on disk.
 
 No GPU has been timed; docs/measurements/scaling.md says what the time of a step is made of.
 """

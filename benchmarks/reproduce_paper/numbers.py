@@ -48,7 +48,7 @@ class Number:
 
     @property
     def differs(self) -> bool:
-        """Whether the interval leaves out the paper's number."""
+        """Return whether the interval leaves out the paper's number."""
         found = self.difference
         return found is not None and found.low is not None and not found.low <= 0 <= found.high
 

@@ -1,4 +1,4 @@
-"""What is run: models, settings, and the tables whose rows they fill.
+"""List what is run: models, settings, and the tables whose rows they fill.
 
 A setting is a method on a model; a cell is a setting with a seed, so one training and one evaluation.
 """

@@ -1,4 +1,4 @@
-"""Where the cells of one reproduction lie, and the two commands that make a cell."""
+"""Place the cells of one reproduction, and give the two commands that make a cell."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Where a run's metrics go, besides its console, metrics.jsonl and TensorBoard."""
+"""Choose where a run's metrics go, besides its console, metrics.jsonl and TensorBoard."""
 
 from dataclasses import dataclass, field
 from typing import Literal

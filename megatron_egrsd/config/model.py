@@ -137,5 +137,5 @@ class DataConfig:
 
     @property
     def reads_siblings(self) -> bool:
-        """Whether the teacher's contexts are made of rollouts, and can be built only when these are there."""
+        """Return whether the teacher's contexts are made of rollouts, and can be built only when these are there."""
         return self.teacher_context in SIBLINGS

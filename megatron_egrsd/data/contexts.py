@@ -1,4 +1,4 @@
-"""What the teacher reads: the conversation that it answers in place of the student's, chosen by `data.teacher_context`.
+"""Make what the teacher reads: the turns that it answers in place of the student's, chosen by `data.teacher_context`.
 
 A context is a function of a problem and of the turns that the student reads, and returns the teacher's turns. The last
 is one of the user. docs/guides/data.md shows one in a file of its own.

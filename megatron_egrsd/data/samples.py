@@ -66,7 +66,7 @@ class Rollout:
 
     @property
     def teacher_prompts(self) -> list[list[int]]:
-        """What the teacher reads before the response: one prompt or more; the student's own if nothing else serves."""
+        """Return the teacher's prompts before the response, one or more; the student's own if nothing else serves."""
         return self.contexts or [self.prompt.teacher_ids or self.prompt.student_ids]
 
     @property

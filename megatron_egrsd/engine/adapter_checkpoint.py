@@ -1,4 +1,4 @@
-"""What a checkpoint holds of an adapter: its tensors by PEFT name, its form, and the hash of the weights below it."""
+"""Store an adapter in a checkpoint: its tensors by PEFT name, its form, and the hash of the weights below it."""
 
 from functools import lru_cache
 from pathlib import Path

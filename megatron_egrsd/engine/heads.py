@@ -1,4 +1,4 @@
-"""What the last pipeline stage computes at the response tokens of a micro-batch: scores, and a teacher's divergence.
+"""Compute on the last pipeline stage, at the response tokens of a micro-batch: scores, and a teacher's divergence.
 
 A head gets the hidden states [r, D] of the rows that predict this context-parallel rank's r response tokens, the shard
 of the LM head [V / TP, D] and the micro-batch, and returns one row of [r] for each of its results.

@@ -111,7 +111,7 @@ class Objective:
 
     @property
     def has_policy_loss(self) -> bool:
-        """Whether the objective weighs log-probs of sampled tokens: whether it defines `weight`."""
+        """Return whether the objective weighs log-probs of sampled tokens: whether it defines `weight`."""
         return type(self).weight is not Objective.weight
 
     def metrics(self, tokens: Tokens) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What a run would read: `megatron-egrsd doctor MODEL DATA`. No weights are loaded, and nothing is started."""
+"""Show what a run would read: `megatron-egrsd doctor MODEL DATA`. No weights are loaded, and nothing is started."""
 
 import difflib
 import re

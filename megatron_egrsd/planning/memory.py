@@ -71,7 +71,7 @@ _TOP_K_BACKWARD, _TOP_K_READING, _TOP_K_VALUE = 33, 100, 131
 
 @dataclass(frozen=True)
 class HeldTeacher:
-    """What a divergence from the teacher holds on the last stage from the teacher's pass to the end of the step.
+    """Count what a divergence from the teacher holds on the last stage from the teacher's pass to the end of the step.
 
     Args:
         tokens: Response tokens of the rollouts of a rank, whose hidden states are held.
@@ -232,7 +232,7 @@ class _Rank:
         return layer
 
     def resident(self, teacher: TeacherConfig, needs_teacher: bool, needs_reference: bool) -> dict[str, int]:
-        """Weights, gradients, optimizer, the teacher's weights and the initial ones."""
+        """Return weights, gradients, optimizer, the teacher's weights and the initial ones."""
         frozen, stage_ranks = _numel(self.chunks) * self.b, self.world_size // self.parallel.pipeline
         resident = {"frozen weights": frozen} if self.lora else {}
         resident |= _trained(self.trained, self.parallel, stage_ranks, self.b, "adapters" if self.lora else "weights")
@@ -247,7 +247,7 @@ class _Rank:
         return resident
 
     def activations(self) -> dict[str, int]:
-        """What the layers keep of the micro-batches in flight."""
+        """Return what the layers keep of the micro-batches in flight."""
         parallel, in_flight = self.parallel, self.parallel.pipeline - self.stage  # 1F1B: forward passes of a stage
         if parallel.interleaved:  # counted in chunks: megatron-core's warm-up and one more
             in_flight = 2 * (in_flight - 1) + (parallel.virtual_pipeline - 1) * parallel.pipeline + 1
@@ -264,7 +264,7 @@ class _Rank:
         return activations
 
     def training_phases(self, teacher: TeacherConfig, held: HeldTeacher | None) -> dict[str, dict[str, int]]:
-        """What the passes of an update add, and its optimizer step."""
+        """Return what the passes of an update add, and its optimizer step."""
         arch, parallel, b, tokens = self.arch, self.parallel, self.b, self.tokens
         activations = self.activations()
         backward = {"gradients of activations": tokens * layer_gradients(arch, parallel.tensor, self.h, b, self.place)}
@@ -298,7 +298,7 @@ class _Rank:
         return head | {"final norm": tokens * (kept + gathered)}, reading
 
     def held_states(self, held: HeldTeacher) -> dict[str, int]:
-        """What the last stage holds of the teacher for a divergence, through all phases."""
+        """Return what the last stage holds of the teacher for a divergence, through all phases."""
         states = {"teacher's hidden states": held.tokens * self.arch.hidden_size * self.b}
         if held.copies_weight:
             columns = self.arch.padded_vocab_size(self.parallel.tensor) // self.parallel.tensor

@@ -164,7 +164,7 @@ class LiveRollouts:
 
 
 class _WithoutServers:
-    """What a source has in place of servers: nothing to evaluate with, and nobody who takes weights."""
+    """Stand in for servers: nothing to evaluate with, and nobody who takes weights."""
 
     def __init__(self) -> None:
         self.placement: Placement = Separate(None)

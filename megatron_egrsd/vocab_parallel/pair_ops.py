@@ -27,12 +27,12 @@ class Form(NamedTuple):
 
     @property
     def second_reading(self) -> bool:
-        """Whether the value needs the normalised probabilities, and so a second reading of both tensors."""
+        """Return whether the value needs the normalised probabilities, and so a second reading of both tensors."""
         return self.kind == "jsd" or self.limit < math.inf
 
     @property
     def student_first(self) -> bool:
-        """Whether the first reading takes KL(student || teacher)."""
+        """Return whether the first reading takes KL(student || teacher)."""
         return self.kind == "reverse_kl" and not self.second_reading
 
     @property

@@ -19,7 +19,7 @@ _SMALLEST_TAIL = 1e-7  # the resolution of a normalised fp32 probability
 
 
 class Coefficients(NamedTuple):
-    """What the gradient needs: of a column j outside the k it is -q_j C, of column j among them c_j - q_j C.
+    """Hold what the gradient needs: of a column j outside the k it is -q_j C, of column j among them c_j - q_j C.
 
     c_j is the derivative of the value with respect to ln q_j, the rest's probability being a function of all of them,
     and C is the sum of all c_j.

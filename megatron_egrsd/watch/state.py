@@ -53,7 +53,7 @@ def shade(weight: float, scale: float) -> int:
 
 @dataclass(frozen=True)
 class State:
-    """What is known of a run. `written` is the time of its last sign of life, in seconds since 1970."""
+    """Hold what is known of a run. `written` is the time of its last sign of life, in seconds since 1970."""
 
     run: Run
     stage: Stage
