@@ -140,7 +140,9 @@ def assert_same_training(got, expected, rtol=1e-5):
         for name in a:
             if name.startswith("time/") or name in ("batch/micro_batches",):
                 continue
-            assert a[name] == pytest.approx(b[name], rel=rtol, abs=rtol * 1e-2), f"step {step}: {name}"
+            # The policy loss is the mean of terms of about one nat that have both signs, and may be a hundredth of that.
+            least = rtol * (0.1 if name == "loss/policy" else 1e-2)
+            assert a[name] == pytest.approx(b[name], rel=rtol, abs=least), f"step {step}: {name}"
     for name, weight in expected[1].items():
         difference = (got[1][name] - weight).norm() / weight.norm()
         assert difference < rtol * (100 if ".lora_" in name else 1), f"{name}: relative difference {difference:.1e}"
