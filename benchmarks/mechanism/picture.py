@@ -30,6 +30,7 @@ def _deciles(figure: Figure, cell, own: dict[str, Any]) -> None:
     axes.bar(range(1, 11), own["gap"], color=_PALE, width=0.7, label="this model")
     axes.plot([1, 10], PAPER_GAP, "D", color=COLOURS[1], label="paper (first, last)")
     axes.set_yscale("log")
+    axes.set_ylim(1e-3, 1)
     axes.set_xlabel("decile of teacher entropy")
     axes.legend(frameon=False, fontsize=8)
     entitle(axes, "mean |log p_T − log p_S|, nats")
@@ -54,7 +55,7 @@ def _regimes(figure: Figure, cell, own: dict[str, Any]) -> None:
     axes.set_xticks(places, REGIMES)
     axes.margins(y=0.15)
     axes.legend(frameon=False, fontsize=8)
-    entitle(axes, "regimes, % of tokens; on the bars, weight restored")
+    entitle(axes, "regimes, % of tokens (weight restored)")
 
 
 def _kinds(figure: Figure, cell, kinds: dict[str, dict[str, float]]) -> None:
