@@ -36,7 +36,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
         model = Path(scratch, "model")
-        make_model(model, num_hidden_layers=arguments.layers)
+        make_model(model, trainable=True, num_hidden_layers=arguments.layers)
         config, rollouts = config_of(model, rank=0), made_up_rollouts(arguments.tokens)
         stalls: dict[bool, list[float]] = {False: [], True: []}
         with build_engine(config, needs_teacher=False) as engine:

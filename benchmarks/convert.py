@@ -36,8 +36,11 @@ QWEN3_06B = {
 CONVERSIONS = {"to-megatron": ("hf", "megatron"), "to-hf": ("megatron", "again"), "verify": ("hf", "megatron")}
 
 
-def make_model(path: Path, **changes) -> int:
-    """Write random bf16 weights of that shape to `path`; returns their bytes."""
+def make_model(path: Path, *, trainable: bool = False, **changes) -> int:
+    """Write random bf16 weights of that shape to `path`; returns their bytes.
+
+    They are all values of bf16, nan and infinities among them; small ones if the model is to be `trainable`.
+    """
     import torch
 
     from megatron_egrsd.hf.architecture import Architecture
@@ -50,8 +53,11 @@ def make_model(path: Path, **changes) -> int:
     writer = SafetensorsWriter(path, shapes, torch.bfloat16)
     for seed, (name, shape) in enumerate(shapes.items()):
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randint(-(2**15), 2**15, shape, generator=generator, dtype=torch.int16)
-        writer.write(name, noise.view(torch.bfloat16))
+        if trainable:
+            weights = (0.02 * torch.randn(shape, generator=generator)).bfloat16()
+        else:
+            weights = torch.randint(-(2**15), 2**15, shape, generator=generator, dtype=torch.int16).view(torch.bfloat16)
+        writer.write(name, weights)
     writer.finish()
     return size(path, "*.safetensors")
 
