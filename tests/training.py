@@ -140,7 +140,7 @@ def assert_same_training(got, expected, rtol=1e-5):
         for name in a:
             if name.startswith("time/") or name in ("batch/micro_batches",):
                 continue
-            # The policy loss is the mean of terms of about one nat that have both signs, and may be a hundredth of that.
+            # The policy loss is the mean of terms of about one nat, of both signs, and may be a hundredth of that.
             least = rtol * (0.1 if name == "loss/policy" else 1e-2)
             assert a[name] == pytest.approx(b[name], rel=rtol, abs=least), f"step {step}: {name}"
     for name, weight in expected[1].items():
