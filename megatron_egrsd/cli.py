@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None, name: str = "megatron-egrsd") -> int:
 def _interruptible() -> Iterator[None]:
     """Raise KeyboardInterrupt after a Ctrl-C also where torch or megatron-core have made another exception of it."""
     # Another handler is the caller's own; a shell's background job ignores the signal; a thread cannot set a handler.
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _is_main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     interrupts: list[int] = []
@@ -90,10 +91,6 @@ def _interruptible() -> Iterator[None]:
         raise KeyboardInterrupt from error
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _is_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def _run(command: str, words: list[str]) -> int | None:
