@@ -137,11 +137,15 @@ def _renamed(tree: Any) -> Any:
 
 
 def preset_keys(name: str) -> dict[str, Any]:
-    """Return the configuration keys that the preset `name` sets, with their values; BadArgument if there is none."""
+    """Return the keys that the preset `name` sets, with their values: all of `objective`, and some of other sections.
+
+    BadArgument if there is no such preset.
+    """
     table = presets()
     if name not in table:
         raise BadArgument(f"objective.preset is {name!r}; the presets are {', '.join(table)}")
-    return {"objective.preset": name} | table[name]
+    defaults = {f"objective.{key}": value for key, value in vars(ObjectiveConfig()).items()}
+    return defaults | table[name] | {"objective.preset": name}
 
 
 def preset_objective(name: str, **overrides: Any) -> ObjectiveConfig:

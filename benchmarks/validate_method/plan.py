@@ -24,10 +24,17 @@ def _words(section: str, **values: object) -> tuple[str, ...]:
 
 
 _objective, _teacher, _rollout = (partial(_words, section) for section in ("objective", "teacher", "rollout"))
+
+
+def _preset(name: str, **values: object) -> tuple[str, ...]:
+    """Return the words of a preset with the warm-up of CONFIG, which a preset behind CONFIG resets."""
+    return _objective(preset=name, advantage_warmup=5, **values)
+
+
 # The paper's GRPO shares its trainer: running advantage of the shaped reward, one rollout a prompt, REINFORCE.
-_GRPO = (*_objective(preset="grpo", advantage="running", length_bonus=0.5, loss="reinforce"),
+_GRPO = (*_preset("grpo", advantage="running", length_bonus=0.5, loss="reinforce"),
          *_rollout(rollouts_per_prompt=1))  # fmt: skip
-FAMILY = {"grpo": _GRPO} | {name: _objective(preset=name) for name in ("gate_off", "egrsd", "cl_egrsd")}
+FAMILY = {"grpo": _GRPO} | {name: _preset(name) for name in ("gate_off", "egrsd", "cl_egrsd")}
 TITLES = {"grpo": "GRPO", "gate_off": "EGRSD without gate", "egrsd": "EGRSD", "cl_egrsd": "CL-EGRSD"}
 
 TINY, DOUBTING = "tiny", "doubting/wrong"
@@ -39,9 +46,9 @@ _MAIN_SEEDS, _SEEDS = 14, 8  # power.py and docs/measurements/results.md say why
 # CL-EGRSD's or EGRSD's words with others behind them, by the number of the hypothesis. The paper's EMA 0.99 and its
 # copies every 20 of 100 steps are scaled to runs of a fifth of its length.
 _CHANGED = {
-    "egrsd, gamma 1": _objective(preset="egrsd", attenuation=1),  # 2
-    "cl_egrsd, W 5": _objective(preset="cl_egrsd", lookahead=5),
-    "cl_egrsd, gamma 1, W 5": _objective(preset="cl_egrsd", attenuation=1, lookahead=5),
+    "egrsd, gamma 1": _preset("egrsd", attenuation=1),  # 2
+    "cl_egrsd, W 5": _preset("cl_egrsd", lookahead=5),
+    "cl_egrsd, gamma 1, W 5": _preset("cl_egrsd", attenuation=1, lookahead=5),
     "cl_egrsd, live teacher": _teacher(weights="live"),  # 3
     "cl_egrsd, EMA teacher": _teacher(weights="ema", ema_decay=0.95),
     "cl_egrsd, snapshot teacher": _teacher(weights="snapshot", snapshot_every=4),

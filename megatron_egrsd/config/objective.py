@@ -14,8 +14,8 @@ class ObjectiveConfig:
 
     Args:
         preset: An objective by its name: egrsd, cl_egrsd, gate_off, grpo, opsd, crisp, sft, rlcsd, sdpo, srpo, antisd
-            or rlsd (objectives/presets.py). It sets the keys that make it one; any key that is given beside it
-            overrides it.
+            or rlsd (objectives/presets.py). It sets every key of this section, and those of others that make it one;
+            any key that is given beside it overrides it.
         mix: Share of the likelihood ratio in the magnitude, in [0, 1] (lam of RLSD; 1 in EGRSD).
         mix_decay_steps: Steps over which `mix` falls linearly to 0; 0 keeps it (RLSD).
         ratio_clip: The ratio is clipped to [1 - ratio_clip, 1 + ratio_clip] (eps; eq. 2).

@@ -1,22 +1,11 @@
-"""The objectives by name: `--objective.preset NAME`. Any key that is given beside it overrides it."""
+"""The objectives by name: `--objective.preset NAME`. Any key that is given beside it overrides it.
+
+A preset is a whole objective: the defaults of `ObjectiveConfig`, which are the paper's CL-EGRSD, and over them its row.
+"""
 
 # The paper's own comparison (arXiv 2605.13255, section 5): one direction, one loss; magnitude and gate differ.
 _PAPER: dict[str, object] = {
-    "objective.function": "",
-    "objective.options": {},
-    "objective.advantage": "running",
-    "objective.length_bonus": 0.5,
-    "objective.mix": 1.0,
-    "objective.mix_decay_steps": 0,
-    "objective.ratio_clip": 0.2,
-    "objective.attenuation": 0.3,
-    "objective.gate_floor": 0.1,
-    "objective.entropy_normalization": "batch_max",
-    "objective.entropy_floor": 1.0,
     "objective.lookahead": 0,
-    "objective.loss": "reinforce",
-    "objective.loss_normalization": "token_mean",
-    "objective.importance_cap": None,
     "teacher.weights": "frozen",
     "data.teacher_context": "template",
     "rollout.rollouts_per_prompt": 1,
@@ -24,7 +13,7 @@ _PAPER: dict[str, object] = {
 _GROUPS = {"objective.advantage": "group", "objective.length_bonus": 0.0, "rollout.rollouts_per_prompt": 8}
 # SGLang reports the probabilities before a restriction of sampling, which the importance weight would miss.
 _CAPPED = {"objective.importance_cap": 2.0, "rollout.top_p": 1.0, "rollout.top_k": 0}
-_UNGATED = {"objective.attenuation": 0.0, "objective.lookahead": 0}
+_UNGATED = {"objective.attenuation": 0.0}
 # No reward, no weights of sampled tokens: a divergence from the teacher at every token of every rollout.
 _DISTILLATION = {
     "objective.function": "megatron_egrsd.objectives.distillation:Distillation",
@@ -113,5 +102,5 @@ _PRESETS = {
 
 
 def presets() -> dict[str, dict[str, object]]:
-    """Return the configuration keys that each preset sets, with their values, by the preset's name."""
+    """Return the keys in which each preset differs from the defaults of `objective`, and its keys of other sections."""
     return {name: dict(keys) for name, keys in _PRESETS.items()}

@@ -26,11 +26,11 @@ NAMES = {
 def family(objective: ObjectiveConfig) -> dict[str, ObjectiveConfig]:
     """Return GRPO, EGRSD without gate, EGRSD and CL-EGRSD with the settings of `objective`.
 
-    A key that `objective` has switched off takes the value of the preset CL-EGRSD. The signal is the run's own.
+    A key that `objective` has switched off takes its default, that of CL-EGRSD. The signal is the run's own.
     """
-    default = presets()["cl_egrsd"]
+    default = ObjectiveConfig()
     switches: dict[str, Any] = {
-        name: getattr(objective, name) or default[f"objective.{name}"] for name in ("mix", "attenuation", "lookahead")
+        name: getattr(objective, name) or getattr(default, name) for name in ("mix", "attenuation", "lookahead")
     }
     full = replace(objective, preset="", function="", options={}, **switches)
     return {

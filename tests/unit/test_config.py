@@ -236,6 +236,24 @@ def test_a_preset_sets_what_makes_it_one_and_any_key_beside_it_overrides_it(name
     assert {key: value(got, key) for key in PRESETS[name]} == PRESETS[name]
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_on_the_command_line_leaves_nothing_of_the_files_objective(name, tmp_path):
+    others = {"preset": "opsd", "advantage": "outcome", "entropy_normalization": "log_vocab", "loss": "ppo",
+              "loss_normalization": "fixed", "advantage_std": False, "function": "f.py:F", "options": {"a": 1},
+              "importance_cap": 3.0, "score_temperature": 0.5, "mix_decay_steps": 7}  # fmt: skip
+    default = ObjectiveConfig()
+    others |= {
+        key: value + 1 if isinstance(value, int) else value / 2 + 0.125
+        for key, value in vars(default).items()
+        if key not in others
+    }
+    assert all(others[key] != value for key, value in vars(default).items())
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"objective": others}))
+    config = parse_config([*BASE, "--config", str(file), "--objective.preset", name])
+    assert config.objective == preset_objective(name)
+
+
 @pytest.mark.parametrize("file", sorted(Path("examples/configs").glob("qwen3_*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_takes_the_place_of_the_examples_objective(name, file):
