@@ -8,7 +8,7 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from megatron_egrsd.rewards.normal_form import NAME, normalize, number
+from megatron_egrsd.rewards.normal_form import NAME, normalize, number, without_separators
 from megatron_egrsd.rewards.quantities import other_quantity
 from megatron_egrsd.rewards.verifier import GaveUp, algebra_equal
 
@@ -42,9 +42,16 @@ def equal(gold: str, answer: str) -> bool:
         return verdict
     try:
         verdict = _choices_with_texts(gold, answer)
-        return _equal(normalize(gold), normalize(answer)) if verdict is None else verdict
+        return _same(gold, answer) if verdict is None else verdict
     except (GaveUp, RecursionError):
         return False
+
+
+def _same(gold: str, answer: str) -> bool:
+    """Normalise and compare, then without thousands separators: 60,120 may be 60, 120, and 10, 000 be 10,000."""
+    wanted, given = normalize(gold), normalize(answer)
+    whole = without_separators(wanted), without_separators(given)
+    return _equal(wanted, given) or (whole != (wanted, given) and _equal(*whole))
 
 
 def _equal(gold: str, answer: str) -> bool:
@@ -85,11 +92,11 @@ def _choices_with_texts(gold: str, answer: str) -> bool | None:
     letter, text = (_letter(named), _text_of(named)) if named else ("", gold)
     other_letter, other_text = (_letter(given), _text_of(given)) if given else ("", answer)
     if named and given:
-        return letter == other_letter and _equal(normalize(text), normalize(other_text))
+        return letter == other_letter and _same(text, other_text)
     lone = normalize(other_text if named else text)
     if re.fullmatch("[a-j]", lone):
         return lone == (letter or other_letter).lower()
-    return _equal(normalize(text), normalize(other_text)) or _equal(normalize(gold), normalize(answer))
+    return _same(text, other_text) or _same(gold, answer)
 
 
 def _letter(choice: re.Match) -> str:

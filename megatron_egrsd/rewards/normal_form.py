@@ -98,8 +98,7 @@ def normalize(answer: str) -> str:
     for pattern, replacement in _SPELLINGS:
         s = pattern.sub(replacement, s)
     s = without_currency(re.sub(r"\s+", " ", s)).strip()
-    if re.fullmatch(r"-?\d{1,3}(?:[, ] ?\d{3})+(?:\.\d+)?(?!\d)[^,\d]*", s):
-        s = re.sub(r"(?<=\d)[, ] ?(?=\d{3}(?!\d))", "", s)
+    s = without_separators(s)
     for pattern, name in _NOTHING:
         if pattern.fullmatch(s):
             return name
@@ -115,6 +114,13 @@ def normalize(answer: str) -> str:
         s = re.sub(r"(?<![\w.^_{}/])(?<!sqrt )(\d+)/(\d+)(?![a-hj-zA-Z\d_./({^])", r"\\frac{\1}{\2}", s)
     # Spaces have a meaning between words and letters, and in 1 2/3.
     return re.sub(r"(?<![a-zA-Z]) (?!\d+/\d)| (?![a-zA-Z\d])", "", s).rstrip(".")
+
+
+def without_separators(text: str) -> str:
+    """Return 60,120 or 60 120 as 60120; 60, 120 are two items."""
+    if not re.fullmatch(r"-?\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?(?!\d)[^,\d]*", text):
+        return text
+    return re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", text)
 
 
 def number(text: str) -> Fraction | None:
