@@ -16,8 +16,8 @@ def template(name: str, directory: Path = TEMPLATES) -> jinja2.Template:
     return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(name)
 
 
-def script(name: str) -> dict[str, str]:
-    """Return a script of the package as variables of a template: itself, and the hash by which the page allows it."""
-    text = (TEMPLATES / name).read_text(encoding="utf-8")
+def script(name: str, directory: Path = TEMPLATES) -> dict[str, str]:
+    """Return a script of `directory` as variables of a template: itself, and the hash by which the page allows it."""
+    text = (directory / name).read_text(encoding="utf-8")
     digest = hashlib.sha256(text.encode()).digest()
     return {"script": Markup(text), "script_hash": base64.b64encode(digest).decode()}

@@ -14,6 +14,7 @@ from megatron_egrsd.run.step_line import StepLine, duration, show
 from megatron_egrsd.system.files import write_text
 from megatron_egrsd.watch.state import State
 
+_TEMPLATES = Path(__file__).parent / "templates"
 _TILES = {
     "accuracy": ("accuracy", ".1%"),
     "reward/mean": ("reward", ".3f"),
@@ -58,7 +59,7 @@ def _html(state: State, sections: list, every: float, error: str) -> str:
     times = state.seconds
     rows = state.run.steps[-_LINES:]
     weights = [f"{w:+.3f}".replace("-", "−") for w in sample.weights] if sample and sample.weights else None
-    return template("watch.html").render(
+    return template("watch.html", _TEMPLATES).render(
         state=state,
         total=total,
         share=min(1.0, state.step / total) if total else 0.0,
@@ -74,7 +75,7 @@ def _html(state: State, sections: list, every: float, error: str) -> str:
         else [],
         header=lines.header(),
         lines=[lines.line(row["step"], row, times[: len(times) - back]) for back, row in enumerate(reversed(rows))],
-        **script("watch.js"),
+        **script("watch.js", _TEMPLATES),
     )
 
 
