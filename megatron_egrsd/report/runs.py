@@ -55,7 +55,7 @@ def read_run(path: Path, name: str = "", begun: bool = True) -> Run:
         try:
             row = json.loads(line)
             step = int(row["step"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             if number == len(lines) and not text.endswith("\n"):
                 break
             raise BadArgument(f"{file} line {number} is not JSON with a step; remove the line") from None

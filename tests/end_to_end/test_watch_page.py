@@ -54,6 +54,7 @@ def test_the_page_loads_itself_again_and_keeps_its_place(watched, open_page):
 def test_a_page_that_nothing_writes_any_more_says_so(watched, open_page):
     _, reader, page = watched
     shown = open_page(page.path, paused=True)
+    assert shown.evaluate("[59.6, 119.7, 3599.8].map(duration)") == ["1m00s", "2m00s", "1h00m"]
     stale = shown.locator(".stale")
     assert not stale.is_visible()
     shown.evaluate("document.getSelection().selectAllChildren(document.querySelector('h1'))")  # so it is not reloaded

@@ -106,6 +106,7 @@ def test_a_file_that_has_not_changed_is_not_read_again(tmp_path):
         (lambda p: (p / "x").mkdir(parents=True), "neither config.yaml nor metrics.jsonl$"),
         (lambda p: make_run(p / "mine"), "it holds the runs mine: give one"),
         (lambda p: p.mkdir() or (p / "metrics.jsonl").write_text("no\n"), "line 1 is not JSON"),
+        (lambda p: p.mkdir() or (p / "metrics.jsonl").write_text('{"step": 1e999}\n'), "line 1 is not JSON"),
     ],
 )
 def test_what_is_no_run_is_one_sentence(make, reason, tmp_path):

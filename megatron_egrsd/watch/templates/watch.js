@@ -3,10 +3,11 @@
 const { every, written, life } = document.body.dataset;
 const opened = Date.now();
 
-function duration(seconds) {
+function duration(exact) {
+  const seconds = Math.round(exact);
   const minutes = Math.floor(seconds / 60);
   if (minutes >= 60) return `${Math.floor(minutes / 60)}h${String(minutes % 60).padStart(2, "0")}m`;
-  return minutes ? `${minutes}m${String(Math.round(seconds % 60)).padStart(2, "0")}s` : `${Math.round(seconds)}s`;
+  return minutes ? `${minutes}m${String(seconds % 60).padStart(2, "0")}s` : `${seconds}s`;
 }
 
 function tick() {
