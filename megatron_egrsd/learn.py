@@ -367,7 +367,7 @@ def rollout_metrics(rollouts: list[Rollout], rewards: list[float], advantage: li
         "reward/mean": sum(r.reward for r in rollouts) / n,
         "reward/shaped": sum(rewards) / n,
         "reward/failed": float(sum(bool(r.reward_error) for r in rollouts)),
-        "accuracy": sum(r.reward > 0.5 for r in rollouts) / n,
+        "accuracy": sum(r.right for r in rollouts) / n,
         "response/length": sum(lengths) / n,
         "response/truncated": sum(r.finish_reason == "length" for r in rollouts) / n,
         "batch/tokens": float(sum(lengths)),

@@ -61,7 +61,7 @@ def columns(dumps: list[list[ScoredRollout]]) -> Columns:
     return Columns(
         keys=_keys(rollouts),
         lengths=lengths,
-        right=np.array([r.reward > 0.5 for r in rollouts]),
+        right=np.array([r.right for r in rollouts]),
         problem=np.repeat([numbers[name] for name in names], lengths),
         position=joined(np.arange(n) / max(n - 1, 1) for n in lengths),
         direction=joined(np.sign(own.advantage) for own in tokens),

@@ -77,7 +77,7 @@ def signal_of(batch: Sampled, objective: ObjectiveConfig) -> torch.Tensor:
     They stand for those of earlier steps: at the initial weights these would have the same distribution.
     """
     pairs = zip(batch.rewards, batch.responses, strict=True)
-    scored = [SimpleNamespace(reward=reward, response_ids=ids) for reward, ids in pairs]
+    scored = [SimpleNamespace(reward=reward, right=reward > 0.5, response_ids=ids) for reward, ids in pairs]
     shaped = shaped_rewards(scored, objective, tiny.MAX_NEW_TOKENS)
     groups = torch.arange(len(batch.problems)) // GROUP
     history = History(steps=objective.advantage_warmup).after(shaped)

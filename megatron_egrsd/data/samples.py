@@ -65,6 +65,10 @@ class Rollout:
     routes: bytes = b""
 
     @property
+    def right(self) -> bool:
+        return self.reward > 0.5
+
+    @property
     def teacher_prompts(self) -> list[list[int]]:
         """Return the teacher's prompts before the response, one or more; the student's own if nothing else serves."""
         return self.contexts or [self.prompt.teacher_ids or self.prompt.student_ids]

@@ -43,8 +43,8 @@ class SiblingContexts:
             prompts = {number: self._prompt(rollouts[number]) for number in members}
             for place, number in enumerate(members):
                 others = [i for i in members[place + 1 :] + members[:place] if prompts[i] is not None]
-                right = [i for i in others if rollouts[i].reward > 0.5]
-                wrong = [i for i in others if rollouts[i].reward <= 0.5]
+                right = [i for i in others if rollouts[i].right]
+                wrong = [i for i in others if not rollouts[i].right]
                 contexts = [prompts[i] or [] for i in self.choose(right, wrong)]
                 result[number] = replace(rollouts[number], contexts=contexts)
         return result
@@ -55,7 +55,7 @@ class SiblingContexts:
             return None
         found = boxes(sibling.text)
         problem = sibling.prompt.problem
-        answer = found[-1].content if found else problem.answer if sibling.reward > 0.5 else ""
+        answer = found[-1].content if found else problem.answer if sibling.right else ""
         told = replace(problem, solution=sibling.text, answer=answer, teacher_turns=[])
         if not answer and "{answer}" in str(self.builder.config.teacher_template):
             return None

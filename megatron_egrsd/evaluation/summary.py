@@ -140,7 +140,7 @@ def _ratio(numerators: np.ndarray, denominators: np.ndarray, resamples: np.ndarr
 
 def summarize_rollouts(rollouts: list[Rollout]) -> dict[str, float]:
     """Compute avg@k with its 95 % interval, pass@k, response length in tokens and the share of truncated responses."""
-    samples = [Sample(r.group, r.reward > 0.5, len(r.response_ids), r.finish_reason == "length") for r in rollouts]
+    samples = [Sample(r.group, r.right, len(r.response_ids), r.finish_reason == "length") for r in rollouts]
     groups = by_problem(samples)
     lengths = [s.length for s in samples]
     estimate = accuracy(samples)

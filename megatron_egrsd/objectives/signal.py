@@ -55,9 +55,7 @@ def shaped_rewards(rollouts: "list[Rollout]", config: "ObjectiveConfig", max_res
     is `max_response_tokens`.
     """
     return [
-        r.reward * (1 + config.length_bonus * (1 - len(r.response_ids) / max_response_tokens))
-        if r.reward > 0.5
-        else r.reward
+        r.reward * (1 + config.length_bonus * (1 - len(r.response_ids) / max_response_tokens)) if r.right else r.reward
         for r in rollouts
     ]
 

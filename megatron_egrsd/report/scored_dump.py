@@ -77,6 +77,10 @@ class ScoredRollout:
     lookahead_entropy: np.ndarray | None = None
     divergence: np.ndarray | None = None
 
+    @property
+    def right(self) -> bool:
+        return self.reward > 0.5
+
 
 def dumped_tokens(scored: list[ScoredRollout]) -> Tokens:
     """Lay the rollouts of a dump end to end, with the scores that it holds."""

@@ -118,7 +118,7 @@ def _tokens(r: ScoredRollout, weights: dict[str, dict[str, np.ndarray]], bounds:
     row["objectives"] = {
         name: {key: _rounded(w[key]) for key in ("w", "omega", "weight") if key in w} for name, w in weights.items()
     }
-    return row | {"advantage": r.advantage, "length": len(r.response_ids), "right": r.reward > 0.5}
+    return row | {"advantage": r.advantage, "length": len(r.response_ids), "right": r.right}
 
 
 def _offset(h: np.ndarray, ahead: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ class Sample:
     step: int
     problem: str
     answer: str
-    reward: float
+    right: bool
     cut_off: bool
     pieces: list[str]
     tokens: int
@@ -162,7 +162,7 @@ def _scored(dump: Path) -> Sample:
     chosen = next((r for r in scored if r.advantage and r.response_ids), scored[0])
     sizes = abs(np.nan_to_num(np.concatenate([r.weight for r in scored])))
     return Sample(
-        chosen.step, chosen.problem.problem, chosen.problem.answer, chosen.reward, chosen.finish_reason == "length",
+        chosen.step, chosen.problem.problem, chosen.problem.answer, chosen.right, chosen.finish_reason == "length",
         chosen.pieces, len(chosen.response_ids), chosen.advantage, chosen.weight.tolist(),
         float(np.quantile(sizes[sizes > 0], 0.95)) if sizes.any() else 1.0,
     )  # fmt: skip
@@ -174,7 +174,7 @@ def _unscored(dump: Path) -> Sample | None:
         return None
     r, step = rollouts[0], int(dump.stem.removeprefix("step_"))
     problem, cut_off = r.prompt.problem, r.finish_reason == "length"
-    return Sample(step, problem.problem, problem.answer, r.reward, cut_off, [r.text], len(r.response_ids))
+    return Sample(step, problem.problem, problem.answer, r.right, cut_off, [r.text], len(r.response_ids))
 
 
 def _stage(run: Run, total: int, output: Path, written: float) -> Stage:

@@ -137,7 +137,7 @@ def _sample(sample: Sample | None, width: int, height: int | None, console: Cons
     """Return the sample in `height` lines, the rule above it included; the text is cut, not scrolled."""
     if sample is None:
         return Text("no sample: train with dump_scores true (coloured tokens) or dump_rollouts true", style="dim")
-    facts = [f"sample of step {sample.step}", "right" if sample.reward > 0.5 else "wrong", f"{sample.tokens} tokens"]
+    facts = [f"sample of step {sample.step}", "right" if sample.right else "wrong", f"{sample.tokens} tokens"]
     facts += ["cut off"] if sample.cut_off else []
     facts += [] if sample.advantage is None else [f"advantage {sample.advantage:+.3f}".replace("-", "−")]
     legend = Text()

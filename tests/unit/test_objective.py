@@ -340,7 +340,7 @@ MISTAKES = {
         "return tokens.advantage * mag",
         "return tokens.advantage.sign() * mag",
     ),
-    "bonus on wrong answers": ("signal", "        if r.reward > 0.5\n", "        if True\n"),
+    "bonus on wrong answers": ("signal", "if r.right else r.reward", "if True else r.reward"),
     "bonus for longer responses": ("signal", "(1 - len(r.response_ids)", "(len(r.response_ids)"),
     "bonus added, not multiplied": ("signal", "r.reward * (1 + config", "(r.reward + 1 + config"),
     "statistics without the mean": ("signal", "rewards.double() - history.mean", "rewards.double()"),
