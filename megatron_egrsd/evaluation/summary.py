@@ -58,8 +58,8 @@ def summarize(samples: list[Sample], seed: int = 0) -> dict[str, Estimate]:
     def share(chosen: list[list[bool]]) -> Estimate:
         return ratio(map(sum, chosen), map(len, chosen))
 
-    result = {"accuracy": accuracy(samples, seed)}
-    for n in sorted({2**i for i in range(1, k.bit_length()) if 2**i <= k} | ({k} if k > 1 else set())):
+    result = {"accuracy": accuracy(groups, resamples)}
+    for n in sorted({2**i for i in range(1, k.bit_length())} | ({k} if k > 1 else set())):
         result[f"pass@{n}"] = mean(pass_at_k(len(g), sum(s.right for s in g), n) for g in groups)
     result[f"majority@{k}"] = mean(map(majority, groups))
     result["truncated"] = share([[s.truncated for s in g] for g in groups])
@@ -81,10 +81,10 @@ def summarize(samples: list[Sample], seed: int = 0) -> dict[str, Estimate]:
     return result
 
 
-def accuracy(samples: list[Sample], seed: int = 0) -> Estimate:
+def accuracy(groups: list[list[Sample]], resamples: np.ndarray | None) -> Estimate:
     """Compute avg@k: the mean over the problems of the share of right samples."""
-    shares = np.array([sum(s.right for s in g) / len(g) for g in by_problem(samples)])
-    return _ratio(shares, np.ones(len(shares)), resamples_of(len(shares), seed))
+    shares = np.array([sum(s.right for s in g) / len(g) for g in groups])
+    return _ratio(shares, np.ones(len(shares)), resamples)
 
 
 def by_problem(samples: list[Sample]) -> list[list[Sample]]:
@@ -143,7 +143,7 @@ def summarize_rollouts(rollouts: list[Rollout]) -> dict[str, float]:
     samples = [Sample(r.group, r.right, len(r.response_ids), r.finish_reason == "length") for r in rollouts]
     groups = by_problem(samples)
     lengths = [s.length for s in samples]
-    estimate = accuracy(samples)
+    estimate = accuracy(groups, resamples_of(len(groups), seed=0))
     interval = {} if estimate.low is None else {"accuracy/low": estimate.low, "accuracy/high": estimate.high}
     return interval | {
         "accuracy": estimate.value,

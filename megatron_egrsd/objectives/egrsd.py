@@ -131,7 +131,7 @@ def entropy_scale(
         return torch.log(torch.tensor(float(vocab_size), device=entropy.device))
     if config.entropy_normalization == "sequence_max":
         ids = _sequence_ids(cu_seqlens, entropy.numel())
-        peaks = torch.zeros(cu_seqlens.numel() + 1, device=entropy.device)
+        peaks = torch.zeros(cu_seqlens.numel() - 1, device=entropy.device)
         return peaks.scatter_reduce_(0, ids, entropy, "amax")[ids]
     if config.entropy_normalization == "quantile":
         scale = entropy_quantile(entropy, config.entropy_quantile, group=group)

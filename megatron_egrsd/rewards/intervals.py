@@ -44,7 +44,7 @@ def _interval(condition: str, variable: str) -> str | None:
         bounds[_REVERSED[relations[place - 1]]] = terms[place - 1]
     lower = next(((r, bounds[r]) for r in (">", r"\geq") if r in bounds), None)
     upper = next(((r, bounds[r]) for r in ("<", r"\leq") if r in bounds), None)
-    if len(bounds) != len(terms) - 1 or (len(terms) == 3 and not (lower and upper)):
+    if len(terms) == 3 and not (lower and upper):
         return None
     left = ("[" if lower[0] == r"\geq" else "(") + lower[1] if lower else r"(-\infty"
     right = upper[1] + ("]" if upper[0] == r"\leq" else ")") if upper else r"\infty)"
