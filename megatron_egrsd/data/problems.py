@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def load_problems(
             problem = _problem(row, location, number, config, need_solution)
             if by_template and config.teacher_key:
                 problem = replace(problem, teacher_turns=_teacher_turns(row, config.teacher_key, location))
+            _check_encodable(problem, config, location)
             text = " ".join(problem.problem.split())
             if text in seen:
                 place, answer = seen[text]
@@ -123,7 +125,7 @@ class Place:
 
 
 @lru_cache(maxsize=4)
-def _permutation(n_problems: int, epoch: int, seed: int) -> tuple[int, ...]:
+def _permutation(n_problems: int, epoch: int, seed: int | str) -> tuple[int, ...]:
     # Python's generator, seeded with text, gives the same order on every platform and numpy version.
     order = list(range(n_problems))
     random.Random(f"{seed}/{epoch}").shuffle(order)
@@ -260,12 +262,17 @@ def _text(row: dict[str, Any], key: str, location: str, setting: str, blank: boo
     if is_wrapped(value or ""):
         spelling = f"field {key!r} is {value[:40]!r}, another type of value in text"
         raise _bad_row(f"with another type of {key!r}", location, f"{spelling}; prepare-data unwraps or drops it")
-    if not (value or "").isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # half a surrogate pair: JSON can contain it, but no tokenizer accepts it
-            raise _bad_row("not UTF-8", location, f"field {key!r} holds half a surrogate pair; remove it") from None
     return value or ""
+
+
+def _check_encodable(problem: Problem, config: DataConfig, location: str) -> None:
+    """Raise BadRow if a text holds half a surrogate pair: JSON can contain it, but no tokenizer or file accepts it."""
+    keys = "id", config.problem_key, config.answer_key, config.solution_key
+    for key, text in zip_longest(keys, problem.texts, fillvalue=config.teacher_key):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise _bad_row("not UTF-8", location, f"field {key!r} holds half a surrogate pair; remove it") from None
 
 
 def _kind(value: Any) -> str:

@@ -140,6 +140,15 @@ def test_bad_rows_can_be_left_out_and_are_counted(tmp_path):
     )
 
 
+@pytest.mark.parametrize("field", ["id", "problem", "answer", "solution", "turns"])
+def test_half_a_surrogate_pair_is_refused_in_every_field(field, tmp_path):
+    """It could be trained, but no dump of its rollouts could be written."""
+    row = {**GOOD, "id": "1", "turns": [{"role": "user", "content": "?"}]}
+    row[field] = [{"role": "user", "content": "\ud800"}] if field == "turns" else "\ud800"
+    with pytest.raises(BadArgument, match=f"line 1: field '{field}' holds half a surrogate pair; remove it, or set"):
+        load_problems(write(tmp_path, row), DataConfig(teacher_key="turns"))
+
+
 def test_a_file_of_bad_rows_alone_is_refused_with_the_reasons(tmp_path):
     with pytest.raises(BadArgument, match=r"holds no problems but bad rows: 2 without 'answer' \(line 1, line 2\)"):
         load_problems(write(tmp_path, {"problem": "a"}, {"problem": "b"}), DataConfig(bad_rows="skip"))
