@@ -78,9 +78,10 @@ def _with_family_advantages(scored: list[ScoredRollout]) -> list[ScoredRollout]:
 
 
 def _weights(scored: list[ScoredRollout], objective: ObjectiveConfig) -> list[dict[str, np.ndarray]]:
-    """Of each rollout: omega and weight; of a member of the family also w, and Hhat as h and Hhat^CL as h_ahead.
+    """Of each rollout: omega and weight; of a member of the family also w, and with a teacher ratio, h and h_ahead.
 
-    Of another objective they are recorded, and what a divergence adds to the loss counts as weight.
+    These are exp(D delta), Hhat and Hhat^CL. Of another objective omega and weight are recorded, and what a divergence
+    adds to the loss counts as weight.
     """
     if objective.function:
         added = [0.0 if r.divergence is None else r.divergence for r in scored]
@@ -89,9 +90,9 @@ def _weights(scored: list[ScoredRollout], objective: ObjectiveConfig) -> list[di
     weights = batch_weights(tokens, objective, scored[0].vocab_size, scored[0].history)
     columns = {"w": torch.ones_like(weights["weight"]), "omega": weights["gate"], "weight": weights["weight"]}
     if tokens.teacher_log_prob is not None:
-        ratio = evidence_ratio(tokens.advantage, tokens.teacher_log_prob, tokens.student_log_prob)
+        columns["ratio"] = evidence_ratio(tokens.advantage, tokens.teacher_log_prob, tokens.student_log_prob)
         mix = EGRSD(objective, history=scored[0].history).mix
-        columns["w"] = magnitude(ratio, mix, objective.ratio_clip)
+        columns["w"] = magnitude(columns["ratio"], mix, objective.ratio_clip)
         columns["h"], columns["h_ahead"] = weights["normalized_entropy"], weights["lookahead_entropy"]
     split = {name: column.split(lengths) for name, column in columns.items()}
     return [{name: parts[i].numpy() for name, parts in split.items()} for i in range(len(scored))]
@@ -100,13 +101,12 @@ def _weights(scored: list[ScoredRollout], objective: ObjectiveConfig) -> list[di
 def _tokens(r: ScoredRollout, weights: dict[str, dict[str, np.ndarray]], bounds: tuple[float, ...]) -> dict:
     columns = {"student": r.student_log_prob, "student_entropy": r.student_entropy}
     if r.teacher_log_prob is not None:
-        delta, look = r.teacher_log_prob - r.student_log_prob, weights["cl_egrsd"]
-        with np.errstate(over="ignore"):
-            ratio = np.exp(np.sign(r.advantage) * delta)
+        look = weights["cl_egrsd"]
+        ratio = look["ratio"]
         columns |= {
             "teacher": r.teacher_log_prob,
             "teacher_entropy": r.teacher_entropy,
-            "delta": delta,
+            "delta": r.teacher_log_prob - r.student_log_prob,
             "ratio": ratio,
             "clipped": np.sign(ratio - 1) * (abs(ratio - 1) > r.objective.ratio_clip),
             "h": look["h"],

@@ -231,7 +231,8 @@ def test_a_run_without_a_teacher(tmp_path, open_page):
 def test_an_objective_of_ones_own_is_shown_as_recorded(tmp_path, open_page):
     """Its file no longer exists. The members of the family are shown beside it, with their own advantages."""
     objective = ObjectiveConfig(function="gone.py:<b>Mine", options={"<i>": 1})
-    scored = [replace(r, objective=objective, weight=2 * r.student_log_prob) for r in batch(ObjectiveConfig())]
+    recorded = {"objective": objective, "advantage": 7.0}
+    scored = [replace(r, weight=2 * r.student_log_prob, **recorded) for r in batch(ObjectiveConfig())]
     save_scores(scored, tmp_path / "s.jsonl")
     command.main(["--tokens", str(tmp_path / "s.jsonl"), "--output", str(tmp_path / "page.html")])
     page = open_page(tmp_path / "page.html")
@@ -240,8 +241,12 @@ def test_an_objective_of_ones_own_is_shown_as_recorded(tmp_path, open_page):
     values = shown(page)
     assert number(values["<b>Mine (this run)"]) == pytest.approx(float(scored[2].weight[3]), abs=6e-4)
     assert page.locator(".formula").text_content() == "as the run recorded it"
+    facts = page.locator(".rollout").nth(2).locator(".facts").text_content()
+    assert "signal of the run +7.000" in facts and "advantage" not in facts
+    assert not {"advantage A", "direction D = sign(A)", "exp(D δ)", "clip"} & values.keys()
     page.get_by_text("GRPO", exact=True).first.click()
     assert "= A −0.500 × w 1.000 × ω 1.000" in page.locator(".formula").text_content()
+    assert shown(page)["advantage A"] == "−0.500"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -94,7 +94,9 @@ def test_a_dump_records_what_the_divergence_adds_and_the_page_shows_it(tmp_path)
         assert np.array_equal(r.divergence, before.divergence)
         assert (r.divergence > 0).all() == (r.advantage < 0) and (r.weight > 0).all() == (r.advantage > 0)
         assert row["objectives"]["run"]["weight"] == pytest.approx(r.weight + r.divergence, abs=1e-4)
-    assert "DistilWrong (this run)" in render(loaded, "mine")
+    page = render(loaded, "mine")
+    assert "DistilWrong (this run)" in page
+    assert "signal of the run" in page and "advantage A" not in page.partition("<script")[0]
 
 
 def test_a_dump_from_before_there_were_divergences_is_read(tmp_path):

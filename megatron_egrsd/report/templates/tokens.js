@@ -63,17 +63,21 @@ function inspect(rollout, token) {
   current = [rollout, token];
   const row = data.rollouts[rollout];
   const chosen = row.objectives[objective()];
-  const rows = [["advantage A", signed(row.advantage)], ["direction D = sign(A)", signed(Math.sign(row.advantage), 0)]];
-  rows.push(["student log p_S", probability(row.student[token])]);
+  const rows = [["student log p_S", probability(row.student[token])]];
+  if (chosen.w) {
+    const direction = signed(Math.sign(row.advantage), 0);
+    rows.unshift(["advantage A", signed(row.advantage)], ["direction D = sign(A)", direction]);
+  }
   const rest = [["student entropy", `${number(row.student_entropy[token])} nats`]];
   if (row.teacher) {
-    const clipped = row.clipped[token];
-    const bound = clipped && number(1 + clipped * data.clip, 2);
     rows.push(["teacher log p_T", probability(row.teacher[token])]);
     rows.push(["gap δ of the two", `${signed(row.delta[token])} nats`]);
-    rows.push(["exp(D δ)", number(row.ratio[token])]);
-    rows.push(["clip", clipped ? `to ${bound}` : "not reached"]);
-    if (chosen.w) rows.push(["magnitude w", number(chosen.w[token])]);
+    if (chosen.w) {
+      const clipped = row.clipped[token];
+      rows.push(["exp(D δ)", number(row.ratio[token])]);
+      rows.push(["clip", clipped ? `to ${number(1 + clipped * data.clip, 2)}` : "not reached"]);
+      rows.push(["magnitude w", number(chosen.w[token])]);
+    }
     const ahead = row.offset[token];
     rest.push(["teacher entropy H", `${number(row.teacher_entropy[token])} nats`]);
     rest.push(["Ĥ", number(row.h[token])]);
