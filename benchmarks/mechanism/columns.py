@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from benchmarks.mechanism.tokens import token_kinds, token_roles
-from megatron_egrsd.report.mechanism import gated
+from megatron_egrsd.report.family import family
 from megatron_egrsd.report.scored_dump import ScoredRollout, batch_weights, dumped_tokens
 
 # Of a response: step, problem, its tokens, and its number among equal ones. The dumps of several contexts of a teacher
@@ -44,7 +44,7 @@ def columns(dumps: list[list[ScoredRollout]]) -> Columns:
     rollouts = [rollout for batch in dumps for rollout in batch]
     lengths = np.array([len(r.response_ids) for r in rollouts])
     tokens = [dumped_tokens(batch) for batch in dumps]
-    objective = gated(dumps[0][0].objective)
+    objective = family(dumps[0][0].objective)["cl_egrsd"]
     weighted = []
     for batch, own in zip(dumps, tokens, strict=True):
         looking = batch_weights(own, objective, batch[0].vocab_size)

@@ -13,6 +13,7 @@ from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.egrsd import confidence, evidence_ratio, magnitude
 from megatron_egrsd.report import figures
+from megatron_egrsd.report.family import family
 from megatron_egrsd.report.scored_dump import ScoredRollout, dumped_tokens, dumps_of, load_scores
 
 REGIMES = ("lock", "mid", "pivot", "fork")
@@ -22,7 +23,6 @@ PAPER_GAP = (0.00237, 0.329)  # nats, first and last decile
 PAPER_WEIGHT = (1.0, 1.0, 1.0, 1.0, 1.0, 0.99, 0.97, 0.93, 0.895, 0.83)  # the first five are "about 1.00"
 PAPER_SHARE = {"lock": 0.500, "mid": 0.270, "pivot": 0.209, "fork": 0.021}
 PAPER_RESTORED = {"lock": 0.001, "mid": 0.040, "pivot": 0.111, "fork": 0.053}
-_WINDOW = 3  # lookahead of a dump whose objective has none
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,13 @@ def thresholds(normalized: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def gated(objective: ObjectiveConfig) -> ObjectiveConfig:
-    """CL-EGRSD with the settings of `objective`, and with gamma 0.3 and W 3 if it has no gate or no lookahead."""
-    gamma, window = objective.attenuation or 0.3, objective.lookahead or _WINDOW
-    return replace(objective, function="", options={}, attenuation=gamma, lookahead=window)
-
-
 def measure(dumps: list[list[ScoredRollout]]) -> Mechanism:
     """Measure scored batches, each with the entropy scale of its own. BadArgument if no teacher has scored them."""
     if any(batch[0].teacher_entropy is None for batch in dumps):
         raise BadArgument(
             "the dump holds no teacher's scores: its objective runs none, and there is no gate to look at"
         )
-    objective = gated(dumps[0][0].objective)
+    objective = family(dumps[0][0].objective)["cl_egrsd"]
     parts = [_batch(batch, objective) for batch in dumps]
     entropy, gap, weight, h, ahead, restored = (np.concatenate(column) for column in zip(*parts, strict=True))
     deciles = np.array_split(np.argsort(entropy, kind="stable"), 10)
@@ -95,7 +89,7 @@ def _batch(scored: list[ScoredRollout], objective: ObjectiveConfig) -> tuple[np.
     entropy, teacher, student = tokens.teacher_entropy, tokens.teacher_log_prob, tokens.student_log_prob
     plain = confidence(entropy, tokens.cu_seqlens, replace(objective, lookahead=0), vocab_size=vocab_size)
     looking = confidence(entropy, tokens.cu_seqlens, objective, vocab_size=vocab_size)
-    w = magnitude(evidence_ratio(tokens.advantage, teacher, student), objective.mix or 1.0, objective.ratio_clip)
+    w = magnitude(evidence_ratio(tokens.advantage, teacher, student), objective.mix, objective.ratio_clip)
     gap, restored = (teacher - student).abs(), looking.gate - plain.gate
     columns = entropy, gap, w * plain.gate, looking.normalized_entropy, looking.lookahead_entropy, restored
     return tuple(column.double().numpy() for column in columns)
