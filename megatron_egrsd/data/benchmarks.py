@@ -1,10 +1,10 @@
 """The problem sets of `megatron-egrsd evaluate`, by name, file or dataset. Nothing is downloaded without permission."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_egrsd.config import BenchmarksConfig, DataConfig
-from megatron_egrsd.data.problems import load_problems, read_rows
+from megatron_egrsd.data.problems import BadRows, load_problems, read_rows
 from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.errors import BadArgument
 
@@ -24,11 +24,12 @@ _ANSWER_KEYS = ("answer", "expected_answer", "final_answer", "solution")  # a so
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """A set of problems: its name in tables and files, its source, and its problems."""
+    """A set of problems: its name in tables and files, its source, its problems, and the rows that were left out."""
 
     name: str
     source: str
     problems: list[Problem]
+    bad: BadRows = field(default_factory=lambda: BadRows("refuse"))
 
 
 def load_sets(benchmarks: BenchmarksConfig, data: DataConfig) -> list[ProblemSet]:
@@ -61,13 +62,14 @@ def _load(word: str, benchmarks: BenchmarksConfig, data: DataConfig) -> ProblemS
             f"--evaluation.benchmarks.hub true, or name a file: {name}=FILE.jsonl"
             + (f", or put {name}.jsonl into evaluation.benchmarks.directory" * (not named))
         )
-    problems = load_problems(source, _with_keys(source, data), privileged=False)
+    bad = BadRows(data.bad_rows)
+    problems = load_problems(source, _with_keys(source, data), privileged=False, bad=bad)
     seen: set[str] = set()
     for problem in problems:
         if problem.id in seen:
             raise BadArgument(f"{source}: two problems have the id {problem.id!r}; make the ids unique")
         seen.add(problem.id)
-    return ProblemSet(name, source, problems)
+    return ProblemSet(name, source, problems, bad)
 
 
 def _find(name: str, benchmarks: BenchmarksConfig) -> str:
@@ -85,7 +87,7 @@ def _stem(source: str) -> str:
 
 def _with_keys(source: str, data: DataConfig) -> DataConfig:
     """Return `data` with the first row's names for problem and answer if it lacks the configured ones."""
-    row = next((row for _, _, row in read_rows(source)), {})
+    row = next((row for _, _, row in read_rows(source, BadRows(data.bad_rows))), {})
     problem = [key for key in (data.problem_key, *_PROBLEM_KEYS) if key in row]
     answer = [key for key in (data.answer_key, *_ANSWER_KEYS) if key in row]
     return replace(data, problem_key=(problem or [data.problem_key])[0], answer_key=(answer or [data.answer_key])[0])

@@ -5,7 +5,6 @@ evaluation.benchmarks.deterministic a sample depends only on its problem, its in
 evaluation gives the same table as one without interruption.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.benchmarks import ProblemSet, load_sets
 from megatron_egrsd.data.prompt_builder import PromptBuilder, prompt_builder
+from megatron_egrsd.data.prompts import usable
+from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.data.stopping import stop_token_ids
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.evaluation.evaluated_model import digest, hugging_face
@@ -48,20 +49,19 @@ def evaluate(config: Config) -> Results:
     """
     sets = load_sets(config.evaluation.benchmarks, config.data)
     reward = load_reward(config.data.reward, config.data.reward_timeout)
-    output, unlike = Path(config.output), overridden(config)
+    output, unlike, settings = Path(config.output), overridden(config), _settings(config)
     if unlike:
         print(deviations(unlike), flush=True)
-    with contextlib.ExitStack() as stack:
-        settings = _settings(config)
-        model = stack.enter_context(hugging_face(config))
-        builder = prompt_builder(config, model)
-        run = Evaluation(config, sets, builder, reward)
-        run.file = stack.enter_context(SampleFile(output / "samples.jsonl", settings))
+    path = output / "samples.jsonl"
+    if path.exists():  # refuse samples of other settings now: the model may take minutes to convert
+        SampleFile(path, settings).close()
+    with hugging_face(config) as model, SampleFile(path, settings) as file:
+        run = Evaluation(config, sets, prompt_builder(config, model), reward, file)
         run.check_file()
         if run.missing():
             run.sample(replace(config.model, path=model))
-    results = {s.name: summarize(run.samples(s), config.seed) for s in sets}
-    _write_results(config, sets, results, run)
+    results = {s.name: summarize(run.samples(s), config.seed) for s in run.sets}
+    _write_results(config, run, results, settings, unlike)
     evaluated = " + ".join(filter(None, (config.model.path, config.lora.init)))
     title = f"{evaluated}, T {config.evaluation.temperature:g}, {config.rollout.max_response_tokens} tokens"
     console = Console(soft_wrap=True, highlight=False)
@@ -78,20 +78,24 @@ def evaluate(config: Config) -> Results:
 class Evaluation:
     """An evaluation: the sets, their prompts, and the existing samples."""
 
-    file: SampleFile
-
-    def __init__(self, config: Config, sets: list[ProblemSet], builder: PromptBuilder, reward: Reward):
-        self.config, self.sets, self.builder, self.reward = config, sets, builder, reward
+    def __init__(
+        self, config: Config, sets: list[ProblemSet], builder: PromptBuilder, reward: Reward, file: SampleFile
+    ):
+        self.config, self.builder, self.reward, self.file = config, builder, reward, file
         self.k = {s.name: samples_per_problem(config.evaluation, s.name) for s in sets}
-        self.problems = [(s.name, problem) for s in sets for problem in s.problems]
-        instruction = config.evaluation.benchmarks.instruction
-        self.prompts = [
-            builder.build(replace(p, problem=f"{p.problem}\n{instruction}") if instruction else p, privileged=False)
-            for _, p in self.problems
-        ]
+        built = [usable(s.source, s.problems, self._prompt, s.bad) for s in sets]
+        self.sets = [replace(s, problems=[p for p, _ in own]) for s, own in zip(sets, built, strict=True)]
+        self.problems = [(s.name, problem) for s in self.sets for problem in s.problems]
+        self.prompts = [prompt for own in built for _, prompt in own]
         ids = builder.tokenizer.convert_tokens_to_ids("</think>")
         self.end_of_thinking = None if ids == builder.tokenizer.unk_token_id else ids
         self.opened = builder.opened
+
+    def _prompt(self, problem: Problem) -> tuple[Problem, Prompt]:
+        """Return a problem and its prompt, which ends in evaluation.benchmarks.instruction. Raises BadRow."""
+        instruction = self.config.evaluation.benchmarks.instruction
+        asked = replace(problem, problem=f"{problem.problem}\n{instruction}") if instruction else problem
+        return problem, self.builder.build(asked, privileged=False)
 
     def check_file(self) -> None:
         """Raise BadArgument if the file holds samples of a problem that has changed since then."""
@@ -243,19 +247,21 @@ def _digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def _write_results(config: Config, sets: list[ProblemSet], results: Results, run: Evaluation) -> None:
+def _write_results(
+    config: Config, run: Evaluation, results: Results, settings: dict[str, Any], unlike: dict[str, tuple]
+) -> None:
     content: dict[str, Any] = {
         "model": config.model.path,
         **({"adapter": config.lora.init} if config.lora.init else {}),
-        "settings": _settings(config),
+        "settings": settings,
         "sets": {
             s.name: {"source": s.source, "problems": len(s.problems), "k": run.k[s.name]}
             | {key: {k: v for k, v in asdict(e).items() if v is not None} for key, e in results[s.name].items()}
-            for s in sets
+            for s in run.sets
         },
     }
     if protocol := config.evaluation.protocol:
         summary = dict(zip(("avg", "avg_len", "eff"), paper_summary(results), strict=True))
-        unlike = {key: own for key, (own, _) in overridden(config).items()}
-        content["protocol"] = {"name": protocol, "overridden": unlike, **summary}
+        own = {key: value for key, (value, _) in unlike.items()}
+        content["protocol"] = {"name": protocol, "overridden": own, **summary}
     write_text(Path(config.output) / "results.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")

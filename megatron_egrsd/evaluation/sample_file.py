@@ -18,7 +18,7 @@ Key = tuple[str, str, int]  # set, problem, index of the sample
 class SampleFile:
     """The samples so far, and the file to which samples are appended; made, with its directory, if it is missing.
 
-    Raises BadArgument if the file has other `settings` than these, is no sample file, or another process is writing it.
+    Raises BadArgument if its samples have other `settings` than these, it is no sample file, or another process writes.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
@@ -63,11 +63,7 @@ class SampleFile:
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
-        lines = whole.splitlines()
-        if not lines:
-            self._write({"settings": settings})
-            return
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(whole.splitlines(), 1):
             try:
                 row = json.loads(line)
                 if number == 1:
@@ -76,7 +72,11 @@ class SampleFile:
                     self.rows[_key(row)] = row
             except (ValueError, KeyError, TypeError):
                 raise BadArgument(f"{self.path}, line {number}: not a line that an evaluation writes") from None
-        self._check(before, settings)
+        if self.rows:
+            self._check(before, settings)
+        else:
+            os.truncate(self.path, 0)
+            self._write({"settings": settings})
 
     def _check(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         for key in dict.fromkeys([*now, *before]):

@@ -10,6 +10,7 @@ from megatron_egrsd.config import BenchmarksConfig, DataConfig
 from megatron_egrsd.data import problems
 from megatron_egrsd.data.benchmarks import BENCHMARKS, load_sets
 from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.evaluation import evaluate
 from megatron_egrsd.evaluation.sample_file import SampleFile
 from megatron_egrsd.rewards.answers import gold_answer
 
@@ -19,7 +20,7 @@ SETTINGS = {"seed": 0}
 
 
 def row(index=0, **more):
-    return {"set": "s", "id": "1", "index": index, "response": "ä", **more}
+    return {"set": "s", "id": "1", "index": index, "response": "ä"} | more
 
 
 def load(*sets, data=None, **more):
@@ -63,6 +64,49 @@ def test_the_hub_is_asked_where_that_is_allowed(monkeypatch):
     assert hmmt.name == "hmmt25" and len(hmmt.problems) == 1 and set(asked) == {BENCHMARKS["hmmt25"]}
 
 
+BAD_FIRST_AND_LAST = 'no JSON\n{"question": "2+2?", "answer": "4"}\n{"question": "", "answer": "5"}\n'
+
+
+def test_bad_rows_are_left_out_and_listed(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(BAD_FIRST_AND_LAST)
+    (mine,) = load(str(file), data=DataConfig(bad_rows="skip"))
+    assert [p.problem for p in mine.problems] == ["2+2?"]
+    assert str(mine.bad) == "1 not JSON (line 1), 1 with an empty 'question' (line 3)"
+    with pytest.raises(BadArgument, match="line 1: not JSON"):
+        load(str(file))
+
+
+def test_an_evaluation_leaves_out_what_training_leaves_out(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(BAD_FIRST_AND_LAST + json.dumps({"question": 2000 * "1", "answer": "1"}) + "\n")
+    words = ["--model.path", str(TINY / "model"), "--output", str(tmp_path / "out")]
+    words += ["--rollout.max_response_tokens", "200"]
+
+    def sample(run, _):
+        for _, problem in run.problems:
+            for index in range(run.k["mine"]):
+                more = {"problem": evaluate._digest(problem.problem, problem.answer), "error": "", "thinking_tokens": 0}
+                more |= {"reward": 1.0, "tokens": 2, "finish_reason": "stop", "states_answer": True, "vote": "4"}
+                run.file.append(row(index, **more, set="mine", id=problem.id))
+
+    monkeypatch.setattr(evaluate.Evaluation, "sample", sample)
+    assert main(["evaluate", str(file), *words, "--data.bad_rows", "skip"]) == 0
+    left_out = "1 not JSON (line 1), 1 with an empty 'question' (line 3), 1 over-long (problem 4)"
+    assert f"1 problems; left out are {left_out}" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out/results.json").read_text())["sets"]["mine"]
+    assert found["problems"] == 1 and found["accuracy"]["value"] == 1.0
+
+
+def test_samples_of_other_settings_are_refused_before_a_checkpoint_is_converted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "hugging_face", None)
+    with SampleFile(tmp_path / "samples.jsonl", {}) as file:
+        file.append(row())
+    words = ["--model.path", str(TINY / "model"), "--output", str(tmp_path), "--rollout.max_response_tokens", "200"]
+    assert main(["evaluate", str(TINY / "heldout.jsonl"), *words]) == 2
+    assert "was sampled with model = None" in capsys.readouterr().err
+
+
 def test_what_is_no_set(tmp_path):
     twice = tmp_path / "twice.jsonl"
     twice.write_text('{"id": 1, "problem": "a", "answer": "1"}\n{"id": 1, "problem": "b", "answer": "2"}\n')
@@ -101,12 +145,19 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         ("hello\n", "line 1: not a line"),
         ('{"settings": {"seed": 0}}\n{"set": "s"}\n', "line 2: not a line"),
         ('{"settings": {"seed": 0}}\n[]\n', "line 2: not a line"),
-        ('{"settings": {"seed": 1}}\n', "sampled with seed = 1, not 0; choose another output"),
+        ('{"settings": {"seed": 1}}\n{"set": "s", "id": "1", "index": 0}\n', "seed = 1, not 0; choose another output"),
     ]:
         path.write_text(content)
         with pytest.raises(BadArgument, match=message):
             SampleFile(path, SETTINGS)
         assert path.read_text() == content
+
+
+def test_settings_without_samples_bind_nothing(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text('{"settings": {"seed": 1}}\n')
+    SampleFile(path, SETTINGS).close()
+    assert json.loads(path.read_bytes()) == {"settings": SETTINGS}
 
 
 def test_two_processes_do_not_write_one_file(tmp_path):

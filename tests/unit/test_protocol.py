@@ -157,9 +157,7 @@ def evaluation(monkeypatch):
         tokenizer = SimpleNamespace(convert_tokens_to_ids=lambda _: 0, unk_token_id=0, decode=lambda _: "")
         prompt = SimpleNamespace(student_ids=[1])
         builder = SimpleNamespace(tokenizer=tokenizer, opened="", build=lambda *_, **__: prompt)
-        run = module.Evaluation(c, sets, builder, None)
-        run.file = SimpleNamespace(rows={})
-        return run
+        return module.Evaluation(c, sets, builder, None, SimpleNamespace(rows={}))
 
     return make
 
@@ -193,11 +191,11 @@ def test_client_is_asked_for_the_samples_of_each_set(evaluation, monkeypatch):
     assert set(asked) == aime | gsm8k and len(asked) == len(set(asked))
 
 
-def test_results_hold_the_summary(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "digest", lambda _: "d")
+def test_results_hold_the_summary(tmp_path):
     c = protocol("--output", str(tmp_path), "--evaluation.top_p", "0.9")
     sets = [ProblemSet(n, "-", []) for n in SETS]
-    module._write_results(c, sets, results(), SimpleNamespace(k=dict.fromkeys(SETS, 4)))
+    run = SimpleNamespace(sets=sets, k=dict.fromkeys(SETS, 4))
+    module._write_results(c, run, results(), {}, module.overridden(c))
     content = json.loads((tmp_path / "results.json").read_text())["protocol"]
     assert content.pop("avg") == pytest.approx(65.59, abs=0.01)
     assert content.pop("eff") == pytest.approx(65.59 / 11.008, abs=0.001)
