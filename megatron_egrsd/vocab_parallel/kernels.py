@@ -5,18 +5,17 @@ overwritten logits, raise.
 """
 
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from megatron_egrsd.vocab_parallel.rows import row_layout
+from megatron_egrsd.vocab_parallel.rows import RowLayout, row_layout
 from megatron_egrsd.vocab_parallel.shard import LOGIT_DTYPES, Shard
 
 INTERFACE = 1  # of the compiled module; csrc/bind/module.cpp has the same number
 _REASON_FILE = Path(__file__).with_name("_not_built.txt")  # written by setup.py
-_DTYPES = {dtype: i for i, dtype in enumerate(LOGIT_DTYPES)}  # the order of Dtype in csrc/common/logits.h
+DTYPES = {dtype: i for i, dtype in enumerate(LOGIT_DTYPES)}  # the order of Dtype in csrc/common/logits.h
 
 
 def load(name: str = "megatron_egrsd.vocab_parallel._kernels") -> tuple[Any, str]:
@@ -24,9 +23,7 @@ def load(name: str = "megatron_egrsd.vocab_parallel._kernels") -> tuple[Any, str
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError:
-        if _REASON_FILE.exists():
-            return None, f"not built: {_REASON_FILE.read_text(encoding='utf-8').strip()}"
-        return None, "not built"
+        return None, _not_built()
     except Exception as error:  # a file for another processor, a truncated one, a missing library: all must fall back
         return None, f"built, but not loaded: {error}"
     if getattr(module, "interface", None) != INTERFACE:
@@ -34,15 +31,19 @@ def load(name: str = "megatron_egrsd.vocab_parallel._kernels") -> tuple[Any, str
     return module, ""
 
 
-_kernels, WHY_NOT = load()  # WHY_NOT is "" if there are kernels
-HAS_CUDA = hasattr(_kernels, "cuda_statistics")
+def _not_built() -> str:
+    return f"not built: {_REASON_FILE.read_text(encoding='utf-8').strip()}" if _REASON_FILE.exists() else "not built"
+
+
+native, WHY_NOT = load()  # WHY_NOT is "" if there are kernels
+HAS_CUDA = hasattr(native, "cuda_statistics")
 
 
 def why_not(device_type: str) -> str:
     """Return the reason why there are no kernels for `device_type`."""
     if WHY_NOT or device_type != "cuda":
         return WHY_NOT or "written for CPU and CUDA only"
-    return f"not built: {_REASON_FILE.read_text(encoding='utf-8').strip()}" if _REASON_FILE.exists() else "not built"
+    return _not_built()
 
 
 class Gradients(NamedTuple):
@@ -54,12 +55,12 @@ class Gradients(NamedTuple):
 
 
 def available(device: torch.device) -> bool:
-    return _kernels is not None and (device.type == "cpu" or (device.type == "cuda" and HAS_CUDA))
+    return native is not None and (device.type == "cpu" or (device.type == "cuda" and HAS_CUDA))
 
 
 def instruction_set() -> str:
     """Return the name of the CPU kernels in use."""
-    return _kernels.instruction_set()
+    return native.instruction_set()
 
 
 def statistics(
@@ -67,15 +68,7 @@ def statistics(
 ) -> torch.Tensor:
     """Return the statistics [N, 4] fp32 of this shard's columns of logits [..., V]."""
     described = _logits(logits, target_N, shard, temperature)
-    rows = _rows(logits)
-    out_N4 = torch.empty((rows, 4), dtype=torch.float32, device=logits.device)
-    if logits.is_cuda:
-        splits = _kernels.cuda_splits(rows, shard.valid, logits.get_device())
-        workspace = torch.empty((rows * splits if splits > 1 else 0, 4), dtype=torch.float32, device=logits.device)
-        _on_device(logits, _kernels.cuda_statistics, described, splits, workspace.data_ptr(), out_N4.data_ptr())
-    else:
-        _kernels.statistics(described, torch.get_num_threads(), out_N4.data_ptr())
-    return out_N4
+    return sum_rows(logits, "statistics", described, valid=shard.valid, floats=4)
 
 
 def combine(parts_RN4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -84,12 +77,8 @@ def combine(parts_RN4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     ranks, rows, _ = parts_RN4.shape
     whole_N4 = torch.empty((rows, 4), dtype=torch.float32, device=parts_RN4.device)
     results = [torch.empty(rows, dtype=torch.float32, device=parts_RN4.device) for _ in range(3)]
-    addresses = (_address(parts_RN4, "parts", 4 * ranks * rows, parts_RN4.device), ranks, rows, whole_N4.data_ptr())
-    outputs = [x.data_ptr() for x in results]
-    if parts_RN4.is_cuda:
-        _on_device(parts_RN4, _kernels.cuda_combine, *addresses, *outputs)
-    else:
-        _kernels.combine(*addresses, *outputs)
+    parts = address(parts_RN4, "parts", 4 * ranks * rows, parts_RN4.device)
+    call(parts_RN4, "combine", parts, ranks, rows, whole_N4.data_ptr(), *(x.data_ptr() for x in results))
     return whole_N4, *results
 
 
@@ -105,19 +94,16 @@ def logits_grad(
 ) -> torch.Tensor:
     """Return the gradient with respect to the logits, in their shape and dtype; `inplace` writes it over them."""
     described = _logits(logits, target_N, shard, temperature)
-    rows, device = _rows(logits), logits.device
+    rows, device = count_rows(logits), logits.device
     out = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
     log_prob_N = torch.zeros_like(statistics_N4[:, 0]) if gradients.log_prob is None else gradients.log_prob
-    gradient = _kernels.Gradient(
-        out.data_ptr(), *row_layout(out)[1:], _address(statistics_N4, "statistics", 4 * rows, device),
-        _address(log_prob_N, "grad_log_prob", rows, device),
-        _address(gradients.entropy, "grad_entropy", rows, device),
-        _address(gradients.log_normalizer, "grad_log_normalizer", rows, device),
+    gradient = native.Gradient(
+        out.data_ptr(), *row_layout(out)[1:], address(statistics_N4, "statistics", 4 * rows, device),
+        address(log_prob_N, "grad_log_prob", rows, device),
+        address(gradients.entropy, "grad_entropy", rows, device),
+        address(gradients.log_normalizer, "grad_log_normalizer", rows, device),
     )  # fmt: skip
-    if logits.is_cuda:
-        _on_device(logits, _kernels.cuda_logits_grad, described, gradient)
-    else:
-        _kernels.logits_grad(described, gradient, torch.get_num_threads())
+    call(logits, "logits_grad", described, gradient, *threads(logits))
     if inplace:
         torch.autograd.graph.increment_version(logits)
     return out
@@ -125,40 +111,74 @@ def logits_grad(
 
 def read_floor(memory: torch.Tensor) -> None:
     """Read `memory` once over the threads of the kernels, for the benchmark. CPU only."""
-    _kernels.read_floor(memory.data_ptr(), memory.nbytes, torch.get_num_threads())
+    native.read_floor(memory.data_ptr(), memory.nbytes, torch.get_num_threads())
 
 
 def read_write_floor(memory: torch.Tensor) -> None:
     """Read and write `memory` once over the threads of the kernels, for the benchmark. CPU only."""
-    _kernels.read_write_floor(memory.data_ptr(), memory.nbytes, torch.get_num_threads())
+    native.read_write_floor(memory.data_ptr(), memory.nbytes, torch.get_num_threads())
     torch.autograd.graph.increment_version(memory)
 
 
-def _rows(logits: torch.Tensor) -> int:
-    return logits.numel() // logits.shape[-1]
+def count_rows(x: torch.Tensor) -> int:
+    return x.numel() // x.shape[-1]
 
 
-def _logits(logits: torch.Tensor, target_N: torch.Tensor | None, shard: Shard, temperature: float | torch.Tensor):
-    """Describe logits [..., V] to the kernels; raises ValueError for what they would read beyond its memory."""
-    layout = row_layout(logits)
-    columns = logits.shape[-1]
-    if logits.dtype not in _DTYPES or layout is None or (columns > 1 and logits.stride(-1) != 1):
+def sum_rows(x: torch.Tensor, name: str, *described: Any, valid: int, floats: int) -> torch.Tensor:
+    """Call the kernel `name` that sums over the `valid` columns of `x` [..., V], and return its [N, floats] fp32."""
+    rows, division = count_rows(x), threads(x)
+    out = x.new_empty((rows, floats), dtype=torch.float32)
+    if x.is_cuda:
+        splits = native.cuda_splits(rows, valid, x.get_device())
+        workspace = x.new_empty((rows * splits if splits > 1 else 0, floats), dtype=torch.float32)
+        division = splits, workspace.data_ptr()
+    call(x, name, *described, *division, out.data_ptr())
+    return out
+
+
+def threads(x: torch.Tensor) -> tuple[int, ...]:
+    """Return the argument that only kernels for the CPU take."""
+    return () if x.is_cuda else (torch.get_num_threads(),)
+
+
+def call(x: torch.Tensor, name: str, *arguments: Any) -> None:
+    """Call the kernel `name` for the device of `x`, a CUDA one on its current stream."""
+    if not x.is_cuda:
+        getattr(native, name)(*arguments)
+        return
+    function, device = getattr(native, f"cuda_{name}"), x.get_device()
+    if device == torch.cuda.current_device():
+        function(*arguments, torch.cuda.current_stream(device).cuda_stream)
+        return
+    with torch.cuda.device(device):
+        function(*arguments, torch.cuda.current_stream(device).cuda_stream)
+
+
+def layout_of(logits: torch.Tensor, shard: Shard) -> RowLayout:
+    """Return where the rows of logits [..., V] lie; raises ValueError if the kernels would read beyond their memory."""
+    layout, columns = row_layout(logits), logits.shape[-1]
+    if logits.dtype not in DTYPES or layout is None or (columns > 1 and logits.stride(-1) != 1):
         raise ValueError(
             f"logits {logits.dtype} {tuple(logits.shape)} with strides {logits.stride()} have no such rows"
         )
     if not 0 <= shard.valid <= columns:
         raise ValueError(f"{shard.valid} valid columns of {columns}")
+    return layout
+
+
+def _logits(logits: torch.Tensor, target_N: torch.Tensor | None, shard: Shard, temperature: float | torch.Tensor):
+    """Describe logits [..., V] to the kernels; raises ValueError for what they would read beyond its memory."""
+    rows, *layout = layout_of(logits, shard)
     per_token = isinstance(temperature, torch.Tensor)
-    rows, *strides = layout
-    return _kernels.Logits(
-        logits.data_ptr(), _DTYPES[logits.dtype], *strides, rows, columns, shard.valid, shard.start,
-        _address(target_N, "target", rows, logits.device, torch.int64),
-        _address(temperature, "temperature", rows, logits.device) if per_token else 0,
+    return native.Logits(
+        logits.data_ptr(), DTYPES[logits.dtype], *layout, rows, logits.shape[-1], shard.valid, shard.start,
+        address(target_N, "target", rows, logits.device, torch.int64),
+        address(temperature, "temperature", rows, logits.device) if per_token else 0,
         1.0 if per_token else 1.0 / temperature,
     )  # fmt: skip
 
 
-def _address(
+def address(
     x: torch.Tensor | None, name: str, numel: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> int:
     if x is None:
@@ -168,13 +188,3 @@ def _address(
             f"{name} must be {numel} contiguous {dtype} on {device}, got {x.dtype} {tuple(x.shape)} on {x.device}"
         )
     return x.data_ptr()
-
-
-def _on_device(x: torch.Tensor, function: Callable[..., None], *arguments: Any) -> None:
-    """Call a CUDA kernel on the device of `x` and its current stream."""
-    device = x.get_device()
-    if device == torch.cuda.current_device():
-        function(*arguments, torch.cuda.current_stream(device).cuda_stream)
-        return
-    with torch.cuda.device(device):
-        function(*arguments, torch.cuda.current_stream(device).cuda_stream)

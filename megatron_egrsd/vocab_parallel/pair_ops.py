@@ -12,7 +12,7 @@ import torch
 
 from megatron_egrsd.vocab_parallel import kernels, pair_reference
 from megatron_egrsd.vocab_parallel.ops import compiled
-from megatron_egrsd.vocab_parallel.rows import row_layout, row_views
+from megatron_egrsd.vocab_parallel.rows import row_views
 from megatron_egrsd.vocab_parallel.shard import Shard
 
 KINDS = {"forward_kl": pair_reference.FORWARD_KL, "reverse_kl": pair_reference.REVERSE_KL, "jsd": pair_reference.JSD}
@@ -45,16 +45,8 @@ def statistics(
 ) -> torch.Tensor:
     """Return the PairStatistics [N, 8] fp32 of this shard; `other_entropy`: the second tensor's is wanted too."""
     if compiled(first.device):
-        pair, rows = _pair(first, second, shard, temperature), _rows(first)
-        out_N8 = first.new_empty((rows, 8), dtype=torch.float32)
-        if first.is_cuda:
-            splits = kernels._kernels.cuda_splits(rows, shard.valid, first.get_device())
-            workspace = first.new_empty((rows * splits if splits > 1 else 0, 8), dtype=torch.float32)
-            addresses = workspace.data_ptr(), out_N8.data_ptr()
-            kernels._on_device(first, kernels._kernels.cuda_pair_statistics, pair, other_entropy, splits, *addresses)
-        else:
-            kernels._kernels.pair_statistics(pair, other_entropy, torch.get_num_threads(), out_N8.data_ptr())
-        return out_N8
+        pair = _pair(first, second, shard, temperature)
+        return kernels.sum_rows(first, "pair_statistics", pair, other_entropy, valid=shard.valid, floats=8)
     views = _row_views(first, second)
     return torch.cat([pair_reference.statistics(a, b, shard.valid, 1.0 / temperature) for a, b in views])
 
@@ -66,7 +58,7 @@ def merge(parts_RN8: torch.Tensor, temperature: float) -> torch.Tensor:
     parts_RN8 = parts_RN8.contiguous()
     ranks, rows, _ = parts_RN8.shape
     out_N8 = parts_RN8.new_empty((rows, 8))
-    _call(parts_RN8, "merge_pairs", parts_RN8.data_ptr(), ranks, rows, 1.0 / temperature, out_N8.data_ptr())
+    kernels.call(parts_RN8, "merge_pairs", parts_RN8.data_ptr(), ranks, rows, 1.0 / temperature, out_N8.data_ptr())
     return out_N8
 
 
@@ -83,7 +75,7 @@ def combine(
     ranks, rows, _ = parts_RN8.shape
     results = [parts_RN8.new_empty(shape) for shape in ((rows, 5), (rows,), (rows,))]
     addresses = [x.data_ptr() for x in results]
-    _call(
+    kernels.call(
         parts_RN8, "combine_pairs", parts_RN8.data_ptr(), ranks, rows, 1.0 / temperature, student_first, *addresses
     )  # fmt: skip
     return results[0], results[1], results[2]
@@ -94,17 +86,8 @@ def entry_sums(
 ) -> torch.Tensor:
     """Return the EntrySums [N, 3] fp32 of this shard."""
     if compiled(teacher.device):
-        pair, rows = _pair(teacher, student, shard, temperature), _rows(teacher)
-        out_N3 = scale_N5.new_empty((rows, 3))
-        entries = kernels._kernels.Entries(_floats(scale_N5, "scale", 5 * rows), *form.arguments)
-        if teacher.is_cuda:
-            splits = kernels._kernels.cuda_splits(rows, shard.valid, teacher.get_device())
-            workspace = scale_N5.new_empty((rows * splits if splits > 1 else 0, 3))
-            addresses = workspace.data_ptr(), out_N3.data_ptr()
-            kernels._on_device(teacher, kernels._kernels.cuda_entry_sums, pair, entries, splits, *addresses)
-        else:
-            kernels._kernels.entry_sums(pair, entries, torch.get_num_threads(), out_N3.data_ptr())
-        return out_N3
+        pair, entries = _pair(teacher, student, shard, temperature), _entries(scale_N5, teacher, form)
+        return kernels.sum_rows(teacher, "entry_sums", pair, entries, valid=shard.valid, floats=3)
     parts, first = [], 0
     for a, b in _row_views(teacher, student):
         rows_of_view = slice(first, first := first + a.shape[0])
@@ -128,11 +111,13 @@ def gradient(
     """Return the gradient with respect to the student's logits; `inplace` writes it over them."""
     out = student if inplace else torch.empty_like(student, memory_format=torch.contiguous_format)
     if compiled(teacher.device):
-        pair, rows = _pair(teacher, student, shard, temperature), _rows(teacher)
-        entries = kernels._kernels.Entries(_floats(scale_N5, "scale", 5 * rows), *form.arguments)
-        addresses = _floats(sums_N3, "sums", 3 * rows), _floats(grad_value_N, "grad_value", rows)
-        described = kernels._kernels.PairGradient(out.data_ptr(), _layout(out), *addresses)
-        _call(teacher, "pair_gradient", pair, entries, described, *_threads(teacher))
+        pair, entries = _pair(teacher, student, shard, temperature), _entries(scale_N5, teacher, form)
+        rows, device = kernels.count_rows(teacher), teacher.device
+        described = kernels.native.PairGradient(
+            out.data_ptr(), kernels.layout_of(out, shard)[1:], kernels.address(sums_N3, "sums", 3 * rows, device),
+            kernels.address(grad_value_N, "grad_value", rows, device),
+        )  # fmt: skip
+        kernels.call(teacher, "pair_gradient", pair, entries, described, *kernels.threads(teacher))
         if inplace:
             torch.autograd.graph.increment_version(student)
         return out
@@ -153,40 +138,17 @@ def _row_views(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
     return [pair for parts in zip(*(x.unbind(0) for x in tensors), strict=True) for pair in _row_views(*parts)]
 
 
-def _rows(logits: torch.Tensor) -> int:
-    return logits.numel() // logits.shape[-1]
-
-
-def _threads(x: torch.Tensor) -> tuple[int, ...]:
-    return () if x.is_cuda else (torch.get_num_threads(),)
-
-
-def _call(x: torch.Tensor, name: str, *arguments) -> None:
-    if x.is_cuda:
-        kernels._on_device(x, getattr(kernels._kernels, f"cuda_{name}"), *arguments)
-    else:
-        getattr(kernels._kernels, name)(*arguments)
-
-
-def _layout(x: torch.Tensor) -> tuple[int, int, int]:
-    layout = row_layout(x)
-    if layout is None or (x.shape[-1] > 1 and x.stride(-1) != 1):
-        raise ValueError(f"logits {tuple(x.shape)} with strides {x.stride()} have no such rows")
-    return layout[1:]
-
-
 def _pair(first: torch.Tensor, second: torch.Tensor, shard: Shard, temperature: float):
     """Describe two tensors of logits to the kernels; raises ValueError for what they would read beyond their memory."""
     if first.shape != second.shape or first.dtype != second.dtype or first.device != second.device:
         raise ValueError(f"{first.dtype} {tuple(first.shape)} and {second.dtype} {tuple(second.shape)} are no pair")
-    columns = first.shape[-1]
-    if first.dtype not in kernels._DTYPES or not 0 <= shard.valid <= columns:
-        raise ValueError(f"{shard.valid} valid columns of {first.dtype} {tuple(first.shape)}")
-    return kernels._kernels.Pair(
-        first.data_ptr(), second.data_ptr(), kernels._DTYPES[first.dtype], _layout(first), _layout(second),
-        _rows(first), columns, shard.valid, 1.0 / temperature,
+    rows, *layout = kernels.layout_of(first, shard)
+    return kernels.native.Pair(
+        first.data_ptr(), second.data_ptr(), kernels.DTYPES[first.dtype], layout, kernels.layout_of(second, shard)[1:],
+        rows, first.shape[-1], shard.valid, 1.0 / temperature,
     )  # fmt: skip
 
 
-def _floats(x: torch.Tensor, name: str, numel: int) -> int:
-    return kernels._address(x, name, numel, x.device)
+def _entries(scale_N5: torch.Tensor, teacher: torch.Tensor, form: Form):
+    scale = kernels.address(scale_N5, "scale", 5 * kernels.count_rows(teacher), teacher.device)
+    return kernels.native.Entries(scale, *form.arguments)
