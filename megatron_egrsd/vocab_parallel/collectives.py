@@ -47,11 +47,8 @@ class SumGradient(torch.autograd.Function):
 
 def reduce_hidden(grad_ND: torch.Tensor, shard: Shard, sequence_parallel: bool) -> torch.Tensor:
     """Sum over the ranks' vocabulary shards. With sequence parallelism each rank keeps its own part of the tokens."""
-    if shard.ranks == 1:
-        return grad_ND
     if not sequence_parallel:
-        dist.all_reduce(grad_ND, group=shard.group)
-        return grad_ND
+        return sum_over_ranks(grad_ND, shard)
     own_ND = grad_ND.new_empty((grad_ND.shape[0] // shard.ranks, grad_ND.shape[1]))
     _reduce_scatter(own_ND, grad_ND, group=shard.group)
     return own_ND

@@ -238,21 +238,22 @@ def _logit_chunks(hidden_ND, weight_VD, shard: Shard, plan: _Plan, kept: list[to
 
     The first chunks are stored in `kept` and read from it if `computed`; all other chunks share one buffer.
     """
-    tokens, chunk, logits_dtype = hidden_ND.shape[0], plan.chunk_size, plan.logits_dtype
-    widen = logits_dtype != hidden_ND.dtype
+    tokens, chunk = hidden_ND.shape[0], plan.chunk_size
     left_over = shard.columns - sum(k.shape[1] for k in kept)
-    buffer = hidden_ND.new_empty(tokens * min(chunk, left_over), dtype=logits_dtype)
-    if widen and not hidden_ND.is_cuda:
-        hidden_ND = hidden_ND.to(logits_dtype)
+    buffer = hidden_ND.new_empty(tokens * min(chunk, left_over), dtype=plan.logits_dtype)
     for i, first in enumerate(range(0, shard.columns, chunk)):
         columns = slice(first, min(first + chunk, shard.columns))
         width = columns.stop - columns.start
         is_kept = i < len(kept)
         logits_NC = kept[i] if is_kept else buffer[: tokens * width].view(tokens, width)  # not -1: maybe no tokens
         if not (is_kept and computed):
-            weight_CD = weight_VD[columns]
-            if widen and hidden_ND.is_cuda:  # bf16 GEMM with fp32 output: the accumulators are stored as they are
-                torch.mm(hidden_ND, weight_CD.t(), out_dtype=logits_dtype, out=logits_NC)
-            else:
-                torch.mm(hidden_ND, weight_CD.to(logits_dtype).t(), out=logits_NC)
+            project(hidden_ND, weight_VD[columns], logits_NC)
         yield columns, logits_NC
+
+
+def project(hidden_ND: torch.Tensor, weight_CD: torch.Tensor, out_NC: torch.Tensor) -> None:
+    """Write hidden @ weight.T into `out_NC`, of their dtype or fp32."""
+    if hidden_ND.is_cuda and out_NC.dtype != hidden_ND.dtype:  # the GEMM stores its fp32 accumulators as they are
+        torch.mm(hidden_ND, weight_CD.t(), out_dtype=out_NC.dtype, out=out_NC)
+    else:
+        torch.mm(hidden_ND.to(out_NC.dtype), weight_CD.to(out_NC.dtype).t(), out=out_NC)

@@ -20,7 +20,7 @@ from megatron_egrsd.vocab_parallel.divergence import (
     summed_entries,
 )
 from megatron_egrsd.vocab_parallel.form import TopK, check_form, check_top_k
-from megatron_egrsd.vocab_parallel.linear import check_operands, chunk_plan
+from megatron_egrsd.vocab_parallel.linear import check_operands, chunk_plan, project
 from megatron_egrsd.vocab_parallel.pair_ops import Form
 from megatron_egrsd.vocab_parallel.shard import Shard
 
@@ -114,20 +114,11 @@ def _chunks(
         logits = buffer[: 2 * tokens * width].view(2 * tokens, width)
         teacher_NC, student_NC = logits[:tokens], logits[tokens:]
         if both_ND is not None:
-            _project(both_ND, student_weight_VD[columns], logits)
+            project(both_ND, student_weight_VD[columns], logits)
         else:
-            _project(teacher_ND, teacher_weight_VD[columns], teacher_NC)
-            _project(student_ND, student_weight_VD[columns], student_NC)
+            project(teacher_ND, teacher_weight_VD[columns], teacher_NC)
+            project(student_ND, student_weight_VD[columns], student_NC)
         yield columns, teacher_NC, student_NC
-
-
-def _project(hidden_ND: torch.Tensor, weight_CD: torch.Tensor, out_NC: torch.Tensor) -> None:
-    if out_NC.dtype == hidden_ND.dtype:
-        torch.mm(hidden_ND, weight_CD.t(), out=out_NC)
-    elif hidden_ND.is_cuda:  # the GEMM stores its fp32 accumulators as they are
-        torch.mm(hidden_ND, weight_CD.t(), out_dtype=out_NC.dtype, out=out_NC)
-    else:
-        torch.mm(hidden_ND.to(out_NC.dtype), weight_CD.to(out_NC.dtype).t(), out=out_NC)
 
 
 # One function for each reading: on return it drops its last views of the logits, before the next reading makes others.
