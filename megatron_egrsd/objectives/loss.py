@@ -59,10 +59,8 @@ class PolicyLoss:
 
     loss: torch.Tensor
     clipped: torch.Tensor  # tokens whose policy ratio was clipped
-    ratio: torch.Tensor  # pi_theta / pi_old
     importance: torch.Tensor  # truncated pi_old / pi_rollout; the token count if that is off
     kl: torch.Tensor  # estimates of the KL divergence to the reference, nats; 0 if that is off
-    tokens: torch.Tensor
 
 
 def policy_loss(
@@ -86,10 +84,10 @@ def policy_loss(
     d = log pi_ref - log pi_theta: GRPO's estimate of KL(pi_theta | pi_ref) (arXiv 2402.03300, eq. 4), never negative.
     """
     log_prob, old, w = log_prob.float(), old_log_prob.detach().float(), weight.detach().float()
-    ratio = torch.exp(log_prob - old)
     if config.loss == "reinforce":
         surrogate, was_clipped = log_prob * w, torch.zeros_like(w, dtype=torch.bool)
     else:
+        ratio = torch.exp(log_prob - old)
         clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         surrogate, was_clipped = torch.minimum(ratio * w, clipped_ratio * w), clipped_ratio * w < ratio * w
     importance = importance_weight(old, rollout_log_prob, config)
@@ -101,5 +99,4 @@ def policy_loss(
         beyond = reference_log_prob.detach().float() - log_prob
         kl = torch.expm1(beyond) - beyond
         loss = loss + config.kl_coef * (kl / normalizer).sum()
-    tokens = torch.tensor(w.numel(), device=w.device)
-    return PolicyLoss(loss, was_clipped.sum(), ratio.detach().sum(), importance.sum(), kl.detach().sum(), tokens)
+    return PolicyLoss(loss, was_clipped.sum(), importance.sum(), kl.detach().sum())

@@ -261,7 +261,6 @@ def test_loss_and_gradient_against_fp64(tokens, normalization, kind):
     assert result.loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert result.importance.item() == pytest.approx(importance, rel=1e-5)
     assert log_prob.grad.tolist() == pytest.approx(gradient, rel=1e-4, abs=1e-6)
-    assert result.tokens == old.numel()
 
 
 @given(batches(), st.sampled_from([None, 2.0]))
