@@ -23,7 +23,7 @@ from megatron_egrsd.data.samples import Rollout, load_rollouts
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.operations import forward_flops, head_flops
-from megatron_egrsd.objectives.signal import rollout_advantages
+from megatron_egrsd.objectives.signal import is_trained, rollout_advantages
 from megatron_egrsd.planning.step_time import generate_seconds
 
 PHASES = ("generate", "score", "train", "sync")
@@ -72,8 +72,9 @@ def _terms(rollouts: list[Rollout], config: Config, arch: Architecture) -> dict[
     from megatron_egrsd.objectives.load import load_objective
 
     # Without the history of earlier steps: what counts is which rollouts have a signal, and with one all have.
-    _, advantage = rollout_advantages(rollouts, load_objective(config.objective), config.rollout.max_response_tokens)
-    trained = [r for r, a in zip(rollouts, advantage, strict=True) if a]
+    objective = load_objective(config.objective)
+    _, advantage = rollout_advantages(rollouts, objective, config.rollout.max_response_tokens)
+    trained = [r for r, a in zip(rollouts, advantage, strict=True) if is_trained(a, objective)]
     responses = [len(r.response_ids) for r in rollouts]
     slots = min(config.rollout.servers.max_concurrent_requests, len(responses))
     decoding = [generate_seconds(step, responses, 0, slots) for step in (lambda n, _: 1.0, lambda n, _: float(n))]

@@ -25,7 +25,7 @@ from megatron_egrsd.hf.operations import forward_flops, head_flops, needed_train
 from megatron_egrsd.objectives.interface import Objective, Tokens, batch_tokens
 from megatron_egrsd.objectives.load import load_objective
 from megatron_egrsd.objectives.loss import divergence_loss, importance_weight, loss_normalizer, policy_loss
-from megatron_egrsd.objectives.signal import NOTE, History, rollout_advantages
+from megatron_egrsd.objectives.signal import NOTE, History, is_trained, rollout_advantages
 
 # (shaped reward and signal of every rollout, this data-parallel rank's student scores, its teacher scores or None)
 Record = Callable[[list[float], list[float], dict[int, Scores], dict[int, Scores] | None], None]
@@ -108,7 +108,7 @@ class _Batch:
 def _divide(engine: Engine, rollouts: list[Rollout], objective: Objective, config: Config) -> _Batch:
     """Give each rollout its signal, and divide the prompts equally among the updates."""
     rewards, advantage = rollout_advantages(rollouts, objective, config.rollout.max_response_tokens)
-    has_gradient = [bool(a or config.objective.kl_coef or objective.trains_all) for a in advantage]
+    has_gradient = [is_trained(a, objective) for a in advantage]
     students = [_student(r, engine.arch, config.rollout.routing_replay) for r in rollouts]
     teachers, contexts, contexts_of = _teachers(rollouts, objective)
     updates = []

@@ -89,6 +89,11 @@ def advantages(
     return result
 
 
+def is_trained(signal: float, objective: "Objective") -> bool:
+    """Return whether a rollout of this signal is trained; the others are scored alone."""
+    return bool(signal or objective.config.kl_coef or objective.trains_all)
+
+
 def rollout_advantages(
     rollouts: "list[Rollout]", objective: "Objective", max_response_tokens: int
 ) -> tuple[list[float], list[float]]:

@@ -194,6 +194,21 @@ def _run(path: Path, prompts: int, longest: int, seed: int) -> None:
             metrics.write(json.dumps({"step": number} | {k: v * disturbed for k, v in seconds.items()}) + "\n")
 
 
+def test_a_measured_step_trains_the_rollouts_that_the_loop_trains():
+    """Without a signal: none, but with a KL penalty, or an objective that trains all, every one."""
+    prompt = Prompt(Problem("p", "p", "a", "s"), [1] * 20, [1] * 40)
+    rollouts = [Rollout(prompt, 0, [1] * 30, [0.0] * 30, "stop", 0, "", 1.0) for _ in range(2)]
+    arch = Architecture.from_pretrained(ROOT / "examples/tiny/model")
+
+    def trained(*words: str) -> bool:
+        config = parse_config(["--config", str(ROOT / "examples/configs/tiny_cpu.yaml"), *words])
+        return fitted._terms(rollouts, config, arch)["train"][0] > 0
+
+    grpo = ("--objective.preset", "grpo")
+    assert [trained(*grpo), trained(*grpo, "--objective.kl_coef", "0.01")] == [False, True]
+    assert trained("--objective.preset", "antisd", "--data.teacher_context", "template")
+
+
 def test_constants_of_one_run_predict_another(tmp_path, capsys):
     _run(tmp_path / "a", prompts=4, longest=200, seed=0)
     _run(tmp_path / "b", prompts=12, longest=100, seed=1)
