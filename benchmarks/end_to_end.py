@@ -83,7 +83,7 @@ def settings(case: Case, checkpoint: Path, output: Path) -> dict:
     """Ours, by dotted key."""
     return {
         "model.path": checkpoint, "data.train": ROOT / "examples/tiny/train.jsonl", "data.evaluation": "",
-        "data.reward": case.reward, "objective.mix": 0, "objective.attenuation": 0, "objective.lookahead": 0,
+        "data.reward": case.reward, "objective.preset": "grpo", "optimizer.clip_grad": 1.0,
         "rollout.prompts_per_step": case.prompts, "rollout.rollouts_per_prompt": case.per_prompt,
         "rollout.max_response_tokens": case.longest, "rollout.sync.verify": "false",
         "parallel.max_tokens_per_microbatch": case.tokens, "optimizer.lr": case.lr, "steps": case.steps,
