@@ -11,6 +11,17 @@ CONFIG = ["--config", str(ROOT / "examples/configs/tiny_cpu.yaml")]
 TRAIN = [sys.executable, "-m", "megatron_egrsd.cli", "train", *CONFIG]
 
 
+def words(section: str, **values: object) -> tuple[str, ...]:
+    """Return the words of `megatron-egrsd train`'s command line that set keys of a section of the configuration."""
+    return tuple(word for key, value in values.items() for word in (f"--{section}.{key}", str(value)))
+
+
+# The paper's GRPO shares its trainer (appendix B and Table A1): the running advantage of the shaped reward, one rollout
+# a prompt, one REINFORCE update.
+PAPER_GRPO = (*words("objective", preset="grpo", advantage="running", length_bonus=0.5, loss="reinforce"),
+              *words("rollout", rollouts_per_prompt=1))  # fmt: skip
+
+
 def run(command: list[str], threads: int, name: str) -> None:
     """To the end of `command`, from the repository; where it fails, exits with the last line that it said."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}

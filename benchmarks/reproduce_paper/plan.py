@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 
 from benchmarks.reproduce_paper import published
+from benchmarks.runs import PAPER_GRPO, words
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.evaluation.protocol import SETS
 
@@ -79,18 +80,12 @@ class Table:
     note: str = ""
 
 
-def _words(section: str, **values: object) -> tuple[str, ...]:
-    return tuple(word for key, value in values.items() for word in (f"--{section}.{key}", str(value)))
-
-
-_objective, _teacher = partial(_words, "objective"), partial(_words, "teacher")
+_objective, _teacher = partial(words, "objective"), partial(words, "teacher")
 _DUMPED = ("--dump_scores", "true")  # for Figure 4
-# The baselines share the paper's trainer (its appendix B and Table A1): one rollout a prompt, the running advantage of
-# the shaped reward and one REINFORCE update for GRPO, and a frozen teacher for CRISP as well.
+# The baselines share the paper's trainer (its appendix B and Table A1): a frozen teacher for CRISP as well.
 _SHARED = {
-    "sft": (*_objective(preset="sft"), *_words("rollout", max_response_tokens=16384), *_words("data", bad_rows="skip")),
-    "grpo": (*_objective(preset="grpo", advantage="running", length_bonus=0.5, loss="reinforce"),
-             *_words("rollout", rollouts_per_prompt=1)),
+    "sft": (*_objective(preset="sft"), *words("rollout", max_response_tokens=16384), *words("data", bad_rows="skip")),
+    "grpo": PAPER_GRPO,
     "opsd": _objective(preset="opsd"),
     "crisp": (*_objective(preset="crisp"), *_teacher(weights="frozen")),
 }  # fmt: skip

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from benchmarks.runs import PAPER_GRPO, words
+
 STEPS = 20
 CONFIG = "examples/validation/study.yaml"
 EVALUATED = 16  # held-out responses to each problem, as in CONFIG
@@ -19,28 +21,21 @@ class Setting:
     options: tuple[str, ...]
 
 
-def _words(section: str, **values: object) -> tuple[str, ...]:
-    return tuple(word for key, value in values.items() for word in (f"--{section}.{key}", str(value)))
-
-
-_objective, _teacher, _rollout = (partial(_words, section) for section in ("objective", "teacher", "rollout"))
+_objective, _teacher, _rollout = (partial(words, section) for section in ("objective", "teacher", "rollout"))
+_WARM_UP = _objective(advantage_warmup=5)  # that of CONFIG, which a preset behind CONFIG resets
 
 
 def _preset(name: str, **values: object) -> tuple[str, ...]:
-    """Return the words of a preset with the warm-up of CONFIG, which a preset behind CONFIG resets."""
-    return _objective(preset=name, advantage_warmup=5, **values)
+    return *_objective(preset=name, **values), *_WARM_UP
 
 
-# The paper's GRPO shares its trainer: running advantage of the shaped reward, one rollout a prompt, REINFORCE.
-_GRPO = (*_preset("grpo", advantage="running", length_bonus=0.5, loss="reinforce"),
-         *_rollout(rollouts_per_prompt=1))  # fmt: skip
-FAMILY = {"grpo": _GRPO} | {name: _preset(name) for name in ("gate_off", "egrsd", "cl_egrsd")}
+FAMILY = {"grpo": (*PAPER_GRPO, *_WARM_UP)} | {name: _preset(name) for name in ("gate_off", "egrsd", "cl_egrsd")}
 TITLES = {"grpo": "GRPO", "gate_off": "EGRSD without gate", "egrsd": "EGRSD", "cl_egrsd": "CL-EGRSD"}
 
 TINY, DOUBTING = "tiny", "doubting/wrong"
 # A model whose teacher is unsure where its reference is wrong, and training data half of whose references are.
-_DOUBTING = (*_words("model", path="examples/validation/model"),
-             *_words("data", train="examples/validation/train_wrong_references.jsonl"))  # fmt: skip
+_DOUBTING = (*words("model", path="examples/validation/model"),
+             *words("data", train="examples/validation/train_wrong_references.jsonl"))  # fmt: skip
 
 _MAIN_SEEDS, _SEEDS = 14, 8  # power.py and docs/measurements/results.md say why
 # CL-EGRSD's or EGRSD's words with others behind them, by the number of the hypothesis. The paper's EMA 0.99 and its
