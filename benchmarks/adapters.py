@@ -11,15 +11,13 @@ responses of --tokens tokens to as many prompts, without SGLang.
 import argparse
 import multiprocessing
 import os
-import resource
 import tempfile
-import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
 from benchmarks.convert import make_model
-from benchmarks.measure import load, table
+from benchmarks.measure import Peak, load, own_memory, table
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from megatron_egrsd.config.lora import LoraConfig
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout
@@ -59,37 +57,13 @@ def train(pipe: Connection, config: Config, rollouts: list[Rollout]) -> None:
     from megatron_egrsd.engine.build import build_engine
     from megatron_egrsd.learn import learn
 
-    before = _own_memory()
+    before = own_memory()
     with build_engine(config, needs_teacher=True) as engine:
         while pipe.recv():
-            with _Peak() as peak:
+            with Peak() as peak:
                 metrics = learn(engine, rollouts, config)
             assert metrics["optimizer/updates"] == 1, metrics
             pipe.send((metrics["time/score"], metrics["time/train"], peak.bytes - before))
-
-
-def _own_memory() -> int:
-    """Return the resident memory of this process in bytes, without pages of files."""
-    _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
-    return (resident - shared) * resource.getpagesize()
-
-
-class _Peak:
-    """The largest `_own_memory` while it is open, looked at every two milliseconds."""
-
-    def __enter__(self) -> "_Peak":
-        self.bytes, self._done = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.002):
-            self.bytes = max(self.bytes, _own_memory())
 
 
 def main() -> None:

@@ -6,7 +6,7 @@
     python -m benchmarks.convert --copies        # ways to copy the same bytes in Python, and their SHA-256
 
 Every measurement runs in a fresh process. Anonymous memory is what the process allocates itself (VmRSS without the
-pages of mapped files, which the kernel can drop at any time), sampled every 5 ms; the number includes Python and torch.
+pages of mapped files, which the kernel can drop at any time); the number includes Python and torch.
 """
 
 import argparse
@@ -19,12 +19,11 @@ import os
 import shutil
 import subprocess
 import tempfile
-import threading
 import time
 from pathlib import Path
 from statistics import median
 
-from benchmarks.measure import in_turn, load, table
+from benchmarks.measure import Peak, in_turn, load, table
 
 PIECE = bytes(1 << 19)
 QWEN3_06B = {
@@ -81,28 +80,17 @@ def convert(action: str, source: Path, target: Path) -> dict:
     from megatron_egrsd.hf.verify import verify
 
     torch.set_num_threads(1)
-    peak, done = [0], threading.Event()
-
-    def sample():
-        with open("/proc/self/status") as status:
-            while not done.wait(0.005):
-                status.seek(0)
-                peak[0] = max(peak[0], next(int(x.split()[1]) for x in status if x.startswith("RssAnon")) * 1024)
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    warm(target.parent, size(source))
-    start, busy = time.perf_counter(), time.process_time()
-    if action == "to-megatron":
-        ToMegatron(source, target).run()
-    elif action == "to-hf":
-        ToHF(source, target).run()
-    else:
-        assert not verify(source, target)["problems"]
-    result = {"seconds": time.perf_counter() - start, "busy": time.process_time() - busy}
-    done.set()
-    sampler.join()
-    return result | {"peak": peak[0]}
+    with Peak() as peak:
+        warm(target.parent, size(source))
+        start, busy = time.perf_counter(), time.process_time()
+        if action == "to-megatron":
+            ToMegatron(source, target).run()
+        elif action == "to-hf":
+            ToHF(source, target).run()
+        else:
+            assert not verify(source, target)["problems"]
+        result = {"seconds": time.perf_counter() - start, "busy": time.process_time() - busy}
+    return result | {"peak": peak.bytes}
 
 
 def warm(directory: Path, nbytes: int) -> None:

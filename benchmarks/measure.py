@@ -1,8 +1,12 @@
-"""Share among the benchmarks: functions timed in turn, Markdown tables, the load of the machine."""
+"""Share among the benchmarks: functions timed in turn, peak memory, Markdown tables, the machine and its load."""
 
 import os
+import platform
+import resource
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 
 def seconds_of(function: Callable[[], object]) -> float:
@@ -29,10 +33,41 @@ def in_turn(
     return seconds
 
 
+def own_memory() -> int:
+    """Return the anonymous memory of this process in bytes: what is resident, without pages of files."""
+    _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    return (resident - shared) * resource.getpagesize()
+
+
+class Peak:
+    """The largest `own_memory` while it is open, looked at every two milliseconds."""
+
+    def __enter__(self) -> "Peak":
+        self.bytes, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self.bytes = max(self.bytes, own_memory())
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], align: str = "--:") -> str:
     """Return a Markdown table; `align` is the rule below all columns but the first."""
     lines = [columns, ["---", *[align] * (len(columns) - 1)], *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def processor() -> str:
+    """Return the processor's name, or its architecture if the kernel does not name it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def load() -> str:

@@ -17,13 +17,12 @@ import argparse
 import gc
 import itertools
 import os
-import platform
 import statistics
 from pathlib import Path
 
 import torch
 
-from benchmarks.measure import in_turn, seconds_of, table
+from benchmarks.measure import in_turn, load, processor, seconds_of, table
 from megatron_egrsd.vocab_parallel import kernels, linear_log_prob_and_entropy, ops
 from megatron_egrsd.vocab_parallel.shard import Shard
 
@@ -349,13 +348,9 @@ def machine(device: str, threads: int) -> str:
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        models = [x.split(":")[1].strip() for x in info.splitlines() if x.startswith("model name")]
-        name = models[0] if models else platform.machine()
-        name += f", {threads} thread(s), kernels: {kernels.instruction_set()}"
+        name = f"{processor()}, {threads} thread(s), kernels: {kernels.instruction_set()}"
     allocator = {k: v for k, v in os.environ.items() if "MALLOC" in k or "GLIBC_TUNABLES" in k} or "default"
-    load = os.getloadavg()
-    return f"{name}; torch {torch.__version__}; malloc settings: {allocator}; load average {load[0]:.1f} (1 min)"
+    return f"{name}; torch {torch.__version__}; malloc settings: {allocator}; {load()}"
 
 
 def main() -> None:
@@ -390,7 +385,7 @@ def main() -> None:
     blocks.append(
         f"**LM head, forward + backward, N = {n}, D = {d}, V = {v:,}, bf16 operands**\n\n{table(columns, rows)}"
     )
-    blocks.append(f"After the run: load average {os.getloadavg()[0]:.1f} (1 min).")
+    blocks.append(f"After the run: {load()}.")
     Path(f"{args.output}-{args.device}.md").write_text("\n\n".join(blocks) + "\n")
     plot(pictures, Path(f"{args.output}-{args.device}.png"))
     print("\n\n".join(blocks[-2:]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.measure import processor
 from benchmarks.runs import ROOT
 from benchmarks.validate_method.plan import CONFIG
 from megatron_egrsd.errors import BadArgument
@@ -61,10 +62,7 @@ def _git(*words: str) -> str:
 
 def machine() -> str:
     """Return the number of cores and the processor's name, such as "2 cores of AMD EPYC"."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{len(os.sched_getaffinity(0))} cores" + (f" of {name}" if name else "")
+    return f"{len(os.sched_getaffinity(0))} cores of {processor()}"
 
 
 def _path(run: Path) -> Path:
