@@ -131,7 +131,7 @@ def _check_identity(path: Path, now: dict[str, object]) -> None:
 def _call(command: Command, log: Path, ending: int, stop: Callable[[], bool]) -> int:
     """Run a process to its end, its output behind what `log` holds, and return its status.
 
-    Raises Stopped if `stop()` was true meanwhile: the process group then got the signal `ending`, and time to save.
+    Raises Stopped if `stop()` was true meanwhile: the process then got the signal `ending`, and time to save.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **command.variables}
     with log.open("ab") as file:

@@ -1,7 +1,7 @@
 """The interface between an objective and the training loop.
 
-The loop knows nothing of an objective but six methods on packed tokens and what it needs; docs/guides/extending.md
-adds one.
+The loop knows nothing of an objective but its methods on packed tokens and what it needs; docs/guides/extending.md adds
+one.
 """
 
 from dataclasses import dataclass, field, replace
