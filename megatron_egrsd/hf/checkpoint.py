@@ -173,13 +173,19 @@ def holds_weights(path: Path) -> bool:
     return any(file.suffix in _WEIGHTS or file.name.endswith(_INDICES) for file in path.iterdir())
 
 
+def config_with_dtype(config: Path, dtype: torch.dtype) -> bytes:
+    """Return the bytes of a config.json that names the type of the weights: its own if it does already."""
+    data, name = config.read_bytes(), str(dtype).removeprefix("torch.")
+    content = json.loads(data)
+    keys = [key for key in ("torch_dtype", "dtype") if key in content] or ["dtype"]
+    if all(content.get(key) == name for key in keys):
+        return data
+    return (json.dumps(content | dict.fromkeys(keys, name), indent=2) + "\n").encode()
+
+
 def set_config_dtype(config: Path, dtype: torch.dtype) -> None:
     """Write the type of the weights into config.json, which transformers rounds them to; the rest stays as it is."""
-    content, name = json.loads(config.read_text(encoding="utf-8")), str(dtype).removeprefix("torch.")
-    keys = [key for key in ("torch_dtype", "dtype") if key in content] or ["dtype"]
-    if any(content.get(key) != name for key in keys):
-        content |= dict.fromkeys(keys, name)
-        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    config.write_bytes(config_with_dtype(config, dtype))
 
 
 def assets(path: str | Path) -> dict[str, Path]:

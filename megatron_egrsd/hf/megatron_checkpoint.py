@@ -159,7 +159,7 @@ class MegatronCheckpoint:
 
     def __init__(self, path: str | Path, like: str | Path | None = None):
         self.path = Path(path)
-        self.directory, self.root = _locate(self.path)
+        self.directory, self.root = locate(self.path)
         carried = self.root / SIDECAR
         if like is None and not (carried / "config.json").is_file():
             raise BadArgument(
@@ -236,10 +236,10 @@ class MegatronCheckpoint:
         return self.reader.tensors[self._keys(self._place(entry))[0]].dtype
 
     def _place(self, entry: Entry) -> Place | None:
+        """Return the first place of which all stored tensors are there, or None."""
         for place in places(entry, self.architecture):
-            if isinstance(entry.layout, GateUp) and f"{place.key}_w" in self.reader.tensors:
-                return place
-            if place.key in self.reader.tensors:
+            keys = self._keys(place)
+            if (len(keys) == 1 or isinstance(entry.layout, GateUp)) and all(key in self.reader.tensors for key in keys):
                 return place
         return None
 
@@ -264,12 +264,12 @@ def is_state(key: str) -> bool:
     return key.startswith(("optimizer.", "chained_", "rng_state", "rerun_state", "opt_param_scheduler"))
 
 
-def _locate(path: Path) -> tuple[Path, Path]:
-    """Return (torch_dist directory, Megatron-LM directory) for a `path` that is either of the two."""
+def locate(path: Path) -> tuple[Path, Path]:
+    """Return (torch_dist directory, Megatron-LM directory) for a `path` that is either. Raises BadArgument if not."""
     if not path.is_dir():
         raise BadArgument(f"the Megatron checkpoint {path} does not exist")
     if (path / CONFIG).is_file():
-        return path, path.parent
+        return path, path.absolute().parent
     tracker = path / TRACKER
     if not tracker.is_file():
         raise BadArgument(f"{path} holds neither {TRACKER} nor {CONFIG}, so it is not a Megatron checkpoint")

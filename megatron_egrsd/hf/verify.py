@@ -11,10 +11,10 @@ import torch
 
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.hf.byte_ranges import Advance, in_threads, pieces
-from megatron_egrsd.hf.checkpoint import HFCheckpoint, assets
+from megatron_egrsd.hf.checkpoint import CONFIG, HFCheckpoint, assets, config_with_dtype
 from megatron_egrsd.hf.convert import RECORD, record_of
 from megatron_egrsd.hf.mapping import Entry, entries, hf_shapes
-from megatron_egrsd.hf.megatron_checkpoint import SIDECAR, MegatronCheckpoint, places
+from megatron_egrsd.hf.megatron_checkpoint import SIDECAR, MegatronCheckpoint, locate, places
 from megatron_egrsd.system.files import read_json_object
 
 
@@ -34,8 +34,8 @@ def verify(
     """
     hf = HFCheckpoint(hf_path)
     hf.check_tied_head()
-    roots = (Path(megatron_path), Path(megatron_path).absolute().parent)
-    own = any((root / name).exists() for root in roots for name in (RECORD, SIDECAR))
+    _, root = locate(Path(megatron_path))
+    own = any((root / name).exists() for name in (RECORD, SIDECAR))
     megatron = MegatronCheckpoint(megatron_path, like=None if own else hf_path)
     problems = [
         f"{megatron.directory / name} is damaged: its SHA-256 is not the one in integrity.json"
@@ -44,7 +44,7 @@ def verify(
     if megatron.architecture != hf.architecture:
         problems.append(f"{megatron.like}/config.json describes another model than {hf.path}/config.json")
     elif own:
-        problems += _different_files(hf.path, megatron.like, dtype)
+        problems += _different_files(hf.path, megatron.like, dtype or hf.dtype())
         expected = record_of(hf, dtype or hf.dtype())
         if read_json_object(megatron.root / RECORD) != expected:
             problems.append(f"{megatron.root / RECORD} is not {json.dumps(expected)}")
@@ -126,20 +126,15 @@ def _sha256(side: Iterator[memoryview]) -> str:
     return digest.hexdigest()
 
 
-def _different_files(hf: Path, carried: Path, dtype: torch.dtype | None) -> list[str]:
-    """Return the differences of the files beside the weights. The config's dtype may differ if `dtype` is given."""
+def _different_files(hf: Path, carried: Path, dtype: torch.dtype) -> list[str]:
+    """Return the differences of the files beside the weights; config.json may name the `dtype` of the conversion."""
     left, right = assets(hf), assets(carried)
     problems = [f"{name} is missing from {carried}" for name in left.keys() - right.keys()]
     problems += [f"{name} in {carried} is not in {hf}" for name in right.keys() - left.keys()]
     for name in sorted(left.keys() & right.keys()):
-        if left[name].read_bytes() == right[name].read_bytes():
-            continue
-        if name == "config.json" and dtype is not None and _same_but_dtype(left[name], right[name]):
-            continue
-        problems.append(f"{name} differs between {hf} and {carried}")
+        expected, found = [left[name].read_bytes()], right[name].read_bytes()
+        if name == CONFIG:
+            expected.append(config_with_dtype(left[name], dtype))
+        if found not in expected:
+            problems.append(f"{name} differs between {hf} and {carried}")
     return problems
-
-
-def _same_but_dtype(left: Path, right: Path) -> bool:
-    a, b = read_json_object(left), read_json_object(right)
-    return {k: v for k, v in a.items() if "dtype" not in k} == {k: v for k, v in b.items() if "dtype" not in k}

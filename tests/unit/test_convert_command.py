@@ -76,6 +76,35 @@ def test_verify_fails_by_name(hf, tmp_path):
     refused(result, 1, "model.norm.weight differs from decoder.final_layernorm.weight", "1 of 16 values")
 
 
+@pytest.mark.parametrize("says", [None, "bfloat16", "float32"])
+def test_a_conversion_verifies_whatever_type_the_models_config_says(says, tmp_path):
+    hf, megatron = random_qwen3(tmp_path / "hf", dtype=torch.float32), tmp_path / "m"
+    config = json.loads((hf / "config.json").read_text()) | {"torch_dtype": says}
+    text = json.dumps({key: value for key, value in config.items() if value is not None}).replace(", ", ",\r\n")
+    (hf / "config.json").write_bytes(text.encode())
+    assert convert("to-megatron", "--hf-path", hf, "--megatron-path", megatron, "--quiet").returncode == 0
+    arguments = ("verify", "--hf-path", hf, "--megatron-path", megatron, "--quiet")
+    assert (result := convert(*arguments)).returncode == 0, result.stderr
+    carried = megatron / "huggingface" / "config.json"
+    carried.write_text(carried.read_text().replace("1e-06", "1E-06"))
+    refused(convert(*arguments), 1, "config.json differs")
+
+
+def test_a_directory_beside_the_checkpoint_is_not_its_own(hf, tmp_path, monkeypatch):
+    """/models/huggingface was taken for the files that /models/run carries, and `.` for a checkpoint without any."""
+    megatron, arguments = tmp_path / "m", ("--hf-path", hf, "--quiet", "--megatron-path")
+    assert convert("to-megatron", *arguments, megatron).returncode == 0
+    for own in ("huggingface", "conversion.json"):
+        (megatron / own).rename(tmp_path / own)
+    for path in (megatron, megatron / "release"):
+        assert (result := convert("verify", *arguments, path)).returncode == 0, result.stderr
+    for own in ("huggingface", "conversion.json"):
+        (tmp_path / own).rename(megatron / own)
+    _edit_config(hf, transformers_version="5.0.0")
+    monkeypatch.chdir(megatron / "release")
+    refused(convert("verify", *arguments, "."), 1, "config.json differs")
+
+
 def test_dry_run_writes_nothing(hf, tmp_path):
     result = convert(
         "to-megatron", "--hf-path", hf, "--megatron-path", tmp_path / "m", "--dry-run", "--dtype", "float32"

@@ -199,6 +199,21 @@ def test_missing_and_extra_tensors_in_megatron(copies):
         ToHF(copies[1], copies[1].with_name("never"))
 
 
+def test_gate_without_up_is_named(copies):
+    """megatron-core's singleton_local_shards store the two apart."""
+
+    def tear(metadata):
+        key = next(key for key in metadata.state_dict_metadata if key.endswith("linear_fc1.weight"))
+        metadata.state_dict_metadata[f"{key}_w"] = metadata.state_dict_metadata.pop(key)
+        for place in [place for place in metadata.storage_data if place.fqn == key]:
+            new = MetadataIndex(f"{key}_w", place.offset)
+            metadata.storage_data[new] = metadata.storage_data.pop(place)
+
+    _metadata(copies[1], tear)
+    found = findings(*copies)
+    assert "linear_fc1.weight is missing" in found and "linear_fc1.weight_w is not a tensor" in found
+
+
 def test_the_router_norm_under_the_name_of_local_layers(tmp_path):
     """megatron-core's local layers store a mixture's second norm as if it were fused with an MLP."""
     hf = random_qwen3(tmp_path / "hf", base=MOE)
