@@ -168,6 +168,12 @@ def save_hf(
         writer.finish()
 
 
+def stored_shapes(arch: Architecture, tied_head: bool) -> dict[str, tuple[int, ...]]:
+    """Return `hf_shapes`, with the embedding under the head's name too if `tied_head`."""
+    shapes = hf_shapes(arch)
+    return {HEAD: shapes[EMBEDDING], **shapes} if tied_head else shapes
+
+
 def holds_weights(path: Path) -> bool:
     """Return whether a directory holds any file of weights, or an index of them."""
     return any(file.suffix in _WEIGHTS or file.name.endswith(_INDICES) for file in path.iterdir())

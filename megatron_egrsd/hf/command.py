@@ -119,11 +119,12 @@ def _run(conversion, arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     from megatron_egrsd.hf.checkpoint import HFCheckpoint
     from megatron_egrsd.hf.convert import raise_problems, weight_bytes
+    from megatron_egrsd.hf.mapping import hf_shapes
     from megatron_egrsd.hf.verify import verify, write_report
 
     checkpoint = HFCheckpoint(arguments.hf_path)
     dtype = _dtype(arguments)
-    total = weight_bytes(checkpoint.architecture, dtype or checkpoint.dtype())
+    total = weight_bytes(hf_shapes(checkpoint.architecture), dtype or checkpoint.dtype())
     with _progress(total, arguments.quiet) as advance:
         report = verify(arguments.hf_path, arguments.megatron_path, dtype, advance, arguments.report is not None)
     if arguments.report:

@@ -6,15 +6,22 @@ byte ranges, not tensors. The output is staged, so it is complete or absent.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from megatron_egrsd.errors import RunError
-from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.byte_ranges import Advance, in_threads, pieces
-from megatron_egrsd.hf.checkpoint import CONFIG, EMBEDDING, HEAD, HFCheckpoint, copy_assets, set_config_dtype
+from megatron_egrsd.hf.checkpoint import (
+    CONFIG,
+    EMBEDDING,
+    HEAD,
+    HFCheckpoint,
+    copy_assets,
+    set_config_dtype,
+    stored_shapes,
+)
 from megatron_egrsd.hf.mapping import Entry, entries, hf_shapes
 from megatron_egrsd.hf.megatron_checkpoint import (
     RELEASE,
@@ -28,9 +35,9 @@ from megatron_egrsd.hf.megatron_checkpoint import (
     places,
 )
 from megatron_egrsd.hf.safetensors_file import SHARD_BYTES, SafetensorsWriter
-from megatron_egrsd.hf.staging import check_absent, free_bytes, staged
+from megatron_egrsd.hf.staging import check_target, free_bytes, staged
 from megatron_egrsd.hf.torch_dist_writer import Object, Part, write_torch_dist
-from megatron_egrsd.system.files import check_outside, check_writable, read_json_object
+from megatron_egrsd.system.files import read_json_object
 
 RECORD = "conversion.json"
 
@@ -40,24 +47,23 @@ class ToMegatron:
 
     def __init__(self, source: str | Path, target: str | Path, dtype: torch.dtype | None = None):
         self.source, self.target = Path(source), Path(target)
-        check_absent(self.target)
-        check_outside(self.target, "the target", self.source, "the source")
-        check_writable(self.target.parent, "the target's directory")
+        check_target(self.target, self.source)
         self.checkpoint = HFCheckpoint(source)
         self.architecture = self.checkpoint.architecture
         self.source_dtype = self.checkpoint.dtype()
         self.dtype = dtype or self.source_dtype
-        self.nbytes = weight_bytes(self.architecture, self.dtype)
+        self.checkpoint.check_tied_head()
+        self.common = common_state(self.architecture, self.dtype)
+        self.nbytes = weight_bytes(hf_shapes(self.architecture), self.dtype)
 
     def describe(self) -> str:
         """Return the plan as text."""
         return _plan(self, f"torch_dist in {RELEASE}/, config and tokenizer in {SIDECAR}/")
 
     def run(self, advance: Advance = lambda nbytes: None) -> None:
-        """Convert, or leave nothing: BadArgument if Megatron-LM cannot say the rope, RunError if the disk is full."""
+        """Convert. Raises RunError if the disk is full, and leaves nothing at `target` then."""
         arch, checkpoint = self.architecture, self.checkpoint
-        checkpoint.check_tied_head()
-        shapes, parts, common = hf_shapes(arch), [], common_state(arch, self.dtype)
+        shapes, parts = hf_shapes(arch), []
         for entry in entries(arch):
             place, shape = places(entry, arch)[0], megatron_shape(entry, arch, shapes)
             offsets, sizes = (*place.index, *(0 for _ in shape)), (*(1 for _ in place.lead), *shape)
@@ -65,7 +71,7 @@ class ToMegatron:
         with staged(self.target, self.nbytes) as directory:
             (directory / RELEASE).mkdir()
             objects = [Object(*place, None) for place in extra_states(arch)]
-            write_torch_dist(directory / RELEASE, parts, objects, common, self.source_dtype, self.dtype, advance)
+            write_torch_dist(directory / RELEASE, parts, objects, self.common, self.source_dtype, self.dtype, advance)
             copy_assets(self.source, directory / SIDECAR)
             set_config_dtype(directory / SIDECAR / CONFIG, self.dtype)
             record = record_of(checkpoint, self.dtype)
@@ -79,9 +85,7 @@ class ToHF:
     def __init__(self, source: str | Path, target: str | Path, like: str | Path | None = None,
                  dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES):  # fmt: skip
         self.source, self.target = Path(source), Path(target)
-        check_absent(self.target)
-        check_outside(self.target, "the target", self.source, "the source")
-        check_writable(self.target.parent, "the target's directory")
+        check_target(self.target, self.source)
         self.checkpoint = MegatronCheckpoint(source, like)
         self.architecture = self.checkpoint.architecture
         raise_problems(self.checkpoint.problems(), self.source)
@@ -91,7 +95,8 @@ class ToHF:
         record = self.checkpoint.root / RECORD
         stored = read_json_object(record).get("stores_tied_head") if like is None and record.is_file() else False
         self.stores_tied_head = bool(stored) and self.architecture.tied_embeddings
-        self.nbytes = weight_bytes(self.architecture, self.dtype)
+        self.shapes = stored_shapes(self.architecture, self.stores_tied_head)
+        self.nbytes = weight_bytes(self.shapes, self.dtype)
 
     def describe(self) -> str:
         """Return the plan as text."""
@@ -101,22 +106,18 @@ class ToHF:
 
     def run(self, advance: Advance = lambda nbytes: None) -> None:
         """Convert. Raises RunError if a chunk is damaged or the disk is full, and leaves nothing at `target` then."""
-        arch = self.architecture
-        shapes = hf_shapes(arch)
-        if self.stores_tied_head:
-            shapes = {HEAD: shapes[EMBEDDING], **shapes}
         with staged(self.target, self.nbytes) as directory:
             copy_assets(self.checkpoint.like, directory)
             set_config_dtype(directory / CONFIG, self.dtype)
-            writer = SafetensorsWriter(directory, shapes, self.dtype, self.shard_bytes)
+            writer = SafetensorsWriter(directory, self.shapes, self.dtype, self.shard_bytes)
 
             def copy(entry: Entry) -> Iterator[int]:
-                for name, ranges in self.checkpoint.ranges(entry, shapes).items():
+                for name, ranges in self.checkpoint.ranges(entry, self.shapes).items():
                     for target in (HEAD, name) if name == EMBEDDING and self.stores_tied_head else (name,):
                         writer.write_pieces(target, pieces(ranges, self.source_dtype, self.dtype))
-                    yield math.prod(shapes[name]) * self.dtype.itemsize
+                        yield math.prod(self.shapes[target]) * self.dtype.itemsize
 
-            in_threads(map(copy, entries(arch)), advance)
+            in_threads(map(copy, entries(self.architecture)), advance)
             writer.finish()
 
 
@@ -129,9 +130,9 @@ def record_of(checkpoint: HFCheckpoint, dtype: torch.dtype) -> dict:
     }
 
 
-def weight_bytes(arch: Architecture, dtype: torch.dtype) -> int:
-    """Return the bytes of all weights. Tied embeddings count once, padding does not count."""
-    return arch.num_parameters * dtype.itemsize
+def weight_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
+    """Return the bytes of weights of these shapes."""
+    return sum(map(math.prod, shapes.values())) * dtype.itemsize
 
 
 def raise_problems(problems: list[str], path: Path) -> None:

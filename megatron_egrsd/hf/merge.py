@@ -13,11 +13,10 @@ import torch
 from megatron_egrsd.hf.adapter_file import AdapterFile
 from megatron_egrsd.hf.adapters import adapted_weights, merged
 from megatron_egrsd.hf.byte_ranges import Advance, in_threads, pieces
-from megatron_egrsd.hf.checkpoint import EMBEDDING, HEAD, HFCheckpoint, copy_assets
-from megatron_egrsd.hf.convert import set_config_dtype, weight_bytes
-from megatron_egrsd.hf.mapping import hf_shapes
+from megatron_egrsd.hf.checkpoint import CONFIG, HFCheckpoint, copy_assets, set_config_dtype, stored_shapes
+from megatron_egrsd.hf.convert import weight_bytes
 from megatron_egrsd.hf.safetensors_file import SHARD_BYTES, SafetensorsWriter
-from megatron_egrsd.hf.staging import check_absent, free_bytes, staged
+from megatron_egrsd.hf.staging import check_target, free_bytes, staged
 
 
 class Merge:
@@ -26,12 +25,14 @@ class Merge:
     def __init__(self, base: str | Path, adapter: str | Path, target: str | Path, dtype: torch.dtype | None = None,
                  shard_bytes: int = SHARD_BYTES):  # fmt: skip
         self.base, self.target, self.shard_bytes = Path(base), Path(target), shard_bytes
-        check_absent(self.target)
+        check_target(self.target, self.base)
         self.checkpoint = HFCheckpoint(base)
         self.adapter = AdapterFile(adapter, self.checkpoint.architecture)
         self.source_dtype = self.checkpoint.dtype()
         self.dtype = dtype or self.source_dtype
-        self.nbytes = weight_bytes(self.checkpoint.architecture, self.dtype)
+        self.checkpoint.check_tied_head()
+        self.shapes = stored_shapes(self.checkpoint.architecture, self.checkpoint.stores_tied_head)
+        self.nbytes = weight_bytes(self.shapes, self.dtype)
 
     def describe(self) -> str:
         """Return the plan as text."""
@@ -47,24 +48,19 @@ class Merge:
     def run(self, advance: Advance = lambda nbytes: None) -> None:
         """Merge. Raises RunError if the disk is full, and leaves nothing at `target` then."""
         checkpoint, spec = self.checkpoint, self.adapter.spec
-        checkpoint.check_tied_head()
-        adapted, shapes = adapted_weights(checkpoint.architecture, spec), hf_shapes(checkpoint.architecture)
-        written = {HEAD: shapes[EMBEDDING], **shapes} if checkpoint.stores_tied_head else shapes
+        adapted = adapted_weights(checkpoint.architecture, spec)
         with staged(self.target, self.nbytes) as directory:
             copy_assets(self.base, directory)
-            if self.dtype != self.source_dtype:
-                set_config_dtype(directory / "config.json", self.dtype)
-            writer = SafetensorsWriter(directory, written, self.dtype, self.shard_bytes)
+            set_config_dtype(directory / CONFIG, self.dtype)
+            writer = SafetensorsWriter(directory, self.shapes, self.dtype, self.shard_bytes)
 
             def write(name: str) -> Iterator[int]:
                 if name in adapted:
                     a, b = (self.adapter[part] for part in adapted[name])
                     writer.write(name, merged(checkpoint[name], a, b, spec.scale, self.dtype))
                 else:
-                    for target in (HEAD, name) if name == EMBEDDING and checkpoint.stores_tied_head else (name,):
-                        source = pieces([checkpoint.range(name)], self.source_dtype, self.dtype)
-                        writer.write_pieces(target, source)
-                yield math.prod(shapes[name]) * self.dtype.itemsize
+                    writer.write_pieces(name, pieces([checkpoint.range(name)], self.source_dtype, self.dtype))
+                yield math.prod(self.shapes[name]) * self.dtype.itemsize
 
-            in_threads(map(write, shapes), advance)
+            in_threads(map(write, self.shapes), advance)
             writer.finish()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_egrsd.errors import BadArgument, RunError
-from megatron_egrsd.system.files import PARTIAL
+from megatron_egrsd.system.files import PARTIAL, check_outside, check_writable
 
 
 @contextlib.contextmanager
@@ -49,6 +49,13 @@ def check_absent(path: Path) -> None:
     """Raise BadArgument if `path` exists: nothing is ever overwritten."""
     if os.path.lexists(path):
         raise BadArgument(f"{path} exists already; choose another directory or remove it")
+
+
+def check_target(target: Path, source: Path) -> None:
+    """Raise BadArgument if `target`, a conversion of `source`, exists, lies within `source` or cannot be made."""
+    check_absent(target)
+    check_outside(target, "the target", source, "the source")
+    check_writable(target.parent, "the target's directory")
 
 
 def free_bytes(path: str | Path) -> int:

@@ -1,6 +1,7 @@
 """Adapters in PEFT's format: what PEFT writes is read, what we write loads in PEFT, and a merge is PEFT's."""
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -209,6 +210,32 @@ def test_a_head_stored_beside_its_embedding_stays(adapter, base, tmp_path):
     (tied / "config.json").write_text((base / "config.json").read_text())
     tensors = load_file(base / "model.safetensors")
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tied / "model.safetensors")
-    Merge(tied, adapter, tmp_path / "merged").run()
+    merge, done = Merge(tied, adapter, tmp_path / "merged"), []
+    merge.run(done.append)
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     assert torch.equal(stored["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    assert merge.nbytes == sum(done) == sum(tensor.nbytes for tensor in stored.values())
+    head = tensors["model.embed_tokens.weight"] + 1
+    save_file({**tensors, "lm_head.weight": head}, tied / "model.safetensors")
+    with pytest.raises(BadArgument, match=r"differs from model.embed_tokens.weight"):
+        Merge(tied, adapter, tmp_path / "again")
+
+
+def test_bad_places_of_a_merge_are_refused_by_its_dry_run(base, adapter, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    words = ["convert", "merge", "--hf-path", str(base), "--adapter", str(adapter), "--dry-run"]
+    for output, reason in ((base / "merged", "lies within the source"), (tmp_path / "file" / "merged", "is a file")):
+        assert cli.main([*words, "--output", str(output)]) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_a_merge_names_the_type_of_its_weights(base, adapter, tmp_path):
+    """config.json said bfloat16 of weights in float32: transformers rounds such a model."""
+    wrong = tmp_path / "wrong"
+    shutil.copytree(base, wrong)
+    config = json.loads((base / "config.json").read_text())
+    (wrong / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    Merge(wrong, adapter, tmp_path / "merged").run()
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
+    Merge(base, adapter, tmp_path / "same").run()
+    assert (tmp_path / "same" / "config.json").read_bytes() == (base / "config.json").read_bytes()

@@ -254,5 +254,5 @@ def test_a_head_that_is_not_the_embedding_of_a_tied_model_is_refused(tmp_path):
     head[0, 0] += 1
     save_file(weights | {"lm_head.weight": head}, source / "model.safetensors")
     with pytest.raises(BadArgument, match=r"lm_head.weight .* differs from model.embed_tokens.weight"):
-        ToMegatron(source, tmp_path / "megatron").run()
+        ToMegatron(source, tmp_path / "megatron")
     assert not (tmp_path / "megatron").exists()

@@ -91,7 +91,7 @@ def test_a_rope_that_megatron_lm_cannot_say_is_refused(tmp_path):
     rope = LLAMA["rope_scaling"] | {"original_max_position_embeddings": 4096}
     random_qwen3(tmp_path / "hf", base=LLAMA, rope_scaling=rope)
     with pytest.raises(BadArgument, match=r"1, 4, 4096; Megatron-LM's arguments can say 1, 4, 8192 alone"):
-        ToMegatron(tmp_path / "hf", tmp_path / "megatron").run()
+        ToMegatron(tmp_path / "hf", tmp_path / "megatron")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -115,7 +115,11 @@ def test_a_head_stored_beside_tied_embeddings_comes_back(tmp_path):
     weights = load_file(source / "model.safetensors")
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, source / "model.safetensors")
     round_trip(source, tmp_path)
-    assert "lm_head.weight" in load_file(tmp_path / "again" / "model.safetensors")
+    written = tmp_path / "again" / "model.safetensors"
+    assert "lm_head.weight" in load_file(written)
+    plan, done = ToHF(tmp_path / "megatron", tmp_path / "counted"), []
+    plan.run(done.append)
+    assert plan.nbytes == sum(done) == sum(tensor.nbytes for tensor in load_file(written).values())
 
 
 def test_padding_never_leaves_and_never_enters(tmp_path):
