@@ -4,13 +4,13 @@ The first line holds the sampling settings. A line is written at once, so an int
 line at the end, which the next start cuts off.
 """
 
-import fcntl
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.system.files import lock
 
 Key = tuple[str, str, int]  # set, problem, index of the sample
 
@@ -27,7 +27,7 @@ class SampleFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b", buffering=0)  # noqa: SIM115  closed by close()
         try:
-            self._lock()
+            lock(self.file, f"another process is writing {path}; wait for it, or choose another output")
             self._read(settings)
         except BaseException:
             self.close()
@@ -46,16 +46,6 @@ class SampleFile:
 
     def __exit__(self, *_) -> None:
         self.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock ends with the process
-        except BlockingIOError:
-            raise BadArgument(
-                f"another process is writing {self.path}; wait for it, or choose another output"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
 
     def _read(self, settings: dict[str, Any]) -> None:
         self.file.seek(0)

@@ -1,20 +1,18 @@
 """Reader and writer of adapters in PEFT's own format: adapter_config.json and adapter_model.safetensors."""
 
 import json
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megatron_egrsd.config import LoraConfig
 from megatron_egrsd.config.lora import TARGETS
-from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.adapters import AdapterSpec, adapter_shapes, adapter_spec
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.hf.safetensors_file import DTYPES, SafetensorsWriter
+from megatron_egrsd.hf.safetensors_file import DTYPES, open_safetensors, write_tensors
 from megatron_egrsd.hf.staging import staged
 from megatron_egrsd.system.files import read_json_object
 
@@ -33,16 +31,14 @@ _SAME_BASE = (True, False, None, "gaussian", "orthogonal", "eva")  # values of i
 class AdapterFile:
     """Lazy view of an adapter directory for a model of architecture `arch`: a tensor is read when it is accessed.
 
-    `spec` is its rank, alpha and targets, `base` the path of the model that it names as its own. The constructor raises
-    BadArgument if a file is missing or damaged, if the adapter needs an option of PEFT that is not supported, or if a
-    tensor is missing, unknown or of another shape than the model implies.
+    `spec` is its rank, alpha and targets. The constructor raises BadArgument if a file is missing or damaged, if the
+    adapter needs an option of PEFT that is not supported, or if a tensor is missing, unknown or of another shape than
+    the model implies.
     """
 
     def __init__(self, path: str | Path, arch: Architecture):
         self.path = Path(path)
-        config = _read_config(self.path)
-        self.spec = _spec(config, self.path / CONFIG)
-        self.base = str(config.get("base_model_name_or_path") or "")
+        self.spec = read_spec(self.path)
         self.spec.check(arch)
         self.shapes = adapter_shapes(arch, self.spec)
         self._tensors = self._open()
@@ -52,10 +48,7 @@ class AdapterFile:
         file = self.path / WEIGHTS
         if not file.is_file():
             raise BadArgument(f"{self.path} holds no {WEIGHTS}; the weights of an adapter must be safetensors")
-        try:
-            return safe_open(file, framework="pt", device="cpu")
-        except (SafetensorError, OSError, struct.error) as error:
-            raise BadArgument(f"{file} cannot be read ({error}); it is truncated or not safetensors") from None
+        return open_safetensors(file)
 
     def _check(self) -> None:
         names = set(self._tensors.keys())
@@ -103,18 +96,10 @@ def save_adapter(
     Holds one tensor in memory at a time. `path` is complete afterwards or does not exist. Raises BadArgument if `path`
     exists already, RunError if a tensor is missing, unexpected or mis-shaped.
     """
-    tensors = iter(named_tensors)
-    first, tensor = next(tensors, (None, None))
-    if first is None:
-        raise RunError("there is no adapter to export")
     shapes = adapter_shapes(Architecture.from_pretrained(base), spec)
     with staged(path) as directory:
         (directory / CONFIG).write_text(json.dumps(peft_config(spec, base), indent=2) + "\n", encoding="utf-8")
-        writer = SafetensorsWriter(directory, shapes, tensor.dtype, single=WEIGHTS)
-        writer.write(first, tensor.cpu())
-        for name, later in tensors:
-            writer.write(name, later.cpu())
-        writer.finish()
+        write_tensors(directory, named_tensors, shapes, single=WEIGHTS)
 
 
 def peft_config(spec: AdapterSpec, base: str | Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ every 4 KiB, which takes longer than the copy. docs/guides/conversion.md has the
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -71,6 +72,14 @@ def pieces(ranges: Iterable[Range], stored: torch.dtype, wanted: torch.dtype) ->
                     filled = 0
         if filled:
             yield piece()
+
+
+def digest(pieces: Iterable[memoryview]) -> str:
+    """Return the SHA-256 of `pieces`, one behind the other."""
+    whole = hashlib.sha256()
+    for piece in pieces:
+        whole.update(piece)
+    return whole.hexdigest()
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

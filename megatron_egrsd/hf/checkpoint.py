@@ -2,18 +2,25 @@
 
 import json
 import shutil
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.byte_ranges import Range
 from megatron_egrsd.hf.mapping import Entry, hf_shapes
-from megatron_egrsd.hf.safetensors_file import DTYPES, INDEX, SHARD_BYTES, SINGLE, SafetensorsWriter, data_ranges
+from megatron_egrsd.hf.safetensors_file import (
+    DTYPES,
+    INDEX,
+    SHARD_BYTES,
+    SINGLE,
+    data_ranges,
+    open_safetensors,
+    write_tensors,
+)
 from megatron_egrsd.hf.staging import staged
 
 CONFIG = "config.json"
@@ -65,10 +72,7 @@ class HFCheckpoint:
         if file not in self._open:
             if not file.is_file():
                 raise BadArgument(f"the shard {file} is missing, though the index names it")
-            try:
-                self._open[file] = safe_open(file, framework="pt", device="cpu")
-            except (SafetensorError, OSError, struct.error) as error:
-                raise BadArgument(f"{file} cannot be read ({error}); it is truncated or not safetensors") from None
+            self._open[file] = open_safetensors(file)
         return self._open[file]
 
     def _check(self) -> None:
@@ -154,18 +158,10 @@ def save_hf(
     exists already, RunError if a tensor is missing, unexpected or mis-shaped.
     """
     shapes = hf_shapes(Architecture.from_pretrained(like))
-    tensors = iter(named_tensors)
-    first, tensor = next(tensors, (None, None))
-    if first is None:
-        raise RunError("there are no weights to export")
     with staged(path) as directory:
         copy_assets(like, directory)
-        set_config_dtype(directory / CONFIG, tensor.dtype)
-        writer = SafetensorsWriter(directory, shapes, tensor.dtype, shard_bytes)
-        writer.write(first, tensor.cpu())
-        for name, later in tensors:
-            writer.write(name, later.cpu())
-        writer.finish()
+        dtype = write_tensors(directory, named_tensors, shapes, shard_bytes=shard_bytes)
+        set_config_dtype(directory / CONFIG, dtype)
 
 
 def stored_shapes(arch: Architecture, tied_head: bool) -> dict[str, tuple[int, ...]]:

@@ -29,7 +29,6 @@ from megatron_egrsd.hf.megatron_checkpoint import (
     TRACKER,
     MegatronCheckpoint,
     common_state,
-    describe,
     extra_states,
     megatron_shape,
     places,
@@ -147,10 +146,13 @@ def _plan(conversion: ToMegatron | ToHF, form: str) -> str:
     types = _name(conversion.dtype)
     if conversion.dtype != conversion.source_dtype:
         types = f"{_name(conversion.source_dtype)} -> {types}"
+    kind = f"{arch.num_experts} experts" if arch.num_experts else "dense"
+    tied = "tied" if arch.tied_embeddings else "untied"
     return (
         f"from    {conversion.source}\n"
         f"to      {conversion.target}: {form}\n"
-        f"model   {describe(arch)}\n"
+        f"model   {arch.family.name} {kind}, {arch.num_parameters / 1e9:.2f}B parameters, {arch.num_layers} layers, "
+        f"vocabulary {arch.vocab_size} ({tied})\n"
         f"tensors {len(hf_shapes(arch))} in Hugging Face, {len(entries(arch))} in Megatron, {types}\n"
         f"disk    {conversion.nbytes / 1e9:.2f} GB to write, {free / 1e9:.1f} GB free"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_egrsd.hf.byte_ranges import THREADS, Range, pieces
+from megatron_egrsd.hf.byte_ranges import THREADS, Range, digest, pieces
 from megatron_egrsd.hf.checkpoint import HFCheckpoint
 
 
@@ -20,13 +20,10 @@ def fingerprint(path: str | Path) -> str:
     if arch.rope_scaling:
         whole.update(repr(arch.rope_scaling).encode())
     with ThreadPoolExecutor(THREADS) as readers:
-        for name, digest in zip(names, readers.map(_digest, ranges), strict=True):
-            whole.update(f"{name} {digest}\n".encode())
+        for name, sha256 in zip(names, readers.map(_digest, ranges), strict=True):
+            whole.update(f"{name} {sha256}\n".encode())
     return whole.hexdigest()
 
 
 def _digest(where: Range) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces([where], torch.uint8, torch.uint8):
-        digest.update(piece)
-    return digest.hexdigest()
+    return digest(pieces([where], torch.uint8, torch.uint8))

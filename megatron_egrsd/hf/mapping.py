@@ -140,7 +140,7 @@ def _mlp(megatron: str, hf: str) -> list[tuple]:
 
 
 # Transformer Engine fuses each norm into the linear layer behind it and renames its weight.
-_TRANSFORMER_ENGINE_NAMES = {
+TRANSFORMER_ENGINE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
@@ -170,7 +170,7 @@ def local_name(name: str) -> str:
     """Return megatron-core's local-layer name for a parameter that any layer implementation has named."""
     if grouped := _GROUPED_EXPERT.fullmatch(name):
         return f"{grouped[1]}.local_experts.{grouped[3]}.{grouped[2]}.weight"
-    for engine_suffix, local_suffix in _TRANSFORMER_ENGINE_NAMES.items():
+    for engine_suffix, local_suffix in TRANSFORMER_ENGINE_NAMES.items():
         if name.endswith(engine_suffix):
             return name.removesuffix(engine_suffix) + local_suffix
     return name

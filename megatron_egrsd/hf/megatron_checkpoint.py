@@ -19,7 +19,7 @@ import torch
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.byte_ranges import Range
-from megatron_egrsd.hf.mapping import Entry, GateUp, Vocabulary, entries, hf_shapes
+from megatron_egrsd.hf.mapping import TRANSFORMER_ENGINE_NAMES, Entry, GateUp, Vocabulary, entries, hf_shapes
 from megatron_egrsd.hf.torch_dist_reader import CONFIG, TorchDistReader
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -27,10 +27,7 @@ RELEASE = "release"
 SIDECAR = "huggingface"
 
 # megatron-core stores local layers under Transformer Engine's names: its checkpoints do not depend on the layers.
-_STORED_NAMES = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
+_STORED_NAMES = {local: stored for stored, local in TRANSFORMER_ENGINE_NAMES.items()}
 # Layers with extra state (Transformer Engine's FP8 scales, else empty) that a model requires when it loads. Transformer
 # Engine 2.0 and later refuse a checkpoint without the norms' extra state.
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj")
@@ -212,11 +209,6 @@ class MegatronCheckpoint:
             raise BadArgument(f"{self.path} mixes {' and '.join(f'{t} ({k})' for t, k in found.items())}")
         return next(iter(found))
 
-    def nbytes(self) -> int:
-        """Return the bytes of the weights without padding."""
-        itemsize = self.dtype().itemsize
-        return sum(torch.Size(shape).numel() * itemsize for shape in hf_shapes(self.architecture).values())
-
     def ranges(self, entry: Entry, shapes: dict[str, tuple[int, ...]]) -> dict[str, list[Range]]:
         """Return the byte ranges of the Hugging Face tensors of one entry, in order, without padding.
 
@@ -281,11 +273,3 @@ def locate(path: Path) -> tuple[Path, Path]:
         legacy = " (an old checkpoint with mp_rank_ directories?)" if list(directory.glob("mp_rank_*")) else ""
         raise BadArgument(f"{directory} holds no {CONFIG}, so it is not a torch_dist checkpoint{legacy}")
     return directory, path
-
-
-def describe(arch: Architecture) -> str:
-    """Return one line about the model for plans and reports."""
-    kind = f"{arch.num_experts} experts" if arch.num_experts else "dense"
-    tied = "tied" if arch.tied_embeddings else "untied"
-    return (f"{arch.family.name} {kind}, {arch.num_parameters / 1e9:.2f}B parameters, {arch.num_layers} layers, "
-            f"vocabulary {arch.vocab_size} ({tied})")  # fmt: skip

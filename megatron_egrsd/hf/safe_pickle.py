@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 
 class _Unknown:
@@ -81,13 +82,19 @@ class _Checker(MetadataUnpickler):
         raise ValueError(f".metadata names {module}.{name}, which has no place in it and could run code")
 
 
+def load_metadata(content: bytes, unpickler: type[MetadataUnpickler] = MetadataUnpickler) -> Metadata:
+    """Return the records of a `.metadata` file. Raises ValueError if they name a file elsewhere, any if broken."""
+    metadata = unpickler(io.BytesIO(content)).load()
+    for info in metadata.storage_data.values():
+        if Path(info.relative_path).name != str(info.relative_path):
+            raise ValueError(f".metadata names {info.relative_path!r}, which is not beside it")
+    return metadata
+
+
 def check_metadata(content: bytes) -> None:
     """Raise ValueError if `content` (a `.metadata` file) is no pickle or holds more than records of files beside it."""
     try:
-        metadata = _Checker(io.BytesIO(content)).load()
-        for info in metadata.storage_data.values():
-            if Path(info.relative_path).name != str(info.relative_path):
-                raise ValueError(f".metadata names {info.relative_path!r}, which is not beside it")
+        load_metadata(content, _Checker)
     except ValueError:
         raise
     except Exception as error:  # a broken pickle raises whatever it likes

@@ -1,4 +1,4 @@
-"""Writer of safetensors checkpoints, tensor by tensor. Headers come first: every size is known beforehand."""
+"""Safetensors files, opened, and written tensor by tensor. Headers come first: every size is known beforehand."""
 
 import json
 import math
@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from megatron_egrsd.errors import RunError
+from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.hf.byte_ranges import Range, raw_bytes, reserve, write_all
 
 INDEX = "model.safetensors.index.json"
@@ -95,6 +96,27 @@ class SafetensorsWriter:
             write_all(file, struct.pack("<Q", len(encoded)) + encoded)
         for name in shard:
             self._places[name] = path, 8 + len(encoded) + header[name]["data_offsets"][0]
+
+
+def write_tensors(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], shapes: Mapping[str, tuple[int, ...]],
+                  *, shard_bytes: int = SHARD_BYTES, single: str = "") -> torch.dtype:  # fmt: skip
+    """Write `tensors`, one in memory at a time, and return their dtype. Raises RunError as SafetensorsWriter does."""
+    writer = None
+    for name, tensor in tensors:
+        writer = writer or SafetensorsWriter(directory, shapes, tensor.dtype, shard_bytes, single)
+        writer.write(name, tensor.cpu())
+    if writer is None:
+        raise RunError("there are no weights to export")
+    writer.finish()
+    return writer.dtype
+
+
+def open_safetensors(file: Path):
+    """Return the file as safe_open's view. Raises BadArgument if it cannot be read."""
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError, struct.error) as error:
+        raise BadArgument(f"{file} cannot be read ({error}); it is truncated or not safetensors") from None
 
 
 def data_ranges(file: Path) -> dict[str, Range]:

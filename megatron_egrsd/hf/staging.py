@@ -2,14 +2,13 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_egrsd.errors import BadArgument, RunError
-from megatron_egrsd.system.files import PARTIAL, check_outside, check_writable
+from megatron_egrsd.system.files import PARTIAL, check_outside, check_writable, lock
 
 
 @contextlib.contextmanager
@@ -35,13 +34,13 @@ def staged(path: str | Path, nbytes: int = 0) -> Iterator[Path]:
             check_absent(path)
             temporary.rename(path)
         except OSError as error:
-            _empty(temporary, itself=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             # EFBIG: the process's limit on the size of a file.
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise RunError(f"no room to write {path} ({error.strerror}); nothing was left there") from None
             raise RunError(f"{path} was not written: {error}") from None
         except BaseException:
-            _empty(temporary, itself=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
@@ -73,14 +72,12 @@ def check_space(path: Path, nbytes: int) -> None:
         raise RunError(f"{path.parent} has {free / 1e9:.1f} GB free, but {nbytes / 1e9:.1f} GB are needed")
 
 
-def _empty(directory: Path, itself: bool = False) -> None:
+def _empty(directory: Path) -> None:
     for child in directory.iterdir():
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child, ignore_errors=True)
         else:
             child.unlink()
-    if itself:
-        directory.rmdir()
 
 
 @contextlib.contextmanager
@@ -88,12 +85,7 @@ def _locked(directory: Path) -> Iterator[None]:
     """Lock `directory` against other processes. The lock ends with its process, so a killed run blocks nobody."""
     handle = os.open(directory, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadArgument(f"another process is writing {directory}; wait for it") from None
-        except OSError:
-            pass  # a file system without locks
+        lock(handle, f"another process is writing {directory}; wait for it")
         yield
     finally:
         os.close(handle)

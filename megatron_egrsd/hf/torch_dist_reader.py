@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.hf.byte_ranges import Range, in_threads
-from megatron_egrsd.hf.safe_pickle import MetadataUnpickler, load_without_code
+from megatron_egrsd.hf.safe_pickle import load_metadata, load_without_code
 from megatron_egrsd.hf.torch_dist_writer import COMMON, CONFIG, INTEGRITY, METADATA
 from megatron_egrsd.system.files import sha256
 
@@ -55,12 +55,8 @@ class TorchDistReader:
         self._chunks_by_index: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}
         try:
             config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-            with open(directory / METADATA, "rb") as file:
-                metadata = MetadataUnpickler(file).load()
+            metadata = load_metadata((directory / METADATA).read_bytes())
             self._storage = {(i.fqn, i.offset and tuple(i.offset)): info for i, info in metadata.storage_data.items()}
-            for info in metadata.storage_data.values():
-                if Path(info.relative_path).name != str(info.relative_path):
-                    raise ValueError(f"it names {info.relative_path!r}, which is not beside it")
             self.tensors = {
                 key: self._stored_tensor(key, value)
                 for key, value in metadata.state_dict_metadata.items()

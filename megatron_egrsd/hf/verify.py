@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megatron_egrsd.errors import BadArgument, RunError
-from megatron_egrsd.hf.byte_ranges import Advance, in_threads, pieces
+from megatron_egrsd.hf.byte_ranges import Advance, digest, in_threads, pieces
 from megatron_egrsd.hf.checkpoint import CONFIG, HFCheckpoint, assets, config_with_dtype
 from megatron_egrsd.hf.convert import RECORD, record_of
 from megatron_egrsd.hf.mapping import Entry, entries, hf_shapes
@@ -87,7 +87,7 @@ def _compare(hf: HFCheckpoint, megatron: MegatronCheckpoint, dtype: torch.dtype 
                 if expected != found:
                     wrong[name] = (f"{name} is {expected} in Hugging Face and {found} in Megatron; "
                                    "pass --dtype if that was asked for")  # fmt: skip
-                    digests = [_sha256(side) for side in sides] if hashes else []
+                    digests = [digest(side) for side in sides] if hashes else []
                 else:
                     count, digests = _difference(*sides, expected, hashes)
                     if count:
@@ -117,13 +117,6 @@ def _difference(left: Iterator[memoryview], right: Iterator[memoryview], dtype: 
             if second:
                 second.update(b)
     return count, [first.hexdigest(), (second or first).hexdigest()] if hashes else []
-
-
-def _sha256(side: Iterator[memoryview]) -> str:
-    digest = hashlib.sha256()
-    for piece in side:
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 def _different_files(hf: Path, carried: Path, dtype: torch.dtype) -> list[str]:

@@ -9,7 +9,7 @@ import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_egrsd.errors import BadArgument, RunError
 
@@ -46,6 +46,16 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def lock(file: int | IO, taken: str) -> None:
+    """Lock an open file until it is closed or its process ends. Raises BadArgument(`taken`) if another process did."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadArgument(taken) from None
+    except OSError:  # a file system without locks
+        pass
+
+
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Hold the lock of an output directory, which is made if it is missing.
@@ -60,14 +70,7 @@ def locked(directory: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadArgument(
-                f"another run is writing {directory}; wait for its end, stop it, or choose another output"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+        lock(file, f"another run is writing {directory}; wait for its end, stop it, or choose another output")
         try:
             yield
         finally:

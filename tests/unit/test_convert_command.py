@@ -234,6 +234,15 @@ def test_two_runs_to_one_place_do_not_meet(hf, tmp_path):
     assert (tmp_path / "m" / "file").exists()
 
 
+def test_a_failure_keeps_its_reason_if_the_place_is_gone(tmp_path):
+    from megatron_egrsd.errors import RunError
+    from megatron_egrsd.hf.staging import staged
+
+    with pytest.raises(RunError, match="the reason"), staged(tmp_path / "m") as directory:
+        directory.rmdir()
+        raise RunError("the reason")
+
+
 def test_a_place_within_the_source_is_refused(hf, tmp_path):
     refused(convert("to-megatron", "--hf-path", hf, "--megatron-path", hf / "mcore"), 2, "lies within the source")
     (tmp_path / "file").touch()
