@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_egrsd.config import Config
 from megatron_egrsd.data.benchmarks import ProblemSet, load_sets
 from megatron_egrsd.data.prompt_builder import PromptBuilder, prompt_builder
-from megatron_egrsd.data.prompts import usable
+from megatron_egrsd.data.prompts import tell_left_out, usable
 from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.data.stopping import stop_token_ids
 from megatron_egrsd.errors import BadArgument
@@ -83,7 +83,9 @@ class Evaluation:
     ):
         self.config, self.builder, self.reward, self.file = config, builder, reward, file
         self.k = {s.name: samples_per_problem(config.evaluation, s.name) for s in sets}
-        built = [usable(s.source, s.problems, self._prompt, s.bad) for s in sets]
+        built = [usable(s.problems, self._prompt, s.bad) for s in sets]
+        for s, own in zip(sets, built, strict=True):
+            tell_left_out(s.source, len(own), s.bad)
         self.sets = [replace(s, problems=[p for p, _ in own]) for s, own in zip(sets, built, strict=True)]
         self.problems = [(s.name, problem) for s in self.sets for problem in s.problems]
         self.prompts = [prompt for own in built for _, prompt in own]

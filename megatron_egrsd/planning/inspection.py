@@ -11,14 +11,16 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_egrsd.config import Config
-from megatron_egrsd.data.problems import BadRow, BadRows, load_problems
+from megatron_egrsd.data.problems import BadRows
 from megatron_egrsd.data.prompt_builder import PromptBuilder, generation_prompt, prompt_builder
+from megatron_egrsd.data.prompts import build_prompts
 from megatron_egrsd.data.samples import Prompt
+from megatron_egrsd.data.solutions import Solutions
 from megatron_egrsd.data.stopping import stop_token_ids
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.checkpoint import HFCheckpoint, holds_weights
-from megatron_egrsd.objectives.load import needs_teacher_prompts
+from megatron_egrsd.objectives.load import needs_rollouts, needs_teacher_prompts
 from megatron_egrsd.rewards.answers import gold_answer
 from megatron_egrsd.rewards.normal_form import normalize, number
 
@@ -34,7 +36,9 @@ def inspect(config: Config, console: Console | None = None) -> bool:
     console = console or Console(highlight=False, soft_wrap=True)
     builder = prompt_builder(config)
     fits = _print_model(config, builder, console)
-    prompts, bad = _prompts(config, builder)
+    bad, solutions = BadRows("skip"), None if needs_rollouts(config.objective) else Solutions(builder, config)
+    privileged = needs_teacher_prompts(config)
+    prompts = build_prompts(config.data.train, builder, bad, privileged=privileged, solutions=solutions)
     if prompts:
         _print_prompt(prompts[0], builder, console)
         _print_lengths(config, prompts, builder, console)
@@ -60,17 +64,6 @@ def _print_model(config: Config, builder: PromptBuilder, console: Console) -> bo
     stop = stop_token_ids(tokenizer, config.data, config.rollout.stop_tokens)
     console.print(Text(f"          and end with {' or '.join(map(repr, tokenizer.convert_ids_to_tokens(stop)))}"))
     return fits
-
-
-def _prompts(config: Config, builder: PromptBuilder) -> tuple[list[Prompt], BadRows]:
-    """Return the prompts that can be built, and the rows that cannot be used, whatever `data.bad_rows` says."""
-    bad, privileged, prompts = BadRows("skip"), needs_teacher_prompts(config), []
-    for problem in load_problems(config.data.train, config.data, privileged=privileged, bad=bad):
-        try:
-            prompts.append(builder.build(problem, privileged=privileged))
-        except BadRow as error:
-            bad.add(error)
-    return prompts, bad
 
 
 def _print_prompt(prompt: Prompt, builder: PromptBuilder, console: Console) -> None:

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from megatron_egrsd.data.samples import Problem
-from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.preparation.contamination import Contamination, words
 from megatron_egrsd.preparation.readers import read_problems
 from megatron_egrsd.rewards.normal_form import normalize
@@ -27,7 +27,7 @@ _SHOWN = 5  # contaminated rows that the report names
 def main(arguments: list[str]) -> None:
     """Prepare a data set as the `arguments` behind `megatron-egrsd prepare-data` say.
 
-    Raises BadArgument for a request that cannot work, RunError if a file cannot be read or written.
+    Raises BadArgument for a request that cannot work, RunError if the output cannot be written.
     """
     parser = Parser(prog="megatron-egrsd prepare-data", description=__doc__)
     parser.add_argument("sources", nargs="+", help=".jsonl or .parquet files, or hub datasets name[:config]:split")
@@ -42,8 +42,6 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     try:
         prepare(options.sources, options.evaluation, options.output, options.max_characters)
-    except OSError as error:
-        raise RunError(str(error)) from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt("nothing was written") from None
 

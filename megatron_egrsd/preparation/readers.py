@@ -13,10 +13,12 @@ from megatron_egrsd.rewards.answers import gold_answer
 
 def dapo(row: dict) -> tuple[str, str, str]:
     """DAPO-Math: a chat prompt that wraps the problem in instructions, and an answer. There is no solution."""
-    problem = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+    prompt = row["prompt"] or ""
+    problem = prompt if isinstance(prompt, str) else prompt[-1]["content"] or ""
     if problem.startswith("Solve the following math problem"):
         problem = problem.partition("\n\n")[2]
-    return problem.partition("\n\nRemember to put your answer")[0], row["reward_model"]["ground_truth"], ""
+    answer = "" if row["reward_model"] is None else row["reward_model"]["ground_truth"]
+    return problem.partition("\n\nRemember to put your answer")[0], answer, ""
 
 
 _ASKS_FOR_A_BOX = "Return your final response within \\boxed{}."  # before OpenThoughts' problems
@@ -24,7 +26,7 @@ _ASKS_FOR_A_BOX = "Return your final response within \\boxed{}."  # before OpenT
 
 def openthoughts(row: dict) -> tuple[str, str, str]:
     """OpenThoughts with metadata: the answer is the box in the published solution, which teaches as well."""
-    problem = row["problem"].removeprefix(_ASKS_FOR_A_BOX)
+    problem = (row["problem"] or "").removeprefix(_ASKS_FOR_A_BOX)
     solution = row["ground_truth_solution"] or ""
     is_math = row.get("domain", "math") == "math" and "\\boxed" in solution
     return problem, gold_answer(solution) if is_math else "", solution
@@ -34,7 +36,7 @@ def boxed(row: dict) -> tuple[str, str, str]:
     """Openthoughts_math_30k_opsd (the EGRSD paper's set): the answer is the solution's last box."""
     solution = row["solution"] or ""
     found = boxes(solution)
-    return row["problem"].removeprefix(_ASKS_FOR_A_BOX), found[-1].content if found else "", solution
+    return (row["problem"] or "").removeprefix(_ASKS_FOR_A_BOX), found[-1].content if found else "", solution
 
 
 def deepmath(row: dict) -> tuple[str, str, str]:
@@ -50,7 +52,7 @@ def plain(row: dict) -> tuple[str, str, str]:
         answer = gold_answer(solution) if "\\boxed" in solution else ""
     elif isinstance(answer, str) and "####" in answer:
         answer, solution = gold_answer(answer), solution or answer.partition("####")[0]
-    return row.get("problem") or row["question"], answer, solution
+    return row.get("problem") or row["question" if "question" in row else "problem"], answer, solution
 
 
 def reader(row: dict, location: str) -> Callable[[dict], tuple[str, str, str]]:

@@ -54,6 +54,15 @@ def test_rows_that_would_be_refused_and_damaged_weights_are_named(doctor, tmp_pa
     assert status == 1 and "weights   cannot be used" in out
 
 
+def test_solutions_that_cannot_be_trained_are_named(doctor):
+    rows = [ROWS[0], ROWS[1], {"id": "f", "problem": "1+1=?", "answer": "2", "solution": ""}]
+    words = ("--objective.preset", "sft", "--rollout.rollouts_per_prompt", "1", "--rollout.max_response_tokens", "50")
+    status, out, _ = doctor(rows, *words)
+    assert status == 1 and "1 can be used; refused" in out
+    assert "1 over-long (problem b), 1 without a solution (problem f)" in out
+    assert doctor(rows[:1], *words)[0] == 0
+
+
 def test_mistakes_are_one_sentence(doctor, capsys):
     assert main(["doctor", "--seed"]) == 2 and main(["doctor", "/no/model"]) == 2
     capsys.readouterr()

@@ -158,6 +158,22 @@ def test_unusable_rows_are_counted(tmp_path):
     assert len(written(out)) == 1
 
 
+NOTHING = {  # of the rows that hold more than texts
+    "dapo": [{"prompt": None}, {"prompt": []}, {"prompt": [{"role": "user", "content": None}]}, {"reward_model": None}],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_without_a_problem_are_counted(name, tmp_path, capsys):
+    row = ROWS[name][0]
+    key = "problem" if "problem" in row else "question"
+    nothing = NOTHING.get(name, [{key: None}, {key: " "}, {key: ""}])
+    source = jsonl(tmp_path / "in.jsonl", row, *(row | change for change in nothing))
+    prepare_command.main([str(source), "-o", str(tmp_path / "out.jsonl")])
+    assert f"{len(nothing)} without a problem or a verifiable answer" in capsys.readouterr().out
+    assert len(written(tmp_path / "out.jsonl")) == 1
+
+
 def test_rows_of_the_papers_set(tmp_path):
     """Rows without a box are counted and left out; the contamination check applies; the trainer reads the rest."""
     rows = [
