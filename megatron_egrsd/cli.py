@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from megatron_egrsd.errors import BadArgument, Interrupted, Preempted, RunError
+from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.system import torchrun
 from megatron_egrsd.system.files import disk_error, handles_error
 
@@ -44,14 +44,8 @@ def main(argv: list[str] | None = None, name: str = "megatron-egrsd") -> int:
             return _run(command, rest) or 0
     except SystemExit as exit:  # argparse has printed the help
         return int(exit.code or 0)
-    except Interrupted as reason:
-        return _fail(name, reason, 130)
-    except Preempted as reason:
-        return _fail(name, reason, 0)
-    except BadArgument as error:
-        return _fail(name, error, 2)
-    except RunError as error:
-        return _fail(name, error, 1)
+    except (BadArgument, RunError) as error:
+        return _fail(name, error, error.exit_status)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "megatron_egrsd":
             raise
@@ -83,7 +77,7 @@ def _interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, note)
     try:
         yield
-    except (BadArgument, Interrupted, Preempted, RunError):
+    except (BadArgument, RunError):
         raise
     except Exception as error:
         if not interrupts:
@@ -120,7 +114,7 @@ def _train(arguments: list[str]) -> None:
             parse_config(["--help"])
         print(TRAIN_USAGE + keys.getvalue().partition("\n\n")[2], end="")  # without argparse's list of every key
         return
-    key, dry_run, words = _options(["--checkpoint.resume" if a == "--resume" else a for a in arguments])
+    key, dry_run, words = _options([re.sub("^--resume(?=$|=)", "--checkpoint.resume", a) for a in arguments])
     config = parse_config(words)
     if config.evaluation.protocol:
         raise BadArgument("evaluation.protocol is for megatron-egrsd evaluate; it would change training's responses")
@@ -246,7 +240,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int | None], str]] = {
 USAGE = f"""\
 usage: megatron-egrsd COMMAND ...
 
-EGRSD and CL-EGRSD: on-policy self-distillation of Qwen3 reasoning models on Megatron-Core and SGLang.
+EGRSD and CL-EGRSD: on-policy self-distillation of Qwen3, Qwen2 and Llama models on Megatron-Core and SGLang.
 
 commands:
 {"".join(text for _, text in COMMANDS.values())}

@@ -31,8 +31,9 @@ RENAMED = {
     "rollout.lora_sync": "rollout.sync.lora",
 }
 PATHS = (
-    "model.path", "lora.init", "data.train", "data.evaluation", "data.reward", "objective.function", "output", "replay",
-    "checkpoint.resume", "evaluation.benchmarks.directory", "evaluation.benchmarks.like", "evaluation.benchmarks.sets",
+    "model.path", "lora.init", "data.train", "data.evaluation", "data.reward", "data.teacher_context",
+    "objective.function", "output", "replay", "checkpoint.resume", "evaluation.benchmarks.directory",
+    "evaluation.benchmarks.like", "evaluation.benchmarks.sets",
 )  # fmt: skip
 _HOME = re.compile(r"(?:^|(?<==))~[^=]*")
 _OLD_OPTION = re.compile(f"--({'|'.join(map(re.escape, RENAMED))})(?=$|[.+=])")
@@ -159,9 +160,8 @@ def _one_sentence(message: str) -> str:
     message = re.sub(r"(\S{200})\S+", r"\1...", message)
     for pattern in (
         r"unrecognized arguments: --([\w.\-]+)",
-        r"Group '([\w.]+)' does not accept option '([\w.]+)'",
-        r"[Oo]ption '([\w.]+)' is not accepted",
-        r"does not accept option '([\w.]+)'",
+        r"Group '([\w.\-]+)' does not accept option '([\w.\-]+)'",
+        r"Option '([\w.\-]+)' is not accepted",
     ):
         if match := re.search(pattern, message):
             key = ".".join(match.groups())

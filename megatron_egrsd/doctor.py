@@ -85,6 +85,11 @@ PIECES = [
     Piece("tensorboard", _package("tensorboard"), "no event files; training needs it", required=True),
     Piece("matplotlib", _package("matplotlib"), "no plots; training draws one at its end", required=True),
     Piece("psutil", _package("psutil"), "saving a distributed checkpoint hangs", required=True),
+    *(
+        Piece(name, _package(name), "training imports it", required=True)
+        for name in ("numpy", "pebble", "aiohttp", "httpx", "jinja2", "orjson")
+    ),
+    Piece("pyyaml", _package("pyyaml", "yaml"), "no configuration can be read", required=True),
     Piece("math-verify", _package("math-verify"), 'no reward "math"; own rewards by import path still work'),
     Piece("datasets", _package("datasets"), "no problems from the hub; .jsonl files still work"),
     Piece("wandb", _package("wandb"), "no logging.wandb; the other logs do not need it"),

@@ -2,16 +2,24 @@
 
 
 class BadArgument(ValueError):
-    """The request itself cannot work: a wrong key, path, size or dataset. Nothing was started. Exit status 2."""
+    """The request itself cannot work: a wrong key, path, size or dataset. Nothing was started."""
+
+    exit_status = 2
 
 
 class RunError(RuntimeError):
-    """Something failed while running: a server died, a sync was corrupted, a deadline passed. Exit status 1."""
+    """Something failed while running: a server died, a sync was corrupted, a deadline passed."""
+
+    exit_status = 1
 
 
 class Preempted(RunError):
-    """The run was asked to stop (SIGTERM). Exit status 0."""
+    """The run was asked to stop (SIGTERM)."""
+
+    exit_status = 0
 
 
 class Interrupted(Preempted):
-    """The run was stopped by Ctrl-C, and saved. Exit status 130."""
+    """The run was stopped by Ctrl-C, and saved."""
+
+    exit_status = 130

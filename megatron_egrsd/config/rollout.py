@@ -25,7 +25,7 @@ class ServersConfig:
             there are idle cores make it many times slower.
         max_concurrent_requests: Requests in flight for each server; what its memory does not hold waits there.
         max_total_tokens: Size of a launched server's KV cache in tokens; 0 leaves it to SGLang.
-        args: Further SGLang launch arguments, without the leading dashes; true means a bare flag.
+        args: Further SGLang launch arguments, without the leading dashes, with - or _; true means a bare flag.
         api_key_variable: Environment variable that holds the servers' API key; it is never written anywhere.
         start_timeout: Seconds until a launched server must be healthy.
         health_timeout: A server that has not been healthy for so many seconds while it generates counts as hung.
@@ -53,6 +53,12 @@ class ServersConfig:
     max_restarts: int = 10
 
     def __post_init__(self):
+        args = {name.replace("-", "_"): value for name, value in self.args.items()}
+        require(
+            len(args) == len(self.args),
+            f"rollout.servers.args names one argument twice, with - and with _: {', '.join(self.args)}; leave one out",
+        )
+        object.__setattr__(self, "args", args)
         counts = ("engines", "tensor_parallel", "cpu_threads", "max_concurrent_requests")
         require_positive(self, "rollout.servers", *counts, "start_timeout", "health_timeout", "request_timeout")
         require_not_negative(self, "rollout.servers", "max_restarts", "request_retries")

@@ -115,7 +115,7 @@ class Fleet:
             spec, device = self.engine.adapter, self.engine.device.type
             arguments |= lora_arguments(spec.rank, spec.targets, device)
         if self.config.routing_replay:
-            arguments["enable-return-routed-experts"] = True
+            arguments["enable_return_routed_experts"] = True
         return replace(servers, args=arguments | servers.args)
 
     def _hold_the_rest(self) -> bool:

@@ -23,8 +23,8 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--gpus", nargs="+", type=_gpus, default=list(ROLLOUTS), metavar="N")
     parser.add_argument("--machine", choices=list(MACHINES), help="default: each")
-    parser.add_argument("--rollouts", type=int, help=f"a step's; default by GPUs: {ROLLOUTS}")
-    parser.add_argument("--longest", type=int, default=16384, help="tokens at which a response is cut")
+    parser.add_argument("--rollouts", type=_positive, help=f"a step's; default by GPUs: {ROLLOUTS}")
+    parser.add_argument("--longest", type=_positive, default=16384, help="tokens at which a response is cut")
     parser.add_argument("--lora-rank", type=int, default=0, help="rank of the adapters to train; default: all weights")
     options = parser.parse_args(arguments)
     if options.lora_rank < 0:
@@ -36,6 +36,12 @@ def main(arguments: list[str]) -> None:
         print(f"\n{machine.name}\n")
         for line in table(machine, options.models, rollouts, options.longest, options.lora_rank):
             print(line, flush=True)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
 def _gpus(text: str) -> int:

@@ -32,11 +32,11 @@ def check_served_adapters(targets: Sequence[str]) -> None:
 def lora_arguments(rank: int, targets: Sequence[str], device: str) -> dict[str, Any]:
     """Return the arguments of a server that gets adapters of `rank` on the projections `targets`, one at a time."""
     return {
-        "enable-lora": True,
-        "max-lora-rank": rank,
-        "lora-target-modules": list(targets),
-        "max-loras-per-batch": 1,
-    } | ({"lora-backend": "torch_native"} if device == "cpu" else {})
+        "enable_lora": True,
+        "max_lora_rank": rank,
+        "lora_target_modules": list(targets),
+        "max_loras_per_batch": 1,
+    } | ({"lora_backend": "torch_native"} if device == "cpu" else {})
 
 
 def first_gpu(config: ServersConfig, ranks: int, count: int) -> int:

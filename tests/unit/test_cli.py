@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import types
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def test_train_and_dry_run(train):
     assert cli.main([*TRAIN, "--dry-run"]) == 0
     assert [name for name, _ in train.calls] == ["main", "plan"]
     assert train.calls[0][1].steps == 3
+
+
+@pytest.mark.parametrize("words", [["--resume", "auto"], ["--resume=auto"], ["--checkpoint.resume=auto"]])
+def test_resume_is_short_for_its_key(words, train):
+    assert cli.main([*TRAIN, *words]) == 0
+    assert train.calls[0][1].checkpoint.resume == "auto"
 
 
 @pytest.mark.parametrize("other", [ValueError("could not determine the shape"), RuntimeError("x"), OSError("y")])
@@ -102,6 +109,10 @@ def test_a_bug_keeps_its_traceback(train):
         (["report"], "report takes the directories"),
         (["report", "/no/such/run"], "metrics.jsonl"),
         (["doctor", "now"], "no arguments"),
+        (["train", "--resumed=auto"], "no configuration key is called resumed"),
+        (["plan", "--gpus", "8", "--rollouts", "-8"], "--rollouts: '-8' is not a positive whole number"),
+        (["plan", "--rollouts", "0"], "--rollouts: '0' is not a positive whole number"),
+        (["plan", "--longest", "-2000"], "--longest: '-2000' is not a positive whole number"),
     ],
 )
 def test_mistakes(capsys, arguments, words):
@@ -180,6 +191,9 @@ def test_doctor_names_every_piece_and_its_cost(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert all(piece.name in out for piece in doctor.PIECES)
     assert status == int("MISSING" in out)
+
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["train"]
+    assert {name.partition("[")[0] for name in needed} <= {piece.name for piece in doctor.PIECES}
 
     def broken():
         raise OSError("bad library")

@@ -291,6 +291,7 @@ def test_a_tied_mixture_is_not_sampled_from(tmp_path):
     [
         (4, 8, 4, [], 4, ""),
         (4, 8, 2, ["--rollout.servers.args.base_gpu_id", "6"], 6, ""),
+        (4, 8, 2, ["--rollout.servers.args", '{"base-gpu-id": 6}'], 6, ""),
         (8, 8, 1, [], 0, "would begin at GPU 0"),
         (8, 8, 4, ["--rollout.servers.args.base_gpu_id", "4"], 4, "would begin at GPU 4"),
         (8, 8, 1, ["--rollout.sync.transport", "ipc"], 0, ""),

@@ -40,6 +40,7 @@ def test_server_args_override_and_bare_flags():
                                         "enable_metrics": True, "cuda_graph_bs": [1, 2]})  # fmt: skip
     words = server_command(config, MODEL, 3, 1234, "cuda")
     assert words[words.index("--mem-fraction-static") + 1] == "0.5"
+    assert ServersConfig(args={"mem-fraction-static": 0.5}).args == {"mem_fraction_static": 0.5}
     assert words.count("--random-seed") == 1
     assert words[words.index("--random-seed") + 1] == "9"
     assert "--skip-server-warmup" not in words
