@@ -35,7 +35,7 @@ from megatron_egrsd.rewards.reward import Reward, decode_and_grade, load_reward
 from megatron_egrsd.rollout.client import RolloutClient, truncation
 from megatron_egrsd.rollout.deterministic import check_deterministic, deterministic
 from megatron_egrsd.rollout.generation import Generation
-from megatron_egrsd.rollout.servers import RolloutServers, ServersLost, retry_lost
+from megatron_egrsd.rollout.servers import RolloutServers, retry_lost
 from megatron_egrsd.system.files import write_text
 
 Results = dict[str, dict[str, Estimate]]  # set name -> number's name -> estimate
@@ -165,11 +165,7 @@ class Evaluation:
                     seeds=self._seed if seeded else None,
                 )
 
-            def recover(_: ServersLost) -> None:  # the servers restart with the same weights
-                servers.recover()
-                servers.rejoin()
-
-            retry_lost(generate, recover)
+            retry_lost(generate, lambda _: servers.bring_back())
             for grading in gradings:
                 grading.result()
 

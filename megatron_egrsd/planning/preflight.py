@@ -36,10 +36,14 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
             check_served_adapters(spec.targets)
     if config.lora.init:
         AdapterFile(config.lora.init, arch)
-    config.check_world(ranks or torchrun.world_size())
+    world_size = ranks or torchrun.world_size()
+    _check_processes(config, world_size)
+    config.check_world(world_size)
     check_objective(config.objective)
     if needs_rollouts(config.objective) and config.debug != "train-only":
         check_served_model(arch)
+    if ranks is None and torchrun.local_world_size() < world_size:
+        _check_nodes(config)
     if ranks is None and torch.cuda.is_available():
         _check_gpus(config, torchrun.local_world_size(), torch.cuda.device_count())
     _check_routing(config, arch)
@@ -64,6 +68,22 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
     train = load_prompts(config.data.train, builder, privileged=privileged, solutions=solutions)
     heldout = load_prompts(config.data.evaluation, builder, privileged=False) if config.data.evaluation else []
     return train, heldout, builder.tokenizer
+
+
+def _check_processes(config: Config, ranks: int) -> None:
+    """Raise BadArgument if several processes are to sample without an engine, which one does."""
+    if config.debug == "rollout-only" and max(ranks, config.parallel.model_parallel) > 1:
+        raise BadArgument("debug rollout-only starts no training engine; run it without torchrun and parallel sizes")
+
+
+def _check_nodes(config: Config) -> None:
+    """Raise BadArgument if every node is to hand weights to servers that the first one alone knows."""
+    servers, sync = config.rollout.servers, config.rollout.sync
+    if servers.urls and sync.transport == "ipc" and needs_rollouts(config.objective) and not config.debug:
+        raise BadArgument(
+            'rollout.sync.transport "ipc" hands weights over within each node, but rollout.servers.urls belong to the '
+            'first node alone; set the transport to "distributed" or "disk", or let the run launch the servers'
+        )
 
 
 def _check_gpus(config: Config, ranks: int, count: int) -> None:

@@ -213,6 +213,11 @@ class RolloutServers:
         for server in self.servers:
             server.lost = ""
 
+    def bring_back(self) -> None:
+        """Await the health of every lost server and count it in again: servers whose weights never change."""
+        self.recover()
+        self.rejoin()
+
     def attach(self, urls: list[str]) -> None:
         """Add healthy servers that the run launched on other nodes."""
         self.servers += [Server(url, elsewhere=True) for url in urls]

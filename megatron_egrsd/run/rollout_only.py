@@ -1,5 +1,7 @@
 """`debug: rollout-only`: sampling and rewards alone. The other half of a run is rollout_source.ReplayedRollouts."""
 
+import contextlib
+import functools
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +10,12 @@ from megatron_egrsd.config import Config
 from megatron_egrsd.data.problems import batch_indices
 from megatron_egrsd.data.samples import Prompt, save_rollouts
 from megatron_egrsd.data.stopping import stop_token_ids
-from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.evaluation.evaluated_model import hugging_face
 from megatron_egrsd.learn import rollout_metrics
 from megatron_egrsd.objectives.load import load_objective
 from megatron_egrsd.objectives.signal import History, rollout_advantages
 from megatron_egrsd.rollout.client import RolloutClient
-from megatron_egrsd.rollout.servers import RolloutServers
+from megatron_egrsd.rollout.servers import RolloutServers, retry_lost
 from megatron_egrsd.run.health import Health
 from megatron_egrsd.run.log import RunLog
 from megatron_egrsd.sampling.sampler import training_sampler
@@ -26,23 +27,24 @@ def rollout_only(config: Config, prompts: list[Prompt], tokenizer) -> None:
 
     Runs in one process, without torch.distributed and megatron-core. `debug: train-only` can train on its rollouts.
     """
-    if config.parallel.model_parallel > 1:
-        raise BadArgument("debug rollout-only starts no training engine; run it without torchrun and parallel sizes")
     output, settings = Path(config.output), config.rollout
     with (
         locked(output),
         hugging_face(config) as path,
         RolloutServers(settings.servers, replace(config.model, path=path), config.seed, output / "logs") as servers,
+        contextlib.closing(RunLog(output, config.steps, config=config)) as log,
     ):
         stop = stop_token_ids(tokenizer, config.data, settings.stop_tokens)
         client = RolloutClient(servers, settings, stop)
         sampler = training_sampler(config, client, tokenizer)
-        log, history, health = RunLog(output, config.steps, config=config), History(), Health(config)
+        history, health = History(), Health(config)
         for step in range(config.steps):
             started = time.perf_counter()
             batch = batch_indices(len(prompts), settings.prompts_per_step, step, config.seed)
-            sampled = sampler.sample([prompts[i] for i in batch], settings.rollouts_per_prompt, settings)
-            rollouts = sampler.contexts(sampled)
+            chosen, done = [prompts[i] for i in batch], {}  # finished responses outlive the servers that sampled them
+            servers.bring_back()  # those that were lost in the step before
+            sample = functools.partial(sampler.sample, chosen, settings.rollouts_per_prompt, settings, done)
+            rollouts = sampler.contexts(retry_lost(sample, lambda _: servers.bring_back()))
             seconds = time.perf_counter() - started
             objective = load_objective(config.objective, history)
             rewards, advantage = rollout_advantages(rollouts, objective, settings.max_response_tokens)
@@ -52,4 +54,3 @@ def rollout_only(config: Config, prompts: list[Prompt], tokenizer) -> None:
             for warning in health.warnings(step + 1, metrics):
                 log.message(warning)
             save_rollouts(rollouts, output / "rollouts" / f"step_{step + 1:06d}.jsonl")
-        log.close()

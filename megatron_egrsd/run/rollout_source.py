@@ -196,22 +196,20 @@ class SolutionRollouts(_WithoutServers):
 
 
 class ReplayedRollouts(_WithoutServers):
-    """Rollouts of `config.replay`: one file for every step, or a directory with a file for each. No SGLang runs."""
+    """Rollouts of `config.replay`: one file for every step, or a directory with a file for each. No SGLang runs.
 
-    def __init__(self, config: Config, engine: Engine):
+    Raises BadArgument if a step from `begin` on has no file.
+    """
+
+    def __init__(self, config: Config, engine: Engine, begin: Place):
         super().__init__()
-        self.config, self.vocab_size = config, engine.arch.vocab_size
-        self.routed_by = engine.arch if config.rollout.routing_replay else None
+        self.config, self.arch = config, engine.arch
+        on_first_rank(lambda: check_replay(config, begin.step))
         if engine.is_first_rank:
             print(f"rollouts: replayed from {config.replay}, without SGLang", flush=True)
 
     def batch(self, prompts: list[Prompt], step: int) -> Batch:
-        path = Path(self.config.replay)
-        path = path / f"step_{step + 1:06d}.jsonl" if path.is_dir() else path
-        privileged = needs_teacher(self.config.objective)
-        rollouts = on_first_rank(
-            lambda: load_replay(path, self.config, self.vocab_size, privileged=privileged, routed_by=self.routed_by)
-        )
+        rollouts = on_first_rank(lambda: load_replay(_dump(self.config, step), self.config, self.arch))
         return Batch(rollouts, len(rollouts))
 
 
@@ -219,19 +217,31 @@ def rollout_source(config: Config, engine: Engine, tokenizer, preemption: Preemp
                    stack: contextlib.ExitStack) -> RolloutSource:  # fmt: skip
     """Make the source that `config` names; `LiveRollouts` has the arguments."""
     if config.debug == "train-only":
-        return ReplayedRollouts(config, engine)
+        return ReplayedRollouts(config, engine, begin)
     if not needs_rollouts(config.objective):
         return SolutionRollouts(config, engine, begin)
     return LiveRollouts(config, engine, tokenizer, preemption, seed, begin, stack)
 
 
-def load_replay(
-    path: Path, config: Config, vocab_size: int, *, privileged: bool, routed_by: Architecture | None = None
-) -> list[Rollout]:
-    """Load rollouts that `config` can train on as one batch, with teacher prompts if `privileged`.
+def _dump(config: Config, step: int) -> Path:
+    """Return the file of `step` (from 0)."""
+    path = Path(config.replay)
+    return path / f"step_{step + 1:06d}.jsonl" if path.is_dir() else path
 
-    And with routes through the experts of `routed_by`, if that is given. Raises BadArgument if they do not fit the
-    batch, the vocabulary, the objective or these experts.
+
+def check_replay(config: Config, begin: int) -> None:
+    """Raise BadArgument unless every step from `begin` (from 0) on has a file."""
+    for step in range(begin, config.steps):
+        if not (path := _dump(config, step)).is_file():
+            raise BadArgument(
+                f"replay = {config.replay} has no {path.name}, but the run has {config.steps} steps; lower steps"
+            )
+
+
+def load_replay(path: Path, config: Config, arch: Architecture) -> list[Rollout]:
+    """Load rollouts that a model of `arch` can train on as one batch.
+
+    Raises BadArgument if they do not fit the batch, the vocabulary, the objective or, to be replayed, the experts.
     """
     rollouts = load_rollouts(path)
     prompts, n = config.rollout.prompts_per_step, config.rollout.rollouts_per_prompt
@@ -241,16 +251,17 @@ def load_replay(
             f"{path} holds {len(rollouts)} rollouts in {len(groups)} groups, but rollout.prompts_per_step x "
             f"rollout.rollouts_per_prompt = {prompts} x {n} are needed, in groups 0 to {prompts - 1}"
         )
+    privileged = needs_teacher(config.objective)
     siblings, several = privileged and config.data.reads_siblings, load_objective(config.objective).needs_contexts
     if not siblings:  # of a run whose teacher read rollouts
         rollouts = [replace(r, contexts=None) for r in rollouts]
     for number, r in enumerate(rollouts, 1):
         ids = itertools.chain(r.prompt.student_ids, r.prompt.teacher_ids, r.response_ids, *(r.contexts or []))
-        if max(ids) >= vocab_size:
-            raise BadArgument(f"{path}, line {number}: a token beyond the model's vocabulary of {vocab_size}")
+        if max(ids) >= arch.vocab_size:
+            raise BadArgument(f"{path}, line {number}: a token beyond the model's vocabulary of {arch.vocab_size}")
         if siblings and (r.contexts is None or (several and len(r.contexts) == 1)):
             raise BadArgument(f"{path}, line {number}: no contexts as data.teacher_context makes them")
-        if routed_by and not _routes_fit(r, routed_by):
+        if config.rollout.routing_replay and not _routes_fit(r, arch):
             raise BadArgument(f"{path}, line {number}: no routes of this model, which rollout.routing_replay needs")
         if privileged and not siblings and not r.prompt.teacher_ids:
             raise BadArgument(f"{path}, line {number}: no teacher prompt, which this objective needs")

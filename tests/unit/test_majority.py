@@ -154,7 +154,7 @@ def test_a_group_without_majority_is_not_trained_and_a_replay_reads_the_contexts
     assert [bool(a) for a in rollout_advantages(rollouts, load_objective(config.objective), 100)[1]] == [1, 1, 0, 0]
     save_rollouts(rollouts, tmp_path / "r.jsonl")
     assert load_rollouts(tmp_path / "r.jsonl") == rollouts
-    assert load_replay(tmp_path / "r.jsonl", config, 10_000, privileged=True) == rollouts
+    assert load_replay(tmp_path / "r.jsonl", config, SimpleNamespace(vocab_size=10_000)) == rollouts
     assert not needs_teacher_prompts(config)
 
 

@@ -1,5 +1,6 @@
 """The dry run: the whole plan of a run of any size in one process, and a reason for each that cannot work."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -313,6 +314,28 @@ def test_servers_begin_behind_the_gpus_of_the_ranks(ranks, gpus, engines, words,
             prepare(config)
     else:
         prepare(config)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "reason"),
+    [
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, ["--debug", "rollout-only"], "run it without torchrun"),
+        ({}, ["--debug", "rollout-only", "--parallel.tensor", "2"], "run it without torchrun and parallel sizes"),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, ["--rollout.sync.transport", "ipc"], "the first node alone"),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, ["--rollout.sync.transport", "ipc"], ""),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, [], ""),
+    ],
+)
+def test_processes_that_would_not_serve_the_run_are_refused(environment, words, reason, model, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    urls = ["--rollout.servers.urls", '["http://10.0.0.3:30000"]']
+    config = config_8b(model("Qwen3-8B"), "--data.train", "examples/tiny/train.jsonl", *urls, *words)
+    with pytest.raises(BadArgument, match=reason) if reason else contextlib.nullcontext():
+        prepare(config)
+    if config.debug:
+        with pytest.raises(BadArgument, match=reason):  # --dry-run --world-size
+            prepare(config, 2)
 
 
 def test_ports_that_are_taken(model):

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from megatron_egrsd.data.siblings import SiblingContexts
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives import rlcsd
 from megatron_egrsd.objectives.interface import Tokens, weigh
-from megatron_egrsd.objectives.load import check_objective, load_objective, needs_teacher, needs_teacher_prompts
+from megatron_egrsd.objectives.load import check_objective, load_objective, needs_teacher_prompts
 from megatron_egrsd.objectives.loss import policy_loss
 from megatron_egrsd.objectives.signal import rollout_advantages
 from megatron_egrsd.report.family import title
@@ -205,7 +206,7 @@ def test_a_replay_takes_contexts_only_if_its_teacher_reads_them(build, tmp_path)
 
     def replay(name: str, preset: str) -> list[Rollout]:
         config = parse_config([*BASE, "--objective.preset", preset, *sizes])
-        return load_replay(tmp_path / name, config, 10_000, privileged=needs_teacher(config.objective))
+        return load_replay(tmp_path / name, config, SimpleNamespace(vocab_size=10_000))
 
     assert replay("contrast", "rlcsd") == rollouts["contrast"]
     assert [r.contexts for r in replay("contrast", "grpo")] == [None] * 3  # so that all of them have a signal

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_egrsd.config import Config
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.packing import Sequence, pack
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts, save_rollouts
@@ -132,16 +133,16 @@ def test_a_replay_has_routes_of_this_model(models, tmp_path):
     prompt = Prompt(Problem("p", "p", "a", "s"), [5, 6], [5, 6, 7])
     rollout = Rollout(prompt, 0, [7, 8, 2], [-1.0] * 3, "stop", 0, reward=1.0, routes=bytes([5, 0] * LAYERS * 4))
 
-    def load(routes: bytes, routed_by: Architecture | None = arch):
+    def load(routes: bytes, config: Config = config):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
         save_rollouts([dataclasses.replace(rollout, routes=routes)], path)
-        return load_replay(path, config, 61, privileged=True, routed_by=routed_by)
+        return load_replay(path, config, arch)
 
     assert load(rollout.routes) == [rollout]
     for wrong in (b"", bytes([5, 0] * 4), bytes([6, 0] * LAYERS * 4)):  # none, of one layer, of another model
         with pytest.raises(BadArgument, match="line 1: no routes of this model"):
             load(wrong)
-    assert load(b"", routed_by=None)
+    assert load(b"", configure(models["mixture"], tmp_path, "--rollout.routing_replay", "false"))
 
 
 def test_files_hold_routes_compactly_and_older_files_none(tmp_path):

@@ -1,0 +1,90 @@
+"""`debug: rollout-only` with responses from a list: servers that are lost come back, and the log ends with the run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_egrsd.config_reader import parse_config
+from megatron_egrsd.data.samples import load_rollouts
+from megatron_egrsd.errors import RunError
+from megatron_egrsd.planning.preflight import prepare
+from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
+from megatron_egrsd.run import rollout_only as module
+from tests.unit.test_sampling import Responses
+
+ROOT = Path(__file__).parents[2]
+
+
+class Servers(RolloutServers):
+    """Servers of the user, which are healthy as soon as somebody waits for them."""
+
+    def await_health(self, servers=None):
+        pass
+
+    def _replace_routers(self):
+        pass
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Return a function that runs three steps of two prompts with two responses each.
+
+    Its argument is called before each response, with the number of responses so far and the servers.
+    """
+    words = {
+        "model.path": ROOT / "examples/tiny/model",
+        "data.train": ROOT / "examples/tiny/train.jsonl",
+        "output": tmp_path / "run",
+        "debug": "rollout-only",
+        "steps": 3,
+        "rollout.max_response_tokens": 32,
+        "rollout.prompts_per_step": 2,
+        "rollout.rollouts_per_prompt": 2,
+        "rollout.servers.urls": '["http://a:1", "http://b:1"]',
+    }
+    config = parse_config([word for key, value in words.items() for word in (f"--{key}", str(value))])
+    monkeypatch.setattr(module, "RolloutServers", Servers)
+
+    def start(meanwhile) -> Path:
+        numbers = iter(range(100))
+        client = lambda servers, *_: Responses(lambda _: meanwhile(next(numbers), servers))  # noqa: E731
+        monkeypatch.setattr(module, "RolloutClient", client)
+        prompts, _, tokenizer = prepare(config)
+        module.rollout_only(config, prompts, tokenizer)
+        return tmp_path / "run"
+
+    return start
+
+
+def test_servers_that_are_lost_are_used_again(run):
+    live = []
+
+    def meanwhile(number, servers):
+        live.append(len(servers.live))
+        if number == 2:  # in the first step, which the other server finishes
+            servers.mark_lost(servers.servers[0], "a hangs")
+        if number == 6:  # in the second
+            servers.mark_all_lost("both hang")
+            raise ServersLost("both hang")
+
+    output = run(meanwhile)
+    assert live == [2, 2, 2, 1, *[2] * 9]  # one response was asked for twice
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for step in (1, 2, 3):
+        rollouts = load_rollouts(output / "rollouts" / f"step_{step:06d}.jsonl")
+        assert [(r.group, r.response_ids) for r in rollouts] == [(0, [0]), (0, [1]), (1, [10]), (1, [11])]
+
+
+def test_the_log_is_closed_after_an_error(run, monkeypatch):
+    closed = []
+    monkeypatch.setattr(module.RunLog, "close", lambda log: closed.append(log.lines))
+
+    def meanwhile(number, servers):
+        if number == 4:
+            raise RunError("refused")
+
+    with pytest.raises(RunError, match="refused"):
+        run(meanwhile)
+    assert closed == [1]
