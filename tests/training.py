@@ -120,7 +120,7 @@ def _train_between_checkpoints(rank, world_size, config, path, directory, start,
             history = History(**rewards)
             assert step == history.steps == start
         metrics, history = take_steps(engine, rollouts, config, stop - start, history)
-        checkpoint.save(engine, directory, stop, keep=2, rewards=dataclasses.asdict(history))
+        checkpoint.save(engine, directory, stop, keep=2, rewards=dataclasses.asdict(history), history=path)
         weights = final_weights(engine)
     return (metrics, weights) if rank == 0 else None
 

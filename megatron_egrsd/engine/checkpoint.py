@@ -36,7 +36,7 @@ HISTORY = "metrics.jsonl"  # the run's metrics up to the checkpoint's step
 _BEST = "best"  # names the checkpoint of the best evaluation
 _NAME = r"step_\d+"
 _LITTLE = 1 << 20  # free bytes below which a disk counts as full
-_READERS = 8  # threads that compute them
+_READERS = 8  # threads that compute SHA-256 sums
 
 
 # torch's is no Exception but a BaseException.
@@ -51,6 +51,16 @@ def complete(directory: Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
+
+
+def later(directory: Path, step: int) -> list[Path]:
+    """Return the checkpoints in `directory` of steps after `step`, with the name of the best one if it is one of them.
+
+    A run that continues from `step` makes these anew, and a name that is there would not be written again.
+    """
+    found = [path for path in complete(directory) if step_of(path) > step]
+    best = _read(directory / _BEST)
+    return found + [directory / _BEST for path in found if path.name == best]
 
 
 def save(
@@ -79,7 +89,6 @@ def save(
         RunError: It could not be written; what was there before is still there.
     """
     path = directory / f"step_{step:06d}"
-    partial = path.with_name(path.name + PARTIAL)
     saving = Saving(path, keep, best)
     if on_first_rank(path.exists):  # saved already, at the end of the step; then a signal came
         return saving
@@ -87,7 +96,7 @@ def save(
     def prepare() -> None:
         for left in directory.glob(f"step_*{PARTIAL}"):  # of a start that was killed
             shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir(parents=True)
+        saving.partial.mkdir(parents=True)
         if history is not None and history.is_file():
             saving.history = history.read_bytes()
 
@@ -95,7 +104,7 @@ def save(
         on_first_rank(prepare)
         state = training_state.sharded(engine, step, rewards, loading=False)
         state |= {"notes": json.dumps(notes or {}), "adapter": _adapter(engine)}
-        saving.writer = CheckpointWriter(state, partial, background=background)
+        saving.writer = CheckpointWriter(state, saving.partial, background=background)
     if not background:
         saving.publish()
     return saving
@@ -108,6 +117,11 @@ class Saving:
         self.path, self.keep, self.best = path, keep, best
         self.writer: CheckpointWriter | None = None  # None if the checkpoint was there before
         self.history: bytes | None = None  # on rank 0, the file HISTORY
+
+    @property
+    def partial(self) -> Path:
+        """The directory's name until all is written."""
+        return self.path.with_name(self.path.name + PARTIAL)
 
     def written(self) -> bool:
         """Return whether `publish` would not wait, because every rank has written its files or failed. Collective."""
@@ -126,14 +140,17 @@ class Saving:
         """
         if self.writer is not None:
             with _as_run_error(f"{self.path} could not be written", self.path.parent):
+                on_first_rank(self._write_history)  # before the sums are
                 self.writer.finish()
                 on_first_rank(self._rename)
 
-    def _rename(self) -> None:
-        directory, partial = self.path.parent, self.path.with_name(self.path.name + PARTIAL)
+    def _write_history(self) -> None:
         if self.history is not None:
-            (partial / HISTORY).write_bytes(self.history)
-        partial.rename(self.path)
+            (self.partial / HISTORY).write_bytes(self.history)
+
+    def _rename(self) -> None:
+        directory = self.path.parent
+        self.partial.rename(self.path)
         if self.best:
             write_text(directory / _BEST, self.path.name)
         kept = {path.name for path in complete(directory)[: self.keep]} | {_read(directory / _BEST)}
@@ -179,7 +196,9 @@ def check(path: Path) -> None:
         raise BadArgument(f"{path} is not a checkpoint: a directory step_NNNNNN with metadata.json in it")
     try:
         sums = json.loads((path / SUMS).read_bytes())["files"]
-        files = {file.name: file for file in path.iterdir() if file.name not in (SUMS, HISTORY)}
+        files = {file.name: file for file in path.iterdir() if file.name != SUMS}
+        if HISTORY not in sums:  # of an older version
+            files.pop(HISTORY, None)
         if wrong := sums.keys() ^ files.keys():
             raise ValueError(f"{min(wrong)} is {'missing' if min(wrong) in sums else 'not one of its files'}")
         with ThreadPoolExecutor(_READERS) as readers:

@@ -1,6 +1,5 @@
 """The output directory of a run: config.yaml, dumps, checkpoints, history. Rank 0 reads and writes it."""
 
-import contextlib
 import shutil
 import time
 from dataclasses import asdict
@@ -11,8 +10,9 @@ import yaml
 from megatron_egrsd.config import Config
 from megatron_egrsd.engine import checkpoint
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.report import read_evaluations
+from megatron_egrsd.report.runs import Run, read_run
 from megatron_egrsd.rollout.scratch import clear_abandoned
+from megatron_egrsd.system.files import write_text
 
 
 class RunDirectory:
@@ -49,19 +49,18 @@ class RunDirectory:
         """Rename outputs written after `step`, so that the resumed run can write them again. Nothing is deleted."""
         dumps = [p for kind in ("rollouts", "scores", "skipped") for p in self.path.glob(f"{kind}/step_*.jsonl")]
         stale = [p for p in dumps if int(p.stem.removeprefix("step_")) > step]
+        stale += checkpoint.later(self.checkpoints, step)
         again = [p for pattern in ("hf", "adapter", "metrics.jsonl", "logs/*.log") for p in self.path.glob(pattern)]
         for left in [*stale, *again]:
             left.rename(left.with_name(f"{left.name}.before-{time.time_ns()}"))
 
-    def begin(self, resumed: Path | None) -> list[dict[str, float]]:
-        """Write config.yaml, restore the metrics of a resumed run, and return the evaluations in them."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(yaml.safe_dump(asdict(self.config), sort_keys=False), encoding="utf-8")
+    def begin(self, resumed: Path | None) -> Run:
+        """Write config.yaml, restore the metrics of a resumed run, and return them; none if the run is new."""
+        before = read_run(resumed or self.path, begun=False)
+        write_text(self.path / "config.yaml", yaml.safe_dump(asdict(self.config), sort_keys=False))
         if resumed and (resumed / checkpoint.HISTORY).is_file():
             shutil.copyfile(resumed / checkpoint.HISTORY, self.history)
-            with contextlib.suppress(BadArgument):  # it may hold no evaluation
-                return read_evaluations(self.path)
-        return []
+        return before
 
     def dump(self, kind: str, step: int) -> Path:
         """Return the file of `step` (from 1) among the dumps of a kind: "rollouts", "scores" or "skipped"."""

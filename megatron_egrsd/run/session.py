@@ -74,7 +74,10 @@ class Session:
         on_first_rank(self._open_log)
 
     def _open_log(self) -> None:
-        self.evaluations = self.directory.begin(self.resumed)
+        before = self.directory.begin(self.resumed)
+        self.evaluations = before.evaluations
+        for row in before.steps:  # what later steps are compared with
+            self.health.holding(row)
         self.log = RunLog(self.directory.path, self.config.steps, config=self.config)
 
     def _close_log(self) -> None:

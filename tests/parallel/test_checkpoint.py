@@ -206,7 +206,7 @@ def test_a_checkpoint_of_another_model_is_refused(saved, tmp_path):
 
 
 def test_any_damage_is_noticed(saved, tmp_path):
-    """One bit, one cut, one file more or less: the check names the file."""
+    """One bit, one cut, one file more or less, of every file: the check names it."""
     from megatron_egrsd.engine import checkpoint
 
     checkpoint.check(saved)
@@ -229,6 +229,15 @@ def test_any_damage_is_noticed(saved, tmp_path):
         with pytest.raises(BadArgument, match=r"damaged|not a checkpoint"):
             checkpoint.check(copy)
         shutil.rmtree(copy)
+    shutil.copytree(saved, copy)
+    with open(copy / checkpoint.HISTORY, "a") as history:
+        history.write("{}")
+    with pytest.raises(BadArgument, match=r"metrics\.jsonl is not what was written"):
+        checkpoint.check(copy)
+    sums = json.loads((copy / "integrity.json").read_text())
+    del sums["files"][checkpoint.HISTORY]  # as older versions wrote it
+    (copy / "integrity.json").write_text(json.dumps(sums))
+    checkpoint.check(copy)
 
 
 class _Evil:

@@ -12,23 +12,30 @@ import torch
 
 import megatron_egrsd
 from megatron_egrsd.config import CheckpointConfig, Config, DataConfig, LoraConfig, ModelConfig, OptimizerConfig
-from megatron_egrsd.engine import build
+from megatron_egrsd.engine import build, checkpoint
 from megatron_egrsd.errors import BadArgument, Interrupted, Preempted, RunError
 from megatron_egrsd.rollout.scratch import SHARED_LIST
 from megatron_egrsd.run import agreement
 from megatron_egrsd.run.preemption import Preemption
 from megatron_egrsd.run.resuming import changed_settings, check_frozen
+from megatron_egrsd.run.rollout_source import check_replay
 from megatron_egrsd.run.run_directory import RunDirectory
 from megatron_egrsd.run.stopwatch import Stopwatch
 from megatron_egrsd.run.throughput import known_peak, throughput
 
 
+def _config(output: Path, **changes) -> Config:
+    return Config(ModelConfig("m"), DataConfig(train="d"), output=str(output), **changes)
+
+
 def test_outputs_after_the_checkpoint_are_renamed_and_none_is_deleted(tmp_path):
-    directory = RunDirectory(Config(ModelConfig("m"), DataConfig(train="d"), output=str(tmp_path)))
+    directory = RunDirectory(_config(tmp_path))
     kept = [directory.dump(kind, step) for kind in ("rollouts", "scores", "skipped") for step in (1, 2)]
     kept += [tmp_path / "frontier.png"]
     stale = [directory.dump(kind, step) for kind in ("rollouts", "scores", "skipped") for step in (3, 10)]
     stale += [tmp_path / "metrics.jsonl", tmp_path / "logs" / "sglang-0.log", tmp_path / "hf" / "config.json"]
+    kept += [directory.checkpoints / f"step_{step:06d}" / "metadata.json" for step in (1, 2)]
+    stale += [directory.checkpoints / f"step_{step:06d}" / "metadata.json" for step in (3, 4)]
     for path in (*kept, *stale):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(path.name)
@@ -36,6 +43,32 @@ def test_outputs_after_the_checkpoint_are_renamed_and_none_is_deleted(tmp_path):
     assert all(path.exists() for path in kept) and not any(path.exists() for path in stale)
     renamed = [p for p in tmp_path.rglob("*") if p.is_file() and p not in kept]
     assert sorted(p.read_text() for p in renamed) == sorted(p.name for p in stale)
+    assert [checkpoint.step_of(path) for path in checkpoint.complete(directory.checkpoints)] == [2, 1]
+
+
+@pytest.mark.parametrize("best", [1, 3])
+def test_the_name_of_the_best_checkpoint_goes_with_it(best, tmp_path):
+    """Or the resumed run's checkpoint of that step would be kept as the best, whatever its evaluation."""
+    directory = RunDirectory(_config(tmp_path))
+    for step in (1, 2, 3):
+        (directory.checkpoints / f"step_{step:06d}").mkdir(parents=True)
+    (directory.checkpoints / "best").write_text(f"step_{best:06d}")
+    directory.move_stale_outputs(2)
+    assert (directory.checkpoints / "best").exists() == (best == 1)
+
+
+def test_a_resumed_run_has_the_metrics_up_to_its_checkpoint(tmp_path):
+    directory, resumed = RunDirectory(_config(tmp_path / "run")), tmp_path / "step_000002"
+    assert directory.begin(None).steps == []
+    resumed.mkdir()
+    (resumed / "metrics.jsonl").write_text(
+        '{"step": 1, "accuracy": 0.5}\n{"step": 2, "accuracy": null}\n{"step": 2, "evaluation/accuracy": 0.25}\n'
+    )
+    before = directory.begin(resumed)
+    assert before.steps == [{"step": 1, "accuracy": 0.5}, {"step": 2, "accuracy": None}]
+    assert before.evaluations == [{"step": 2, "accuracy": 0.25}]
+    assert directory.history.read_text() == (resumed / "metrics.jsonl").read_text()
+    assert directory.begin(tmp_path / "of_version_0.1.0").evaluations == []
 
 
 @pytest.mark.parametrize(
@@ -74,6 +107,18 @@ def test_a_start_that_is_refused_at_the_end_of_a_run_clears_what_its_killed_serv
         with pytest.raises(BadArgument, match="is the end of a run of 3 steps"):
             directory.checkpoint_to_resume()
         assert not left.exists() and not Path(memory).exists()
+
+
+def test_a_replay_has_a_file_for_every_step_that_is_left(tmp_path):
+    config = _config(tmp_path / "run", steps=4, debug="train-only", replay=str(tmp_path))
+    for step in (2, 3):
+        (tmp_path / f"step_{step:06d}.jsonl").touch()
+    check_replay(replace(config, steps=3), 1)
+    check_replay(replace(config, replay=str(tmp_path / "step_000002.jsonl")), 0)
+    with pytest.raises(BadArgument, match=r"has no step_000004\.jsonl, but the run has 4 steps; lower steps"):
+        check_replay(config, 1)
+    with pytest.raises(BadArgument, match=r"has no step_000001\.jsonl"):
+        check_replay(config, 0)
 
 
 def test_the_stopwatch_adds_up_by_name():
