@@ -376,7 +376,7 @@ def rollout_metrics(rollouts: list[Rollout], rewards: list[float], advantage: li
 
 
 def _update_metrics(updates: list[Update]) -> dict[str, float]:
-    """Means over the trained tokens of all updates, and the means and counts of the updates that were applied."""
+    """Means over the trained tokens of all updates; loss, gradient and counts of those that were applied."""
     applied = [update for update in updates if not update.skipped]
     metrics = {"optimizer/updates": float(len(applied))}
     if not updates:
@@ -385,9 +385,10 @@ def _update_metrics(updates: list[Update]) -> dict[str, float]:
     metrics |= {name: value / max(sums.tokens, 1.0) for name, value in sums.values.items()}
     skipped = Counter(update.skipped for update in updates if update.skipped)
     metrics |= {f"skipped/{reason}": float(count) for reason, count in skipped.items()}
-    metrics |= {"loss/policy": sums.loss / max(len(applied), 1), "optimizer/skipped": float(skipped.total())}
+    metrics["optimizer/skipped"] = float(skipped.total())
     if applied:
+        metrics["loss/policy"] = sum(update.sums.loss for update in applied) / len(applied)
         metrics["optimizer/grad_norm"] = sum(update.grad_norm for update in applied) / len(applied)
-        metrics["optimizer/lr"] = updates[-1].lr
+        metrics["optimizer/lr"] = applied[-1].lr
         metrics["batch/micro_batches"] = float(sum(update.micro_batches for update in applied))
     return metrics

@@ -37,7 +37,7 @@ RULES = [
     ),
     Rule(
         "no signal",
-        lambda m, first, c: _value(m, "batch/degenerate_share") == 1,
+        lambda m, first, c: _value(m, "batch/degenerate_share") == 1 and not _value(m, "optimizer/updates"),
         "no rollout of the batch has an advantage, so nothing is trained: the problems are all too easy or too hard, "
         "or the reward reads no answer; look at the responses (dump_rollouts), or set rollout.dynamic_sampling",
     ),

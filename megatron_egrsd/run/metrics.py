@@ -59,7 +59,7 @@ METRICS = [
     Metric("rollout/staleness", "", "5.2f", "Updates from the weights that sampled a token to those it trains: mean."),
     Metric("rollout/staleness/max", "", "2.0f", "The same: largest."),
     Metric("rollout/restarts", "", "3.0f", "Losses of SGLang servers so far; one that takes several counts once."),
-    Metric("batch/micro_batches", "", "4.0f", "Micro-batches of the last update, per data-parallel rank."),
+    Metric("batch/micro_batches", "", "4.0f", "Micro-batches of the updates taken, per data-parallel rank."),
     Metric("perf/tokens_per_second", "tok/s", "6.0f", "Response tokens a second over the whole step, all devices."),
     Metric("perf/model_flops", "", "8.2e", "FLOPs of the step's scores and updates, without those of recomputation."),
     Metric("time/generate", "gen", "5.1f", "Seconds of sampling and rewarding the batch."),

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from megatron_egrsd.config import ParallelConfig
+from megatron_egrsd.config import OptimizerConfig, ParallelConfig
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
@@ -74,12 +74,40 @@ def test_a_bad_number_skips_the_update_on_all_ranks(kind, layout, tmp_path):
     results = run_ranks(_train, world_size, config, tmp_path, kind)
     skipped, unchanged, after, changed = results[0]
     assert unchanged and skipped["optimizer/updates"] == 0 and skipped[f"skipped/{kind}"] == 1
-    assert "optimizer/grad_norm" not in skipped
+    assert "optimizer/grad_norm" not in skipped and "loss/policy" not in skipped
     # The run goes on from whole weights: the next batch trains.
     assert changed and after["optimizer/updates"] == 1 and after["optimizer/skipped"] == 0
     assert math.isfinite(after["optimizer/grad_norm"]) and math.isfinite(after["loss/policy"])
     for other in results[1:]:  # every rank decided alike
         assert other[0]["optimizer/skipped"] == 1 and other[2]["optimizer/updates"] == 1
+
+
+def _train_both(rank, world_size, config, path):
+    from megatron_egrsd.learn import learn
+
+    results = []
+    for name in ("bad", "half"):
+        with open_engine(config) as engine:
+            results.append(learn(engine, load_rollouts(path / f"{name}.jsonl"), config))
+    return results
+
+
+def test_a_skipped_update_leaves_the_metrics_of_the_one_before_it(tmp_path):
+    """The step is that of a batch whose second half has nothing to train."""
+    rollouts = made_up_rollouts()
+    half = [r if r.group < 2 else dataclasses.replace(r, reward=0.0) for r in rollouts]
+    last = next(i for i, r in enumerate(rollouts) if r.group == 2)
+    nan = [math.nan] * len(rollouts[last].response_ids)
+    rollouts[last] = dataclasses.replace(rollouts[last], rollout_log_probs=nan)
+    save_rollouts(rollouts, tmp_path / "bad.jsonl")
+    save_rollouts(half, tmp_path / "half.jsonl")
+    optimizer = OptimizerConfig(lr=1e-3, updates_per_batch=2)
+    config = training_config(make_qwen3(tmp_path / "model", vocab_size=VOCAB), optimizer=optimizer)
+    bad, expected = run_ranks(_train_both, 1, config, tmp_path)[0]
+    assert (bad["optimizer/updates"], bad["optimizer/skipped"], expected["optimizer/skipped"]) == (1, 1, 0)
+    assert bad["optimizer/lr"] > 0
+    for name in ("optimizer/lr", "optimizer/grad_norm", "loss/policy", "batch/micro_batches"):
+        assert bad[name] == pytest.approx(expected[name]), name
 
 
 def _poisoned(rank, world_size, config, path):

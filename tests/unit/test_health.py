@@ -44,6 +44,13 @@ def test_what_goes_wrong_is_said_once_and_again_after_many_steps(name):
     assert len(health.warnings(121, HEALTHY | change)) == 1  # it has begun anew
 
 
+def test_an_update_without_advantages_is_one():
+    """As of an objective that trains all rollouts, or with a KL penalty."""
+    trained = HEALTHY | {"batch/degenerate_share": 1.0, "optimizer/updates": 1.0}
+    assert not Health(CONFIG).warnings(1, trained)
+    assert "has an advantage" in Health(CONFIG).warnings(1, trained | {"optimizer/updates": 0.0})[0]
+
+
 def test_the_first_step_may_warn_and_missing_metrics_do_not():
     assert "cut off" in Health(CONFIG).warnings(1, HEALTHY | {"response/truncated": 0.9})[0]
     health = Health(CONFIG)
