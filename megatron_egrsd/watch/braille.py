@@ -44,7 +44,12 @@ def _resampled(values: Sequence[float], columns: int) -> list[float]:
     if count <= columns:
         places = [x * (count - 1) / (columns - 1) for x in range(columns)]
         return [_between(values[math.floor(p)], values[math.ceil(p)], p - math.floor(p)) for p in places]
-    parts = [values[x * count // columns : (x + 1) * count // columns] for x in range(columns)]
+    return averaged(values, columns)
+
+
+def averaged(values: Sequence[float], count: int) -> list[float]:
+    """Return the means of `count` parts of `values`, each of its finite ones; NaN if it has none."""
+    parts = [values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count)]
     finite = [[v for v in part if math.isfinite(v)] for part in parts]
     return [sum(part) / len(part) if part else math.nan for part in finite]
 

@@ -12,6 +12,7 @@ from megatron_egrsd.report.run_page import pictures
 from megatron_egrsd.report.runs import Run, value
 from megatron_egrsd.run.step_line import StepLine, duration, show
 from megatron_egrsd.system.files import write_text
+from megatron_egrsd.watch.braille import averaged
 from megatron_egrsd.watch.state import State
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -110,11 +111,7 @@ def _tile(run: Run, key: str) -> dict | None:
 
 def _polylines(values: list[float]) -> list[str]:
     """Return the points of a line of at most _POINTS values in a box of 100 by 26; a gap begins another line."""
-    count = min(_POINTS, len(values))
-    means = []
-    for i in range(count):
-        part = [v for v in values[i * len(values) // count : (i + 1) * len(values) // count] if math.isfinite(v)]
-        means.append(sum(part) / len(part) if part else math.nan)
+    means = averaged(values, min(_POINTS, len(values)))
     finite = [v for v in means if math.isfinite(v)]
     low, high = min(finite), max(finite)
     lines: list[list[str]] = [[]]
@@ -122,7 +119,7 @@ def _polylines(values: list[float]) -> list[str]:
         if not math.isfinite(mean):
             lines.append([])
             continue
-        x = 100 * i / max(1, count - 1)
+        x = 100 * i / max(1, len(means) - 1)
         y = 24 - 22 * ((mean - low) / (high - low) if high > low else 0.5)
         lines[-1].append(f"{x:.1f},{y:.1f}")
     return [" ".join(line) for line in lines if len(line) > 1]

@@ -17,7 +17,7 @@ from megatron_egrsd.report.scored_dump import load_scores
 from megatron_egrsd.run.health import Health
 from megatron_egrsd.system.files import is_empty, is_locked
 
-_CANDIDATES = 16  # rollouts of a dump among which the sample is chosen
+_CANDIDATES = 16  # scored rollouts of a dump among which the sample is chosen
 _PATIENCE = 120.0  # seconds of silence, at least, after which a run without a lock on this machine counts as silent
 SHADES = 10  # of a token's colour, as on the token page
 
@@ -169,7 +169,7 @@ def _scored(dump: Path) -> Sample:
 
 
 def _unscored(dump: Path) -> Sample | None:
-    rollouts = load_rollouts(dump, _CANDIDATES)
+    rollouts = load_rollouts(dump, 1)
     if not rollouts:
         return None
     r, step = rollouts[0], int(dump.stem.removeprefix("step_"))

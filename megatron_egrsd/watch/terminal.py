@@ -124,7 +124,7 @@ def _step_lines(state: State, width: int, count: int, console: Console) -> list[
     blocks = console.encoding.lower().startswith("utf")
     lines = StepLine(state.total_steps or state.step, width, blocks=blocks)
     shown: list[RenderableType] = [Text(lines.header(), "dim", no_wrap=True)]
-    rows, times = state.run.steps, [s for row in state.run.steps if math.isfinite(s := value(row, "time/step"))]
+    rows, times = state.run.steps, state.seconds
     for back in range(min(count, len(rows)), 0, -1):
         row = rows[-back]
         until = times[: len(times) - back + 1]
