@@ -1,11 +1,13 @@
 """Parts of a run that need neither ranks nor servers: the output directory and the stopwatch."""
 
+import json
 import os
 import signal
 import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +18,12 @@ from megatron_egrsd.engine import build, checkpoint
 from megatron_egrsd.errors import BadArgument, Interrupted, Preempted, RunError
 from megatron_egrsd.rollout.scratch import SHARED_LIST
 from megatron_egrsd.run import agreement
+from megatron_egrsd.run.health import Health
 from megatron_egrsd.run.preemption import Preemption
 from megatron_egrsd.run.resuming import changed_settings, check_frozen
 from megatron_egrsd.run.rollout_source import check_replay
 from megatron_egrsd.run.run_directory import RunDirectory
+from megatron_egrsd.run.session import Session
 from megatron_egrsd.run.stopwatch import Stopwatch
 from megatron_egrsd.run.throughput import known_peak, throughput
 
@@ -107,6 +111,18 @@ def test_a_start_that_is_refused_at_the_end_of_a_run_clears_what_its_killed_serv
         with pytest.raises(BadArgument, match="is the end of a run of 3 steps"):
             directory.checkpoint_to_resume()
         assert not left.exists() and not Path(memory).exists()
+
+
+def test_warnings_after_a_resume_compare_with_the_first_steps_of_the_run(tmp_path):
+    config, resumed = _config(tmp_path / "run"), tmp_path / "step_000003"
+    resumed.mkdir()
+    rows = [{"step": step, "response/length": 100.0} for step in (1, 2, 3)]
+    (resumed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    session = SimpleNamespace(config=config, directory=RunDirectory(config), resumed=resumed, health=Health(config))
+    Session._open_log(session)
+    session.log.close()
+    (warning,) = session.health.warnings(4, {"response/length": 400.0})
+    assert "three times those of the first steps" in warning
 
 
 def test_a_replay_has_a_file_for_every_step_that_is_left(tmp_path):
