@@ -61,7 +61,7 @@ def train(pipe: Connection, config: Config, rollouts: list[Rollout]) -> None:
     with build_engine(config, needs_teacher=True) as engine:
         while pipe.recv():
             with Peak() as peak:
-                metrics = learn(engine, rollouts, config)
+                metrics, _ = learn(engine, rollouts, config)
             assert metrics["optimizer/updates"] == 1, metrics
             pipe.send((metrics["time/score"], metrics["time/train"], peak.bytes - before))
 

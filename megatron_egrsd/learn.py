@@ -25,7 +25,7 @@ from megatron_egrsd.hf.operations import forward_flops, head_flops, needed_train
 from megatron_egrsd.objectives.interface import Objective, Tokens, batch_tokens
 from megatron_egrsd.objectives.load import load_objective
 from megatron_egrsd.objectives.loss import divergence_loss, importance_weight, loss_normalizer, policy_loss
-from megatron_egrsd.objectives.signal import NOTE, History, is_trained, rollout_advantages
+from megatron_egrsd.objectives.signal import History, is_trained, rollout_advantages
 
 # (shaped reward and signal of every rollout, this data-parallel rank's student scores, its teacher scores or None)
 Record = Callable[[list[float], list[float], dict[int, Scores], dict[int, Scores] | None], None]
@@ -37,8 +37,10 @@ def learn(
     config: Config,
     record: Record | None = None,
     history: History | None = None,
-) -> dict[str, float]:
-    """Train on `rollouts` (all of them, on every rank) and return the step's metrics, equal on every rank.
+) -> tuple[dict[str, float], History]:
+    """Train on `rollouts` (all of them, on every rank); return the step's metrics and the history after it.
+
+    Both are equal on every rank. A skipped update counts in the history as well: its rewards are real.
 
     Args:
         record: Gets the scores of all rollouts before the update, on every rank. It costs a student pass of its own if
@@ -60,9 +62,10 @@ def learn(
     metrics |= {"reward/running_mean": history.mean, "reward/running_std": history.std}
     if config.rollout.routing_replay:
         metrics["sync/routing_changed"] = engine.passes.routing.share_changed(engine.device)
-    metrics |= {NOTE + name: value for name, value in notes.items()}
+    metrics |= {f"history/{name}": value for name, value in notes.items()}
     metrics["perf/model_flops"] = _model_flops(engine, batch, objective, scores)
-    return metrics | {"time/score": scored - started, "time/train": time.perf_counter() - scored}
+    metrics |= {"time/score": scored - started, "time/train": time.perf_counter() - scored}
+    return metrics, history.after(batch.rewards, notes)
 
 
 @dataclass(frozen=True)
@@ -238,11 +241,10 @@ class _Columns:
         def pick(column: torch.Tensor | None) -> torch.Tensor | None:
             return None if column is None else torch.cat([column[..., span] for span in spans], -1)
 
-        t = self.tokens
-        of_teacher = t.teacher_log_prob, t.teacher_entropy
-        scores = *of_teacher, t.student_log_prob, t.student_entropy, t.divergence, t.context_log_prob
-        fields = {name: pick(column) for name, column in t.fields.items()}
-        tokens = Tokens(cu_seqlens, pick(t.advantage), *map(pick, scores), fields=fields)  # type: ignore[misc]
+        own = vars(self.tokens)
+        columns = {name: pick(column) for name, column in own.items() if name not in ("cu_seqlens", "fields")}
+        fields = {name: pick(column) for name, column in self.tokens.fields.items()}
+        tokens = Tokens(cu_seqlens, fields=fields, **columns)
         return _Columns(tokens, *map(pick, (self.rollout_log_prob, self.normalizer, self.reference_log_prob)))
 
 

@@ -47,12 +47,12 @@ def main(config: Config) -> None:
                 watch = Stopwatch()
                 with watch("time/step"):
                     with watch("time/wait"):
-                        batch = session.batch(prompts, step)
+                        batch = session.rollouts.batch(prompts, step)
                     recorder = session.recorder(step + 1, batch.rollouts)
-                    metrics = learn(engine, batch.rollouts, config, recorder, session.history)
+                    metrics, session.history = learn(engine, batch.rollouts, config, recorder, session.history)
                     step += 1
                     session.check_update(step, batch.rollouts, metrics)
-                    session.push_weights(step, watch)
+                    session.rollouts.push_weights(step, watch)
                 metrics |= {"batch/sampled": batch.sampled, "time/generate": batch.seconds} | watch.seconds
                 session.report(step, batch.rollouts, metrics)
                 if _is_due(step, config.evaluation.every or config.steps, config.steps):

@@ -18,7 +18,7 @@ from megatron_egrsd.config import (
 )
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts
 from megatron_egrsd.objectives.load import needs_teacher
-from megatron_egrsd.objectives.signal import History, shaped_rewards
+from megatron_egrsd.objectives.signal import History
 from tests.ranks import run_ranks
 
 GROUPS = ObjectiveConfig(advantage="group", length_bonus=0.0, loss="ppo", importance_cap=2.0)
@@ -80,8 +80,8 @@ def take_steps(engine, rollouts: list[Rollout], config: Config, steps: int, hist
 
     metrics, history = [], history or History()
     for _ in range(steps):
-        metrics.append(learn(engine, rollouts, config, history=history))
-        history = history.after(shaped_rewards(rollouts, config.objective, config.rollout.max_response_tokens))
+        result, history = learn(engine, rollouts, config, history=history)
+        metrics.append(result)
     return metrics, history
 
 

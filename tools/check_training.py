@@ -158,7 +158,7 @@ def check(
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
-            metrics = learn(engine, rollouts, config)
+            metrics, _ = learn(engine, rollouts, config)
             if on_gpu:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)

@@ -42,3 +42,13 @@ class LoraConfig:
     def enabled(self) -> bool:
         """True if adapters are trained, False if all weights are."""
         return self.rank > 0 or bool(self.init)
+
+    @property
+    def exports_model(self) -> bool:
+        """True if the model is written at the end, adapters added in."""
+        return not self.enabled or self.export != "adapter"
+
+    @property
+    def exports_adapter(self) -> bool:
+        """True if the adapters alone are."""
+        return self.enabled and self.export != "merged"

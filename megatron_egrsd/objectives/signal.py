@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from megatron_egrsd.data.samples import Rollout
     from megatron_egrsd.objectives.interface import Objective
 
-NOTE = "history/"  # the prefix of the metrics that are notes
 _STD_FLOOR = 1e-6  # added to every standard deviation that a reward is divided by (ours; the paper names none)
 
 

@@ -368,10 +368,9 @@ def _add_disk(plan: Plan, config: Config, arch: Architecture) -> None:
     """Add the bytes that the run writes and the free bytes; a refusal if these are too few or not writable."""
     b = getattr(torch, config.model.dtype).itemsize
     model, adapter = arch.num_parameters * b, _trained_parameters(config, arch) * b
-    exports = {"final model": model}
-    if config.lora.enabled:
-        kinds = {"merged": exports, "adapter": {"final adapter": adapter}}
-        exports = kinds.get(config.lora.export) or exports | {"adapter": adapter}
+    exports = {"final model": model} if config.lora.exports_model else {}
+    if config.lora.exports_adapter:
+        exports["adapter" if exports else "final adapter"] = adapter
     one_checkpoint = checkpoint_bytes(config, arch)
     # At most at once: the newest `keep`, the best one if there is an evaluation, and the one being written.
     count = config.checkpoint.keep + 1 + bool(config.data.evaluation) if config.checkpoint.every else 0

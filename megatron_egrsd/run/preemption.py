@@ -10,6 +10,7 @@ import threading
 import time
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch.distributed as dist
 
@@ -32,11 +33,13 @@ class Preemption:
             address, port = torchrun.master()
             # A connection of its own: torch's store is busy whenever a rank waits for another one there.
             self._store = dist.TCPStore(address, port, None, False, _PATIENCE)
+        self._handlers: dict[int, Any] = {}  # those before, by signal
+        self._wakeup = -1  # the descriptor before
+        self._reader, self._writer = os.pipe()  # last, or a store that is refused would leave it open
 
     def __enter__(self) -> "Preemption":
-        self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        self._handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: None)}
+        self._handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: None)
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(self._reader,), daemon=True).start()
         return self

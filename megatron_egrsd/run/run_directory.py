@@ -41,9 +41,8 @@ class RunDirectory:
 
     def _is_exported(self) -> bool:
         lora = self.config.lora
-        wanted = [self.adapter] if lora.enabled and lora.export != "merged" else []
-        wanted += [self.model] if not lora.enabled or lora.export != "adapter" else []
-        return all(path.is_dir() for path in wanted)
+        wanted = [(self.model, lora.exports_model), (self.adapter, lora.exports_adapter)]
+        return all(path.is_dir() for path, is_exported in wanted if is_exported)
 
     def move_stale_outputs(self, step: int) -> None:
         """Rename outputs written after `step`, so that the resumed run can write them again. Nothing is deleted."""

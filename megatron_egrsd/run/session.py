@@ -16,7 +16,7 @@ from megatron_egrsd.evaluation.summary import summarize_rollouts
 from megatron_egrsd.hf.adapter_file import save_adapter
 from megatron_egrsd.hf.checkpoint import save_hf
 from megatron_egrsd.learn import Record
-from megatron_egrsd.objectives.signal import NOTE, History, shaped_rewards
+from megatron_egrsd.objectives.signal import History
 from megatron_egrsd.report import plot_frontier, summary_table
 from megatron_egrsd.report.scored_dump import gather_scores, save_scores, scored_rollouts
 from megatron_egrsd.run.checkpoints import Checkpoints
@@ -29,7 +29,6 @@ from megatron_egrsd.run.rollout_source import RolloutSource, rollout_source
 from megatron_egrsd.run.run_directory import RunDirectory
 from megatron_egrsd.run.stopwatch import Stopwatch
 from megatron_egrsd.run.throughput import known_peak, throughput
-from megatron_egrsd.sampling.batches import Batch
 from megatron_egrsd.system.files import locked
 
 
@@ -58,7 +57,7 @@ class Session:
         self.history = History()  # of the steps so far; `learn` takes it
         self.unreported: tuple[int, list[Rollout], dict[str, float]] | None = None
         self.checkpoints = Checkpoints(engine, config.checkpoint, self.directory)
-        on_first_rank(lambda: stack.enter_context(locked(self.directory.path)) and None)
+        on_first_rank(lambda: stack.enter_context(locked(self.directory.path)))
         self.resumed: Path | None = on_first_rank(self.directory.checkpoint_to_resume)
         self.begin = Place()
         if self.resumed:  # first: a checkpoint that is refused leaves every file where it is
@@ -96,7 +95,7 @@ class Session:
             self.rollouts.placement.enter("training")
         # The user's servers may hold any weights, and those of the run hold model.path without lora.init.
         if self.resumed is not None or self.config.rollout.servers.urls or self.config.lora.init:
-            self.push_weights(self.begin.step)
+            self.rollouts.push_weights(self.begin.step, Stopwatch())
         return self.begin.step
 
     def save(self, step: int) -> Path:
@@ -136,31 +135,15 @@ class Session:
 
     # -- one step -------------------------------------------------------------------------------------------------
 
-    def batch(self, prompts: list[Prompt], step: int) -> Batch:
-        """Return the batch of `step` (from 0)."""
-        return self.rollouts.batch(prompts, step)
-
     def recorder(self, step: int, rollouts: list[Rollout]) -> Record | None:
         """Return the function that `learn` calls with the scores of `rollouts`, or None without `dump_scores`."""
         return _recorder(self, step, rollouts) if self.config.dump_scores else None
 
     def check_update(self, step: int, rollouts: list[Rollout], metrics: dict[str, float]) -> None:
-        """Add the rewards and the notes of a step (from 1) to the history; dump its rollouts if its update was skipped.
-
-        A skipped update counts as well: its rewards are real. RunError after too many skipped updates in a row.
-        """
-        config = self.config
-        notes = {name.removeprefix(NOTE): value for name, value in metrics.items() if name.startswith(NOTE)}
-        self.history = self.history.after(
-            shaped_rewards(rollouts, config.objective, config.rollout.max_response_tokens), notes
-        )
+        """Dump the rollouts of a step (from 1) whose update was skipped; RunError after too many of them in a row."""
         self.unreported = step, rollouts, metrics
         if reason := self.guard.check(step, rollouts, metrics):
             self._say(reason)
-
-    def push_weights(self, version: int, watch: Stopwatch | None = None) -> None:
-        """Let the next rollouts be sampled with the engine's weights. RunError names weights that did not arrive."""
-        self.rollouts.push_weights(version, watch or Stopwatch())
 
     def report(self, step: int, rollouts: list[Rollout], metrics: dict[str, float]) -> None:
         """Log step `step` (from 1) and, under `dump_rollouts`, dump its rollouts."""
@@ -193,13 +176,13 @@ class Session:
 
 
 def _export(session: Session) -> None:
-    """Write the final model and, as `lora.export` says, the adapter."""
-    engine, base, export = session.engine, session.config.model.path, session.config.lora.export
+    """Write the final model, the adapter or both, as `lora.export` says."""
+    engine, base, lora = session.engine, session.config.model.path, session.config.lora
     spec, model, adapter = engine.adapter, session.directory.model, session.directory.adapter
-    if spec is None or export != "adapter":
+    if lora.exports_model:
         on_first_rank_while(lambda weights: save_hf(weights, base, model), engine.export_weights())
         session._say(f"model {model}")
-    if spec is not None and export != "merged":
+    if lora.exports_adapter:
         on_first_rank_while(lambda tensors: save_adapter(tensors, spec, base, adapter), engine.export_adapter())
         session._say(f"adapter {adapter}")
 

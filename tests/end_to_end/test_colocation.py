@@ -53,6 +53,7 @@ def _kill_in_every_phase(rank, world_size, config) -> list[tuple[str, float]]:
     from megatron_egrsd.planning.preflight import prepare
     from megatron_egrsd.run.preemption import Preemption
     from megatron_egrsd.run.session import open_session
+    from megatron_egrsd.run.stopwatch import Stopwatch
 
     prompts, _, tokenizer = prepare(config)
     seen = []
@@ -64,16 +65,17 @@ def _kill_in_every_phase(rank, world_size, config) -> list[tuple[str, float]]:
         servers = session.rollouts.fleet.servers
 
         def step(number: int) -> float:
-            metrics = learn(engine, session.batch(prompts, number).rollouts, config, history=session.history)
+            rollouts = session.rollouts.batch(prompts, number).rollouts
+            metrics, _ = learn(engine, rollouts, config, history=session.history)
             return metrics["sync/log_prob_difference"]
 
         assert step(0) < 1e-5  # afterwards the phase is training
         kill(servers.servers[0].process)
-        session.push_weights(1)
+        session.rollouts.push_weights(1, Stopwatch())
         seen.append(("training", step(1)))
         session.rollouts.placement.enter("transfer")
         kill(servers.servers[0].process)
-        session.push_weights(2)
+        session.rollouts.push_weights(2, Stopwatch())
         kill(servers.servers[0].process)
         seen.append(("transfer, sampling", step(2)))
         kill(servers.servers[0].process)

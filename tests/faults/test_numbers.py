@@ -41,11 +41,11 @@ def _train(rank, world_size, config, path, kind):
             hook = first.register_hook(lambda grad: grad * value)
         before = _weights(engine)
         strict = dataclasses.replace(config, max_log_prob_difference=1e-3) if kind == "disagreement" else config
-        skipped = learn(engine, bad, strict)
+        skipped, _ = learn(engine, bad, strict)
         unchanged = all(torch.equal(a, b) for a, b in zip(before, _weights(engine), strict=True))
         if hook:
             hook.remove()
-        after = learn(engine, good, config)
+        after, _ = learn(engine, good, config)
         changed = not all(torch.equal(a, b) for a, b in zip(before, _weights(engine), strict=True))
         return skipped, unchanged, after, changed
 
@@ -88,7 +88,7 @@ def _train_both(rank, world_size, config, path):
     results = []
     for name in ("bad", "half"):
         with open_engine(config) as engine:
-            results.append(learn(engine, load_rollouts(path / f"{name}.jsonl"), config))
+            results.append(learn(engine, load_rollouts(path / f"{name}.jsonl"), config)[0])
     return results
 
 
@@ -116,7 +116,7 @@ def _poisoned(rank, world_size, config, path):
     with open_engine(config) as engine:
         with torch.no_grad():
             next(engine.parameters()).fill_(math.nan)
-        return learn(engine, load_rollouts(path / "good.jsonl"), config)
+        return learn(engine, load_rollouts(path / "good.jsonl"), config)[0]
 
 
 @pytest.mark.parametrize("normalization", ["batch_max", "quantile"])

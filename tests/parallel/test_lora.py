@@ -15,7 +15,7 @@ from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.hf.adapter_file import AdapterFile, save_adapter
 from megatron_egrsd.hf.adapters import AdapterSpec, adapter_shapes, adapter_spec
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.objectives.signal import History, shaped_rewards
+from megatron_egrsd.objectives.signal import History
 from tests.parallel.test_algorithm1 import LAYOUTS, ROLLOUTS, batches, configuration, model  # noqa: F401 (fixtures)
 from tests.ranks import run_ranks
 from tests.reference.algorithm1 import Settings, read_rollouts, train
@@ -50,8 +50,8 @@ def _train_on_rank(rank, world_size, config, directory):
         frozen = {n: p.clone() for chunk in engine.chunks for n, p in chunk.named_parameters() if not p.requires_grad}
         for path in sorted(directory.glob("*.jsonl")):
             rollouts = load_rollouts(path)
-            metrics.append(learn(engine, rollouts, config, history=history))
-            history = history.after(shaped_rewards(rollouts, config.objective, config.rollout.max_response_tokens))
+            result, history = learn(engine, rollouts, config, history=history)
+            metrics.append(result)
         after = {n: p for chunk in engine.chunks for n, p in chunk.named_parameters() if not p.requires_grad}
         same = all(torch.equal(frozen[name], p) for name, p in after.items())
         return metrics, {name: tensor.clone().numpy() for name, tensor in engine.export_adapter()}, same
@@ -119,7 +119,7 @@ def _score_on_rank(rank, world_size, config, rollouts):
     with open_engine(config) as engine:
         partition = engine.partition([len(s) for s in sequences])
         first = {name: engine.score(sequences, partition, name) for name in ("current", "teacher", "reference")}
-        metrics = learn(engine, rollouts, config)
+        metrics, _ = learn(engine, rollouts, config)
         last = {name: engine.score(sequences, partition, name) for name in first}
         copies = sum(w.numel() for w in (engine.teacher_weights or []) + (engine.reference_weights or []))
         trained = sum(p.numel() for p in engine.trainable())

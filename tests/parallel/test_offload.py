@@ -44,7 +44,7 @@ def _train(rank, world_size, config, path, turns):
                     assert torch.equal(tensor, weights[name]), name
                 engine.reload()
                 assert _held(engine) == full
-            metrics = learn(engine, rollouts, config)
+            metrics, _ = learn(engine, rollouts, config)
         weights = {name: tensor.float().numpy().copy() for name, tensor in engine.export_weights()}
     return metrics["loss/policy"], weights
 

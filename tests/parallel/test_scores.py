@@ -29,7 +29,7 @@ def _step(rank, world_size, config, rollouts, output):
             save_scores(scored_rollouts(*batch, step=3, vocab_size=VOCAB, history=HISTORY), output)
 
     with open_engine(config) as engine:
-        return learn(engine, rollouts, config, record if output else None, HISTORY)
+        return learn(engine, rollouts, config, record if output else None, HISTORY)[0]
 
 
 LAYOUTS = {
