@@ -112,6 +112,7 @@ def attach_adapters(
 ) -> None:
     """Freeze the weights and add trainable adapters; `tensor` returns the full tensor of a PEFT name."""
     table = {entry.megatron: entry for entry in adapter_entries(arch, spec)}
+    rows = {name.split(".")[-2]: shape[0] for name, shape in hf_shapes(arch).items()}  # of a whole projection
     for chunk in chunks:
         chunk.requires_grad_(False)
         if chunk.pre_process and config.recompute_granularity:
@@ -129,7 +130,7 @@ def attach_adapters(
                         )
                         for name in targets
                     }
-                    linear.adapter = _linear_adapter(projections, pairs, arch, config, spec)
+                    linear.adapter = _linear_adapter(pairs, {p: rows[p] for p in projections}, arch, config, spec)
                     linear.register_forward_hook(_add_adapter)
 
 
@@ -149,20 +150,19 @@ def _parameter(
 
 
 def _linear_adapter(
-    projections: list[str],
     pairs: dict[str, LowRank],
+    rows: dict[str, int],
     arch: Architecture,
     config: TransformerConfig,
     spec: AdapterSpec,
 ) -> LinearAdapter:
-    """Return the adapter of the linear layer that fuses `projections`."""
-    is_row_parallel = projections[0] in ROW_PARALLEL
+    """Return the adapter of the linear layer that fuses the projections with `rows`."""
+    is_row_parallel = next(iter(rows)) in ROW_PARALLEL
     ranks = 1 if is_row_parallel else parallel_state.get_tensor_model_parallel_world_size()
-    rows = {name.split(".")[-2]: shape[0] // ranks for name, shape in hf_shapes(arch).items()}
     return LinearAdapter(
         pairs,
-        rows={name: rows[name] for name in projections},
-        groups=arch.num_kv_heads // ranks if "q_proj" in projections else 1,
+        rows={name: number // ranks for name, number in rows.items()},
+        groups=arch.num_kv_heads // ranks if "q_proj" in rows else 1,
         scale=spec.scale,
         is_row_parallel=is_row_parallel,
         sequence_parallel=config.sequence_parallel,

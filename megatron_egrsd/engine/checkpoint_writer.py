@@ -11,11 +11,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_egrsd.engine.distributed import on_first_rank
+from megatron_egrsd.engine.distributed import gather, on_first_rank
 from megatron_egrsd.system.files import sha256
 
 SUMS = "integrity.json"  # megatron-core's list of SHA-256 sums
@@ -62,9 +61,7 @@ class CheckpointWriter:
 
     def written(self) -> bool:
         """Return whether every rank has written its files, or failed to. Collective."""
-        running = [False] * dist.get_world_size()
-        dist.all_gather_object(running, self._thread.is_alive())
-        return not any(running)
+        return not any(gather(self._thread.is_alive()))
 
     def finish(self) -> None:
         """Complete the directory with megatron-core's records and the sums of all files, after `wait`. Collective.
@@ -74,8 +71,7 @@ class CheckpointWriter:
         self.wait()
         for finalize in self._request.finalize_fns:
             finalize()
-        outcomes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (self._sums, self._error))
+        outcomes = gather((self._sums, self._error))
         for _, error in outcomes:
             if error is not None:
                 raise error

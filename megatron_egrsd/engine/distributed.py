@@ -57,8 +57,7 @@ def initialize(config: ParallelConfig, seed: int, facts: Facts | None = None) ->
 
 
 def _check_agreement(facts: Facts) -> None:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (socket.gethostname(), facts))
+    gathered = gather((socket.gethostname(), facts))
     first_host, expected = gathered[0]
     for rank, (host, found) in enumerate(gathered):
         for name, (value, hint) in expected.items():
@@ -92,10 +91,17 @@ def lost_contact(error: BaseException | None) -> RunError | None:
     )
 
 
-def on_first_rank(function: Callable[[], T]) -> T:
-    """Run `function` on the first rank of the job and give its result to all. Its exception is raised on every rank,
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return the `value` of every rank of `group` (default: all), in the order of the ranks, on each of them."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
-    so that a failure of the one process that talks to SGLang ends the job instead of leaving the others waiting.
+
+def on_first_rank(function: Callable[[], T]) -> T:
+    """Run `function` on the first rank of the job and return its result, or raise its exception, on every rank.
+
+    A failure of the one process that talks to SGLang ends the job instead of leaving the others waiting.
     """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:

@@ -62,20 +62,18 @@ def build_optimizer(
     return optimizer, scheduler
 
 
-def with_settings_of(saved: Any, optimizer: MegatronOptimizer) -> Any:
+def with_settings_of(saved: dict[str, Any], optimizer: MegatronOptimizer) -> dict[str, Any]:
     """Return a saved optimizer state with the rates and decays that `optimizer` was configured with.
 
     megatron-core finds a saved parameter group by its learning rates, and takes betas and eps from it. The settings
     are those of the configuration, so a resume may change them; moments and step counts stay as they were saved. It
     leaves out a step count of 0, which torch's Adam needs.
     """
-    if isinstance(saved, dict) and "param_groups" in saved:
+    if "param_groups" in saved:
         own = optimizer.param_groups[0]  # the groups differ in wd_mult and is_expert_parallel, not in these
         settings = {key: own[key] for key in _SETTINGS if key in own}
         groups = [group | {key: v for key, v in settings.items() if key in group} for group in saved["param_groups"]]
         saved = saved | {"param_groups": groups}
         if "state" in saved and isinstance(parts(optimizer)[0].optimizer, torch.optim.Adam | torch.optim.AdamW):
             saved["state"].setdefault("common_step", torch.tensor(0.0))
-    if isinstance(saved, dict):
-        return {key: with_settings_of(v, optimizer) if isinstance(v, dict) else v for key, v in saved.items()}
-    return saved
+    return {key: with_settings_of(v, optimizer) if isinstance(v, dict) else v for key, v in saved.items()}

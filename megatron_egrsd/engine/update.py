@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_egrsd.data.packing import MicroBatch
+from megatron_egrsd.engine.distributed import gather
 
 # (log_prob [R], entropy [R], divergence [R] if a teacher is given, micro-batch) -> (loss to differentiate,
 # TokenSums.values as detached scalars)
@@ -59,8 +59,4 @@ def sum_over_ranks(outputs: list[Output]) -> TokenSums:
     if parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0:
         for loss, tokens, values in outputs:
             own += TokenSums(float(loss), float(tokens), {name: float(value) for name, value in values.items()})
-    gathered = [own]
-    if dist.get_world_size() > 1:
-        gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, own)
-    return sum(gathered, TokenSums())
+    return sum(gather(own), TokenSums())

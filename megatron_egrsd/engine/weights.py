@@ -3,13 +3,13 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_egrsd.engine.adapters import LinearAdapter
+from megatron_egrsd.engine.distributed import gather
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.hf.adapters import AdapterSpec, adapter_entries
 from megatron_egrsd.hf.architecture import Architecture
@@ -121,9 +121,7 @@ def _export(own: list[Shard], table: dict[str, Entry], arch: Architecture) -> It
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     stage = pipeline.rank()
     is_writer = is_first[False] and parallel_state.get_tensor_model_parallel_rank() == 0
-    plans: list[Any] = [None] * pipeline.size()
-    plan = [(shard.entry.megatron, _full_shape(shard), shard.parameter.dtype) for shard in own]
-    dist.all_gather_object(plans, plan, group=pipeline)
+    plans = gather([(shard.entry.megatron, _full_shape(shard), shard.parameter.dtype) for shard in own], pipeline)
     # From the last to the first: of a tied embedding, the first stage's copy counts.
     holders = {
         name: (source, i, torch.empty(shape, dtype=dtype, device="meta"))

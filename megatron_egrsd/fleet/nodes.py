@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_egrsd.engine.distributed import exhaust, on_first_rank, to_the_end
+from megatron_egrsd.engine.distributed import exhaust, gather, on_first_rank, to_the_end
 from megatron_egrsd.rollout.servers import ServersLost
 from megatron_egrsd.rollout.tensor_handles import flatten, unflatten
 from megatron_egrsd.rollout.transports import NamedTensors, buckets
@@ -24,9 +24,7 @@ class Nodes:
     """
 
     def __init__(self, timeout: float):
-        is_leader = [None] * dist.get_world_size()
-        dist.all_gather_object(is_leader, torchrun.local_rank() == 0)
-        self.leaders = [rank for rank, leads in enumerate(is_leader) if leads]
+        self.leaders = [rank for rank, leads in enumerate(gather(torchrun.local_rank() == 0)) if leads]
         self._group = None
         if len(self.leaders) > 1:
             self._group = dist.new_group(self.leaders, timeout=timedelta(seconds=timeout))
