@@ -4,16 +4,13 @@ A server holds the adapter of one version, under the version's name, and every r
 refuses a name that it does not hold, so no request is answered with an older adapter.
 """
 
-import hashlib
 import json
-import shutil
 import tempfile
 from typing import Any
 
-import torch
-
 from megatron_egrsd.rollout.tensor_handles import share
 from megatron_egrsd.rollout.transports import Handles, NamedTensors, Transport
+from megatron_egrsd.rollout.weight_checksums import sha256
 
 
 class AdapterHandles(Handles):
@@ -33,7 +30,7 @@ class AdapterHandles(Handles):
         handles, _buffer = share(bucket, self.device, dict)  # the buffer lives until all servers have copied it
         body = {"lora_name": f"version-{version}", "config_dict": self.adapter}
         if self.check:
-            body["expected_checksums"] = {name: _sha256(tensor) for name, tensor in bucket}
+            body["expected_checksums"] = {name: sha256(tensor) for name, tensor in bucket}
         # Every tensor-parallel rank opens the same tensors and keeps its part of them.
         bodies = [body | {"serialized_named_tensors": [handles] * size} for size in self._sizes]
         return _replace(self, "load_lora_adapter_from_tensors", bodies)
@@ -51,16 +48,15 @@ class AdapterDisk(Transport):
 
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
-        directory = tempfile.mkdtemp(prefix="adapter-sync-", dir=self.directory)
-        try:
+        with tempfile.TemporaryDirectory(
+            prefix="adapter-sync-", dir=self.directory, ignore_cleanup_errors=True
+        ) as directory:
             tensors = {name: t.detach().cpu().contiguous() for name, t in named_tensors}
             save_file(tensors, f"{directory}/adapter_model.safetensors", {"format": "pt"})
             with open(f"{directory}/adapter_config.json", "w", encoding="utf-8") as file:
                 json.dump(self.adapter, file)
             body = {"lora_name": f"version-{version}", "lora_path": directory}
             return _replace(self, "load_lora_adapter", [body] * len(self.control.urls))
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
 
 
 ADAPTER_TRANSPORTS: dict[str, type[AdapterHandles] | type[AdapterDisk]] = {"ipc": AdapterHandles, "disk": AdapterDisk}
@@ -74,9 +70,3 @@ def _replace(transport: Transport, endpoint: str, bodies: list[dict[str, Any]]) 
         unload = [{"lora_name": stale} if stale in held else None for held in loaded]
         transport.control.on_all("unload_lora_adapter", unload)
     return name
-
-
-def _sha256(tensor: torch.Tensor) -> str:
-    """Return the SHA-256 that SGLang computes of a tensor that it was sent."""
-    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(data)).hexdigest()

@@ -85,7 +85,7 @@ class RolloutClient:
         every token.
 
         Raises:
-            BadArgument: A prompt is empty (it would kill SGLang's scheduler), or a size is not positive.
+            BadArgument: A prompt is empty (it would kill SGLang's scheduler).
             ServersLost: No server is left. The servers that this run launched are being restarted.
             RunError: A server refused a prompt, a request failed on a healthy server more than
                 `config.servers.request_retries` times, or too many servers were lost.
@@ -95,9 +95,6 @@ class RolloutClient:
                 raise BadArgument(f"prompt {i} of {len(prompts)} has no tokens; SGLang cannot continue nothing")
         temperature = self.config.temperature if temperature is None else temperature
         max_new_tokens = self.config.max_response_tokens if max_new_tokens is None else max_new_tokens
-        if n < 1 or max_new_tokens < 1 or temperature < 0:
-            raise BadArgument(f"n = {n} and max_new_tokens = {max_new_tokens} must be positive and temperature = "
-                              f"{temperature} not negative")  # fmt: skip
         sampling = dict(sampling or {}) | self.sampling(temperature, max_new_tokens)
         done = {} if done is None else done
         asyncio.run(self._generate(prompts, n, sampling, done, finished, seeds, ROUTES if routes else {}))
@@ -194,7 +191,7 @@ class RolloutClient:
         await asyncio.gather(*map(abort_all, self.servers.live))
 
     def _lose(self, server: Server, reason: str) -> None:
-        self.servers.mark_lost(server, reason)
+        self.servers.mark_lost([server], reason)
         for request in self._requests[server]:
             request.cancel()
 

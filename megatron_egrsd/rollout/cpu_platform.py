@@ -1,7 +1,7 @@
 """SGLang on a machine without a GPU: plain PyTorch, without AMX and without SGLang's compiled kernels.
 
 SGLang finds `activate` through the entry-point group "sglang.srt.platforms" (pyproject.toml) in every process it
-starts. `SGLANG_PLATFORM` = `NAME` selects it. Nothing of SGLang is patched.
+starts. `SGLANG_PLATFORM` = `NAME` selects it. `CpuPlatform.init_backend` replaces what SGLang has no setting for.
 """
 
 from typing import TYPE_CHECKING

@@ -22,8 +22,8 @@ class SamplingPhase:
     The earliest responses get the slots of `client` first.
     """
 
-    def __init__(self, client: RolloutClient, temperature: float, thread: ThreadPoolExecutor):
-        self.client, self.temperature = client, temperature
+    def __init__(self, client: RolloutClient, thread: ThreadPoolExecutor):
+        self.client = client
         self._added: list[tuple[list[int], list[Generation], Callable[[], None]]] = []
         self._stop = False
         self.future: Future = thread.submit(lambda: asyncio.run(client.serve(self._run)))
@@ -69,9 +69,10 @@ class SamplingPhase:
         if begun.finished:
             return
         async with self._slots:
-            left = self.client.config.max_response_tokens - len(begun.response_ids)
+            config = self.client.config
+            left = config.max_response_tokens - len(begun.response_ids)
             body = {
                 "input_ids": prompt + begun.response_ids,
-                "sampling_params": self.client.sampling(self.temperature, left) | truncation(self.client.config),
-            } | (ROUTES if self.client.config.routing_replay else {})
+                "sampling_params": self.client.sampling(config.temperature, left) | truncation(config),
+            } | (ROUTES if config.routing_replay else {})
             responses[j] = begun.continued(await self.client.sample(session, body))

@@ -162,13 +162,6 @@ class RolloutServers:
             if reason := server.ended():
                 raise RunError(reason)
 
-    def mark_lost(self, server: Server, reason: str) -> None:
-        """Mark `server` lost and, if this process launched it, start another in its place; returns at once.
-
-        Raises RunError if servers have already been lost `config.max_restarts` times.
-        """
-        self._mark_lost([server], reason)
-
     def mark_all_lost(self, reason: str, recovered: bool = False) -> None:
         """Mark every server lost, as one loss: a sync that one server left is incomplete on all others.
 
@@ -176,10 +169,13 @@ class RolloutServers:
         """
         if recovered:
             self.rejoin()
-        self._mark_lost(self.servers, reason)
+        self.mark_lost(self.servers, reason)
 
-    def _mark_lost(self, servers: list[Server], reason: str) -> None:
-        """Mark `servers` lost and count them as one loss."""
+    def mark_lost(self, servers: list[Server], reason: str) -> None:
+        """Mark `servers` lost, as one loss, and start others in place of those that this process launched.
+
+        Returns at once. Raises RunError if servers have already been lost `config.max_restarts` times.
+        """
         servers = [server for server in servers if not server.lost]
         if not servers:
             return
@@ -230,7 +226,7 @@ class RolloutServers:
     def restart(self, urls: list[str]) -> None:
         """Restart the servers among `urls` that this process launched, and await their health."""
         own = [server for server in self.servers if server.url in urls and not server.elsewhere]
-        self._mark_lost(own, f"lost {', '.join(server.url for server in own)}")
+        self.mark_lost(own, f"lost {', '.join(server.url for server in own)}")
         self.await_health(own)
         for server in own:
             server.lost = ""

@@ -1,7 +1,6 @@
 """Transports of weights to the servers: a process group, handles to memory of this host, a temporary checkpoint."""
 
 import secrets
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -123,14 +122,13 @@ class Disk(Transport):
 
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
-        directory = tempfile.mkdtemp(prefix="weight-sync-", dir=self.directory)
-        try:
+        with tempfile.TemporaryDirectory(
+            prefix="weight-sync-", dir=self.directory, ignore_cleanup_errors=True
+        ) as directory:
             for i, bucket in enumerate(buckets(named_tensors, self.bucket_bytes)):
                 tensors = {name: t.detach().cpu().contiguous() for name, t in bucket}
                 save_file(tensors, f"{directory}/model-{i:05d}.safetensors", {"format": "pt"})
             self.control.on_all("update_weights_from_disk", {"model_path": directory, "flush_cache": True})
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
         return ""
 
 

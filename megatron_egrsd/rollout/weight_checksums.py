@@ -40,7 +40,7 @@ def expected_checksums(
                 layer, experts = found[1], {}
             experts.setdefault(int(found[2]), {})[found[3]] = (name, tensor)
             continue
-        *head, module, kind = name.split(".") if name.count(".") else ("", name, "")
+        *head, module, kind = name.split(".")
         fused = _FUSED_NAME.get(module)
         if fused is None:
             yield name, [name], {shard: checksum(_shard(name, tensor, *shard)) for shard in shards}
@@ -80,8 +80,13 @@ def checksum(tensor: torch.Tensor) -> str:
         from sglang.srt.managers.mm_utils import tensor_hash  # its Triton hash; bytes never leave the GPU
 
         return f"{tensor_hash(tensor.detach()):016x}"
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(data)).digest()[:8].hex()
+    return sha256(tensor)[:16]
+
+
+def sha256(tensor: torch.Tensor) -> str:
+    """Return the SHA-256 of a tensor's bytes in hexadecimal, as SGLang computes it of an adapter that it was sent."""
+    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(memoryview(data)).hexdigest()
 
 
 def _shard(name: str, tensor: torch.Tensor, rank: int, size: int) -> torch.Tensor:

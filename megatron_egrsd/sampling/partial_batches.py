@@ -40,7 +40,7 @@ def complete_batch(groups: list[Group], step: int, size: int, staleness: int) ->
 
     Tokens that have not come back yet are sampled by version `step`, too new to matter here. Groups that would be too
     old in the next step always fit into the batch: one batch after the newest of them began, all but `extra_prompts`
-    of the outstanding groups were taken, which config.py keeps within `size`, and at 0 if staleness is 1.
+    of the outstanding groups were taken, which config/rollout.py keeps within `size`, and at 0 if staleness is 1.
     """
     complete = sorted((g for g in groups if g.rollouts), key=lambda g: g.oldest)[:size]
     too_old_next = [g for g in groups if g.oldest < step + 1 - staleness]
@@ -59,14 +59,13 @@ class PartialBatches:
         self.sampler, self.thread, self.config, self.steps, self.seed = sampler, thread, config, steps, seed
         self.begin = begin
         self.groups: list[Group] = []  # outstanding, in the order of their problems
-        self.drawn: int | None = None  # number of problems drawn from the endless order, trained ones included
+        self.drawn = begin.problems  # number of problems drawn from the endless order, trained ones included
         self.phase: SamplingPhase | None = None
         self.seconds, self.since = 0.0, 0.0
         self.changed = threading.Condition()  # a group is complete, or the phase has ended
 
     def batch(self, prompts: list[Prompt], step: int) -> Batch:
         """Return the batch of `step`, or raise the error of its sampling; after ServersLost, call again to go on."""
-        self.drawn = self._place(step) if self.drawn is None else self.drawn
         self.ahead(prompts, step)
         if self.phase is None:
             self._start()
@@ -110,7 +109,7 @@ class PartialBatches:
 
     def _start(self) -> None:
         self.since = time.perf_counter()
-        self.phase = SamplingPhase(self.sampler.client, self.config.temperature, self.thread)
+        self.phase = SamplingPhase(self.sampler.client, self.thread)
         self.phase.future.add_done_callback(lambda _: self._notify())
         for group in self.groups:
             if not group.rollouts:

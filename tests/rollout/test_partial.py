@@ -82,7 +82,8 @@ def check(response: Generation, prompt: list[int], models: dict, stop: set[int],
 def test_every_token_is_of_the_weights_that_it_names(
     servers, sync, thread, model_directory, concurrency, stop, longest, n, seconds
 ):
-    config = rollout_config(servers_config(max_concurrent_requests=concurrency), max_response_tokens=longest)
+    some = servers_config(max_concurrent_requests=concurrency)
+    config = rollout_config(some, max_response_tokens=longest, temperature=TEMPERATURE)
     client = RolloutClient(servers, config, sorted(stop))
     versions, most = iter(range(100, 400)), 0
     while most < 2:  # the machine's speed decides how far a phase gets: repeat until one stops in a response
@@ -91,7 +92,7 @@ def test_every_token_is_of_the_weights_that_it_names(
             version = next(versions)
             models[version] = weights(model_directory, version)
             sync.push(named_tensors(models[version]), version)
-            phase = SamplingPhase(client, TEMPERATURE, thread)
+            phase = SamplingPhase(client, thread)
             for i, prompt in enumerate(PROMPTS):
                 if i not in done:
                     phase.add(prompt, responses[i], lambda i=i, done=done: done.append(i))
@@ -142,7 +143,8 @@ def test_batches_of_a_run_whose_sampling_goes_on(servers, sync, thread, model, m
 def test_beginnings_outlive_their_servers(model, model_directory, thread, tmp_path):
     """Of two servers one is killed while it samples, and the other continues; then both are killed."""
     longest, stop = 450, {2}
-    config = rollout_config(servers_config(engines=2, start_timeout=300), max_response_tokens=longest)
+    two = servers_config(engines=2, start_timeout=300)
+    config = rollout_config(two, max_response_tokens=longest, temperature=TEMPERATURE)
     responses, done, models, lost = [[NOTHING] * 8 for _ in PROMPTS], [], {}, []
     with contextlib.ExitStack() as stack:
         servers = stack.enter_context(RolloutServers(config.servers, model, 0, tmp_path))
@@ -152,7 +154,7 @@ def test_beginnings_outlive_their_servers(model, model_directory, thread, tmp_pa
             models[version] = weights(model_directory, version)
             sync.push(named_tensors(models[version]), version)
             before = [r for group in responses for r in group]
-            phase = SamplingPhase(client, TEMPERATURE, thread)
+            phase = SamplingPhase(client, thread)
             for i, prompt in enumerate(PROMPTS):
                 if i not in done:
                     phase.add(prompt, responses[i], lambda i=i: done.append(i))

@@ -96,7 +96,7 @@ def test_a_response_that_was_stopped_has_the_routes_of_all_its_tokens(mixture, d
     seconds, stopped = 0.1, 0  # responses that a stop found in the middle
     with ThreadPoolExecutor(1) as thread:
         while not all(own[0].finished for own in responses):
-            phase = SamplingPhase(client, 1.0, thread)
+            phase = SamplingPhase(client, thread)
             for prompt, own in zip(PROMPTS, responses, strict=True):
                 phase.add(prompt, own, lambda: None)
             time.sleep(seconds)

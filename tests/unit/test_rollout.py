@@ -76,7 +76,7 @@ def test_what_a_failed_push_leaves_half_done_is_one_loss(tmp_path):
     config = ServersConfig(urls=["http://a:1", "http://b:1"], max_restarts=2)
     servers = RolloutServers(config, MODEL, 0, tmp_path, wait=False)
     servers.attach(["http://c:1", "http://d:1"])
-    servers.mark_lost(servers.servers[2], "c hangs")
+    servers.mark_lost(servers.servers[2:3], "c hangs")
     assert servers.restarts == 1 and servers.take_due() == ["http://c:1"]
     servers.mark_all_lost("the push failed")
     assert servers.restarts == 2 and servers.live == [] and servers.take_due() == ["http://d:1"]
@@ -86,7 +86,7 @@ def test_what_a_failed_push_leaves_half_done_is_one_loss(tmp_path):
     with pytest.raises(
         RunError, match=r"b hangs; the run gives up after 2 lost servers \(rollout.servers.max_restarts\)"
     ):
-        servers.mark_lost(servers.servers[1], "b hangs")
+        servers.mark_lost(servers.servers[1:2], "b hangs")
 
 
 def test_free_ports_are_free_and_no_connection_takes_them():

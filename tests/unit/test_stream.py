@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, RolloutConfig
-from megatron_egrsd.data.problems import batch_indices
+from megatron_egrsd.data.problems import Place, batch_indices
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts, save_rollouts
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout.generation import Generation
@@ -61,8 +61,7 @@ def test_the_bound_is_exact_and_every_group_is_trained_once(data, size, stalenes
     config = Config(
         ModelConfig("m"), DataConfig(train="d"), ObjectiveConfig(importance_cap=2.0), rollout=rollout, steps=steps
     )
-    batches = PartialBatches(None, None, rollout, config.steps, config.seed)
-    batches.drawn = first * size
+    batches = PartialBatches(None, None, rollout, config.steps, config.seed, Place(first, first * size))
 
     def sample(some: list[Group], version: int, finish: bool) -> None:
         for g in some:
