@@ -71,7 +71,7 @@ _TOP_K_BACKWARD, _TOP_K_READING, _TOP_K_VALUE = 33, 100, 131
 
 @dataclass(frozen=True)
 class HeldTeacher:
-    """Count what a divergence from the teacher holds on the last stage from the teacher's pass to the end of the step.
+    """Sizes that the last stage holds for a divergence from the teacher, from its pass to the end of the step.
 
     Args:
         tokens: Response tokens of the rollouts of a rank, whose hidden states are held.
@@ -171,7 +171,7 @@ def rank_memory(
     rank = _Rank(arch, parallel, world_size, stage, place, tokens, itemsize, lora)
     resident = rank.resident(teacher, needs_teacher, needs_reference)
     phases = rank.training_phases(teacher, held)
-    if teacher.weights == "ema" and itemsize < 4:
+    if needs_teacher and teacher.weights == "ema" and itemsize < 4:
         phases["scoring"] = {"teacher in the type of the weights": _numel(rank.trained) * itemsize,
                              "one layer": tokens * rank.layer}  # fmt: skip
     if held and rank.is_last:

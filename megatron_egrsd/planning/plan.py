@@ -6,8 +6,7 @@ It needs one process and no GPU for any world size. A run that cannot work is re
 import functools
 import importlib.util
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from megatron_egrsd.hf.adapter_file import configured_spec
 from megatron_egrsd.hf.adapters import adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.checkpoint import HFCheckpoint, holds_weights
+from megatron_egrsd.hf.staging import free_bytes
 from megatron_egrsd.objectives import Objective
 from megatron_egrsd.objectives.load import load_objective, needs_rollouts, needs_teacher
 from megatron_egrsd.planning.activations import Placement
@@ -86,8 +86,9 @@ def resolve(
     if not needs_rollouts(config.objective):
         plan.add("rollouts", "none: the reference solutions are trained, and no server starts")
     elif config.debug != "train-only":
-        _add_servers(plan, config, arch, prompts, gpu_memory)
-    _add_disk(plan, config, arch)
+        _add_servers(plan, config, arch, longest, gpu_memory)
+    if config.debug != "rollout-only":
+        _add_disk(plan, config, arch)
     return plan
 
 
@@ -98,7 +99,7 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
     padded = arch.padded_vocab_size(p.tensor)
     plan.add("model", f"{arch.num_parameters:,} parameters, {arch.num_layers} layers, {config.model.dtype}")
     if spec := configured_spec(config.lora):
-        count = _trained_parameters(config, arch)
+        count = adapter_parameters(arch, spec)
         plan.add("", f"LoRA r {spec.rank}, alpha {spec.alpha:g}, on {', '.join(spec.targets)}: {count:,} parameters "
                      f"({count / arch.num_parameters:.2%}) are trained")  # fmt: skip
     _add_weights(plan, config)
@@ -264,7 +265,7 @@ def _held(config: Config, objective: Objective, ranks: int, tokens: int | None) 
         tokens,
         copies_weight=not config.lora.enabled and (changes or cast),
         log_prob_grad=objective.has_policy_loss or bool(config.objective.kl_coef),
-        top_k=objective.divergence.top_k if objective.divergence else None,
+        top_k=objective.divergence.top_k,
     )
 
 
@@ -273,32 +274,24 @@ def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, lo
 
     Adapters in place of all weights change what is trained, so they are named only if no layout fits.
     """
-    p = config.parallel
-    changes: list[dict[str, Any]] = [
-        {"distributed_optimizer": True},
-        {"recompute": True},
-        {"recompute": True, "distributed_optimizer": True},
-        *(
-            {"tensor": p.tensor * k, "recompute": True, "distributed_optimizer": True}
-            for k in (2, 4, 8)
-            if p.tensor * k <= arch.num_kv_heads
-        ),
-        *({"pipeline": p.pipeline * k, "recompute": True, "distributed_optimizer": True} for k in (2, 4, 8)),
-        *({"context": p.context * k, "recompute": True, "distributed_optimizer": True} for k in (2, 4, 8)),
-    ]
-    for change in changes:
+    p, spec = config.parallel, configured_spec(config.lora)
+    for change in _changes(p, arch):
         try:
             other = replace(config, parallel=replace(p, **change))
             other.check_world(ranks)
             arch.check_parallel(other.parallel)
+            if spec:
+                spec.check(arch, other.parallel.tensor)
         except BadArgument:
             continue
         tokens = _longest_micro_batch(other, longest, ranks)
         if max(m.total for m in memory_of_stages(other, arch, ranks, place, tokens)) <= gpu_memory:
             new = {k: v for k, v in change.items() if getattr(p, k) != v}
-            return "it fits with " + ", ".join(f"--parallel.{k} {str(v).lower()}" for k, v in new.items())
-    none = "neither recomputation, the distributed optimizer nor more TP, PP or CP makes it fit"
-    if not config.lora.enabled:
+            words = (f"--parallel.{k} {json.dumps(v, separators=(',', ':'))}" for k, v in new.items())
+            return f"it fits with {', '.join(words)}"
+    sizes = "TP, EP, PP or CP" if arch.num_experts else "TP, PP or CP"
+    none = f"neither recomputation, the distributed optimizer nor more {sizes} makes it fit"
+    if not config.lora.enabled and p.tensor <= arch.num_kv_heads:
         targets = ATTENTION if arch.num_experts else TARGETS
         lora = replace(config, lora=LoraConfig(rank=64, targets=list(targets)))
         tokens = _longest_micro_batch(config, longest, ranks)
@@ -308,7 +301,27 @@ def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, lo
     return f"{none}: it takes more GPUs"
 
 
-def _add_servers(plan: Plan, config: Config, arch: Architecture, prompts, gpu_memory: int | None) -> None:
+def _changes(p: ParallelConfig, arch: Architecture) -> Iterator[dict[str, Any]]:
+    """Yield changes of the parallel section that save memory, from mild to severe; some may not suit the model."""
+    yield {"distributed_optimizer": True}
+    yield {"recompute": True}
+    both = {"recompute": True, "distributed_optimizer": True}
+    yield both
+    factors = (2, 4, 8)
+    for tensor in (p.tensor * k for k in factors if p.tensor * k <= max(8, arch.num_kv_heads)):
+        yield {"tensor": tensor, "sequence_parallel": p.sequence_parallel or arch.num_experts > 0} | both
+    for expert in (p.expert * k for k in factors if arch.num_experts):
+        yield {"expert": expert} | both
+    for pipeline in (p.pipeline * k for k in factors):
+        chunks = pipeline * p.virtual_pipeline
+        if chunks <= arch.num_layers:
+            uneven = arch.num_layers % chunks
+            yield {"pipeline": pipeline, "pipeline_layout": arch.balanced_layers(chunks) if uneven else []} | both
+    for context in (p.context * k for k in factors):
+        yield {"context": context} | both
+
+
+def _add_servers(plan: Plan, config: Config, arch: Architecture, longest: int, gpu_memory: int | None) -> None:
     """Add the source of the responses: ports, GPUs, memory for weights and KV cache, and refusals."""
     r = config.rollout.servers
     if r.urls:
@@ -336,7 +349,6 @@ def _add_servers(plan: Plan, config: Config, arch: Architecture, prompts, gpu_me
     weights = arch.num_parameters * b // tensor
     token = arch.kv_cache_bytes(b, tensor)
     share = float(r.args.get("mem_fraction_static", SERVER_SHARE))
-    longest = max(len(x.student_ids) for x in prompts) + config.rollout.max_response_tokens
     held = int(max(0, share * gpu_memory - weights) // token)
     plan.add("", f"weights {readable(weights)} a GPU; the KV cache holds about {held:,} tokens of {readable(token)}, "
                  f"{held // longest} responses of full length")  # fmt: skip
@@ -380,9 +392,7 @@ def _add_disk(plan: Plan, config: Config, arch: Architecture) -> None:
     if config.rollout.sync.transport == "disk":
         needed += model
         parts.append(f"weight sync {readable(model)}")
-    output = Path(config.output).resolve()
-    existing = next(path for path in (output, *output.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(config.output)
     plan.add("output", str(config.output), f"  {' + '.join(parts)}; {readable(free)} free")
     if not count:
         plan.add("", f"  a run that is stopped leaves a checkpoint of {readable(one_checkpoint)} besides")

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from megatron_egrsd.planning.activations import Placement
 from megatron_egrsd.planning.plan import (
     Plan,
     _add_weights,
+    _remedy,
     checkpoint_bytes,
     memory_of_stages,
     placement,
@@ -116,6 +118,53 @@ def test_too_little_memory_is_refused_with_a_change_that_fits(name, ranks, words
     remedy = reason.partition("it fits with ")[2].replace(",", "").split()
     changed = resolve(config_8b(path, *words, *remedy), PROMPTS, PROMPTS[:8], ranks, 60 * GIB)
     assert not refusals(changed, "but a GPU has")
+
+
+ALONE = ["--parallel.tensor", "1", "--parallel.sequence_parallel", "false", "--parallel.expert", "8"]
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "gib", "words", "remedy"),
+    [
+        ("Qwen3-30B-A3B", 8, 80, [], "--parallel.expert 8"),
+        ("Qwen3-30B-A3B", 16, 70, [*ALONE, "--rollout.max_response_tokens", "100000"],
+         "--parallel.tensor 4, --parallel.sequence_parallel true"),
+        ("Qwen3-30B-A3B", 64, 40, ["--parallel.expert", "8"], "--parallel.tensor 8"),  # of 4 key/value heads
+        ("Qwen3-235B-A22B", 256, 30,
+         ["--parallel.tensor", "8", "--parallel.expert", "64", "--rollout.prompts_per_step", "256"],
+         "--parallel.pipeline 4, --parallel.pipeline_layout [24,24,24,22]"),
+    ],
+)  # fmt: skip
+def test_the_change_for_a_mixture_is_one_that_training_takes(name, ranks, gib, words, remedy, model):
+    path = model(name)
+    (reason,) = refusals(resolve(config_8b(path, *words), PROMPTS, [], ranks, gib * GIB), "but a GPU has")
+    assert reason.endswith(f"it fits with {remedy}"), reason
+    changed = config_8b(path, *words, *remedy.replace(", ", " ").split())
+    Architecture.from_pretrained(path).check_parallel(changed.parallel)
+    assert not refusals(resolve(changed, PROMPTS, [], ranks, gib * GIB), "but a GPU has")
+
+
+def test_no_layout_is_advised_that_the_adapters_cannot_have(model, monkeypatch):
+    """Ranks that share a key/value head, of which this model has four, have no adapters of it."""
+    path = model("Qwen3-30B-A3B")
+
+    def eight_fit(config, *_):
+        return [SimpleNamespace(total=0 if config.parallel.tensor == 8 else 2)]
+
+    monkeypatch.setattr("megatron_egrsd.planning.plan.memory_of_stages", eight_fit)
+    adapters = ["--lora.rank", "16", "--lora.targets", '["q_proj","k_proj","v_proj","o_proj"]']
+    for words, advice in (([], "it fits with --parallel.tensor 8"), (adapters, "it takes more GPUs")):
+        arch, place = Architecture.from_pretrained(path), Placement(True, True)
+        assert _remedy(config_8b(path, *words), arch, 64, place, 1000, 1).endswith(advice)
+
+
+def test_a_teacher_that_nothing_reads_is_not_counted(model):
+    path, words = model("Qwen3-8B"), ["--objective.mix", "0", "--teacher.weights", "ema"]
+    for attenuation, counted in (("0.3", True), ("0", False)):
+        config = config_8b(path, *words, "--objective.attenuation", attenuation)
+        stages = memory_of_stages(config, Architecture.from_pretrained(path), 4, Placement(False, False), 16384)
+        for rank in stages:
+            assert ("scoring" in rank.phases) is ("teacher (ema)" in rank.resident) is counted
 
 
 def test_responses_too_long_for_a_rank(model):
@@ -406,10 +455,11 @@ def test_half_a_run_is_planned_without_the_other_half(model, tmp_path):
     replay = tmp_path / "replay.jsonl"
     replay.write_text("")
     train = resolve(config_8b(model("Qwen3-8B"), "--debug", "train-only", "--replay", str(replay)), PROMPTS, [], 4)
-    sample = resolve(config_8b(model("Qwen3-4B"), "--debug", "rollout-only"), PROMPTS, [], 4)
+    huge = ["--checkpoint.every", "1", "--checkpoint.keep", "100000"]  # of which sampling writes none
+    sample = resolve(config_8b(model("Qwen3-4B"), "--debug", "rollout-only", *huge), PROMPTS, [], 4)
     words = [{line.split(" ")[0] for line in plan.lines} for plan in (train, sample)]
     assert "memory" in words[0] and "rollouts" not in words[0]
-    assert "memory" not in words[1] and "rollouts" in words[1]
+    assert "memory" not in words[1] and "rollouts" in words[1] and not sample.refusals
 
 
 @pytest.mark.parametrize(
