@@ -73,9 +73,7 @@ void entry_sums(const Pair& pair, const Entries& entries, int threads, Address o
       [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, EntrySums* result) {
         cpu::entry_sums(pair, entries, r0, r1, c0, c1, result);
       },
-      [](const EntrySums& a, const EntrySums& b) {
-        return EntrySums{a.value + b.value, a.mass + b.mass, a.slope + b.slope};
-      });
+      [](const EntrySums& a, const EntrySums& b) { return merged(a, b); });
 }
 
 void pair_gradient(const Pair& pair, const Entries& entries, const PairGradient& gradient, int threads) {

@@ -134,6 +134,12 @@ EGRSD_HOST_DEVICE PairResult finish(const PairSums& s) {
           log_ratio};
 }
 
+// Whether the references hide the divergence behind their own error: it is a small part of an excess that counts.
+constexpr double kLeastExcess = 4e-6, kHiddenShare = 1.0 / 64;
+EGRSD_HOST_DEVICE bool hides_divergence(const PairSums& s) {
+  return s.excess > kLeastExcess * s.total && finish(s).divergence * s.total < kHiddenShare * s.excess;
+}
+
 // How the second reading of a row normalises it: p_j = 2^(y_j) scale, q_j = 2^(z_j) other_scale and
 // log2(q_j / p_j) = z_j - y_j + log_ratio.
 struct PairScale {
@@ -155,6 +161,10 @@ enum class Kind { kForwardKl, kReverseKl, kJsd };
 struct EntrySums {
   float value, mass, slope;
 };
+
+EGRSD_HOST_DEVICE EntrySums merged(const EntrySums& a, const EntrySums& b) {
+  return {a.value + b.value, a.mass + b.mass, a.slope + b.slope};
+}
 
 // d value / dz_j, in nats, of an entry below the limit and of one above it, with l = ln(q_j / p_j) or ln(q_j / m_j).
 //   forward    (q_j - p_j) - q_j below           q_j above

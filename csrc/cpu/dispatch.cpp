@@ -63,7 +63,7 @@ void pair_gradient(const Pair& pair, const Entries& entries, const PairGradient&
   kernels().pair.gradient(pair, entries, gradient, row_first, row_last);
 }
 
-// Eight independent 64-byte streams of plain vector code: as fast as the memory, on every processor tried.
+// Four independent 64-byte streams of plain vector code: as fast as the memory, on every processor tried.
 typedef int32_t Line __attribute__((vector_size(64), aligned(4), may_alias));
 
 float read_floor(const void* data, int64_t bytes) {

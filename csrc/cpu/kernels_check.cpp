@@ -157,7 +157,7 @@ void check_pair(Dtype dtype, int64_t columns, int64_t valid, int kind, std::mt19
       EntrySums first, second;
       entry_sums(pair, entries, 0, 1, 0, columns / 2, &first);
       entry_sums(pair, entries, 0, 1, columns / 2, columns, &second);
-      whole = {first.value + second.value, first.mass + second.mass, first.slope + second.slope};
+      whole = merged(first, second);
     }
     const float grad_value = 0.7f;
     std::copy(student.get(), student.get() + columns, gradient.get());

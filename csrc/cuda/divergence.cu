@@ -75,9 +75,7 @@ entries_kernel(const Pair pair, const Entries entries, EntrySums* __restrict__ o
                           entries.limit, entries.beta, {0.f, 0.f, 0.f}};
   part.each(adder);
   const EntrySums own{adder.sums.value, adder.sums.mass, adder.sums.slope};
-  const EntrySums whole = merged_over_block(own, [](const EntrySums& a, const EntrySums& b) {
-    return EntrySums{a.value + b.value, a.mass + b.mass, a.slope + b.slope};
-  });
+  const EntrySums whole = merged_over_block(own, [](const EntrySums& a, const EntrySums& b) { return merged(a, b); });
   if (threadIdx.x == 0) out[int64_t(blockIdx.x) * gridDim.y + blockIdx.y] = whole;
 }
 
@@ -86,10 +84,7 @@ __global__ void add_entries_kernel(const EntrySums* __restrict__ in, int64_t row
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= rows) return;
   EntrySums sums = in[row * parts];
-  for (int64_t k = 1; k < parts; ++k) {
-    const EntrySums part = in[row * parts + k];
-    sums = {sums.value + part.value, sums.mass + part.mass, sums.slope + part.slope};
-  }
+  for (int64_t k = 1; k < parts; ++k) sums = merged(sums, in[row * parts + k]);
   out[row] = sums;
 }
 
@@ -172,26 +167,12 @@ int gradient_of(const Pair& pair, const Entries& entries, const PairGradient& gr
   return int(cudaGetLastError());
 }
 
-bool fits(const Pair& pair) { return pair.columns < (int64_t(1) << 31) && pair.rows < (int64_t(1) << 31); }
-
-// Calls launch(an element of the logits' type), and launch(element, a constant of the kind) below.
-template <class Launch>
-int with_element(const Pair& pair, const Launch& launch) {
-  if (pair.rows == 0) return 0;
-  if (!fits(pair)) return int(cudaErrorInvalidValue);
-  switch (pair.dtype) {
-    case Dtype::kFloat32: return launch(float());
-    case Dtype::kBFloat16: return launch(__nv_bfloat16());
-    case Dtype::kFloat16: return launch(__half());
-  }
-  return int(cudaErrorInvalidValue);
-}
-
 template <Kind kKind>
 struct KindConstant {
   static constexpr Kind value = kKind;
 };
 
+// launch(an element, a constant of the kind).
 template <class Launch>
 int with_element_and_kind(const Pair& pair, Kind kind, const Launch& launch) {
   return with_element(pair, [&](auto element) {

@@ -229,8 +229,6 @@ int gradient_of(const Logits& l, const Gradient& gradient, cudaStream_t stream) 
   return int(cudaGetLastError());
 }
 
-bool fits(const Logits& l) { return l.columns < (int64_t(1) << 31) && l.rows < (int64_t(1) << 31); }
-
 }  // namespace
 
 int splits_for(int64_t rows, int64_t valid, int multiprocessors) {
@@ -246,15 +244,9 @@ int multiprocessors(int device) {
 }
 
 int statistics(const Logits& l, int splits, Statistics* workspace, Statistics* out, void* stream) {
-  if (l.rows == 0) return 0;
-  if (!fits(l)) return int(cudaErrorInvalidValue);
   const auto s = static_cast<cudaStream_t>(stream);
-  switch (l.dtype) {
-    case Dtype::kFloat32: return statistics_of<float>(l, splits, workspace, out, s);
-    case Dtype::kBFloat16: return statistics_of<__nv_bfloat16>(l, splits, workspace, out, s);
-    case Dtype::kFloat16: return statistics_of<__half>(l, splits, workspace, out, s);
-  }
-  return int(cudaErrorInvalidValue);
+  return with_element(
+      l, [&](auto element) { return statistics_of<decltype(element)>(l, splits, workspace, out, s); });
 }
 
 int combine(const Statistics* parts, int64_t ranks, int64_t rows, Statistics* whole, float* log_prob, float* entropy,
@@ -266,19 +258,11 @@ int combine(const Statistics* parts, int64_t ranks, int64_t rows, Statistics* wh
 }
 
 int logits_grad(const Logits& l, const Gradient& gradient, void* stream) {
-  if (l.rows == 0) return 0;
-  if (!fits(l)) return int(cudaErrorInvalidValue);
   const auto s = static_cast<cudaStream_t>(stream);
-  auto launch = [&](auto element) {
+  return with_element(l, [&](auto element) {
     using T = decltype(element);
     return gradient.grad_entropy ? gradient_of<T, true>(l, gradient, s) : gradient_of<T, false>(l, gradient, s);
-  };
-  switch (l.dtype) {
-    case Dtype::kFloat32: return launch(float());
-    case Dtype::kBFloat16: return launch(__nv_bfloat16());
-    case Dtype::kFloat16: return launch(__half());
-  }
-  return int(cudaErrorInvalidValue);
+  });
 }
 
 const char* error_name(int error) { return cudaGetErrorName(static_cast<cudaError_t>(error)); }

@@ -13,7 +13,7 @@ namespace egrsd::cuda {
 using Terms = PairTerms<Lane>;
 
 constexpr float kRise = 512.f;  // of the sum of a batch: its thread's reference is then raised
-constexpr float kFar = 64.f;    // bits; where |ln(q / p)| is larger, p may underflow while q is of weight
+constexpr float kFar = 64.f;    // bits; where |log2(q / p)| is larger, p may underflow while q is of weight
 
 // Sums where |log2(q / p)| <= kFar; all logarithms in bits, the references whole bits and 1/256 of one.
 struct NearSums {
@@ -180,8 +180,8 @@ __device__ __forceinline__ NearResult near_sums(const PairPart<T>& part, float b
     const bool close = sums.excess + fabsf(weighted) < 0.5f * total;
     const float log_ratio = close ? log1pf(ratio) : logf(divide_approx(sums.other_total, total));  // ln(B / A)
     const float divergence = close ? sums.excess - total * (ratio - log_ratio) : weighted + total * log_ratio;
-    // Whether the references hide the divergence behind their own error.
-    if (!(sums.excess > 4e-6f * total && divergence < sums.excess * (1.f / 64.f))) return result;
+    const bool hidden = sums.excess > float(kLeastExcess) * total && divergence < float(kHiddenShare) * sums.excess;
+    if (!hidden) return result;
     references = {sums.reference, equal_bits(sums.other_reference, float(kLog2e) * log_ratio)};
   }
 }
@@ -241,8 +241,7 @@ __device__ PairSums general_sums(const PairPart<T>& part, double inverse_tempera
   const Terms::Frame frame{no_p ? peaks.second : peaks.first, no_q ? peaks.first : peaks.second};
   const PairSums sums = general_sums_from(part, inverse_temperature, frame);
   if (no_p || no_q) return without_mass(sums, no_p, no_q);
-  const bool lossy = sums.excess > 4e-6 * sums.total && finish(sums).divergence * sums.total < sums.excess / 64;
-  if (!lossy) return sums;
+  if (!hides_divergence(sums)) return sums;
   return general_sums_from(part, inverse_temperature, {frame.reference, equal_reference(sums, inverse_temperature)});
 }
 

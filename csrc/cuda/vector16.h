@@ -2,8 +2,11 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 #include <cstdint>
+
+#include "../common/logits.h"
 
 namespace egrsd::cuda {
 
@@ -79,6 +82,19 @@ template <class T>
 __device__ __forceinline__ int64_t elements_before_boundary(const T* p, int64_t limit) {
   const int64_t count = ((16 - (reinterpret_cast<uintptr_t>(p) & 15)) & 15) / sizeof(T);
   return count < limit ? count : limit;
+}
+
+// launch(an element of the logits' type) for Logits or a Pair of which the kernels can count rows and columns.
+template <class Tensors, class Launch>
+int with_element(const Tensors& x, const Launch& launch) {
+  if (x.rows == 0) return 0;
+  if (x.columns >= int64_t(1) << 31 || x.rows >= int64_t(1) << 31) return int(cudaErrorInvalidValue);
+  switch (x.dtype) {
+    case Dtype::kFloat32: return launch(float());
+    case Dtype::kBFloat16: return launch(__nv_bfloat16());
+    case Dtype::kFloat16: return launch(__half());
+  }
+  return int(cudaErrorInvalidValue);
 }
 
 }  // namespace egrsd::cuda
