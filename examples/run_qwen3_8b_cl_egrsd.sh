@@ -10,7 +10,8 @@
 #
 # Further words are overrides: bash ... --optimizer.lr 2e-6 --steps 50, or --dry-run. All other settings, the parallel
 # layout among them, are in CONFIG. Nothing is downloaded. SIGTERM to any node's script saves and ends all of them with
-# status 0; the same command continues. Status: 0 done or saved, 2 if this script refuses, 1 for a failure under torchrun.
+# status 0; the same command continues. Status: 0 done or saved, 2 if this script refuses, 1 for a failure under torchrun,
+# 143 for SIGTERM while torchrun has no ranks yet, because the nodes wait for each other.
 # The whole script has run on CPU, on one host and on two (tests/end_to_end/test_multi_node.py), but not on a GPU yet.
 # docs/guides/cluster.md and docs/guides/reliability.md say more.
 set -euo pipefail
@@ -158,12 +159,12 @@ for word in "$@"; do  # one process plans for every rank of every node
     [[ "$word" != --dry-run ]] || exec megatron-egrsd "${TRAIN[@]}" --world-size "$((NNODES * NPROC_PER_NODE))"
 done
 
-# The ranks are told to stop, not torchrun: it would pass the signal on, but report a failure. Job control gives it a
-# process group of its own, which Ctrl-C then has to be passed on to.
+# The ranks are told to stop, not torchrun, if there are any: it would pass the signal on, but report a failure. Job
+# control gives it a process group of its own, which Ctrl-C then has to be passed on to.
 set -m
 torchrun "${TORCHRUN_ARGS[@]}" -m megatron_egrsd.cli "${TRAIN[@]}" &
 launcher=$!
-trap 'kill -TERM $(ps -o pid= --ppid "$launcher") 2>/dev/null || true' TERM
+trap 'kill -TERM $(ps -o pid= --ppid "$launcher" || echo "$launcher") 2>/dev/null || true' TERM
 trap 'kill -INT -- "-$launcher" 2>/dev/null || true' INT
 while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done  # a trap interrupts the first wait
 wait "$launcher"

@@ -1,8 +1,11 @@
 """The example configurations and scripts, as far as they can be checked without a cluster."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,13 +30,14 @@ WORLDS = {
 }
 
 
+def environment(**variables: str) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("NNODES", "NODE_RANK", "MASTER_ADDR", "SLURM_NODEID")}
+    return clean | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | variables
+
+
 def run(script: Path, *words: str, **variables: str) -> subprocess.CompletedProcess:
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ("NNODES", "NODE_RANK", "MASTER_ADDR", "SLURM_NODEID")
-    }
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | variables
     return subprocess.run(
-        ["bash", script, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        ["bash", script, *words], cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=120
     )
 
 
@@ -193,6 +197,30 @@ def test_a_mixture_on_two_nodes(started):
     assert config.lora.rank == 0 and started(RUN_30B, LORA_RANK="64")[1].lora.targets == list(ATTENTION)
     with pytest.raises(BadArgument, match=r"parallel.expert = 3 does not divide the 16 ranks"):
         started(RUN_30B, **nodes, EXPERT="3")[1].check_world(16)
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "status"),
+    [("echo > started; exec sleep 60", 143), ("sleep 60 & echo > started; wait $!; exit 0", 0)],
+    ids=["waits for the nodes", "has a rank"],
+)
+def test_sigterm_reaches_the_ranks_or_a_torchrun_without_any(torchrun, status, tmp_path):
+    stub = tmp_path / "torchrun"
+    stub.write_text(f"#!/bin/sh\ncd {tmp_path}\n{torchrun}\n")
+    stub.chmod(0o755)
+    variables = TINY | {"ENGINE_TENSOR": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    process = subprocess.Popen(["bash", RUN_8B], cwd=ROOT, env=environment(**variables))
+
+    def traps() -> bool:
+        caught = re.search(r"^SigCgt:\s+(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.M)
+        return bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+    deadline = time.monotonic() + 60
+    while not (traps() and (tmp_path / "started").exists()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(30) == status
 
 
 @pytest.mark.heavy
