@@ -58,6 +58,21 @@ def test_scripts_are_bash(script):
     assert "set -euo pipefail" in text and "pkill" not in text and "killall" not in text
 
 
+def test_a_slurm_job_has_the_gpus_of_its_nodes_and_leaves_the_others_time_to_say_why(tmp_path):
+    stubs = {"scontrol": "printf 'node3\\nnode7\\n'", "srun": 'echo "$MASTER_ADDR $GPUS_PER_NODE $*"'}
+    for name, line in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    script = EXAMPLES / "slurm/run.sbatch"
+    job = {"JOB_NUM_NODES": "2", "JOB_NODELIST": "node[3,7]", "JOB_ID": "5", "GPUS_ON_NODE": "4"}
+    job = {f"SLURM_{name}": value for name, value in job.items()} | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    options = "--kill-on-bad-exit=0 --wait=60 --export=ALL bash examples/run_qwen3_8b_cl_egrsd.sh --steps 7"
+    assert run(script, "--steps", "7", **job).stdout == f"node3 4 {options}\n"
+    assert run(script, **job, GPUS_PER_NODE="2").stdout.startswith("node3 2 ")
+    directives = re.findall(r"^#SBATCH (\S+)", script.read_text(), re.M)
+    assert {"--requeue", "--open-mode=append", "--exclusive", "--mem=0"} <= set(directives)
+
+
 @pytest.mark.parametrize("script", RUNS, ids=lambda p: p.name)
 @pytest.mark.parametrize(
     ("variables", "reason"),
