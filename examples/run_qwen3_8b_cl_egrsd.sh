@@ -65,7 +65,9 @@ done
 if ((COLOCATED)); then
     [[ -z "$ROLLOUT_URLS" ]] || fail "COLOCATED=1 launches its servers, and ROLLOUT_URLS names others; set one of them"
 fi
-if ((NNODES == 1)); then
+dry_run=0
+for word in "$@"; do [[ "$word" != --dry-run ]] || dry_run=1; done
+if ((NNODES == 1 || dry_run)); then  # one process plans for every rank of every node
     NODE_RANK="${NODE_RANK:-0}"
     MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
 fi
@@ -155,9 +157,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"                            # torc
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"    # megatron-core: TP overlap before Blackwell
 
 TRAIN+=("${ROLLOUT_ARGS[@]}" "$@")
-for word in "$@"; do  # one process plans for every rank of every node
-    [[ "$word" != --dry-run ]] || exec megatron-egrsd "${TRAIN[@]}" --world-size "$((NNODES * NPROC_PER_NODE))"
-done
+((!dry_run)) || exec megatron-egrsd "${TRAIN[@]}" --world-size "$((NNODES * NPROC_PER_NODE))"
 
 # The ranks are told to stop, not torchrun, if there are any: it would pass the signal on, but report a failure. Job
 # control gives it a process group of its own, which Ctrl-C then has to be passed on to.

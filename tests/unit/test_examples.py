@@ -197,8 +197,8 @@ def test_long_responses_on_two_nodes(started):
 
 @pytest.mark.heavy
 def test_dry_run_is_one_process_for_every_rank(tmp_path):
-    done = run(RUN_4B, "--dry-run", NNODES="4", NODE_RANK="3", MASTER_ADDR="10.0.0.1", OUTPUT=str(tmp_path / "run"),
-               **TINY, MAX_RESPONSE="200")  # fmt: skip
+    words = ("--dry-run", "--rollout.max_response_tokens", "200")
+    done = run(RUN_4B, *words, NNODES="4", OUTPUT=str(tmp_path / "run"), **TINY)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("layout      16 ranks = TP 1 x PP 1 x DP 16, distributed optimizer") == 1
     assert done.stdout.count("LoRA r 64, alpha 128, on q_proj") == 1
