@@ -90,13 +90,7 @@ DATA_ARGS=(
     --data.train "$DATA"
     --data.evaluation "$EVAL_DATA"
 )
-OBJECTIVE_ARGS=(
-    ${ATTENUATION:+--objective.attenuation "$ATTENUATION"}  # gamma: how far the gate closes; 0 leaves it out
-    ${LOOKAHEAD:+--objective.lookahead "$LOOKAHEAD"}        # W: tokens the gate looks ahead; 0 is EGRSD
-    ${MIX:+--objective.mix "$MIX"}                          # lam of RLSD; 1 in EGRSD
-)
 ROLLOUT_ARGS=(
-    ${MAX_RESPONSE:+--rollout.max_response_tokens "$MAX_RESPONSE"}  # longest response; cut ones count as wrong
     ${ENGINE_TENSOR:+--rollout.servers.tensor_parallel "$ENGINE_TENSOR"}  # TP of each launched SGLang server
 )
 PARALLEL_ARGS=(
@@ -107,18 +101,13 @@ PARALLEL_ARGS=(
     ${CONTEXT:+--parallel.context "$CONTEXT"}       # CP; ranks that share each sequence
     ${EXPERT:+--parallel.expert "$EXPERT"}          # EP; ranks of a stage that share a mixture's experts
 )
-OPTIMIZER_ARGS=(
-    ${LR:+--optimizer.lr "$LR"}  # peak learning rate
-)
 RUN_ARGS=(
     --output "$OUTPUT"
     ${RESUME:+--checkpoint.resume "$RESUME"}
-    ${STEPS:+--steps "$STEPS"}  # rollout batches
-    ${SEED:+--seed "$SEED"}     # data order and sampling
+    ${SEED:+--seed "$SEED"}  # data order and sampling
 )
 TRAIN=(
-    train --config "$CONFIG" "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${OBJECTIVE_ARGS[@]}" "${PARALLEL_ARGS[@]}"
-    "${OPTIMIZER_ARGS[@]}" "${RUN_ARGS[@]}"
+    train --config "$CONFIG" "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${RUN_ARGS[@]}"
 )
 if [[ -z "$ROLLOUT_URLS" ]]; then  # GPUs of each server to launch
     ENGINE_TENSOR="${ENGINE_TENSOR:-$(megatron-egrsd "${TRAIN[@]}" "$@" --print rollout.servers.tensor_parallel)}" || exit

@@ -101,6 +101,7 @@ class Site:
             "MODEL": self.models[model], "CONFIG": self.config_file(model), "DATA": self.data, "EVAL_DATA": "",
             "OUTPUT": output, "SEED": cell.seed, "RESUME": "auto", "GPUS_PER_NODE": self.gpus,
             "NNODES": 1, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1",  # whatever a scheduler of several nodes has set
+            "LORA_RANK": "",  # the configuration's, or that of `train`, which the cell's record names
         }  # fmt: skip
         return Command(["bash", str(LAUNCHER), *words], {name: str(value) for name, value in variables.items()})
 

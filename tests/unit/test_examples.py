@@ -122,13 +122,13 @@ def started(tmp_path):
 )
 def test_a_node_of_eight_gpus(script, rank, tensor, data_parallel, started):
     """Adapters as in the paper, or all weights in a layout of their own."""
-    launch, config = started(script, "--steps", "7", "--objective.mix", "0.25", LOOKAHEAD="5", LORA_RANK=rank)
+    launch, config = started(script, "--steps", "7", "--objective.mix", "0.25", LORA_RANK=rank, SEED="3")
     assert launch[:6] == ["--nnodes", "1", "--node-rank", "0", "--nproc-per-node", "4"]
     assert (config.lora.rank, config.lora.targets) == (int(rank or "64"), list(TARGETS))
     assert config.parallel.tensor == tensor and config.parallel.sequence_parallel == (tensor > 1)
     assert config.check_world(4) == data_parallel
     assert config.rollout.servers.engines == 4 and config.rollout.servers.args == {"base_gpu_id": 4}
-    assert (config.steps, config.objective.mix, config.objective.lookahead) == (7, 0.25, 5)
+    assert (config.steps, config.objective.mix, config.seed) == (7, 0.25, 3)
     assert config.model.path == TINY["MODEL"] and config.data.evaluation == ""
 
 
@@ -142,9 +142,9 @@ def test_a_node_of_eight_gpus(script, rank, tensor, data_parallel, started):
             "parallel.tensor x parallel.pipeline x parallel.context = 1 x 1 x 3 = 3",
             marks=pytest.mark.slow,
         ),
-        (RUN_30B, {"LOOKAHEAD": "two"}, "objective.lookahead is 'two'"),
+        (RUN_30B, {"SEED": "two"}, "seed is 'two'"),
     ],
-    ids=["nproc", "context", "lookahead"],
+    ids=["nproc", "context", "seed"],
 )
 @pytest.mark.heavy
 def test_the_program_refuses_a_layout_in_one_sentence(script, variables, reason):
@@ -187,9 +187,9 @@ def test_colocated_servers_share_every_gpu_with_the_training_ranks(started):
 
 
 def test_long_responses_on_two_nodes(started):
-    nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "CONTEXT": "4", "MAX_RESPONSE": "32768"}
-    nodes |= {"LORA_RANK": "0"}
-    _, config = started(RUN_8B, ROLLOUT_URLS="http://a:1", **nodes)
+    nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "CONTEXT": "4", "LORA_RANK": "0"}
+    words = ("--rollout.max_response_tokens", "32768")
+    _, config = started(RUN_8B, *words, ROLLOUT_URLS="http://a:1", **nodes)
     assert (config.parallel.context, config.parallel.tensor, config.check_world(16)) == (4, 4, 1)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     assert config.parallel.tokens_on_a_rank(longest) <= config.parallel.max_tokens_per_microbatch

@@ -139,7 +139,8 @@ def test_the_launcher_understands_the_words(tmp_path):
     site, cell = site_in(tmp_path, Site, gpus=8), Cell(methods("8b")["cl_egrsd"], 7)
     training = site.training(cell)
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "NNODES": "4", "SLURM_NODEID": "2"} | training.variables
+    exported = {"NNODES": "4", "SLURM_NODEID": "2", "LORA_RANK": "0", "STEPS": "7", "LR": "1"}
+    environment = os.environ | {"PATH": path} | exported | training.variables
     done = subprocess.run(training.words, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     launch, _, words = done.stdout.partition("-m\nmegatron_egrsd.cli\ntrain\n")
@@ -148,6 +149,7 @@ def test_the_launcher_understands_the_words(tmp_path):
     assert (config.objective.attenuation, config.objective.lookahead, config.dump_scores) == (1.0, 5, True)
     assert (config.output, config.seed, config.lora.export) == (str(site.run_of(cell)), 7, "adapter")
     assert config.checkpoint.resume == "auto" and config.data.evaluation == ""
+    assert (config.lora.rank, config.steps, config.optimizer.lr) == (64, 100, 5e-6)  # what is exported changes none
 
 
 def test_bad_arguments_are_refused_before_anything_runs(tmp_path, capsys):
