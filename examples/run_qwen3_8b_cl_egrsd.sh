@@ -109,27 +109,18 @@ RUN_ARGS=(
 TRAIN=(
     train --config "$CONFIG" "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${PARALLEL_ARGS[@]}" "${RUN_ARGS[@]}"
 )
-if [[ -z "$ROLLOUT_URLS" ]]; then  # GPUs of each server to launch
-    ENGINE_TENSOR="${ENGINE_TENSOR:-$(megatron-egrsd "${TRAIN[@]}" "$@" --print rollout.servers.tensor_parallel)}" || exit
-fi
 if [[ -n "$ROLLOUT_URLS" ]]; then
-    ROLLOUT_ARGS+=(
-        --rollout.servers.urls "[\"${ROLLOUT_URLS//,/\",\"}\"]"
-    )
-elif ((COLOCATED)); then
-    ROLLOUT_ARGS+=(
-        --rollout.servers.colocated true
-        --rollout.sync.transport ipc                                   # NCCL takes no two processes on one GPU
-        --rollout.servers.engines "$((GPUS_PER_NODE / ENGINE_TENSOR))"
-    )
+    ROLLOUT_ARGS+=(--rollout.servers.urls "[\"${ROLLOUT_URLS//,/\",\"}\"]")
 else
-    serving=$((GPUS_PER_NODE - NPROC_PER_NODE))
-    ((serving >= ENGINE_TENSOR)) || fail "NPROC_PER_NODE=$NPROC_PER_NODE of GPUS_PER_NODE=$GPUS_PER_NODE train, which \
-leaves no $ENGINE_TENSOR for SGLang; lower NPROC_PER_NODE, or set ROLLOUT_URLS"
-    ROLLOUT_ARGS+=(
-        --rollout.servers.engines "$((serving / ENGINE_TENSOR))"
-        --rollout.servers.args.base_gpu_id "$NPROC_PER_NODE"  # the first GPU that no training rank uses
-    )
+    # GPUs of each server to launch, and of all servers of a node; without COLOCATED they lie behind those of the ranks.
+    ENGINE_TENSOR="${ENGINE_TENSOR:-$(megatron-egrsd "${TRAIN[@]}" "$@" --print rollout.servers.tensor_parallel)}" || exit
+    serving=$((COLOCATED ? GPUS_PER_NODE : GPUS_PER_NODE - NPROC_PER_NODE))
+    ((serving >= ENGINE_TENSOR)) || fail "an SGLang server takes $ENGINE_TENSOR GPU(s), and GPUS_PER_NODE=$GPUS_PER_NODE, \
+NPROC_PER_NODE=$NPROC_PER_NODE and COLOCATED=$COLOCATED leave $serving; change one of them, or set ROLLOUT_URLS"
+    ROLLOUT_ARGS+=(--rollout.servers.engines "$((serving / ENGINE_TENSOR))")
+    if ((COLOCATED)); then
+        ROLLOUT_ARGS+=(--rollout.servers.colocated true --rollout.sync.transport ipc)  # NCCL: one process on a GPU
+    fi
 fi
 TORCHRUN_ARGS=(
     --nnodes "$NNODES"
@@ -139,7 +130,7 @@ TORCHRUN_ARGS=(
     --master-port "$MASTER_PORT"
     --rdzv-conf "timeout=$RENDEZVOUS_TIMEOUT"
     --shutdown-timeout "$SAVE_SECONDS"
-    --max-restarts 0  # a failure ends the job on every node; the scheduler starts it again, and it continues
+    --max-restarts 0  # a failure ends the job on every node; submit the same job again, and it continues
 )
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"                            # torchrun's own choice, without its warning

@@ -13,6 +13,7 @@ import pytest
 from megatron_egrsd.config.lora import ATTENTION, TARGETS
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.rollout.server_command import first_gpu
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -86,7 +87,8 @@ def test_a_slurm_job_has_the_gpus_of_its_nodes_and_leaves_the_others_time_to_say
         ({"NNODES": "2", "MASTER_ADDR": "10.0.0.1", "NODE_RANK": "2"}, "NODE_RANK is '2'"),
         ({"NNODES": "two"}, "NNODES is 'two'"),
         ({"CONTEXT": "no"}, "CONTEXT is 'no'"),
-        ({"NPROC_PER_NODE": "8"}, "leaves no 1 for SGLang"),
+        ({"NPROC_PER_NODE": "8"}, "takes 1 GPU(s), and GPUS_PER_NODE=8, NPROC_PER_NODE=8 and COLOCATED=0 leave 0"),
+        ({"COLOCATED": "1", "ENGINE_TENSOR": "16"}, "an SGLang server takes 16 GPU(s), and GPUS_PER_NODE=8, "),
         ({"COLOCATED": "yes"}, "COLOCATED is 'yes'"),
         ({"LORA_RANK": "-1"}, "LORA_RANK is '-1'"),
         ({"FULL_TENSOR": "0"}, "FULL_TENSOR is '0'"),
@@ -127,7 +129,8 @@ def test_a_node_of_eight_gpus(script, rank, tensor, data_parallel, started):
     assert (config.lora.rank, config.lora.targets) == (int(rank or "64"), list(TARGETS))
     assert config.parallel.tensor == tensor and config.parallel.sequence_parallel == (tensor > 1)
     assert config.check_world(4) == data_parallel
-    assert config.rollout.servers.engines == 4 and config.rollout.servers.args == {"base_gpu_id": 4}
+    assert config.rollout.servers.engines == 4 and first_gpu(config.rollout.servers, 4, 8) == 4
+    assert first_gpu(config.rollout.servers, 4, 4) == 0  # a node of four: refused, as a rank has that GPU
     assert (config.steps, config.objective.mix, config.seed) == (7, 0.25, 3)
     assert config.model.path == TINY["MODEL"] and config.data.evaluation == ""
 
