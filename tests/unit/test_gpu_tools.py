@@ -1,8 +1,10 @@
 """tools/gpu without a GPU: the page of its results, the list of stages in the guide, the bundle's contents."""
 
+import importlib.metadata
 import re
 import struct
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -97,14 +99,28 @@ def test_the_guide_lists_every_stage_with_its_limit(monkeypatch):
         assert flag == "-m" and (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
 
 
-def test_the_bundle_brings_the_versions_of_the_pinned_environment():
-    def pins(path):
-        lines = (line.strip() for line in (ROOT / path).read_text(encoding="utf-8").splitlines())
-        pairs = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
-        return {re.sub(r"[-_.]+", "-", name.lower()): version for name, version in pairs}
+def _name(requirement):
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0].lower())
 
-    (*brought,) = map(pins, bundle.BROUGHT.values())
-    brought, pinned = brought[0] | brought[1], pins("requirements/cpu.txt")
+
+def _pins(path):
+    lines = (line.strip() for line in (ROOT / path).read_text(encoding="utf-8").splitlines())
+    return {_name(line): line.partition("==")[2] for line in lines if line and not line.startswith("#")}
+
+
+def test_the_environment_of_a_gpu_machine_has_all_that_training_imports():
+    """Also where the project is installed with --no-deps, as in the Dockerfile."""
+    gpu, cpu = _pins("requirements/gpu.txt"), _pins("requirements/cpu.txt")
+    assert all(gpu.values()), "a line is not pinned"
+    assert {n: v for n, v in gpu.items() if n != "torch"} == {n: cpu.get(n) for n in gpu if n != "torch"}
+    sglang = {_name(line) for line in importlib.metadata.requires("sglang") if "extra ==" not in line}
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert {_name(line) for line in extra["train"]} - gpu.keys() - sglang == set()
+
+
+def test_the_bundle_brings_the_versions_of_the_pinned_environment():
+    (*brought,) = map(_pins, bundle.BROUGHT.values())
+    brought, pinned = brought[0] | brought[1], _pins("requirements/cpu.txt")
     assert len(brought) > 50
     assert {n: v for n, v in brought.items() if n in pinned} == {n: pinned[n] for n in brought if n in pinned}
 
