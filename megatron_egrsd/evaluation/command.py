@@ -3,7 +3,7 @@
 import json
 
 USAGE = """\
-megatron-egrsd evaluate SET... --model.path DIR --output DIR [--section.key VALUE ...] [--config FILE]
+megatron-egrsd evaluate SET... [--config FILE] --model.path DIR --output DIR [--section.key VALUE ...]
 
   SET                   aime24, aime25, amc23, math500, minerva, gsm8k, hmmt25 (from evaluation.benchmarks.directory, or
                         the hub with --evaluation.benchmarks.hub true), a .jsonl or .parquet file, or NAME=FILE.
@@ -13,7 +13,7 @@ megatron-egrsd evaluate SET... --model.path DIR --output DIR [--section.key VALU
       --evaluation.top_p 0.95
 
 The same command continues an interrupted evaluation. Keys: model, data, rollout, evaluation, seed and output of
-`megatron-egrsd train --help`; more in docs/guides/evaluation.md.
+`megatron-egrsd train --help`; those behind --config FILE win over the file's. More in docs/guides/evaluation.md.
 """
 
 

@@ -29,6 +29,7 @@ SOURCE = re.compile(
 )
 COMMAND = re.compile(r"(?:^|[`\s])megatron-egrsd ([a-z][a-z-]*)")
 KEY = re.compile(rf"(?:`|--)((?:{SECTIONS})(?:\.[a-z_]+)+)(?=[`= :])")
+LATE = re.compile(r"megatron-egrsd (?:train|evaluate)[^`\n]*? --(?!config\b)[\w.]+[^`\n]*? --config (\S+)")
 TARGET = re.compile(r"(?:^|`)make ([a-z][a-z-]*)", re.MULTILINE)
 
 
@@ -38,7 +39,10 @@ def slug(heading: str) -> str:
 
 
 def problems(page: Path) -> list[str]:
-    """Return one line for each link, path, command, key or target of `page` that does not exist."""
+    """Return one line for each link, path, command, key or target of `page` that does not exist.
+
+    And for each command with keys before `--config FILE`, which the file would override.
+    """
     text = page.read_text(encoding="utf-8")
     found = []
     for link in LINK.findall(FENCE.sub("", text)):
@@ -55,6 +59,7 @@ def problems(page: Path) -> list[str]:
     if page.name not in OLD_NAMES:
         found += [f"key {key}" for key in KEY.findall(text) if key not in KEYS and not key.startswith(FREE)]
     found += [f"target {name}" for name in TARGET.findall(text) if name not in TARGETS]
+    found += [f"--config {name} behind keys" for name in LATE.findall(text.replace("\\\n", " "))]
     return found
 
 
@@ -84,6 +89,8 @@ def test_a_wrong_name_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
         "[a](missing.md) [b](page.md#nothing) `megatron_egrsd/missing.py`\n"
-        "`make missing`, `megatron-egrsd missing`, `data.missing`\n# T\n"
+        "`make missing`, `megatron-egrsd missing`, `data.missing`\n"
+        "`megatron-egrsd train --config a.yaml --steps 1`, `megatron-egrsd train --steps 1 \\\n --config a.yaml`\n# T\n"
     )
-    assert [line.split()[0] for line in problems(page)] == ["link", "anchor", "file", "command", "key", "target"]
+    kinds = ["link", "anchor", "file", "command", "key", "target", "--config"]
+    assert [line.split()[0] for line in problems(page)] == kinds
