@@ -7,6 +7,7 @@
 #       bash examples/reproduce_paper.sh --dry-run
 #
 # Run it on one node or, at the same time, on several that share OUTPUT; start it again and it goes on where it was stopped.
+# Relative paths are relative to the repository, wherever it is started.
 # Further words: --cells 'table3/*', --seeds 1 2 3, --dry-run, --page-only, ... (--help). Status: 0 if no cell has failed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,7 +22,8 @@ GPUS_PER_NODE=${GPUS_PER_NODE:-8}    # 0: one process on the CPU
 TRAIN=${TRAIN:-}                     # further words of every training, such as "--steps 10"
 EVALUATE=${EVALUATE:-}               # further words of every evaluation
 # The environment that is active, else the one of `make install`.
-PYTHON=${PYTHON:-$([ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+PYTHON=${PYTHON:-$(command -v megatron-egrsd >/dev/null || [ ! -x .venv/bin/python ] &&
+    echo python || echo .venv/bin/python)}
 
 exec "$PYTHON" -m benchmarks.reproduce_paper --output "$OUTPUT" --data "$DATA" --benchmarks "$BENCHMARKS" \
     --gpus "$GPUS_PER_NODE" --train="$TRAIN" --evaluate="$EVALUATE" \

@@ -1,6 +1,6 @@
 """GRPO on only the tokens with the highest student entropy (Wang et al., arXiv 2506.01939). It needs no teacher.
 
-megatron-egrsd train --config examples/configs/tiny_cpu.yaml \
+megatron-egrsd train --config examples/configs/tiny_cpu.yaml --objective.preset grpo --rollout.prompts_per_step 16 \
     --objective.function examples/extending/high_entropy.py:HighEntropy --objective.options.share 0.2
 """
 

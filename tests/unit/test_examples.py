@@ -74,6 +74,27 @@ def test_a_slurm_job_has_the_gpus_of_its_nodes_and_leaves_the_others_time_to_say
     assert {"--requeue", "--open-mode=append", "--exclusive", "--mem=0"} <= set(directives)
 
 
+@pytest.mark.parametrize("name", ["reproduce_paper.sh", "validate_method.sh"])
+def test_studies_run_in_the_active_environment_or_in_that_of_make_install(name, tmp_path):
+    script, active = tmp_path / "examples" / name, tmp_path / "active"
+    script.parent.mkdir()
+    script.write_text((EXAMPLES / name).read_text())
+    for place in (tmp_path / ".venv/bin/python", active / "python", active / "megatron-egrsd"):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(f"#!/bin/sh\necho {place.relative_to(tmp_path)}\n")
+        place.chmod(0o755)
+
+    def chosen() -> str:
+        environment = {"PATH": f"{active}:/usr/bin:/bin"}
+        return subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=20).stdout
+
+    assert chosen() == "active/python\n"
+    (active / "megatron-egrsd").unlink()
+    assert chosen() == ".venv/bin/python\n"
+    (tmp_path / ".venv/bin/python").unlink()
+    assert chosen() == "active/python\n"
+
+
 @pytest.mark.parametrize("script", RUNS, ids=lambda p: p.name)
 @pytest.mark.parametrize(
     ("variables", "reason"),

@@ -1,5 +1,6 @@
 """A user's objective in one file: found, tried, dumped and shown; the family behind the same interface."""
 
+import ast
 import dataclasses
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig
-from megatron_egrsd.config_reader import parse_config
+from megatron_egrsd.config_reader import parse_config, preset_objective
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.egrsd import evidence_ratio, magnitude
 from megatron_egrsd.objectives.interface import Tokens, weigh
@@ -62,6 +63,18 @@ def test_the_examples_are_short_and_work(path):
 def test_the_documentation_shows_the_example_as_it_is(name):
     page = (ROOT / "docs" / "guides" / "extending.md").read_text()
     assert f"```python\n{(EXAMPLES / name).read_text()}```" in page
+
+
+def test_the_commands_of_the_examples_train_what_they_name(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = {}
+    for path in EXAMPLES.glob("*.py"):
+        command = ast.get_docstring(ast.parse(path.read_text())).partition("megatron-egrsd train ")[2]
+        found[path.stem] = parse_config(command.split())
+        check_objective(found[path.stem].objective)
+    grpo, config = preset_objective("grpo"), found["high_entropy"]
+    assert config.objective == dataclasses.replace(grpo, function=config.objective.function, options={"share": 0.2})
+    assert config.rollout.rollouts_per_prompt == 8 and config.rollouts_per_update == 128
 
 
 def test_opsd_is_the_clipped_log_ratio_and_trains_every_rollout():
