@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.gpu import bundle, fatbin, report, results
+from tools.gpu import bundle, fatbin, loop, report, results
 from tools.gpu.stages import stages
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +106,12 @@ def _name(requirement):
 def _pins(path):
     lines = (line.strip() for line in (ROOT / path).read_text(encoding="utf-8").splitlines())
     return {_name(line): line.partition("==")[2] for line in lines if line and not line.startswith("#")}
+
+
+def test_the_limit_of_the_loop_holds_all_its_attempts(monkeypatch):
+    monkeypatch.delenv("DEVICE", raising=False)
+    (limit,) = (stage.seconds for stage in stages() if stage.name == "loop")
+    assert limit >= (len(loop.ATTEMPTS) + 1) * loop.SECONDS + 30  # one more with a server on the CPU; the imports
 
 
 def test_the_environment_of_a_gpu_machine_has_all_that_training_imports():

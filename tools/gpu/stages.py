@@ -39,7 +39,7 @@ def stages(python: str = sys.executable) -> list[Stage]:
         stage("te-training", 150, "training", "fused", about="the same with Transformer Engine's layers"),
         stage("adapters", 120, "training", "lora", about="the same with adapters (LoRA)"),
         stage("divergence-speed", 180, "kernels", "divergences", about="divergences beside one read of the logits"),
-        stage("loop", 300, "loop", about="the whole loop with SGLang on the same device"),
+        stage("loop", 400, "loop", about="the whole loop with SGLang on the same device"),
         stage("recompute", 90, "training", "recompute", about="the same with recomputed activations"),
         stage("fp8", 90, "training", "fp8", about="the same with FP8 matrix products"),
     ]
