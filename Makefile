@@ -11,7 +11,7 @@ SEED ?= 0
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
-RUN := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+RUN := OMP_NUM_THREADS=1 PATH="$(abspath $(VENV))/bin:$$PATH"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: help install browser demo demo-llm check test test-all fuzz soak bench lint clean gpu-check
@@ -45,7 +45,7 @@ demo-llm: install  ## train a pretrained SmolLM2-135M with CL-EGRSD on the CPU; 
 	@$(RUN) bash examples/smollm2/train.sh runs/demo-llm-$(STAMP) --seed $(SEED)
 
 browser: install  ## headless Chromium for the tests of the pages
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/install_browser.sh $(VENV)
+	@$(RUN) tools/install_browser.sh $(VENV)
 
 check: lint  ## lint and the unit tests that are quick: a few minutes
 	@$(RUN) python -m pytest tests/unit -m "not heavy and not slow" -n 2 --dist loadfile
@@ -67,8 +67,9 @@ fuzz: install  ## 10^5 hostile inputs to everything that reads, and new examples
 soak: install  ## random faults at random moments of short runs, for MINUTES (60), drawn from SEED
 	@$(RUN) python -m tests.faults.soak --minutes $(or $(MINUTES),60) --seed $(SEED)
 
-bench: install  ## the benchmarks behind the tables in docs/
+bench: install  ## the benchmarks of kernels and converters
 	@$(RUN) python -m benchmarks.vocab_parallel --output docs/measurements/performance
+	@$(RUN) python -m benchmarks.divergence
 	@$(RUN) python -m benchmarks.convert
 
 lint: install  ## ruff, codespell and mypy
@@ -77,7 +78,6 @@ lint: install  ## ruff, codespell and mypy
 	@$(RUN) codespell
 	@$(RUN) mypy
 
-gpu-check: export PYTHON := python
 gpu-check:  ## on a CUDA machine: all that only a GPU can tell, in MINUTES (15)
 	@tools/gpu/run.sh $(or $(MINUTES),15)
 
