@@ -13,6 +13,7 @@ import pytest
 from megatron_egrsd.config.lora import ATTENTION, TARGETS
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.hf.adapters import adapter_spec
 from megatron_egrsd.rollout.server_command import first_gpu
 
 ROOT = Path(__file__).parents[2]
@@ -147,7 +148,9 @@ def test_a_node_of_eight_gpus(script, rank, tensor, data_parallel, started):
     """Adapters as in the paper, or all weights in a layout of their own."""
     launch, config = started(script, "--steps", "7", "--objective.mix", "0.25", LORA_RANK=rank, SEED="3")
     assert launch[:6] == ["--nnodes", "1", "--node-rank", "0", "--nproc-per-node", "4"]
-    assert (config.lora.rank, config.lora.targets) == (int(rank or "64"), list(TARGETS))
+    assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (int(rank or "64"), None, list(TARGETS))
+    if rank != "0":
+        assert adapter_spec(config.lora).alpha == {"": 128, "16": 32}[rank]
     assert config.parallel.tensor == tensor and config.parallel.sequence_parallel == (tensor > 1)
     assert config.check_world(4) == data_parallel
     assert config.rollout.servers.engines == 4 and first_gpu(config.rollout.servers, 4, 8) == 4
