@@ -30,10 +30,12 @@ MEASURES = {
     r"benchmarks\.(end_to_end|overlap|adapters)\b": _STEP,
     r"benchmarks\.packing\b": ("megatron_egrsd/data/packing.py",),
     r"benchmarks\.host\b": ("megatron_egrsd/rollout", "megatron_egrsd/rewards", "megatron_egrsd/sampling"),
-    r"benchmarks\.step_time\b|megatron-egrsd plan|--dry-run": (
-        "megatron_egrsd/planning",
-        "megatron_egrsd/hf/operations.py",
+    r"benchmarks\.step_time\b|megatron-egrsd plan|--dry-run": _PLAN,
+    r"benchmarks\.checkpoints\b": (
+        *(f"megatron_egrsd/engine/{name}.py" for name in ("checkpoint", "checkpoint_writer", "training_state")),
+        "megatron_egrsd/system/files.py",
     ),
+    r"benchmarks\.routing_replay\b": ("megatron_egrsd/engine", "megatron_egrsd/rollout"),
     r"benchmarks\.weight_sync\b": ("megatron_egrsd/rollout", "megatron_egrsd/engine/weights.py"),
     r"benchmarks\.mechanism\b": (
         "benchmarks/mechanism",
@@ -127,7 +129,7 @@ def _git(root: Path, *words: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", nargs="*", help="default: README and all of docs")
+    parser.add_argument("pages", nargs="*", help="default: README.md, docs/*/ and the READMEs of examples/*/")
     pages = parser.parse_args().pages or [str(p.relative_to(ROOT)) for glob in PAGES for p in sorted(ROOT.glob(glob))]
     count = 0
     for page in pages:

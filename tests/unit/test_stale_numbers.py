@@ -1,5 +1,6 @@
 """The list of measured numbers without a source, or older than the code that they measure."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,8 @@ def test_headings_in_code_are_none():
 
 def test_measured_paths_exist():
     assert all((ROOT / path).exists() for paths in MEASURES.values() for path in paths)
+
+
+def test_every_benchmark_has_paths():
+    names = re.findall(r"`python -m (benchmarks\.\w+)`", (ROOT / "benchmarks/README.md").read_text())
+    assert len(names) > 10 and [n for n in names if not any(re.search(p, n) for p in MEASURES)] == []
