@@ -430,7 +430,8 @@ def main() -> None:
                         help="share of right references that give only the answer")  # fmt: skip
     parser.add_argument("--lies", type=float, default=Mixture.lies, help="share of examples with a reference that lies")
     parser.add_argument("--start", type=Path, help="start from this model instead of random weights")
-    parser.add_argument("--wrong-references", type=float, help="also write train.jsonl with this share of them wrong")
+    parser.add_argument("--wrong-references", type=float,
+                        help="also write train_wrong_references.jsonl, with this share of them wrong")  # fmt: skip
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
