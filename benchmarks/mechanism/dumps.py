@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.mechanism.contexts import TeacherContexts
 from benchmarks.mechanism.scoring import sample, score_all
@@ -54,6 +55,7 @@ class Study:
 
     def __init__(self, config: Config, contexts: tuple[str, ...], problems: list[Problem]):
         path = config.model.path
+        disable_progress_bar()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             self.model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.model.dtype)).eval()

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.mechanism.analysis import by_class, class_means
 from benchmarks.validate_method import plan
@@ -92,7 +93,7 @@ def family() -> dict[str, ObjectiveConfig]:
 def measure(model_path: Path, wrong: bool) -> dict:
     """Gate by token type, and signal and noise of each objective's gradient, on the held-out problems of seed 0."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    model = _loaded(model_path)
     batch = sampled(model, tiny.make_problems(random.Random(0))[1])
     references = batch.problems
     if wrong:
@@ -164,10 +165,15 @@ def entropies_over_training(run: Path, steps: tuple[int, ...]) -> list[dict[str,
     return rows
 
 
+def _loaded(model_path: Path) -> PreTrainedModel:
+    disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+
+
 def reading(model_path: Path) -> dict[str, float]:
     """make_tiny_model's own report: accuracy and length of student and teacher, and how the teacher reads."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    model = _loaded(model_path)
     return tiny.measure(model, tiny.make_problems(random.Random(0))[1])
 
 

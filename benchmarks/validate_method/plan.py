@@ -91,19 +91,19 @@ def comparisons(own: str = "") -> list[Comparison]:
     tiny, found = f"{TINY}/cl_egrsd", []
     for family, task in (("1, tiny", TINY), ("1, doubting", DOUBTING)):
         found += [
-            Comparison(family, f"{TITLES[ours]} beats {TITLES[other]}", f"{task}/{ours}", f"{task}/{other}", "higher")
+            Comparison(family, f"{TITLES[ours]} against {TITLES[other]}", f"{task}/{ours}", f"{task}/{other}", "higher")
             for ours in ("egrsd", "cl_egrsd")
             for other in ("gate_off", "grpo")
         ]
     found += [
-        Comparison("2", "W 0: gamma 0.3 beats 1.0", f"{TINY}/egrsd", f"{TINY}/egrsd, gamma 1", "higher"),
-        Comparison("2", "W 5: gamma 1.0 beats 0.3", f"{tiny}, gamma 1, W 5", f"{tiny}, W 5", "higher"),
-        *(Comparison("3", f"frozen teacher beats {name}", tiny, f"{tiny}, {name} teacher", "higher")
+        Comparison("2", "gamma 0.3 against 1.0 at W 0", f"{TINY}/egrsd", f"{TINY}/egrsd, gamma 1", "higher"),
+        Comparison("2", "gamma 1.0 against 0.3 at W 5", f"{tiny}, gamma 1, W 5", f"{tiny}, W 5", "higher"),
+        *(Comparison("3", f"frozen teacher against {name}", tiny, f"{tiny}, {name} teacher", "higher")
           for name in ("live", "EMA", "snapshot")),
-        Comparison("4", "batch maximum equals quantile", tiny, f"{tiny}, quantile", "equal"),
-        Comparison("4", "whole magnitude equals mix 0.5", tiny, f"{tiny}, mix 0.5", "equal"),
-        Comparison("5", "running advantage equals group advantage", tiny, f"{tiny}, group advantage", "equal"),
-        Comparison("6", "length bonus shortens", tiny, f"{tiny}, no length bonus", "shorter"),
+        Comparison("4", "batch maximum against quantile", tiny, f"{tiny}, quantile", "equal"),
+        Comparison("4", "whole magnitude against mix 0.5", tiny, f"{tiny}, mix 0.5", "equal"),
+        Comparison("5", "running against group advantage", tiny, f"{tiny}, group advantage", "equal"),
+        Comparison("6", "length bonus against none", tiny, f"{tiny}, no length bonus", "shorter"),
     ]  # fmt: skip
     if own:
         name = own.rpartition(":")[2]

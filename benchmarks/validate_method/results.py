@@ -151,11 +151,12 @@ def compared(rows: Rows, own: str = "") -> list[Found]:
 
 def verdicts(found: list[Found]) -> str:
     """The comparisons: held-out accuracy and length, each corrected among those of its hypothesis."""
-    columns = ["hypothesis", "comparison", "pairs", f"avg@{EVALUATED}, 95 % interval", "p", "Holm's p", "resolves",
-               "length, 95 % interval", "p", "Holm's p", "verdict"]  # fmt: skip
+    columns = ["hypothesis", "comparison", "expected", "pairs", f"avg@{EVALUATED}, 95 % interval", "p", "Holm's p",
+               "resolves", "length, 95 % interval", "p", "Holm's p", "verdict"]  # fmt: skip
     rows = (
-        [f.comparison.family, f.comparison.name, f.accuracy.n, _interval(f.accuracy, 3), _p(f.accuracy.p), _p(f.p),
-         f"{f.resolved:.3f}", _interval(f.length, 1), _p(f.length.p), _p(f.length_p), verdict(f)]
+        [f.comparison.family, f.comparison.name, f.comparison.expected, f.accuracy.n,
+         _interval(f.accuracy, 3), _p(f.accuracy.p), _p(f.p), f"{f.resolved:.3f}",
+         _interval(f.length, 1), _p(f.length.p), _p(f.length_p), verdict(f)]
         for f in found
     )  # fmt: skip
     return _table(columns, rows)

@@ -175,9 +175,9 @@ def test_holm_runs_over_the_comparisons_of_one_hypothesis():
     assert said["EMA teacher"] == "no difference shown, accuracy equivalent within ±0.02"
     assert said["no length bonus"].startswith("the opposite holds")  # it is about length, and this one is longer
     differs, equivalent, neither, length = results.short(list(found.values())).splitlines()
-    assert "beats live (3) +0.100; " in differs and "snapshot (3) -0.100" in differs and "EMA" not in differs
-    assert equivalent.endswith(": frozen teacher beats EMA (3).") and neither.endswith(": none.")
-    assert "length bonus shortens (6) +5.0 tokens" in length
+    assert "against live (3) +0.100; " in differs and "snapshot (3) -0.100" in differs and "EMA" not in differs
+    assert equivalent.endswith(": frozen teacher against EMA (3).") and neither.endswith(": none.")
+    assert "length bonus against none (6) +5.0 tokens" in length
     # With the spread of these pairs, and at the first step of Holm's correction.
     deviation = np.std(2 * noise, ddof=1)
     assert found["live teacher"].resolved == pytest.approx(power.resolved(deviation, 8, 0.05 / 3))
@@ -332,8 +332,9 @@ def test_the_page_fills_itself(tmp_path, document, monkeypatch):
     planned = sum(s.seeds for s in plan.settings(OWN))
     assert f"{planned - 1} of {planned} planned runs" in text and "Missing: tiny/grpo (1)." in text
     assert "commit 1234567, on 2 cores of a test" in text and f"{(planned - 1)} minutes of wall clock" in text
-    assert "| 1, tiny | EGRSD beats GRPO | 13 |" in text and "| yours | HighEntropy against CL-EGRSD | 8 |" in text
-    assert re.search(r"\*\*Accuracy differs\*\*: .*EGRSD beats GRPO \(1, tiny\) \+0\.1", text)
+    assert "| 1, tiny | EGRSD against GRPO | higher | 13 |" in text
+    assert "| yours | HighEntropy against CL-EGRSD | equal | 8 |" in text
+    assert re.search(r"\*\*Accuracy differs\*\*: .*EGRSD against GRPO \(1, tiny\) \+0\.1", text)
     assert "| tiny/cl_egrsd | 14 | 0.70" in text and "| 80000 ± 0 |" in text
     assert (tmp_path / "docs/images/results.png").read_bytes().startswith(b"\x89PNG")
     assert len((document.parent / "results_runs.csv").read_text().splitlines()) == planned
