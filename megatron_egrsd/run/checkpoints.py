@@ -51,3 +51,10 @@ class Checkpoints:
         """Return the metric of the time that training stood still for checkpoints since the last call."""
         seconds, self._stalled = self._stalled.seconds, Stopwatch()
         return seconds
+
+
+def is_best(evaluations: list[dict[str, float]], step: int) -> bool:
+    """Return whether the last of a run's `evaluations` is of `step`, and none before it was more accurate."""
+    if not evaluations or evaluations[-1]["step"] != step:
+        return False
+    return evaluations[-1]["accuracy"] == max(evaluation["accuracy"] for evaluation in evaluations)

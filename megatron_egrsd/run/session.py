@@ -19,7 +19,7 @@ from megatron_egrsd.learn import Record
 from megatron_egrsd.objectives.signal import History
 from megatron_egrsd.report import plot_frontier, summary_table
 from megatron_egrsd.report.scored_dump import gather_scores, save_scores, scored_rollouts
-from megatron_egrsd.run.checkpoints import Checkpoints
+from megatron_egrsd.run.checkpoints import Checkpoints, is_best
 from megatron_egrsd.run.guard import UpdateGuard
 from megatron_egrsd.run.health import Health
 from megatron_egrsd.run.log import RunLog
@@ -101,10 +101,7 @@ class Session:
     def save(self, step: int) -> Path:
         """Save a checkpoint of the state after `step` steps, with the metrics so far; return its path."""
         self.rollouts.placement.enter("training")
-        accuracies = [e["accuracy"] for e in self.evaluations]
-        best = on_first_rank(
-            lambda: bool(accuracies) and self.evaluations[-1]["step"] == step and accuracies[-1] == max(accuracies)
-        )
+        best = on_first_rank(lambda: is_best(self.evaluations, step))
         return self.checkpoints.save(step, asdict(self.history), best, notes_after(step, self.config, self.begin))
 
     def check_preemption(self) -> None:

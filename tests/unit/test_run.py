@@ -14,18 +14,22 @@ import torch
 
 import megatron_egrsd
 from megatron_egrsd.config import CheckpointConfig, Config, DataConfig, LoraConfig, ModelConfig, OptimizerConfig
+from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts
 from megatron_egrsd.engine import build, checkpoint
 from megatron_egrsd.errors import BadArgument, Interrupted, Preempted, RunError
+from megatron_egrsd.learn import rollout_metrics
 from megatron_egrsd.rollout.scratch import SHARED_LIST
-from megatron_egrsd.run import agreement
+from megatron_egrsd.run import agreement, guard
+from megatron_egrsd.run.checkpoints import is_best
 from megatron_egrsd.run.health import Health
 from megatron_egrsd.run.preemption import Preemption
 from megatron_egrsd.run.resuming import changed_settings, check_frozen
-from megatron_egrsd.run.rollout_source import check_replay
+from megatron_egrsd.run.rollout_source import LiveRollouts, check_replay
 from megatron_egrsd.run.run_directory import RunDirectory
 from megatron_egrsd.run.session import Session
 from megatron_egrsd.run.stopwatch import Stopwatch
 from megatron_egrsd.run.throughput import known_peak, throughput
+from megatron_egrsd.sampling.batches import Batch
 
 
 def _config(output: Path, **changes) -> Config:
@@ -137,6 +141,70 @@ def test_a_replay_has_a_file_for_every_step_that_is_left(tmp_path):
         check_replay(config, 0)
 
 
+@pytest.mark.parametrize(
+    ("accuracies", "best"), [([], False), ([0.5, 0.4], False), ([0.4, 0.5], True), ([0.5, 0.4, 0.5], True)]
+)
+def test_the_best_checkpoint_is_that_of_the_last_evaluation_if_none_was_more_accurate(accuracies, best):
+    evaluations = [{"step": 2 * i, "accuracy": accuracy} for i, accuracy in enumerate(accuracies)]
+    last = 2 * len(accuracies) - 2
+    assert is_best(evaluations, last) is best
+    assert not is_best(evaluations, last + 1)  # which was not evaluated
+
+
+def _rollout(reward: float, tokens: int, finish_reason: str = "stop", version: int = 0, error: str = "") -> Rollout:
+    prompt = Prompt(Problem("p", "p", "a"), [1, 2], [1, 2, 3])
+    return Rollout(prompt, 0, [1] * tokens, [0.0] * tokens, finish_reason, version, "", reward, error)
+
+
+def test_rollouts_of_weights_that_are_too_old_are_refused():
+    """Under staleness 0, those of any but the engine's version."""
+    for version in (3, 2):
+        batch = Batch([_rollout(1.0, 3, version=3), _rollout(1.0, 3, version=version)], 2)
+        phases = []
+        source = SimpleNamespace(
+            config=Config(ModelConfig("m"), DataConfig(train="d")),
+            batches=SimpleNamespace(batch=lambda prompts, step, batch=batch: batch),
+            placement=SimpleNamespace(enter=phases.append),
+            _with_servers=lambda sample, version: sample(),
+        )
+        if version == 3:
+            assert LiveRollouts.batch(source, [], 3) is batch and phases == ["training"]
+        else:
+            with pytest.raises(RunError, match="weight version 2, but the engine holds version 3"):
+                LiveRollouts.batch(source, [], 3)
+            assert not phases
+
+
+def test_the_metrics_of_three_rollouts_by_hand():
+    rollouts = [_rollout(1.0, 3), _rollout(0.5, 5), _rollout(0.0, 4, "length", error="the reward took too long")]
+    assert rollout_metrics(rollouts, [1.25, 0.5, 0.0], [0.0, 0.0, -0.5]) == {
+        "reward/mean": 0.5,
+        "reward/shaped": pytest.approx(1.75 / 3),
+        "reward/failed": 1,
+        "accuracy": pytest.approx(1 / 3),
+        "response/length": 4,
+        "response/truncated": pytest.approx(1 / 3),
+        "batch/tokens": 12,
+        "batch/degenerate_share": pytest.approx(2 / 3),
+    }
+
+
+def test_updates_that_are_skipped_in_a_row_end_the_run_and_others_do_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "on_first_rank", lambda function: function())
+    config = _config(tmp_path, max_skipped_steps=1)
+    checks, rollouts = guard.UpdateGuard(config, RunDirectory(config)), [_rollout(1.0, 3)]
+    skipped, applied = {"skipped/loss": 1.0}, {"optimizer/skipped": 0.0}
+    kept = tmp_path / "skipped" / "step_000001.jsonl"
+    sentence = f"step 1 is skipped: the loss is not finite; its rollouts are in {kept}"
+    assert checks.check(1, rollouts, skipped) == sentence
+    assert checks.check(2, rollouts, applied) == ""
+    assert checks.check(3, rollouts, skipped).startswith("step 3 is skipped")
+    with pytest.raises(RunError, match=r"step 4 is skipped.*; 2 in a row are too many \(max_skipped_steps\)"):
+        checks.check(4, rollouts, skipped)
+    assert sorted(path.name for path in (tmp_path / "skipped").iterdir()) == [f"step_{n:06d}.jsonl" for n in (1, 3, 4)]
+    assert load_rollouts(tmp_path / "skipped" / "step_000004.jsonl") == rollouts
+
+
 def test_the_stopwatch_adds_up_by_name():
     watch = Stopwatch()
     with watch("whole"):
@@ -215,6 +283,18 @@ def test_the_facts_of_a_run_do_not_need_the_packages_own_path(monkeypatch):
     expected = agreement.facts(config, [])
     monkeypatch.setattr(megatron_egrsd, "__file__", None)
     assert agreement.facts(config, []) == expected
+
+
+def test_ranks_with_another_version_of_the_package_notice(tmp_path, monkeypatch):
+    config = Config(ModelConfig("m"), DataConfig(train="d"))
+    assert agreement._PACKAGE.name == "megatron_egrsd" and (agreement._PACKAGE / "learn.py").exists()
+    monkeypatch.setattr(agreement, "_PACKAGE", tmp_path)
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "a.py").write_text("x = 1\n")
+    before = agreement.facts(config, [])
+    (tmp_path / "room" / "a.py").write_text("x = 2\n")
+    changed = agreement.facts(config, [])
+    assert {name for name in before if before[name] != changed[name]} == {"code"}
 
 
 def test_routers_that_were_frozen_stay_so_at_a_resume():
