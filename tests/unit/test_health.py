@@ -44,6 +44,43 @@ def test_what_goes_wrong_is_said_once_and_again_after_many_steps(name):
     assert len(health.warnings(121, HEALTHY | change)) == 1  # it has begun anew
 
 
+# Rule -> (metric, the last value that is no reason to warn, the next one).
+THRESHOLDS = {
+    "cut off": ("response/truncated", 0.5, 0.51),
+    "no signal": ("batch/degenerate_share", 0.99, 1.0),
+    "entropy": ("student/entropy", 0.0501, 0.0499),
+    "gate": ("gate/closed_share", 0.95, 0.951),
+    "drift": ("sync/log_prob_difference", 0.05, 0.051),  # half of the limit, 0.1 nats
+    "clip": ("weight/clip_share", 0.9, 0.91),
+    "length": ("response/length", 1200.0, 1201.0),
+    "learning rate": ("optimizer/lr", 1e-12, 0.0),
+}
+
+
+def _after_three_steps(config: Config, first: dict, metrics: dict) -> int:
+    """Return the number of warnings of `metrics`, at the step after three steps of `first`."""
+    health = Health(config)
+    for step in (1, 2, 3):
+        health.warnings(step, HEALTHY | first)
+    return len(health.warnings(4, HEALTHY | first | metrics))
+
+
+@pytest.mark.parametrize("name", ILL)
+def test_each_rule_has_its_threshold(name):
+    key, silent, warns = THRESHOLDS[name]
+    assert [_after_three_steps(CONFIG, {}, {key: value}) for value in (silent, warns)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("limit", "first", "silent", "warns"),
+    [(0.1, 0.02, 0.09, 0.11), (0.01, 0.0, 0.02, 0.021), (1.0, 0.0, 0.5, 0.51), (9.0, 0.0, 0.5, 0.51)],
+)
+def test_drift_is_five_times_that_of_the_first_steps_or_half_the_limit_or_a_fiftieth(limit, first, silent, warns):
+    config = dataclasses.replace(CONFIG, max_log_prob_difference=limit)
+    key = "sync/log_prob_difference"
+    assert [_after_three_steps(config, {key: first}, {key: value}) for value in (silent, warns)] == [0, 1]
+
+
 def test_an_update_without_advantages_is_one():
     """As of an objective that trains all rollouts, or with a KL penalty."""
     trained = HEALTHY | {"batch/degenerate_share": 1.0, "optimizer/updates": 1.0}
