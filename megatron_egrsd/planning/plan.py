@@ -377,7 +377,7 @@ def checkpoint_bytes(config: Config, arch: Architecture) -> int:
 
 
 def _add_disk(plan: Plan, config: Config, arch: Architecture) -> None:
-    """Add the bytes that the run writes and the free bytes; a refusal if these are too few or not writable."""
+    """Add the bytes that the run writes and the free bytes; a refusal if these are too few."""
     b = getattr(torch, config.model.dtype).itemsize
     model, adapter = arch.num_parameters * b, _trained_parameters(config, arch) * b
     exports = {"final model": model} if config.lora.exports_model else {}

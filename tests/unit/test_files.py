@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import re
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -86,10 +86,17 @@ def test_places_that_no_directory_can_be_made_at(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "file" / "a" / "b"):
         with pytest.raises(BadArgument, match=r"output = .* cannot be a directory, because .*/file is a file"):
             check_writable(path, "output")
-    if os.path.isdir("/proc/self") and not os.access("/proc/1/task", os.W_OK):
-        with pytest.raises(BadArgument, match="cannot be written, because /proc"):
-            check_writable(Path("/proc/1/task/run"), "output")
     check_writable(tmp_path / "new" / "run", "output")
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"), [(0, "is not writable for this user"), (os.ST_RDONLY, "lies on a read-only file system")]
+)
+def test_places_that_cannot_be_written(flags, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=flags))
+    with pytest.raises(BadArgument, match=rf"output = .*/new/run cannot be written, because {tmp_path} {reason}"):
+        check_writable(tmp_path / "new" / "run", "output")
 
 
 def test_an_output_within_its_input_is_refused(tmp_path):

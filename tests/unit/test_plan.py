@@ -1,7 +1,6 @@
 """The dry run: the whole plan of a run of any size in one process, and a reason for each that cannot work."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -406,9 +405,13 @@ def test_disk(model):
     assert not any("while a checkpoint is written" in line for line in plan.lines)
     plan = resolve(config_8b(path, "--checkpoint.every", "1", "--checkpoint.asynchronous", "true"), PROMPTS, [], 4)
     assert any("while a checkpoint is written: 106.80 GiB over all ranks" in line for line in plan.lines), plan.lines
-    if not os.access("/sys", os.W_OK):
-        config = dataclasses.replace(config_8b(path), output="/sys/run")
-        assert any("/sys is not writable" in reason for reason in resolve(config, PROMPTS, [], 4).refusals)
+
+
+def test_an_output_that_cannot_be_written_is_refused(model, tmp_path, monkeypatch):
+    config = config_8b(model("Qwen3-8B"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(BadArgument, match=f"output = {tmp_path}/run cannot be written, because {tmp_path} is not wri"):
+        prepare(config, 4)
 
 
 @pytest.mark.parametrize(
