@@ -17,6 +17,7 @@ from megatron_egrsd.objectives import DivergenceForm, presets
 from megatron_egrsd.objectives.load import load_objective, needs_teacher
 from megatron_egrsd.system.arguments import Parser, path
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
 BASE = ["--model.path", "m", "--data.train", "t.jsonl"]
 PARTIAL = ["--rollout.partial", "true"]
 ADAPTERS = ["--lora.rank", "4", "--rollout.sync.lora", "adapter", "--rollout.sync.transport", "ipc"]
@@ -34,7 +35,7 @@ PRESETS = {
     "egrsd": PAPER | {"objective.attenuation": 0.3, "objective.lookahead": 0},
     "cl_egrsd": PAPER | {"objective.attenuation": 0.3, "objective.lookahead": 3},
     "gate_off": PAPER | {"objective.attenuation": 0.0, "objective.lookahead": 0},
-    "grpo": GROUPS | {"objective.mix": 0.0, "objective.importance_cap": None},
+    "grpo": GROUPS | {"objective.mix": 0.0, "objective.clip_high": 0.28, "objective.importance_cap": None},
     "opsd": PAPER
     | {"objective.length_bonus": 0.0, "objective.loss_normalization": "seq_mean",
        "objective.options": {"kind": "forward_kl", "entry_clip": 0.05}, "data.teacher_context": "template"},
@@ -48,13 +49,15 @@ PRESETS = {
     | {"objective.mix": 0.0, "objective.clip_high": 0.2, "objective.importance_cap": 2.0, "teacher.weights": "snapshot",
        "teacher.snapshot_every": 10, "data.teacher_context": "contrast"},
     "sdpo": SIBLING | {"objective.function": "megatron_egrsd.objectives.sdpo:SDPO", "objective.loss": "reinforce"},
-    "srpo": SIBLING | {"objective.function": "megatron_egrsd.objectives.sdpo:SRPO", "objective.loss": "ppo"},
+    "srpo": SIBLING
+    | {"objective.function": "megatron_egrsd.objectives.sdpo:SRPO", "objective.loss": "ppo",
+       "objective.clip_high": 0.28},
     "antisd": GROUPS
     | {"objective.mix": 0.0, "objective.clip_high": 0.2, "objective.importance_cap": None, "teacher.weights": "live",
        "data.teacher_context": "template"},
     "rlsd": GROUPS
-    | {"objective.mix": 0.5, "objective.mix_decay_steps": 50, "objective.importance_cap": 2.0,
-       "teacher.weights": "snapshot", "teacher.snapshot_every": 10},
+    | {"objective.mix": 0.5, "objective.mix_decay_steps": 50, "objective.clip_high": 0.28,
+       "objective.importance_cap": 2.0, "teacher.weights": "snapshot", "teacher.snapshot_every": 10},
 }  # fmt: skip
 
 
@@ -258,7 +261,7 @@ def test_a_preset_on_the_command_line_leaves_nothing_of_the_files_objective(name
     assert config.objective == preset_objective(name)
 
 
-@pytest.mark.parametrize("file", sorted(Path("examples/configs").glob("qwen3_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("qwen3_*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_takes_the_place_of_the_examples_objective(name, file):
     config = parse_config(["--config", str(file), "--objective.preset", name])

@@ -8,7 +8,7 @@ import pytest
 from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.report.command import main
-from megatron_egrsd.report.mechanism import REGIMES, measure, regimes, thresholds
+from megatron_egrsd.report.mechanism import REGIMES, measure, regimes
 from megatron_egrsd.report.scored_dump import save_scores
 from tests.unit.test_scores import batch
 
@@ -39,7 +39,7 @@ def test_deciles_and_restored_weight_against_plain_python():
     np.testing.assert_allclose(found.gap, [d[:, 1].mean() for d in by_decile], rtol=1e-5)
     np.testing.assert_allclose(found.weight, [d[:, 2].mean() for d in by_decile], rtol=1e-5)
     columns = np.array(tokens)
-    low, high = thresholds(columns[:, 3])
+    low, high = np.quantile(columns[:, 3], [0.5, 0.7])
     kinds = regimes(columns[:, 3], columns[:, 4], low, high)
     for i, name in enumerate(REGIMES):
         assert found.share[name] == pytest.approx((kinds == i).mean())

@@ -194,6 +194,26 @@ def _run(path: Path, prompts: int, longest: int, seed: int) -> None:
             metrics.write(json.dumps({"step": number} | {k: v * disturbed for k, v in seconds.items()}) + "\n")
 
 
+def test_the_terms_of_a_step_by_hand():
+    """The second of two groups is all right: it is sampled and scored, and not trained."""
+    prompt = Prompt(Problem("p", "p", "a", "s"), [1] * 20, [1] * 40)
+    given = [(0, 5, 1.0), (0, 10, 0.0), (1, 30, 1.0), (1, 40, 1.0)]
+    rollouts = [Rollout(prompt, group, [1] * n, [0.0] * n, "stop", 0, "", reward) for group, n, reward in given]
+    config = parse_config(["--config", str(ROOT / "examples/configs/tiny_cpu.yaml"), "--objective.preset", "grpo",
+                           "--parallel.max_tokens_per_microbatch", "100",
+                           "--rollout.servers.max_concurrent_requests", "2"])  # fmt: skip
+    terms = fitted._terms(rollouts, config, Architecture.from_pretrained(ROOT / "examples/tiny/model"))
+    # Two at a time: the third starts when the first ends, the last at the end of the second.
+    assert terms["generate"] == [50, 85]
+    layers, size = 4, 96  # of the hidden states, of all queries, and twice that of all keys
+    weights = layers * (2 * size * size + 2 * size * 48 + 3 * size * 192 + 2 * size + 2 * 24) + size
+    attention, head = 2 * layers * size, 2 * 45 * size
+    squares = 45**2 + 50**2 + 70**2 + 80**2
+    assert terms["score"] == [2 * weights * 245 + attention * squares + head * 85, 3]  # 80, 70, 50 + 45 tokens
+    assert terms["train"] == [3 * (2 * weights * 55 + attention * (25**2 + 30**2) + head * 15), 1]
+    assert terms["sync"] == [1]
+
+
 def test_a_measured_step_trains_the_rollouts_that_the_loop_trains():
     """Without a signal: none, but with a KL penalty, or an objective that trains all, every one."""
     prompt = Prompt(Problem("p", "p", "a", "s"), [1] * 20, [1] * 40)
