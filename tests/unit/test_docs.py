@@ -1,4 +1,4 @@
-"""The Markdown pages name files, commands, configuration keys and make targets that exist."""
+"""The Markdown pages name files, commands, configuration keys, make targets and modules that exist."""
 
 import re
 from pathlib import Path
@@ -30,6 +30,7 @@ SOURCE = re.compile(
 COMMAND = re.compile(r"(?:^|[`\s])megatron-egrsd ([a-z][a-z-]*)")
 KEY = re.compile(rf"(?:`|--)((?:{SECTIONS})(?:\.[a-z_]+)+)(?=[`= :])")
 LATE = re.compile(r"megatron-egrsd (?:train|evaluate)[^`\n]*? --(?!config\b)[\w.]+[^`\n]*? --config (\S+)")
+MODULE = re.compile(r"python -m ((?:megatron_egrsd|benchmarks|tools|tests)(?:\.\w+)*)")
 TARGET = re.compile(r"(?:^|`)make ([a-z][a-z-]*)", re.MULTILINE)
 
 
@@ -39,7 +40,7 @@ def slug(heading: str) -> str:
 
 
 def problems(page: Path) -> list[str]:
-    """Return one line for each link, path, command, key or target of `page` that does not exist.
+    """Return one line for each link, path, command, key, target or module of `page` that does not exist.
 
     And for each command with keys before `--config FILE`, which the file would override.
     """
@@ -60,6 +61,10 @@ def problems(page: Path) -> list[str]:
         found += [f"key {key}" for key in KEY.findall(text) if key not in KEYS and not key.startswith(FREE)]
     found += [f"target {name}" for name in TARGET.findall(text) if name not in TARGETS]
     found += [f"--config {name} behind keys" for name in LATE.findall(text.replace("\\\n", " "))]
+    for name in MODULE.findall(text):
+        path = ROOT / name.replace(".", "/")
+        if not path.with_suffix(".py").exists() and not (path / "__main__.py").exists():
+            found.append(f"module {name}")
     return found
 
 
@@ -76,21 +81,23 @@ def test_the_index_names_every_page():
     }
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/reference/design.md"])
-def test_the_drawing_has_every_package(page):
-    package = ROOT / "megatron_egrsd"
-    rooms = {p.name for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+def test_both_drawings_have_every_package():
+    """README's table, and the first block of the design."""
+    paths = [p for p in (ROOT / "megatron_egrsd").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
+    rooms = {p.name + ("/" if p.is_dir() else "") for p in paths}
     rooms -= {"__init__.py", "__main__.py", "console.py", "weighting.py"}  # entry points and old names
-    text = (ROOT / page).read_text()
-    assert {name for name in rooms if not re.search(rf"\b{name}(?!\w)", text)} == set()
+    table = "\n".join(re.findall(r"^\|.*", (ROOT / "README.md").read_text(), re.MULTILINE))
+    block = FENCE.search((ROOT / "docs/reference/design.md").read_text())[0]
+    for drawing in (table, block):
+        assert rooms - set(re.findall(r"\w+(?:\.py|/)", drawing)) == set()
 
 
 def test_a_wrong_name_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
         "[a](missing.md) [b](page.md#nothing) `megatron_egrsd/missing.py`\n"
-        "`make missing`, `megatron-egrsd missing`, `data.missing`\n"
+        "`make missing`, `megatron-egrsd missing`, `data.missing`, `python -m tools.missing`\n"
         "`megatron-egrsd train --config a.yaml --steps 1`, `megatron-egrsd train --steps 1 \\\n --config a.yaml`\n# T\n"
     )
-    kinds = ["link", "anchor", "file", "command", "key", "target", "--config"]
+    kinds = ["link", "anchor", "file", "command", "key", "target", "--config", "module"]
     assert [line.split()[0] for line in problems(page)] == kinds

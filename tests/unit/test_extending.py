@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_egrsd import objectives, weighting
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from megatron_egrsd.config_reader import parse_config, preset_objective
 from megatron_egrsd.errors import BadArgument
@@ -108,6 +109,10 @@ def test_function_and_options_on_the_command_line():
 def test_a_module_of_the_path_will_do(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     assert type(load_objective(ObjectiveConfig(function="opsd:OPSD"))).__name__ == "OPSD"
+
+
+def test_the_old_name_of_the_module_has_the_same_classes():
+    assert weighting.Objective is objectives.Objective and weighting.Tokens is objectives.Tokens
 
 
 HEAD = """\

@@ -194,7 +194,7 @@ texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=60).filter(st
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(problem=texts, solution=texts, thought=texts, answer=texts, thinking=st.booleans(), stop=st.booleans())
 def test_alignment(tokenizer, problem, solution, thought, answer, thinking, stop):
-    """For all texts, the same response tokens follow both prompts, predicted from prompt_len - 1 + t."""
+    """For all texts, the same header and the same response tokens end both sequences."""
     config = DataConfig(enable_thinking=thinking)
     prompt = builder(tokenizer, config).build(Problem("h", problem, "1", solution))
     text = (f"<think>\n{thought}\n</think>\n\n" if thinking else "") + answer + ("<|im_end|>" if stop else "")
@@ -207,11 +207,6 @@ def test_alignment(tokenizer, problem, solution, thought, answer, thinking, stop
         header += tokenizer.encode("<think>\n\n</think>\n\n", add_special_tokens=False)
     reach = len(header) + len(response)
     assert student[-reach:] == teacher[-reach:] == header + response
-    for ids, prompt_ids in ((student, prompt.student_ids), (teacher, prompt.teacher_ids)):
-        for t, token in enumerate(response):
-            predicts = len(prompt_ids) - 1 + t  # logits at this position are for the next token
-            assert ids[predicts + 1] == token
-        assert ids[: len(prompt_ids)] == prompt_ids
 
 
 @pytest.mark.parametrize("thinking", [True, False])
