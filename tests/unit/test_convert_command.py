@@ -1,34 +1,26 @@
 """`megatron-egrsd convert`, and tools/convert_hf.py: exit status, one sentence on stderr, nothing half-written."""
 
-import contextlib
-import io
+import functools
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_egrsd import cli
+from tests.command_line import run_command
 from tests.random_checkpoints import files, random_qwen3
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_hf.py"
-
-
-def convert(*arguments) -> SimpleNamespace:
-    """Run `megatron-egrsd convert` in this process, which spares the import of torch."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = cli.main(["convert", *map(str, arguments)])
-    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
+convert = functools.partial(run_command, "convert")
 
 
 def convert_apart(*arguments, **options) -> subprocess.CompletedProcess:
@@ -65,6 +57,16 @@ def test_there_verified_and_back(hf, tmp_path):
     assert files(again) == files(hf)
     refused(convert("to-hf", "--megatron-path", megatron, "--hf-path", again), 2, "again exists already")
     refused(convert("to-megatron", "--hf-path", hf, "--megatron-path", megatron), 2, "megatron exists already")
+
+
+def test_a_checkpoint_without_the_models_files_takes_those_of_another_directory(hf, tmp_path):
+    megatron, arguments = tmp_path / "m", ("--megatron-path", tmp_path / "m", "--hf-path", tmp_path / "again")
+    assert convert("to-megatron", "--hf-path", hf, "--megatron-path", megatron, "--quiet").returncode == 0
+    shutil.rmtree(megatron / "huggingface")
+    refused(convert("to-hf", *arguments), 2, "name with --like")
+    assert (result := convert("to-hf", *arguments, "--like", hf, "--quiet")).returncode == 0, result.stderr
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
+    assert files(tmp_path / "again") == files(hf)
 
 
 def test_verify_fails_by_name(hf, tmp_path):

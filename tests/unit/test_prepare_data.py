@@ -1,8 +1,7 @@
 """`megatron-egrsd prepare-data`: rows of every data set into one schema, without the evaluation sets' problems."""
 
+import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,20 +12,16 @@ from megatron_egrsd.data.values import answer_text
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.preparation import command as prepare_command
 from megatron_egrsd.preparation.readers import read_problems
+from tests.command_line import run_command
 
-ROOT = Path(__file__).parents[2]
-DATA = ROOT / "tests/data"
+DATA = Path(__file__).parents[1] / "data"
 AIME = [json.loads(line) for line in (DATA / "aime24.jsonl").read_text().splitlines()]
 DAPO_PROMPT = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
     "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\n"
     'Remember to put your answer on its own line after "Answer:".'
 )
-
-
-def prepare(*words) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "megatron_egrsd", "prepare-data", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+prepare = functools.partial(run_command, "prepare-data")
 
 
 def jsonl(path: Path, *rows: dict) -> Path:
