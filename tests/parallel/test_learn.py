@@ -48,6 +48,13 @@ def test_batch_without_signal_changes_nothing(reward, model, tmp_path):
     assert [m["perf/model_flops"] for m in metrics] == pytest.approx([passes] * 3)  # two updates need student scores
 
 
+def test_a_batch_without_signal_trains_under_a_kl_penalty(model, tmp_path):
+    save_rollouts([dataclasses.replace(r, reward=0.0) for r in made_up_rollouts()], tmp_path / "rollouts.jsonl")
+    config = training_config(model, objective=dataclasses.replace(GROUPS, kl_coef=0.1), steps=2)
+    metrics, _ = run_training(1, config, tmp_path / "rollouts.jsonl")
+    assert [(m["optimizer/updates"], m["batch/degenerate_share"]) for m in metrics] == [(1, 1)] * 2
+
+
 def _forward_flops(model, rollouts, prompt):
     arch = Architecture.from_pretrained(model)
     lengths = [len(getattr(r.prompt, prompt)) + len(r.response_ids) for r in rollouts]
@@ -55,7 +62,7 @@ def _forward_flops(model, rollouts, prompt):
 
 
 def test_under_the_running_advantage_a_batch_that_is_all_wrong_trains(model, tmp_path):
-    """And the statistics that a step reports are those of the steps before it, whether or not that one was updated."""
+    """And the statistics that a step reports are those of the steps before it."""
     rollouts = [dataclasses.replace(r, reward=0.0) for r in made_up_rollouts()]
     rollouts[0] = dataclasses.replace(rollouts[0], reward=1.0)
     save_rollouts(rollouts, tmp_path / "rollouts.jsonl")

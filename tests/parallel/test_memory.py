@@ -98,6 +98,7 @@ EXPERTS = {"num_experts": 4, "moe_intermediate_size": 192}
 # name -> (ranks, dtype, parallel, tied embeddings, teacher)
 LAYOUTS = {
     "fp32, KL": (1, "float32", {}, False, "live"),
+    "fp32, KL from the frozen teacher": (1, "float32", {}, False, "frozen"),
     "bf16, moving average": (1, "bfloat16", {}, True, "ema"),
     "bf16, snapshot": (1, "bfloat16", {}, True, "snapshot"),
     "bf16, recompute": (1, "bfloat16", {"recompute": True}, False, "frozen"),

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -93,6 +94,46 @@ def test_the_trainer_hands_the_statistics_on_and_a_resumed_one_too(replay, tmp_p
     ]
     a, b = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_update_that_is_skipped_counts_and_the_next_batch_trains(replay, tmp_path):
+    for step in (1, 2, 3):
+        rollouts = load_rollouts(replay / "rollouts" / f"step_{step:06d}.jsonl")
+        if step == 2:
+            spoiled = [math.nan, *rollouts[0].rollout_log_probs[1:]]
+            rollouts[0] = dataclasses.replace(rollouts[0], rollout_log_probs=spoiled)
+        save_rollouts(rollouts, tmp_path / "rollouts" / f"step_{step:06d}.jsonl")
+    config = _configuration(replay, tmp_path / "run", 3, max_skipped_steps=1)
+    config = dataclasses.replace(config, replay=str(tmp_path / "rollouts"))
+    run_ranks(_main, 1, config)
+    rows = _metrics(tmp_path / "run")
+    assert [(row["optimizer/updates"], row["optimizer/skipped"]) for row in rows] == [(1, 0), (0, 1), (1, 0)]
+    expected = _expected(replay, config, 3)
+    assert [row["reward/running_mean"] for row in rows] == [history.mean for history in expected[:-1]]
+    kept = load_rollouts(tmp_path / "run" / "skipped" / "step_000002.jsonl")
+    assert math.isnan(kept[0].rollout_log_probs[0])
+    assert kept[1:] == load_rollouts(replay / "rollouts" / "step_000002.jsonl")[1:]
+    assert len(list((tmp_path / "run" / "skipped").iterdir())) == 1
+    ended = dataclasses.replace(config, output=str(tmp_path / "ended"), max_skipped_steps=0)
+    with pytest.raises(AssertionError, match=r"1 in a row are too many.*; resumable: step 2 is saved"):
+        run_ranks(_main, 1, ended)
+    assert (tmp_path / "ended" / "checkpoints" / "step_000002").is_dir()
+
+
+def _files(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_checkpoint_that_cannot_be_continued_leaves_every_file_where_it_is(replay, tmp_path):
+    """A resume that works renames the exported model, which is of the step before."""
+    config = _configuration(replay, tmp_path / "run", 1)
+    run_ranks(_main, 1, config)
+    before = _files(tmp_path / "run")
+    assert tmp_path / "run" / "hf" / "config.json" in before
+    other = ParallelConfig(max_tokens_per_microbatch=256, distributed_optimizer=True)
+    with pytest.raises(AssertionError, match=r"was saved with parallel\.distributed_optimizer false"):
+        run_ranks(_main, 1, dataclasses.replace(config, steps=2, parallel=other))
+    assert _files(tmp_path / "run") == before
 
 
 def test_a_checkpoint_without_statistics_starts_them_anew_with_a_warning(replay, tmp_path):
