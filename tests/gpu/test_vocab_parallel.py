@@ -62,16 +62,21 @@ def test_strided_and_unaligned_rows_and_padding(misalignment, dtype):
     memory = torch.full((9, 2100), math.nan, dtype=dtype)
     memory[:, misalignment : misalignment + 2000] = torch.randn(9, 2000).to(dtype)
     target = torch.randint(0, 2000, (9,))
-    on_gpu = memory.cuda()[:, misalignment : misalignment + 2040]
+    columns = slice(misalignment, misalignment + 2040)
+    expected = log_prob_and_entropy(memory[:, columns], target, vocab_size=2000)
+    gradients = {}
     for inplace in (False, True):
-        leaf = on_gpu.clone(memory_format=torch.preserve_format) if inplace else on_gpu.detach()
-        leaf.requires_grad_()
+        buffer = memory.cuda()
+        leaf = buffer[:, columns].requires_grad_()
         log_prob, entropy = log_prob_and_entropy(leaf, target.cuda(), vocab_size=2000, inplace_backward=inplace)
-        expected = log_prob_and_entropy(memory[:, misalignment : misalignment + 2040], target, vocab_size=2000)
         torch.testing.assert_close(log_prob.cpu(), expected[0], atol=1e-5, rtol=1e-6)
         torch.testing.assert_close(entropy.cpu(), expected[1], atol=5e-6, rtol=0)
         log_prob.sum().backward()
+        gradients[inplace] = leaf.grad
         assert leaf.grad.isfinite().all() and (leaf.grad[:, 2000:] == 0).all()
+    torch.testing.assert_close(gradients[True], gradients[False], atol=1e-6, rtol=1e-2)
+    assert torch.equal(leaf.detach(), gradients[True])
+    assert buffer[:, :misalignment].isnan().all() and buffer[:, columns.stop :].isnan().all()
 
 
 def test_nan_stays_in_its_row():

@@ -5,6 +5,7 @@ import math
 import torch
 
 FLOOR = -1e9  # a logit of -inf as a number, so that autograd can pass it
+GAP = 7.0  # what stands between the rows of `with_gaps`
 FORMS = {
     "forward": dict(kind="forward_kl"),
     "reverse": dict(kind="reverse_kl"),
@@ -113,3 +114,11 @@ def near_pairs(vocab: int, rows: int = 4) -> dict[str, tuple[torch.Tensor, torch
         "both at 300": (a * 3 + 300, near + 300),
         "first half lighter": (a * 3 + late * 3, a * 3 + late * 3 + b * 4.5e-5 + step * 1e-4),
     }
+
+
+def with_gaps(leaf: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a buffer, and logits within it that autograd made of `leaf` [N, V]: their rows are apart and unaligned."""
+    buffer = leaf.new_full((leaf.shape[0], leaf.shape[1] + 10), GAP)
+    logits = buffer[:, 1:-9]
+    logits.copy_(leaf)
+    return buffer, logits
