@@ -11,6 +11,8 @@ import torch
 
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, save_rollouts
+from megatron_egrsd.hf.architecture import Architecture
+from megatron_egrsd.hf.operations import forward_flops, head_flops
 from megatron_egrsd.report.scored_dump import load_scores
 from megatron_egrsd.report.token_page import render
 from tests.parallel.test_algorithm1 import STEPS, VOCAB, model  # noqa: F401 (a fixture)
@@ -83,6 +85,17 @@ def assert_steps(metrics, steps):
         assert got["contrast/selected_share"] == pytest.approx(share, rel=1e-6)
 
 
+def _flops(model, path) -> float:  # noqa: F811
+    """The teacher scores a response after each of its contexts, after the student's prompt if it has none."""
+    arch, flops, read = Architecture.from_pretrained(model), 0.0, read_rollouts(path)
+    for rollout, advantage in zip(read, advantages(read), strict=True):
+        prompt, response = rollout["prompt"]["student_ids"], len(rollout["response_ids"])
+        trained = [prompt] * 3 if advantage else []  # forward, and backward at twice the cost
+        for before in (rollout["contexts"] or [prompt]) + trained:
+            flops += forward_flops(arch, [len(before) + response]) + head_flops(arch, response)
+    return flops
+
+
 def assert_run(output, metrics, model, expected):  # noqa: F811
     steps, weights = expected[None]
     assert_steps(metrics, steps)
@@ -100,6 +113,7 @@ def test_three_steps(layout, model, batches, expected, tmp_path):  # noqa: F811
         assert [r.advantage for r in scored] == pytest.approx(advantages(read_rollouts(path)), rel=1e-5)
         every = np.concatenate([np.abs(r.weight) for r in scored if r.advantage])
         assert every.mean() == pytest.approx(metrics[number - 1]["weight/abs_mean"], rel=1e-4)
+        assert metrics[number - 1]["perf/model_flops"] == pytest.approx(_flops(model, path))
 
 
 def test_a_stopped_run_continues_and_its_dumps_have_a_page(model, batches, expected, tmp_path):  # noqa: F811
