@@ -23,6 +23,11 @@ HOSTILE = "</script></span><script>window.broken = 1</script><img src=x onerror=
 TEXT = f"so 1 + 1 = 2\n\n{HOSTILE} {{{{ 7 * 7 }}}} ünï 🙂 \u202egnp.exe {{% raw %}}"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def copies():
+    """Take the place of the package's: these tests start no process."""
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Make a dump and its page by the command; every text in the dump is hostile. Returns the rollouts and the page."""

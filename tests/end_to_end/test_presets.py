@@ -1,4 +1,4 @@
-"""Every preset as a user runs it: live, dumped, looked at, replayed, stopped and resumed."""
+"""Every preset as a user runs it: live, dumped, looked at, replayed, stopped and resumed if nothing else shows that."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from megatron_egrsd.report import command
 from megatron_egrsd.rollout.servers import RolloutServers
 from tests.end_to_end.test_train import CONFIG, ROOT, metrics, run
 
+RESUMED = {"cl_egrsd", "opsd", "rlcsd", "srpo", "antisd", "sft"}  # in tests/parallel, each of them
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -57,9 +58,12 @@ def test_live_page_replay_and_resume(preset, urls, tmp_path):
     expected = trained(replay)
     assert all(expected[name].equal(weight) for name, weight in trained(live).items())
 
-    for steps in (1, 2):
-        done = run(resumed, **(replayed | {"steps": steps}), **{"checkpoint.every": 1, "checkpoint.resume": "auto"})
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert all(expected[name].equal(weight) for name, weight in trained(resumed).items())
-    rows = [[m["loss/policy"] for m in metrics(output) if "loss/policy" in m] for output in (live, replay, resumed)]
-    assert rows[0] == rows[1] == rows[2] and len(rows[0]) == 2
+    outputs = [live, replay]
+    if preset not in RESUMED:
+        outputs.append(resumed)
+        for steps in (1, 2):
+            done = run(resumed, **(replayed | {"steps": steps}), **{"checkpoint.every": 1, "checkpoint.resume": "auto"})
+            assert done.returncode == 0, done.stderr[-3000:]
+        assert all(expected[name].equal(weight) for name, weight in trained(resumed).items())
+    losses = [[m["loss/policy"] for m in metrics(output) if "loss/policy" in m] for output in outputs]
+    assert all(found == losses[0] for found in losses) and len(losses[0]) == 2

@@ -111,22 +111,6 @@ def test_three_steps_of_the_whole_loop(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_stopped_run_continues(tmp_path):
-    output = tmp_path / "run"
-    first = run(output, steps=2, **{"checkpoint.every": 1})
-    assert first.returncode == 0, first.stderr[-3000:]
-    done = run(output, steps=2, **{"checkpoint.every": 1, "checkpoint.resume": "auto"})
-    assert done.returncode == 2 and "is the end of a run of 2 steps" in done.stderr
-    again = run(output, steps=3, **{"checkpoint.every": 1, "checkpoint.resume": "auto"})
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert [m["step"] for m in metrics(output) if "loss/policy" in m] == [1, 2, 3]
-    assert sorted(p.name for p in (output / "checkpoints").glob("step_*")) == ["step_000002", "step_000003"]
-    assert (output / "hf" / "model.safetensors").exists()
-    assert not descendants_with(str(tmp_path))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_servers_given_by_url_serve_one_run_after_another(tmp_path):
     """They hold the last run's weights when the next one begins, which sends its own first."""
     config = parse_config(["--config", str(ROOT / CONFIG), "--model.path", str(ROOT / "examples/tiny/model")])

@@ -7,7 +7,7 @@ from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.report.scored_dump import save_scores
 from megatron_egrsd.watch.page import Page
 from megatron_egrsd.watch.state import Reader
-from tests.end_to_end.test_pages import HOSTILE, TEXT
+from tests.end_to_end.test_pages import HOSTILE, TEXT, copies  # noqa: F401  (a fixture)
 from tests.unit.test_report import make_run
 from tests.unit.test_scores import batch
 from tests.unit.test_watch import configure

@@ -24,6 +24,11 @@ TOTAL = int(os.environ.get("FUZZ_TOTAL", "2000"))
 pytestmark = pytest.mark.timeout(120 + TOTAL // 20)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def copies():
+    """Take the place of the package's: these tests start no process."""
+
+
 def fuzz(share: float):
     """Return hypothesis settings for `share` of all inputs; parsing a configuration is the slowest, by fifty times."""
     return settings(max_examples=round(TOTAL * share), deadline=None, database=None,
