@@ -1,18 +1,15 @@
 """The validation study's runner with a real server and training processes: two steps, and a run that cannot work."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.validate_method import run
+from benchmarks.validate_method.__main__ import main
+from benchmarks.validate_method.plan import FAMILY, Setting
+from benchmarks.validate_method.record import read_record
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.validate_method import run  # noqa: E402
-from benchmarks.validate_method.__main__ import main  # noqa: E402
-from benchmarks.validate_method.plan import FAMILY, Setting  # noqa: E402
-from benchmarks.validate_method.record import read_record  # noqa: E402
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 

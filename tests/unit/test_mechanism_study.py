@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -12,6 +11,13 @@ import torch
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.mechanism import analysis, page, scoring
+from benchmarks.mechanism.__main__ import main
+from benchmarks.mechanism.columns import columns, places
+from benchmarks.mechanism.contexts import CONTEXTS, TeacherContexts
+from benchmarks.mechanism.dumps import read
+from benchmarks.mechanism.results import results
+from benchmarks.mechanism.tokens import KINDS, ROLES, token_kinds, token_roles
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.config_reader import parse_config, preset_objective
 from megatron_egrsd.data.samples import Problem, Rollout
@@ -21,16 +27,6 @@ from tests.models import make_qwen3
 from tests.unit.test_scores import batch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.mechanism import analysis, page, scoring  # noqa: E402
-from benchmarks.mechanism.__main__ import main  # noqa: E402
-from benchmarks.mechanism.columns import columns, places  # noqa: E402
-from benchmarks.mechanism.contexts import CONTEXTS, TeacherContexts  # noqa: E402
-from benchmarks.mechanism.dumps import read  # noqa: E402
-from benchmarks.mechanism.results import results  # noqa: E402
-from benchmarks.mechanism.tokens import KINDS, ROLES, token_kinds, token_roles  # noqa: E402
-
 TINY = ROOT / "examples/tiny/model"
 
 

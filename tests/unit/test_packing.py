@@ -1,20 +1,12 @@
 """Packing: every sample once, the budget kept, the ranks in step, rows that predict their targets."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import packing as benchmark
 from megatron_egrsd.data.packing import Sequence, balance, balance_passes, pack, round_up, schedule
-
-spec = importlib.util.spec_from_file_location("benchmark_packing", Path(__file__).parents[2] / "benchmarks/packing.py")
-benchmark = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = benchmark  # dataclasses look their module up
-spec.loader.exec_module(benchmark)
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 

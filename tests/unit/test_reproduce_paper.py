@@ -13,20 +13,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.reproduce_paper import claim, published
+from benchmarks.reproduce_paper.__main__ import main
+from benchmarks.reproduce_paper.numbers import Number, Value, of_evaluation, values_of
+from benchmarks.reproduce_paper.page import state, write_page
+from benchmarks.reproduce_paper.plan import MODELS, TABLES, Cell, chosen, methods
+from benchmarks.reproduce_paper.schedule import run_all
+from benchmarks.reproduce_paper.site import Command, Site
+from megatron_egrsd.config_reader import parse_config
+from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.objectives.load import check_objective, needs_rollouts, needs_teacher
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.reproduce_paper import claim, published  # noqa: E402
-from benchmarks.reproduce_paper.__main__ import main  # noqa: E402
-from benchmarks.reproduce_paper.numbers import Number, Value, of_evaluation, values_of  # noqa: E402
-from benchmarks.reproduce_paper.page import state, write_page  # noqa: E402
-from benchmarks.reproduce_paper.plan import MODELS, TABLES, Cell, chosen, methods  # noqa: E402
-from benchmarks.reproduce_paper.schedule import run_all  # noqa: E402
-from benchmarks.reproduce_paper.site import Command, Site  # noqa: E402
-from megatron_egrsd.config_reader import parse_config  # noqa: E402
-from megatron_egrsd.errors import BadArgument  # noqa: E402
-from megatron_egrsd.objectives.load import check_objective, needs_rollouts, needs_teacher  # noqa: E402
-
 SCRIPT = Path(__file__).with_name("made_up_cell.py")
 TABLE_2 = [Cell(setting, 0) for setting in methods("4b").values()]
 

@@ -2,16 +2,13 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tools.stale_numbers import MEASURES, remarks, sections
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from tools.stale_numbers import MEASURES, remarks, sections  # noqa: E402
-
 PAGE = "page.md"
 INTRODUCTION = "# Speed\n\nMeasured on two cores.\n\n"
 

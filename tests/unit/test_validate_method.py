@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from benchmarks import paired
+from benchmarks.validate_method import __main__ as command
+from benchmarks.validate_method import mechanism, plan, power, record, results, run
 from megatron_egrsd import cli
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.config_reader import parse_config, preset_objective
 from megatron_egrsd.errors import BadArgument, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import paired  # noqa: E402
-from benchmarks.validate_method import __main__ as command  # noqa: E402
-from benchmarks.validate_method import mechanism, plan, power, record, results, run  # noqa: E402
 
 OWN = "examples/extending/high_entropy.py:HighEntropy"
 exact = st.integers(-1024, 1024).map(lambda n: n / 1024)  # sums have no rounding, so equal values compare equal
