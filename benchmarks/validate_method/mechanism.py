@@ -23,6 +23,7 @@ from benchmarks.validate_method import plan
 from benchmarks.validate_method.run import DUMPED
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.config_reader import parse_config
+from megatron_egrsd.data.samples import is_right
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.egrsd import confidence
 from megatron_egrsd.objectives.interface import Tokens
@@ -78,7 +79,7 @@ def signal_of(batch: Sampled, objective: ObjectiveConfig) -> torch.Tensor:
     They stand for those of earlier steps: at the initial weights these would have the same distribution.
     """
     pairs = zip(batch.rewards, batch.responses, strict=True)
-    scored = [SimpleNamespace(reward=reward, right=reward > 0.5, response_ids=ids) for reward, ids in pairs]
+    scored = [SimpleNamespace(reward=reward, right=is_right(reward), response_ids=ids) for reward, ids in pairs]
     shaped = shaped_rewards(scored, objective, tiny.MAX_NEW_TOKENS)
     groups = torch.arange(len(batch.problems)) // GROUP
     history = History(steps=objective.advantage_warmup).after(shaped)

@@ -36,6 +36,11 @@ class Prompt:
     teacher_ids: list[int]
 
 
+def is_right(reward: float) -> bool:
+    """Return whether a response of this reward counts as right."""
+    return reward > 0.5
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One response sampled from the student by the rollout engine.
@@ -66,7 +71,7 @@ class Rollout:
 
     @property
     def right(self) -> bool:
-        return self.reward > 0.5
+        return is_right(self.reward)
 
     @property
     def teacher_prompts(self) -> list[list[int]]:

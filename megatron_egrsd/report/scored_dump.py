@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tokenizers.decoders import DecodeStream
 
 from megatron_egrsd.config import ObjectiveConfig
-from megatron_egrsd.data.samples import Problem, Rollout
+from megatron_egrsd.data.samples import Problem, Rollout, is_right
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.objectives.egrsd import confidence
 from megatron_egrsd.objectives.interface import Tokens, batch_tokens, weigh
@@ -79,7 +79,7 @@ class ScoredRollout:
 
     @property
     def right(self) -> bool:
-        return self.reward > 0.5
+        return is_right(self.reward)
 
 
 def dumped_tokens(scored: list[ScoredRollout]) -> Tokens:
