@@ -31,8 +31,9 @@ from megatron_egrsd.hf.adapter_file import configured_spec
 from megatron_egrsd.hf.adapters import adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.learn import learn
+from megatron_egrsd.planning.fit import memory_of_stages, placement
 from megatron_egrsd.planning.machines import MACHINES
-from megatron_egrsd.planning.plan import memory_of_stages, placement, readable
+from megatron_egrsd.planning.plan import readable
 from megatron_egrsd.planning.step_time import pass_seconds, update_seconds
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny" / "model"

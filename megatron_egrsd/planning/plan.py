@@ -3,19 +3,14 @@
 It needs one process and no GPU for any world size. A run that cannot work is refused after the plan, with the reason.
 """
 
-import functools
-import importlib.util
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 
-from megatron_egrsd.config import Config, LoraConfig, ParallelConfig
-from megatron_egrsd.config.lora import ATTENTION, TARGETS
+from megatron_egrsd.config import Config, ParallelConfig
 from megatron_egrsd.data.packing import schedule
 from megatron_egrsd.data.samples import Prompt
 from megatron_egrsd.errors import BadArgument
@@ -24,10 +19,9 @@ from megatron_egrsd.hf.adapters import adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.checkpoint import HFCheckpoint, holds_weights
 from megatron_egrsd.hf.staging import free_bytes
-from megatron_egrsd.objectives import Objective
 from megatron_egrsd.objectives.load import load_objective, needs_rollouts, needs_teacher
-from megatron_egrsd.planning.activations import Placement
-from megatron_egrsd.planning.memory import SERVER_SHARE, HeldTeacher, RankMemory, rank_memory
+from megatron_egrsd.planning.fit import longest_micro_batch, memory_of_stages, placement, remedy
+from megatron_egrsd.planning.memory import SERVER_SHARE
 from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.rollout.ports import choose_ports
 from megatron_egrsd.rollout.server_command import first_gpu
@@ -174,13 +168,6 @@ def _add_weights(plan: Plan, config: Config) -> None:
         plan.refusals.append(str(error))
 
 
-def _longest_micro_batch(config: Config, longest: int, ranks: int) -> int:
-    """Return the tokens on one rank of the longest micro-batch if no sequence has more than `longest`."""
-    p, share = config.parallel, config.parallel.tokens_on_a_rank(longest)
-    samples = config.rollouts_per_update // (ranks // p.model_parallel)
-    return max(share, min(p.max_tokens_per_microbatch, share * samples))
-
-
 def _bubble(parallel: ParallelConfig, micro_batches: int) -> str:
     """Return the share of time that a stage waits: (P - 1) / (M V + P - 1); Narayanan et al. 2021, arXiv 2104.04473."""
     waits, works = parallel.pipeline - 1, micro_batches * parallel.virtual_pipeline
@@ -191,7 +178,7 @@ def _add_memory(
     plan: Plan, config: Config, arch: Architecture, ranks: int, longest: int, gpu_memory: int | None
 ) -> None:
     """Add the bytes of the largest rank, term by term, and a refusal if they exceed the GPU's memory."""
-    place, tokens = placement(config, gpu_memory), _longest_micro_batch(config, longest, ranks)
+    place, tokens = placement(config, gpu_memory), longest_micro_batch(config, longest, ranks)
     stages = memory_of_stages(config, arch, ranks, place, tokens)
     worst = max(stages, key=lambda m: m.total)
     kind = "a GPU with Transformer Engine" if place.transformer_engine else "a GPU" if place.gpu else "the CPU"
@@ -215,110 +202,8 @@ def _add_memory(
     if gpu_memory and worst.total > gpu_memory:
         plan.refusals.append(
             f"rank {worst.rank} needs {readable(worst.total)} but a GPU has {readable(gpu_memory)}; "
-            + _remedy(config, arch, ranks, place, longest, gpu_memory)
+            + remedy(config, arch, ranks, place, longest, gpu_memory)
         )
-
-
-def placement(config: Config, gpu_memory: int | None) -> Placement:
-    """Return the kernels to count: a GPU's if one exists or is planned, Transformer Engine's unless known missing."""
-    here = torch.cuda.is_available()
-    installed = not here or importlib.util.find_spec("transformer_engine") is not None
-    on_gpu = here or gpu_memory is not None
-    return Placement(on_gpu, on_gpu and installed and config.parallel.wants_transformer_engine(config.model.dtype))
-
-
-def memory_of_stages(
-    config: Config, arch: Architecture, ranks: int, place: Placement, tokens: int, held_tokens: int | None = None
-) -> list[RankMemory]:
-    """Return the bytes of a rank of each pipeline stage of `config`, as `rank_memory` does.
-
-    `held_tokens` are the response tokens of a rank's rollouts; default: all of full length.
-    """
-    objective, itemsize = load_objective(config.objective), getattr(torch, config.model.dtype).itemsize
-    memory = functools.partial(
-        rank_memory,
-        arch,
-        config.parallel,
-        ranks,
-        place=place,
-        tokens=tokens,
-        itemsize=itemsize,
-        bucket_bytes=config.rollout.sync.bucket_mib << 20,
-        teacher=config.teacher,
-        needs_teacher=objective.needs_teacher,
-        needs_reference=bool(config.objective.kl_coef),
-        lora=configured_spec(config.lora),
-        held=_held(config, objective, ranks, held_tokens) if objective.divergence is not None else None,
-    )
-    return [memory(stage) for stage in range(config.parallel.pipeline)]
-
-
-def _held(config: Config, objective: Objective, ranks: int, tokens: int | None) -> HeldTeacher:
-    """Return what the divergence of `objective` holds of the teacher's pass, as `Engine.hold_teacher` does."""
-    if tokens is None:
-        replicas = ranks // config.parallel.model_parallel
-        rollouts = config.rollout.rollouts_per_step // replicas
-        tokens = rollouts * -(-config.rollout.max_response_tokens // config.parallel.context)
-    changes = config.optimizer.updates_per_batch > 1 and config.teacher.weights in ("live", "ema")
-    cast = config.teacher.weights == "ema" and config.model.dtype != "float32"
-    return HeldTeacher(
-        tokens,
-        copies_weight=not config.lora.enabled and (changes or cast),
-        log_prob_grad=objective.has_policy_loss or bool(config.objective.kl_coef),
-        top_k=objective.divergence.top_k,
-    )
-
-
-def _remedy(config: Config, arch: Architecture, ranks: int, place: Placement, longest: int, gpu_memory: int) -> str:
-    """Return advice: the first change of the parallel section, from mild to severe, with which the model fits.
-
-    Adapters in place of all weights change what is trained, so they are named only if no layout fits.
-    """
-    p, spec = config.parallel, configured_spec(config.lora)
-    for change in _changes(p, arch):
-        try:
-            other = replace(config, parallel=replace(p, **change))
-            other.check_world(ranks)
-            arch.check_parallel(other.parallel)
-            if spec:
-                spec.check(arch, other.parallel.tensor)
-        except BadArgument:
-            continue
-        tokens = _longest_micro_batch(other, longest, ranks)
-        if max(m.total for m in memory_of_stages(other, arch, ranks, place, tokens)) <= gpu_memory:
-            new = {k: v for k, v in change.items() if getattr(p, k) != v}
-            words = (f"--parallel.{k} {json.dumps(v, separators=(',', ':'))}" for k, v in new.items())
-            return f"it fits with {', '.join(words)}"
-    sizes = "TP, EP, PP or CP" if arch.num_experts else "TP, PP or CP"
-    none = f"neither recomputation, the distributed optimizer nor more {sizes} makes it fit"
-    if not config.lora.enabled and p.tensor <= arch.num_kv_heads:
-        targets = ATTENTION if arch.num_experts else TARGETS
-        lora = replace(config, lora=LoraConfig(rank=64, targets=list(targets)))
-        tokens = _longest_micro_batch(config, longest, ranks)
-        if max(m.total for m in memory_of_stages(lora, arch, ranks, place, tokens)) <= gpu_memory:
-            names = f" --lora.targets {json.dumps(targets, separators=(',', ':'))}" if arch.num_experts else ""
-            return f"{none}; adapters alone would fit: --lora.rank 64{names}"
-    return f"{none}: it takes more GPUs"
-
-
-def _changes(p: ParallelConfig, arch: Architecture) -> Iterator[dict[str, Any]]:
-    """Yield changes of the parallel section that save memory, from mild to severe; some may not suit the model."""
-    yield {"distributed_optimizer": True}
-    yield {"recompute": True}
-    both = {"recompute": True, "distributed_optimizer": True}
-    yield both
-    factors = (2, 4, 8)
-    for tensor in (p.tensor * k for k in factors if p.tensor * k <= max(8, arch.num_kv_heads)):
-        yield {"tensor": tensor, "sequence_parallel": p.sequence_parallel or arch.num_experts > 0} | both
-    for expert in (p.expert * k for k in factors if arch.num_experts):
-        yield {"expert": expert} | both
-    for pipeline in (p.pipeline * k for k in factors):
-        chunks = pipeline * p.virtual_pipeline
-        if chunks <= arch.num_layers:
-            uneven = arch.num_layers % chunks
-            yield {"pipeline": pipeline, "pipeline_layout": arch.balanced_layers(chunks) if uneven else []} | both
-    for context in (p.context * k for k in factors):
-        yield {"context": context} | both
 
 
 def _add_servers(plan: Plan, config: Config, arch: Architecture, longest: int, gpu_memory: int | None) -> None:

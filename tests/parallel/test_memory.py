@@ -15,7 +15,8 @@ from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.activations import Placement
-from megatron_egrsd.planning.plan import checkpoint_bytes, memory_of_stages
+from megatron_egrsd.planning.fit import memory_of_stages
+from megatron_egrsd.planning.plan import checkpoint_bytes
 from tests.models import FAMILIES, make_model, make_qwen3
 from tests.ranks import run_ranks
 from tests.training import GROUPS, made_up_rollouts, open_engine, training_config

@@ -24,16 +24,8 @@ from megatron_egrsd.evaluation.evaluated_model import hugging_face
 from megatron_egrsd.hf.adapters import AdapterSpec, adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.activations import Placement
-from megatron_egrsd.planning.plan import (
-    Plan,
-    _add_weights,
-    _remedy,
-    checkpoint_bytes,
-    memory_of_stages,
-    placement,
-    print_plan,
-    resolve,
-)
+from megatron_egrsd.planning.fit import memory_of_stages, placement, remedy
+from megatron_egrsd.planning.plan import Plan, _add_weights, checkpoint_bytes, print_plan, resolve
 from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.rollout.server_command import check_served_adapters, check_served_model, first_gpu
 from tests.adapters import random_adapter
@@ -150,11 +142,11 @@ def test_no_layout_is_advised_that_the_adapters_cannot_have(model, monkeypatch):
     def eight_fit(config, *_):
         return [SimpleNamespace(total=0 if config.parallel.tensor == 8 else 2)]
 
-    monkeypatch.setattr("megatron_egrsd.planning.plan.memory_of_stages", eight_fit)
+    monkeypatch.setattr("megatron_egrsd.planning.fit.memory_of_stages", eight_fit)
     adapters = ["--lora.rank", "16", "--lora.targets", '["q_proj","k_proj","v_proj","o_proj"]']
     for words, advice in (([], "it fits with --parallel.tensor 8"), (adapters, "it takes more GPUs")):
         arch, place = Architecture.from_pretrained(path), Placement(True, True)
-        assert _remedy(config_8b(path, *words), arch, 64, place, 1000, 1).endswith(advice)
+        assert remedy(config_8b(path, *words), arch, 64, place, 1000, 1).endswith(advice)
 
 
 def test_a_teacher_that_nothing_reads_is_not_counted(model):
