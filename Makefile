@@ -51,7 +51,7 @@ check: lint  ## lint and the unit tests that are quick: a few minutes
 	@$(RUN) python -m pytest tests/unit -m "not heavy and not slow" -n 2 --dist loadfile
 
 # Two files at a time. First tests of one process and of gloo ranks, those with long ones first; then servers and whole
-# runs, in their own order. The two kinds do not meet: a server beside two ranks would miss its deadlines.
+# runs, files with many tests first. The two kinds do not meet: a server beside two ranks would miss its deadlines.
 test: MARKED := -m "not slow"
 test test-all: install browser
 	@$(RUN) python -m pytest $(MARKED) tests/parallel tests/unit -n 2 --dist loadfile --no-loadscope-reorder || first=$$?; \

@@ -1,5 +1,6 @@
 """One real SGLang server on CPU for the tests of this directory, with a random Qwen3 of 0.2M parameters."""
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from megatron_egrsd.config import ModelConfig, RolloutConfig, ServersConfig, SyncConfig
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import RolloutServers
+from megatron_egrsd.rollout.weight_sync import WeightSync
 from tests.models import make_qwen3
 
 START_TIMEOUT = 280.0  # seconds; 20 on two idle cores, and 150 beside four other processes
@@ -73,13 +75,21 @@ def model(model_directory) -> ModelConfig:
 
 
 @pytest.fixture(scope="package")
-def servers(model, tmp_path_factory):
-    """One server for all tests; those that change its weights are in test_weight_sync*.py, which run last."""
+def shared_servers(model, tmp_path_factory):
+    """One server for all files."""
     with RolloutServers(servers_config(), model, 0, tmp_path_factory.mktemp("logs")) as running:
         yield running
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
+def servers(shared_servers, model_directory):
+    """The shared server. A file may change its weights: the next, whichever that is, finds those of the model."""
+    yield shared_servers
+    with contextlib.closing(WeightSync(shared_servers, sync_config(), "cpu")) as sync:
+        sync.push(named_tensors(load_hf(model_directory)), 0)
+
+
+@pytest.fixture(scope="module")
 def client(servers) -> RolloutClient:
     return RolloutClient(servers, rollout_config())
 

@@ -44,11 +44,9 @@ def thread():
 
 
 @pytest.fixture(scope="module")
-def sync(servers, model_directory):
-    sync = WeightSync(servers, sync_config(), "cpu")
-    yield sync
-    sync.push(named_tensors(load_hf(model_directory)), 400)  # other tests use these servers
-    sync.close()
+def sync(servers):
+    with contextlib.closing(WeightSync(servers, sync_config(), "cpu")) as sync:
+        yield sync
 
 
 def weights(model_directory, version: int):

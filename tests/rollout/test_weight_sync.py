@@ -1,5 +1,6 @@
 """Weight sync to a real server: weights arrive bit by bit, and every failure is reported in time."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -35,9 +36,8 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture(scope="module")
 def sync(servers):
-    sync = WeightSync(servers, sync_config(), "cpu")
-    yield sync
-    sync.close()
+    with contextlib.closing(WeightSync(servers, sync_config(), "cpu")) as sync:
+        yield sync
 
 
 def changed(model_directory, seed: int):
