@@ -37,6 +37,7 @@ T = TypeVar("T")
 _POLL = 0.5  # seconds between two checks of a starting server
 _KILL_TIMEOUT = 5.0  # seconds until the processes of a killed server must have ended
 # The last line of a traceback, uvicorn's error about its port, or argparse's error.
+_PORT_TAKEN = "address already in use"  # uvicorn's words
 _ERROR = re.compile(r"(\[.*\] )?([\w.]*(Error|Exception): .|ERROR: +\[Errno|.*: error: )")
 
 
@@ -282,7 +283,7 @@ class RolloutServers:
         with httpx.Client(timeout=5.0, trust_env=False, headers=self.headers) as http:
             while waiting:
                 for server in waiting:
-                    if reason := server.ended():
+                    if (reason := server.ended()) and not self._move(server):
                         raise RunError(reason)
                 for server in [server for server in waiting if _is_healthy(http, server.url)]:
                     server.find_children()
@@ -295,6 +296,20 @@ class RolloutServers:
                                    f"{self.config.start_timeout:g} s ({limit}){hint}")  # fmt: skip
                 if waiting:
                     time.sleep(_POLL)
+
+    def _move(self, server: Server) -> bool:
+        """Start a server on another port if its own was taken after it was chosen. Returns False if it was not.
+
+        Only before the first loss: later its address is known elsewhere.
+        """
+        if self.config.port or self.restarts or _PORT_TAKEN not in last_error(server.log):
+            return False
+        taken, [port] = server.url, choose_ports(self.config.host, 0, 1)
+        server.url = f"http://{self.config.host}:{port}"
+        print(f"{taken} was taken before the SGLang server used it; starting it at {server.url}", flush=True)
+        index = self.servers.index(server)
+        self._launch(index, self.seed + index, server.log)
+        return True
 
     def _replace_routers(self) -> None:
         with httpx.Client(timeout=5.0, trust_env=False, headers=self.headers) as http:

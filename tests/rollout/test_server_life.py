@@ -12,6 +12,7 @@ import pytest
 
 from megatron_egrsd.config import ModelConfig
 from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.rollout import servers as servers_module
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.scratch import Scratch
 from megatron_egrsd.rollout.servers import RolloutServers
@@ -98,6 +99,20 @@ def test_a_server_that_dies_at_start_says_why(model, tmp_path):
     config = servers_config(args={"load_format": "no_such_format"})
     with pytest.raises(RunError, match=r"has ended \(exit code 2\): .*load-format.*invalid choice.*sglang-0\.log"):
         RolloutServers(config, model, 0, tmp_path)
+
+
+def test_a_port_that_is_taken_after_it_was_chosen(model, tmp_path, monkeypatch, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        choices = iter([[port]])
+        choose = servers_module.choose_ports
+        monkeypatch.setattr(servers_module, "choose_ports", lambda *a: next(choices, None) or choose(*a))
+        with RolloutServers(servers_config(), model, 0, tmp_path) as servers:
+            assert f":{port}" not in servers.urls[0] and servers.restarts == 0
+            assert len(RolloutClient(servers, rollout_config()).generate([[5, 6]], 2)[0]) == 2
+    assert f"http://127.0.0.1:{port} was taken before the SGLang server used it" in capsys.readouterr().out
 
 
 def test_start_timeout(model, tmp_path):
