@@ -46,8 +46,8 @@ struct PairColumns {
   static EGRSD_DEVICE Power power(F v) {
     const F magic = S::set(12582912.f), n = S::sub(S::add(v, magic), magic), x = S::sub(v, n);
     const F scale = S::exp2_integer(n), curvature = second_order(x);
-    const F linear = S::fma(S::set(kNats), x, S::set(1.f));
-    const F rest = S::fma(S::sub(scale, S::set(1.f)), linear, S::mul(S::set(-kNats), n));
+    const F linear = S::fma(S::set(kNats), x, S::set(1.f)), subtracted = S::fma(S::set(-kNats), v, S::set(-1.f));
+    const F rest = S::fma(scale, linear, subtracted);  // exactly 0 if v is x
     return {n, scale, S::fma(S::set(kNats), x, curvature), curvature, S::fma(scale, curvature, rest)};
   }
 

@@ -20,14 +20,46 @@ struct Divergence : PairTerms<S> {
   static constexpr float kRise = R::kRise;
   static constexpr float kFar = 64.f;  // bits; where q / p is larger, p may underflow while q is of weight
 
+  struct Row {
+    double inverse_temperature;
+    float bits_per_logit = float(kLog2e * inverse_temperature);
+    PairSums sums = empty_pair();
+    Frame next{-INFINITY, -INFINITY};  // of the next block, if both distributions have had mass
+  };
+
+  // y = log2 e and v = log2(f / e) of a column. Elements of 16 bits have an exact difference in fp32, so that y and v
+  // are rounded once; fp32 logits are exact less a reference near them, whatever the offset of the two models.
+  template <bool kExactDifference>
+  struct NearTerms {
+    Frame frame;
+    float bits_per_logit;
+    float first = kExactDifference ? -frame.reference * bits_per_logit : frame.reference;
+    float second =
+        kExactDifference ? (frame.reference - frame.other_reference) * bits_per_logit : frame.other_reference;
+    F bits = S::set(bits_per_logit), a = S::set(first), b = S::set(second);
+
+    inline void operator()(F t, F s, F& y, F& v) const {
+      const F x = S::sub(t, a);
+      y = kExactDifference ? S::fma(t, bits, a) : S::mul(x, bits);
+      v = kExactDifference ? S::fma(S::sub(s, t), bits, b) : S::mul(S::sub(S::sub(s, b), x), bits);
+    }
+
+    // `sums` as they are seen from the frame: `first` and `second` were rounded.
+    PairSums in_frame(PairSums sums, double inverse_temperature) const {
+      if (!kExactDifference) return sums;
+      sums.reference = -double(first) / bits_per_logit;
+      sums.other_reference = sums.reference - double(second) / bits_per_logit;
+      return moved(sums, frame.reference, frame.other_reference, inverse_temperature);
+    }
+  };
+
   // `accumulate` where 2^-126 <= q / p <= 2^kFar, from one exponential; `top` and `bottom` tell whether that was so.
   template <bool kOtherEntropy>
-  static inline void accumulate_near(F t, F s, F bits, F reference, F other_reference, Sums& sums, F& top,
-                                     F& bottom) {
-    const F x = S::sub(t, reference), v = S::mul(S::sub(S::sub(s, other_reference), x), bits);
-    const F y = R::template bounded<false>(S::mul(x, bits)), e = S::exp2_of_number(y);  // v shows a NaN
+  static inline void accumulate_near(F y, F v, Sums& sums, F& top, F& bottom) {
+    y = R::template bounded<false>(y);
+    const F e = S::exp2_of_number(y);  // v shows a NaN
     top = S::max(top, v);
-    bottom = S::min(bottom, v);
+    if (S::kExp2IsBounded) bottom = S::min(bottom, v);  // otherwise 2^v is 0 there, as it should be
     const Power ratio = power(v);
     sums.total = S::add(sums.total, e);
     sums.entropy = S::fma(e, y, sums.entropy);
@@ -66,29 +98,35 @@ struct Divergence : PairTerms<S> {
             kLn2 * S::sum(sums.other_entropy)};
   }
 
-  // False if the block is not of the kind that accumulate_near can sum.
+  // False if the block is not of the kind that accumulate_near can sum. `before`: B of the row so far, in this frame.
   template <bool kOtherEntropy, class T>
-  static bool near_sums(const T* t, const T* s, int64_t n, float bits_per_logit, const Frame& frame, PairSums& out) {
-    const F bits = S::set(bits_per_logit), r = S::set(frame.reference), other = S::set(frame.other_reference);
+  static bool near_sums(const T* t, const T* s, int64_t n, const Row& row, const Frame& frame, double before,
+                        PairSums& out) {
+    const NearTerms<sizeof(T) == 2> terms{frame, row.bits_per_logit};
     Sums sums = no_sums();
-    F a, b, c, d, top = S::set(0.f), bottom = top;
+    F a, b, c, d, y, v, top = S::set(0.f), bottom = top;
     const int64_t whole = n / kPair * kPair;
     for (int64_t i = 0; i < whole; i += kPair) {
       S::prefetch(t + i + kBlock, kPair * sizeof(T));
       S::prefetch(s + i + kBlock, kPair * sizeof(T));
       S::load(t + i, a, b);
       S::load(s + i, c, d);
-      accumulate_near<kOtherEntropy>(a, c, bits, r, other, sums, top, bottom);
-      accumulate_near<kOtherEntropy>(b, d, bits, r, other, sums, top, bottom);
+      terms(a, c, y, v);
+      accumulate_near<kOtherEntropy>(y, v, sums, top, bottom);
+      terms(b, d, y, v);
+      accumulate_near<kOtherEntropy>(y, v, sums, top, bottom);
     }
     if (S::any_above(sums.total, kRise) || S::any_above(top, kFar) || S::any_above(negated(bottom), 126.f))
       return false;
     out = in_nats(sums, frame);
     out.weighted = -out.weighted;
     if (!kOtherEntropy) out.other_total = out.total + out.excess - out.weighted;
-    // Below a small B its difference has lost digits that B, and so the gradient, would miss.
-    if (whole && !(std::fabs(out.weighted) <= 16 * out.other_total)) return false;
-    if (whole < n) out = merged(out, general_sums(t + whole, s + whole, n - whole, bits_per_logit, frame), 1.0);
+    // Rounding may leave less than nothing, which `moved` would take for a block without mass of q.
+    if (out.other_total < 1e-30) out.other_total = 1e-30;
+    // M far above B: the difference of this block has lost digits that the row's B, and so the gradient, would miss.
+    if (whole && !(std::fabs(out.weighted) <= 16 * (out.other_total + before))) return false;
+    out = terms.in_frame(out, row.inverse_temperature);
+    if (whole < n) out = merged(out, general_sums(t + whole, s + whole, n - whole, row.bits_per_logit, frame), 1.0);
     return out.entropy == out.entropy && out.other_entropy == out.other_entropy;  // the other sums may hide a NaN
   }
 
@@ -104,17 +142,11 @@ struct Divergence : PairTerms<S> {
     return {float(sums.reference), equal_reference(sums, inverse_temperature)};
   }
 
-  struct Row {
-    double inverse_temperature;
-    float bits_per_logit = float(kLog2e * inverse_temperature);
-    PairSums sums = empty_pair();
-    Frame next{-INFINITY, -INFINITY};  // of the next block, if both distributions have had mass
-  };
-
   template <bool kOtherEntropy, class T>
   static PairSums block_sums(const T* t, const T* s, int64_t n, const Row& row) {
     PairSums block;
-    if (row.next.reference != -INFINITY && near_sums<kOtherEntropy>(t, s, n, row.bits_per_logit, row.next, block))
+    const double before = row.sums.total;  // and of B: the frame makes them equal
+    if (row.next.reference != -INFINITY && near_sums<kOtherEntropy>(t, s, n, row, row.next, before, block))
       return block;
     const float peak = R::row_peak(t, n), other_peak = R::row_peak(s, n);
     if (peak == INFINITY || other_peak == INFINITY || R::has_nan(t, n) || R::has_nan(s, n)) return invalid_pair();
@@ -128,7 +160,7 @@ struct Divergence : PairTerms<S> {
     PairSums block = block_sums<kOtherEntropy>(t, s, n, row);
     if (is_lossy(block, row.sums, row.inverse_temperature)) {
       const Frame frame = own_frame(block, row.inverse_temperature);
-      if (!near_sums<kOtherEntropy>(t, s, n, row.bits_per_logit, frame, block))
+      if (!near_sums<kOtherEntropy>(t, s, n, row, frame, 0, block))
         block = general_sums(t, s, n, row.bits_per_logit, frame);
     }
     row.sums = merged(row.sums, block, row.inverse_temperature);

@@ -85,6 +85,17 @@ def test_hard_rows(implementation, form, vocab):
         check(teacher, student, f"{form}, {name}", temperature=1.3, **FORMS[form])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scales", [(3, 3), (4, 30), (30, 4)])
+def test_rows_of_many_blocks(implementation, scales, dtype):
+    """Blocks are summed in the frame of those before them; in some of them one model has hardly any mass."""
+    spare_cuda(implementation, False)
+    g = torch.Generator().manual_seed(0)
+    teacher, student = (scale * torch.randn(16, 50_003, generator=g) for scale in scales)
+    for form in ("forward", "reverse"):
+        check(teacher.to(dtype), student.to(dtype), form, **FORMS[form])
+
+
 @pytest.mark.parametrize("form", [name for name in FORMS if name not in FULL])
 def test_top_k_and_the_rest(implementation, form):
     for name, (teacher, student) in hard_pairs(300, few(implementation, 6)).items():
