@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -439,7 +440,9 @@ def test_every_instruction_set_of_this_processor(instruction_set):
     used = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, timeout=120)
     if used.stdout.strip() != instruction_set:
         pytest.skip(f"this processor has {used.stdout.strip()} instead")
-    tests = f"{__file__}::test_values_on_hard_rows", f"{__file__}::test_gradient_on_hard_rows"
+    pairs = Path(__file__).with_name("test_divergence.py")
+    tests = [f"{__file__}::{name}" for name in ("test_values_on_hard_rows", "test_gradient_on_hard_rows")]
+    tests += [f"{pairs}::{name}" for name in ("test_hard_rows", "test_rows_of_many_blocks")]
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "compiled", *tests]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout[-4000:]
