@@ -129,7 +129,8 @@ def gradient(
     own_N1 = grad.gather(-1, spare_N1.view(*shape, 1)).reshape(-1, 1).float()
     kept_N1 = among_Nk.gather(1, first_N1).where(any_N1, own_N1)
     column_Nk, among_Nk = column_Nk.where(held_Nk, spare_N1), among_Nk.where(held_Nk, kept_N1)
-    grad.scatter_(-1, column_Nk.view(*shape, -1), among_Nk.to(grad.dtype).view(*shape, -1))
+    of_shape = (*shape, column_Nk.shape[-1])  # not -1: maybe no tokens
+    grad.scatter_(-1, column_Nk.view(of_shape), among_Nk.to(grad.dtype).view(of_shape))
     return grad
 
 

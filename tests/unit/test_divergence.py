@@ -252,8 +252,10 @@ def test_rows_of_any_strides(implementation):
 def test_few_tokens(implementation, form, shape):
     teacher, student = torch.randn(2, *shape, 40), torch.randn(2, *shape, 40)
     check(teacher[0], student[0], kind="forward_kl")
-    value, entropy = divergence(teacher[0], student[0].requires_grad_(), **FORMS[form])
+    value, entropy = divergence(teacher[0], leaf := student[0].requires_grad_(), **FORMS[form])
     assert value.shape == entropy.shape == shape and not entropy.requires_grad
+    value.sum().backward()
+    assert leaf.grad.shape == leaf.shape
 
 
 @pytest.mark.parametrize("form", [*FORMS.values(), {"kind": "forward_kl", "top_k": 4}])

@@ -57,10 +57,11 @@ def test_one_chunk_of_both_is_held_whatever_the_vocabulary(vocab, form):
     assert largest.numel == 2 * 32 * 512
 
 
+@pytest.mark.parametrize("form", ["jsd", "top 5"])
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (1,)])
-def test_no_tokens_and_one(implementation, shape):  # noqa: F811
+def test_no_tokens_and_one(implementation, shape, form):  # noqa: F811
     inputs = operands(False, shape)
-    value, entropy = linear_divergence(*inputs, kind="jsd", chunk_size=64)
+    value, entropy = linear_divergence(*inputs, chunk_size=64, **FORMS[form])
     value.sum().backward()
     assert value.shape == entropy.shape == shape and inputs[2].grad.shape == inputs[2].shape
 
