@@ -7,7 +7,15 @@ import psutil
 import pytest
 
 from tests.processes import abandoned, shared_memory
-from tests.rollout.conftest import client, copies, model, model_directory, servers, wait_until  # noqa: F401  fixtures
+from tests.rollout.conftest import (  # noqa: F401  fixtures
+    client,
+    copies,
+    model,
+    model_directory,
+    servers,
+    shared_servers,
+    wait_until,
+)
 
 
 @pytest.fixture
