@@ -33,8 +33,12 @@ def made_up_rollouts(tokens: int) -> list[Rollout]:
     for group in range(PROMPTS):
         prompt = Prompt(Problem(str(group), "p", "a", "s"), list(range(3, 35)), list(range(3, 99)))
         response = [100 + group + 7 * i for i in range(tokens)]
-        rollouts.append(Rollout(prompt, group, response, [0.0] * tokens, "length", 0, reward=float(group % 2)))
+        rollouts.append(made_up_rollout(prompt, group, response))
     return rollouts
+
+
+def made_up_rollout(prompt: Prompt, group: int, response: list[int]) -> Rollout:
+    return Rollout(prompt, group, response, [0.0] * len(response), "length", 0, reward=float(group % 2))
 
 
 def read_rollouts(source: Path, tokenizer: str, tokens: int, config: Config) -> list[Rollout]:
@@ -48,9 +52,7 @@ def read_rollouts(source: Path, tokenizer: str, tokens: int, config: Config) -> 
     rollouts = []
     for group, problem in enumerate(load_problems(str(source), config.data)[:PROMPTS]):
         response = builder.response_ids(problem, problem.solution)[:tokens]
-        log_probs = [0.0] * len(response)
-        prompt = builder.build(problem)
-        rollouts.append(Rollout(prompt, group, response, log_probs, "length", 0, reward=float(group % 2)))
+        rollouts.append(made_up_rollout(builder.build(problem), group, response))
     return rollouts
 
 
@@ -116,9 +118,10 @@ def main() -> None:
         model = Path(scratch, "model")
         make_model(model, trainable=True, num_hidden_layers=arguments.layers)
         configs = {name: config_of(model, rank) for name, rank in rows.items()}
-        rollouts = made_up_rollouts(arguments.tokens)
         if arguments.tokenizer:
             rollouts = read_rollouts(arguments.problems, arguments.tokenizer, arguments.tokens, configs["all weights"])
+        else:
+            rollouts = made_up_rollouts(arguments.tokens)
         plans = {name: planned(config, rollouts) for name, config in configs.items()}
         pipes, found = {}, {name: [] for name in rows}
         for name, config in configs.items():
