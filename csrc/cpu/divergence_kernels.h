@@ -132,9 +132,9 @@ struct Divergence : PairTerms<S> {
 
   // Whether the references hide what is left of a block of weight behind their own error.
   static bool is_lossy(const PairSums& block, const PairSums& before, double inverse_temperature) {
-    if (!(block.excess > 4e-6 * block.total)) return false;
+    if (!hides_divergence(block)) return false;
     const double scale = before.empty() ? 0 : std::exp((before.reference - block.reference) * inverse_temperature);
-    return block.total * 8 > scale * before.total && finish(block).divergence * block.total < block.excess / 64;
+    return block.total * 8 > scale * before.total;
   }
 
   // The references that make A and B equal.
