@@ -1,23 +1,27 @@
-"""Time of exact divergences of two models: ours, the leanest eager form, torch.compile of it, and GKD's JSD restated.
+"""Time of exact divergences of two models: ours, the leanest eager form, torch.compile of it, and peers' functions.
 
     python -m benchmarks.divergence --device cpu --threads 1
 
-Prints Markdown tables, of one tensor-parallel rank: [N, V] logits of two models to a value per token, and our gradient
-written over the student's logits. The entries run in turn, so that a change of the machine's load meets all of them;
-the numbers are medians. The floor, measured in the same rounds, is the time to read both tensors once; the gradient's
-also writes one. GKD's generalised JSD is what TRL computes; the restatement is ours, written from its formula and the
-tensors that it keeps.
+Prints Markdown tables, of one tensor-parallel rank: [N, V] logits of two models to a value per token, our gradient
+written over the student's logits, and JSD behind the LM head, from hidden states to gradients. The entries run in turn,
+so that a change of the machine's load meets all of them; the numbers are medians. The floor, measured in the same
+rounds, is the time to read both tensors once; the gradient's also writes one.
+
+TRL's, Liger's and NeMo-RL's own functions are called where their packages can be imported, and left out elsewhere.
+`gkd_jsd`, which torch.compile gets, is GKD's generalised JSD, written by us from its formula.
 """
 
 import argparse
 import statistics
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import load, table
-from benchmarks.vocab_parallel import floors, interleaved, machine, running
-from megatron_egrsd.vocab_parallel import divergence, pair_ops
+from benchmarks.vocab_parallel import floors, interleaved, machine, peak_extra_bytes, running
+from megatron_egrsd.vocab_parallel import divergence, linear_divergence, pair_ops
 from megatron_egrsd.vocab_parallel.shard import Shard
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -43,6 +47,33 @@ def gkd_jsd(teacher, student, beta=0.5):
     return (beta * forward + (1 - beta) * backward).sum(-1)
 
 
+def peers(teacher, student) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return what other projects compute of [N, V] logits, by their own functions."""
+
+    def trl():
+        from trl.experimental.gkd import GKDTrainer
+
+        return GKDTrainer.generalized_jsd_loss(student[None], teacher[None], reduction="sum")
+
+    def liger():
+        return liger_jsd().LigerFusedLinearJSDFunction.distillation_loss_fn(student, teacher)
+
+    def nemo_rl():
+        from nemo_rl.algorithms.loss.loss_functions import CrossTokenizerDistillationLossFn as Loss
+
+        loss = SimpleNamespace(temperature=1.0, reverse_kl=False, _same_vocab_masked_kl=lambda kl, *_: kl.sum())
+        return Loss._direct_full_vocab_kl(loss, student, teacher, None, None, tp_group=None, cp_group=None)
+
+    return {"TRL's JSD (GKD)": trl, "Liger's JSD (chunked loss)": liger, "NeMo-RL's forward KL": nemo_rl}
+
+
+def liger_jsd():
+    """Liger's JSD of chunked logits, in torch; ImportError where liger-kernel is not installed."""
+    from liger_kernel.chunked_loss import jsd_loss
+
+    return jsd_loss
+
+
 def logits_of_two(n: int, v: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     g = torch.Generator(device=device).manual_seed(0)
     return [(torch.randn(n, v, generator=g, device=device) * 3).to(dtype) for _ in range(2)]
@@ -61,7 +92,7 @@ def compare(n: int, v: int, dtype: torch.dtype, device: str, rounds: int, compil
             teacher, student, kind="forward_kl", entry_clip=0.05
         ),
         "eager forward KL, leanest": lambda: eager_forward_kl(teacher, student),
-        "JSD as in GKD and TRL, eager": lambda: gkd_jsd(teacher, student),
+        **peers(teacher, student),
     }
     if compiled:
         fused_kl, fused_jsd = (torch.compile(f, dynamic=False) for f in (eager_forward_kl, gkd_jsd))
@@ -95,6 +126,55 @@ def compare_gradients(n: int, v: int, dtype: torch.dtype, device: str, rounds: i
     return interleaved(entries, rounds, device, prepare=lambda name: buffer.copy_(student))
 
 
+def compare_linear(
+    n: int, d: int, v: int, device: str, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float], dict[str, float]]:
+    """Compare JSD from bf16 hidden states [N, D] to the gradients of the student's and of its LM head [V, D].
+
+    Returns each entry's seconds, its transient memory beyond the gradients in bytes, and the relative error of its
+    gradient of the hidden states, in norm, against fp64.
+    """
+    g = torch.Generator(device=device).manual_seed(0)
+    teacher, student = (torch.randn(n, d, generator=g, device=device).bfloat16() for _ in range(2))
+    heads = (torch.randn(v, d, generator=g, device=device) * 2 * d**-0.5 for _ in range(2))
+    teacher_head, student_head = (x.bfloat16() for x in heads)
+    student.requires_grad_()
+    student_head.requires_grad_()
+
+    def gradients(loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(loss, (student, student_head))
+
+    def logits() -> tuple[torch.Tensor, torch.Tensor]:
+        return teacher @ teacher_head.T, student @ student_head.T
+
+    def liger():
+        loss = liger_jsd().LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0)
+        labels = torch.zeros(n, dtype=torch.long, device=device)
+        return gradients(loss(student, student_head, teacher, teacher_head, labels) * n)  # it returns the mean
+
+    entries = running(
+        {
+            "ours, linear_divergence": lambda: gradients(
+                linear_divergence(teacher, teacher_head, student, student_head, kind="jsd").value.sum()
+            ),
+            "ours, of whole logits": lambda: gradients(
+                divergence(*logits(), kind="jsd", inplace_backward=True).value.sum()
+            ),
+            "GKD's JSD of whole logits, eager": lambda: gradients(gkd_jsd(*logits()).sum()),
+            "Liger's fused linear JSD": liger,
+        }
+    )
+    times = interleaved(entries, rounds, device)
+    held = (student.numel() + student_head.numel()) * student.element_size()
+    memory = {name: max(0, peak_extra_bytes(f, device) - held) for name, f in entries.items()}
+    exact_hidden = student.detach().double().requires_grad_()
+    exact_logits = exact_hidden @ student_head.detach().double().T
+    loss = gkd_jsd(teacher.double() @ teacher_head.double().T, exact_logits).sum()
+    (exact,) = torch.autograd.grad(loss, exact_hidden)
+    error = {name: ((f()[0].double() - exact).norm() / exact.norm()).item() for name, f in entries.items()}
+    return times, memory, error
+
+
 def rows_of(times: dict[str, list[float]], floor: str) -> str:
     """Return a table of medians, beside the floor and our forward KL."""
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
@@ -121,6 +201,16 @@ def main() -> None:
         title = f"N = {args.tokens}, V = {args.vocab:,}, {str(dtype)[6:]}"
         print(f"\n**forward, {title}**\n\n{rows_of(compare(*size, not args.no_compile), READ)}")
         print(f"\n**gradient, {title}**\n\n{rows_of(compare_gradients(*size), WRITE)}")
+    n, d, v = (args.tokens, 4096 if args.device == "cuda" else 256, args.vocab)
+    times, memory, error = compare_linear(n, d, v, args.device, args.rounds)
+    ours = statistics.median(times["ours, linear_divergence"])
+    rows = (
+        (name, f"{median * 1e3:.0f}", f"{median / ours:.1f}", f"{memory[name] / 1e6:.0f}", f"{error[name]:.1e}")
+        for name, median in ((name, statistics.median(seconds)) for name, seconds in times.items())
+    )
+    columns = ["", "median ms", "times ours", "transient memory MB", "error of the gradient"]
+    print(f"\n**JSD behind the LM head, forward and backward, N = {n}, D = {d}, V = {v:,}, bf16 operands**\n")
+    print(table(columns, rows))
     print(f"\nAfter the run: {load()}.")
 
 
