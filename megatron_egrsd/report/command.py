@@ -18,7 +18,9 @@ def _parser() -> Parser:
     parser = Parser(prog="megatron-egrsd report", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", type=path, metavar="RUN", help="directory of a run")
     parser.add_argument(
-        "--output", type=path, help="directory of the report (default: the run's, or ./report for several), or file"
+        "--output",
+        type=path,
+        help="directory of the report (default: the run's, or ./report for several); a file with --tokens, --mechanism",
     )
     parser.add_argument("--tokens", type=path, metavar="X", help="a dump (scores/step_NNNNNN.jsonl), or a run")
     parser.add_argument("--mechanism", type=path, metavar="X", help="a dump, or a run: all its dumps")

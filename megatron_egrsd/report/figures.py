@@ -16,7 +16,7 @@ from megatron_egrsd.system.files import atomic
 # The palette of Okabe and Ito without its yellow and black: distinguishable with every colour vision.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 _STYLES = ["-", "--", ":"]  # for more runs than colours
-INK, GREY, _FRAME, _GRID, _PALE = "#1d2125", "#5a6068", "#b0b4b8", "#e4e6e8", "#9db8cc"
+INK, GREY, _FRAME, _GRID, PALE = "#1d2125", "#5a6068", "#b0b4b8", "#e4e6e8", "#9db8cc"
 # In the page these become the page's own light, dark and paper colours.
 _VARIABLES = {INK: "var(--ink)", GREY: "var(--muted)", _FRAME: "var(--line)", _GRID: "var(--line)"}
 
@@ -69,7 +69,7 @@ def frontier(runs: list[Run]) -> Figure:
 
 
 def _one_frontier(axes, steps: list[float], x: list[float], y: list[float]) -> None:
-    axes.plot(x, y, color=_PALE, linewidth=1.5, zorder=1)
+    axes.plot(x, y, color=PALE, linewidth=1.5, zorder=1)
     axes.scatter(x[1:-1], y[1:-1], s=42, color=COLOURS[0], edgecolor="white", linewidth=1, zorder=2)
     ends = {0: ("start", "s", GREY), len(x) - 1: ("end", "*", COLOURS[1])}
     for i, (name, marker, colour) in ends.items():
@@ -125,6 +125,8 @@ def curves(runs: list[Run], panels: list[tuple[str, str]]) -> Figure | None:
         axes = axes_on(figure, grid[n // 3, n % 3])
         entitle(axes, name)
         for i, run in enumerate(runs):
+            if not run.steps:  # evaluated at its start, and not trained yet
+                continue
             steps, values = _series(run, key)
             window = max(1, len(values) // 25)
             if window > 1:
@@ -202,7 +204,7 @@ def mechanism(gap: np.ndarray, weight: np.ndarray, share: dict[str, float], rest
     grid = figure.add_gridspec(1, 2, width_ratios=[1.4, 1])
     left, right = axes_on(figure, grid[0, 0]), axes_on(figure, grid[0, 1])
     deciles = np.arange(1, len(gap) + 1)
-    left.bar(deciles, gap, color=_PALE, width=0.7)
+    left.bar(deciles, gap, color=PALE, width=0.7)
     left.set_xlabel("decile of teacher entropy     sure \N{RIGHTWARDS ARROW} unsure")
     left.set_ylabel("mean |log p_T − log p_S|, nats (bars)")
     other = left.twinx()

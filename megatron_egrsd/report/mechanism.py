@@ -11,10 +11,16 @@ import numpy as np
 
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.objectives.egrsd import confidence, evidence_ratio, magnitude
+from megatron_egrsd.objectives.egrsd import EGRSD, confidence, evidence_ratio, magnitude
 from megatron_egrsd.report import figures
 from megatron_egrsd.report.family import family
-from megatron_egrsd.report.scored_dump import ScoredRollout, dumped_tokens, dumps_of, load_scores
+from megatron_egrsd.report.scored_dump import (
+    ScoredRollout,
+    dumped_tokens,
+    dumps_of,
+    load_scores,
+    with_family_advantages,
+)
 
 REGIMES = ("lock", "mid", "pivot", "fork")
 _LOW, _HIGH = 0.5, 0.7  # quantiles of Hhat that bound the regimes
@@ -62,7 +68,7 @@ def measure(dumps: list[list[ScoredRollout]]) -> Mechanism:
             "the dump holds no teacher's scores: its objective runs none, and there is no gate to look at"
         )
     objective = family(dumps[0][0].objective)["cl_egrsd"]
-    parts = [_batch(batch, objective) for batch in dumps]
+    parts = [_batch(with_family_advantages(batch), objective) for batch in dumps]
     entropy, gap, weight, h, ahead, restored = (np.concatenate(column) for column in zip(*parts, strict=True))
     deciles = np.array_split(np.argsort(entropy, kind="stable"), 10)
     kind = regimes(h, ahead, *thresholds(h))
@@ -89,7 +95,8 @@ def _batch(scored: list[ScoredRollout], objective: ObjectiveConfig) -> tuple[np.
     entropy, teacher, student = tokens.teacher_entropy, tokens.teacher_log_prob, tokens.student_log_prob
     plain = confidence(entropy, tokens.cu_seqlens, replace(objective, lookahead=0), vocab_size=vocab_size)
     looking = confidence(entropy, tokens.cu_seqlens, objective, vocab_size=vocab_size)
-    w = magnitude(evidence_ratio(tokens.advantage, teacher, student), objective.mix, objective.ratio_clip)
+    mix = EGRSD(objective, history=scored[0].history).mix
+    w = magnitude(evidence_ratio(tokens.advantage, teacher, student), mix, objective.ratio_clip)
     gap, restored = (teacher - student).abs(), looking.gate - plain.gate
     columns = entropy, gap, w * plain.gate, looking.normalized_entropy, looking.lookahead_entropy, restored
     return tuple(column.double().numpy() for column in columns)

@@ -4,6 +4,7 @@
 docs/guides/report.md describes the format. Reading needs neither megatron-core nor SGLang, and executes nothing.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.objectives.egrsd import confidence
 from megatron_egrsd.objectives.interface import Tokens, batch_tokens, weigh
 from megatron_egrsd.objectives.load import load_objective
-from megatron_egrsd.objectives.signal import History
+from megatron_egrsd.objectives.signal import History, advantages
 from megatron_egrsd.system.files import atomic
 
 if TYPE_CHECKING:
@@ -195,6 +196,22 @@ def batch_weights(
     known = ("normalized_entropy", "lookahead_entropy", "entropy_scale")
     gate = fields.get("gate", torch.ones_like(tokens.advantage))
     return {"weight": weight, "gate": gate} | divergence | {name: fields[name] for name in known if name in fields}
+
+
+def with_family_advantages(scored: list[ScoredRollout]) -> list[ScoredRollout]:
+    """Return a batch with the family's advantages, from its rewards: an `objective.function` may record others."""
+    objective, history = scored[0].objective, scored[0].history
+    if not objective.function:
+        return scored
+    rewards, groups = (torch.tensor([getattr(r, name) for r in scored]) for name in ("shaped_reward", "group"))
+    signal = advantages(rewards, groups, objective, history).tolist()
+    return [replace(r, advantage=a) for r, a in zip(scored, signal, strict=True)]
+
+
+def full_colour(weights: Iterable[np.ndarray]) -> float:
+    """Return the size of a weight from which on a page shows it in full colour: the 95 % quantile; 1 if all are 0."""
+    sizes = abs(np.nan_to_num(np.concatenate(list(weights))))
+    return float(np.quantile(sizes[sizes > 0], 0.95)) if sizes.any() else 1.0
 
 
 def token_pieces(tokenizer, ids: list[int]) -> list[str]:

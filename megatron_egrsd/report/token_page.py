@@ -5,7 +5,6 @@ computed on the whole batch, and the weights of a user's own objective as the du
 it. All data is escaped, and the page's security policy allows no script but its own.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,18 @@ from jinja2.utils import htmlsafe_json_dumps
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.egrsd import EGRSD, evidence_ratio, magnitude
-from megatron_egrsd.objectives.signal import advantages
 from megatron_egrsd.report.family import NAMES, family, member, settings, title
 from megatron_egrsd.report.html import script, template
 from megatron_egrsd.report.mechanism import REGIMES, regimes, thresholds
-from megatron_egrsd.report.scored_dump import ScoredRollout, batch_weights, dumped_tokens, dumps_of, load_scores
+from megatron_egrsd.report.scored_dump import (
+    ScoredRollout,
+    batch_weights,
+    dumped_tokens,
+    dumps_of,
+    full_colour,
+    load_scores,
+    with_family_advantages,
+)
 from megatron_egrsd.system.files import write_text
 
 MAX_TOKENS = 150_000  # tokens per page that a browser can still show quickly
@@ -39,17 +45,15 @@ def page_data(scored: list[ScoredRollout], groups: list[int]) -> dict:
         members = {"grpo": members["grpo"]}
     if trained == "run":
         members["run"] = objective
-    if objective.function:
-        scored = _with_family_advantages(scored)
+    scored = with_family_advantages(scored)
     weights = {name: _weights(scored, o) for name, o in members.items()}
-    sizes = abs(np.nan_to_num(np.concatenate([row["weight"] for rows in weights.values() for row in rows])))
     bounds = thresholds(np.concatenate([row["h"] for row in weights["cl_egrsd"]])) if has_teacher else ()
     return {
         "objectives": [{"id": id, "name": _names(objective)[id], "settings": settings(o)} for id, o in members.items()],
         "regimes": REGIMES,
         "bounds": bounds,
         "trained": trained,
-        "scale": float(np.quantile(sizes[sizes > 0], 0.95)) if sizes.any() else 1.0,
+        "scale": full_colour(row["weight"] for rows in weights.values() for row in rows),
         "clip": objective.ratio_clip,
         "lookahead": members["cl_egrsd"].lookahead if has_teacher else 0,
         "rollouts": [
@@ -68,13 +72,6 @@ def _names(objective: ObjectiveConfig) -> dict[str, str]:
     if member(objective) == "run":
         names["run"] = f"{title(objective)} (this run)" if objective.function else NAMES["run"]
     return names
-
-
-def _with_family_advantages(scored: list[ScoredRollout]) -> list[ScoredRollout]:
-    """Recompute the advantages from the rewards: a user's own objective may have recorded another signal."""
-    rewards, groups = (torch.tensor([getattr(r, name) for r in scored]) for name in ("shaped_reward", "group"))
-    signal = advantages(rewards, groups, scored[0].objective, scored[0].history).tolist()
-    return [replace(r, advantage=a) for r, a in zip(scored, signal, strict=True)]
 
 
 def _weights(scored: list[ScoredRollout], objective: ObjectiveConfig) -> list[dict[str, np.ndarray]]:

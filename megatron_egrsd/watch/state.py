@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from megatron_egrsd.config import Config
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.samples import load_rollouts
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.report.runs import Run, read_run, value
-from megatron_egrsd.report.scored_dump import load_scores
+from megatron_egrsd.report.scored_dump import full_colour, load_scores
 from megatron_egrsd.run.health import Health
 from megatron_egrsd.system.files import is_empty, is_locked
 
@@ -160,11 +158,10 @@ def _sample(dump: Path) -> Sample | None:
 def _scored(dump: Path) -> Sample:
     scored = load_scores(dump, _CANDIDATES)
     chosen = next((r for r in scored if r.advantage and r.response_ids), scored[0])
-    sizes = abs(np.nan_to_num(np.concatenate([r.weight for r in scored])))
     return Sample(
         chosen.step, chosen.problem.problem, chosen.problem.answer, chosen.right, chosen.finish_reason == "length",
         chosen.pieces, len(chosen.response_ids), chosen.advantage, chosen.weight.tolist(),
-        float(np.quantile(sizes[sizes > 0], 0.95)) if sizes.any() else 1.0,
+        full_colour(r.weight for r in scored),
     )  # fmt: skip
 
 

@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from benchmarks.mechanism.columns import columns
 from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.objectives.signal import History
 from megatron_egrsd.report.command import main
 from megatron_egrsd.report.mechanism import REGIMES, measure, regimes
 from megatron_egrsd.report.scored_dump import save_scores
@@ -46,6 +48,24 @@ def test_deciles_and_restored_weight_against_plain_python():
         if (kinds == i).any():
             assert found.restored[name] == pytest.approx(columns[kinds == i, 5].mean(), rel=1e-4, abs=1e-6)
     assert sum(found.share.values()) == pytest.approx(1) and min(found.restored["pivot"], found.restored["fork"]) >= 0
+
+
+def test_the_weights_are_the_familys_whatever_trained():
+    """OPSD records an advantage of 1 for every rollout, EGRSD one of the sign of the answer; and a mix may decay."""
+    scored = [dataclasses.replace(r, advantage=1.0 if r.right else -1.0) for r in batch(CL_EGRSD)]
+    opsd = dataclasses.replace(CL_EGRSD, function="megatron_egrsd.objectives.distillation:Distillation")
+    others = [dataclasses.replace(r, objective=opsd, advantage=1.0) for r in scored]
+    assert {r.right for r in scored} == {True, False}
+    np.testing.assert_allclose(measure([others]).weight, measure([scored]).weight, rtol=1e-6)
+    weights = [columns([x]).direction for x in (others, scored)]
+    np.testing.assert_array_equal(*weights)
+    decaying = dataclasses.replace(CL_EGRSD, mix_decay_steps=10)
+    begun, ended = ([dataclasses.replace(r, objective=decaying, history=History(steps=n)) for r in scored]
+                    for n in (0, 10))  # fmt: skip
+    np.testing.assert_allclose(measure([begun]).weight, measure([scored]).weight, rtol=1e-6)
+    unmixed = dataclasses.replace(CL_EGRSD, mix=1e-9)
+    alike = [dataclasses.replace(r, objective=unmixed) for r in scored]
+    np.testing.assert_allclose(measure([ended]).weight, measure([alike]).weight, rtol=1e-6)
 
 
 def test_a_flat_gate_restores_nothing_and_grpo_has_none(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The table before/after, the pictures and the report page, all from a run's metrics.jsonl."""
 
 import io
+import json
 import re
 
 import pytest
@@ -129,6 +130,12 @@ def test_the_last_row_of_a_step_counts_and_a_run_without_evaluation_has_a_page(t
     with pytest.raises(BadArgument, match="no evaluation"):
         report.read_evaluations(bare)
     assert (bare / "training.png").exists() and not (bare / "frontier.png").exists()
+
+    begun = tmp_path / "begun"  # evaluated, and not trained yet
+    begun.mkdir()
+    (begun / "metrics.jsonl").write_text(json.dumps({"step": 0, "evaluation/accuracy": 0.5}) + "\n")
+    command.main([str(run), str(begun), "--output", str(tmp_path / "both")])
+    assert "begun" in (tmp_path / "both" / "report.html").read_text()
 
 
 def test_interval():
