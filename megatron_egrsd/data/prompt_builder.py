@@ -17,6 +17,8 @@ from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 
+UNUSED_TOKENS = 2  # SGLang ends a sequence so many tokens before the model's context, or its KV cache, is full
+
 
 class PromptBuilder:
     """Builder of prompts from problems by the tokenizer's chat template.
@@ -122,12 +124,12 @@ class PromptBuilder:
             )
 
     def _check_length(self, problem_id: str, reader: str, ids: list[int]) -> None:
-        limit, most, room = self.config.max_prompt_tokens, self.max_response_tokens, self.context_length
+        limit, most, room = self.config.max_prompt_tokens, self.max_response_tokens, self.context_length - UNUSED_TOKENS
         if len(ids) > limit:
             excess = f"more than data.max_prompt_tokens = {limit}; raise that"
         elif len(ids) + most > room:
-            excess = (f"which with rollout.max_response_tokens = {most} exceed the model's context of {room}; "
-                      "shorten the responses")  # fmt: skip
+            excess = (f"which with rollout.max_response_tokens = {most} exceed the {room} tokens that SGLang samples "
+                      "in the model's context; shorten the responses")  # fmt: skip
         else:
             return
         raise BadRow(

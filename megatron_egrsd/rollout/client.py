@@ -235,6 +235,11 @@ class RolloutClient:
             if "return_routed_experts" in body and generation.response_ids and not generation.routes:
                 raise RunError(f"{server.url} does not say which experts it chose; start it with "
                                "--enable-return-routed-experts, or set rollout.routing_replay false")  # fmt: skip
+            asked, sampled = body["sampling_params"]["max_new_tokens"], len(generation.response_ids)
+            if generation.finish_reason == "length" and sampled < asked:
+                raise RunError(f"{server.url} cut a response after {sampled} of {asked} tokens: with its prompt of "
+                               f"{len(body['input_ids'])} it fills the KV cache or the context length; give the server "
+                               "room for more tokens")  # fmt: skip
             return generation
         except TimeoutError:
             raise _RequestFailed(f"{url} did not answer within rollout.servers.request_timeout = "

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_egrsd.config import ModelConfig
+from megatron_egrsd.data.prompt_builder import UNUSED_TOKENS
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.servers import RolloutServers
@@ -66,6 +67,19 @@ def test_greedy_is_hf_greedy(client, model_directory):
     for prompt, [answer] in zip(PROMPTS[:4], client.generate(PROMPTS[:4], 1, temperature=0.0), strict=True):
         ids = hf.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=2, pad_token_id=0)
         assert answer.response_ids == ids[0, len(prompt) :].tolist()
+
+
+def test_a_response_that_the_server_has_no_room_for_is_an_error(client, model_directory):
+    """SGLang would call it cut at max_new_tokens, and its reward would be 0."""
+    context = load_hf(model_directory).config.max_position_embeddings
+    prompt, on = [5] * (context - 20), {"ignore_eos": True}
+    most = 20 - UNUSED_TOKENS
+    [[answer]] = client.generate([prompt], 1, max_new_tokens=most, sampling=on)
+    assert len(answer.response_ids) == most
+    with pytest.raises(
+        RunError, match=rf"cut a response after {most} of {most + 1} tokens: with its prompt of {len(prompt)}"
+    ):
+        client.generate([prompt], 1, max_new_tokens=most + 1, sampling=on)
 
 
 def test_extra_stop_token(servers):
