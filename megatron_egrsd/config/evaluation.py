@@ -38,7 +38,7 @@ class EvaluationConfig:
         at_start: Evaluate before the first step, too.
         rollouts_per_problem: k of avg@k.
         temperature: Sampling temperature.
-        top_p: Sample from the smallest set of tokens of this probability. This key and `top_k` are for `evaluate`.
+        top_p: Sample from the smallest set of tokens of this probability.
         top_k: Sample from the k most likely tokens; 0 from all.
         protocol: "egrsd_paper" evaluates as the EGRSD paper does: it sets the sets and the keys of sampling (any key
             given beside it overrides it), and adds the paper's table. For `evaluate` alone.

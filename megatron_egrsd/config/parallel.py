@@ -28,7 +28,8 @@ class ParallelConfig:
         recompute: Recompute the activations of every layer in the backward pass.
         overlap_grad_reduce: Reduce gradients over the data-parallel ranks while the last backward pass still runs.
         megatron: Further fields of megatron-core's TransformerConfig that change how, not what it computes: fp8*,
-            recompute_*, cpu_offloading*, *_fusion. The plan does not count them.
+            recompute_*, cpu_offloading*, *_fusion, persist_layer_norm, deallocate_pipeline_outputs. The plan does not
+            count them.
         timeout: Seconds a collective may take; more than rollout.servers.request_timeout, because the other ranks wait
             in a collective while rank 0 samples.
     """

@@ -61,7 +61,16 @@ class ServersConfig:
         object.__setattr__(self, "args", args)
         counts = ("engines", "tensor_parallel", "cpu_threads", "max_concurrent_requests")
         require_positive(self, "rollout.servers", *counts, "start_timeout", "health_timeout", "request_timeout")
-        require_not_negative(self, "rollout.servers", "max_restarts", "request_retries")
+        require_not_negative(self, "rollout.servers", "max_restarts", "request_retries", "max_total_tokens")
+        gpu, share = args.get("base_gpu_id", 0), args.get("mem_fraction_static", 0.5)
+        require(
+            type(gpu) is int and gpu >= 0,
+            f"rollout.servers.args.base_gpu_id is {gpu!r}; it must be the number of a GPU, from 0",
+        )
+        require(
+            isinstance(share, float) and 0 < share < 1,
+            f"rollout.servers.args.mem_fraction_static is {share!r}; it must be a number between 0 and 1",
+        )
         require(
             not (self.colocated and self.urls),
             "rollout.servers.colocated shares GPUs with servers that the run launches; empty rollout.servers.urls",

@@ -98,6 +98,11 @@ def adapter_parameters(arch: Architecture, spec: AdapterSpec) -> int:
     return sum(map(math.prod, adapter_shapes(arch, spec).values()))
 
 
+def trained_parameters(arch: Architecture, spec: AdapterSpec | None) -> int:
+    """Return the number of parameters that are trained: the adapter's, or the model's if `spec` is None."""
+    return adapter_parameters(arch, spec) if spec else arch.num_parameters
+
+
 def adapter_entries(arch: Architecture, spec: AdapterSpec) -> list[Entry]:
     """Return an Entry for every tensor of the adapter, in the order of `adapter_shapes`.
 

@@ -101,7 +101,7 @@ def _mlp(arch: Architecture, tensor: int, h: int, b: int, place: Placement) -> i
     return k * b * (rows * arch.expert_intermediate_size // tensor + 2 * h) + 4 * arch.num_experts
 
 
-def layer_gradients(arch: Architecture, tensor: int, h: int, b: int, place: Placement) -> int:
+def layer_gradients(arch: Architecture, tensor: int, h: int, b: int) -> int:
     """Return the bytes per token of the gradients alive at once in a layer's backward pass, at its peak in the MLP."""
     experts = arch.experts_per_token if arch.num_experts else 1
     width = (arch.expert_intermediate_size or arch.intermediate_size) * experts // tensor

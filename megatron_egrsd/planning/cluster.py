@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
 from megatron_egrsd.config import ParallelConfig, SyncConfig, TeacherConfig
 from megatron_egrsd.config.lora import ATTENTION, TARGETS
+from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.adapters import AdapterSpec, adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.operations import forward_flops
@@ -177,12 +177,17 @@ def _layouts(arch, machine, ranks, rollouts, longest) -> Iterator[ParallelConfig
                 chunks = [v for v in (1, 2, 4) if v == 1 or 1 < pipeline <= arch.num_layers // v]
                 for recompute, virtual in itertools.product((False, True), chunks):
                     uneven = arch.num_layers % (pipeline * virtual)
-                    yield ParallelConfig(
+                    layout = ParallelConfig(
                         tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context, expert=expert,
                         pipeline_layout=arch.balanced_layers(pipeline * virtual) if uneven else [],
                         recompute=recompute, sequence_parallel=tensor > 1, distributed_optimizer=True,
                         max_tokens_per_microbatch=-(-longest // context),
                     )  # fmt: skip
+                    try:
+                        arch.check_parallel(layout)
+                    except BadArgument:
+                        continue
+                    yield layout
 
 
 def _large_stages(arch: Architecture, parallel: ParallelConfig) -> set[int]:
@@ -209,8 +214,11 @@ def _memory(arch: Architecture, parallel: ParallelConfig, ranks: int, lora: Adap
     """The largest rank. Of equal stages it is the first, with most micro-batches in flight, or the last."""
     stages, place = _large_stages(arch, parallel), Placement(gpu=True, transformer_engine=True)
     tokens, bucket = parallel.max_tokens_per_microbatch, SyncConfig().bucket_mib << 20
-    sizes: dict[str, Any] = {"tokens": tokens, "itemsize": 2, "bucket_bytes": bucket, "lora": lora}
-    memory = (rank_memory(arch, parallel, ranks, stage, place, **sizes, teacher=TeacherConfig()) for stage in stages)
+    memory = (
+        rank_memory(arch, parallel, ranks, stage, place, tokens=tokens, itemsize=2, bucket_bytes=bucket,
+                    teacher=TeacherConfig(), lora=lora)
+        for stage in stages
+    )  # fmt: skip
     return max(memory, key=lambda m: m.total)
 
 

@@ -1,21 +1,21 @@
 """Whether the memory of a configuration fits its GPUs, and which change would make it fit."""
 
-import functools
 import importlib.util
 import json
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from megatron_egrsd.config import Config, LoraConfig, ParallelConfig
 from megatron_egrsd.config.lora import ATTENTION, TARGETS
+from megatron_egrsd.data.samples import Prompt
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.adapter_file import configured_spec
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.objectives import Objective
-from megatron_egrsd.objectives.load import load_objective
+from megatron_egrsd.objectives.load import load_objective, needs_teacher
 from megatron_egrsd.planning.activations import Placement
 from megatron_egrsd.planning.memory import HeldTeacher, RankMemory, rank_memory
 
@@ -28,6 +28,24 @@ def placement(config: Config, gpu_memory: int | None) -> Placement:
     return Placement(on_gpu, on_gpu and installed and config.parallel.wants_transformer_engine(config.model.dtype))
 
 
+@dataclass(frozen=True)
+class Longest:
+    """Tokens of the longest sequence that is trained, and of the longest one that the teacher scores, 0 if none is."""
+
+    trained: int
+    scored: int
+
+
+def longest_sequences(config: Config, prompts: Sequence[Prompt]) -> Longest:
+    """Return the lengths of prompt and response together. A teacher's prompt of other rollouts is not known before."""
+    student, teacher = max(len(x.student_ids) for x in prompts), 0
+    if needs_teacher(config.objective):
+        built_later = config.data.reads_siblings
+        teacher = config.data.max_prompt_tokens if built_later else max(len(x.teacher_ids) for x in prompts)
+    response = config.rollout.max_response_tokens
+    return Longest(student + response, teacher + response if teacher else 0)
+
+
 def longest_micro_batch(config: Config, longest: int, ranks: int) -> int:
     """Return the tokens on one rank of the longest micro-batch if no sequence has more than `longest`."""
     p, share = config.parallel, config.parallel.tokens_on_a_rank(longest)
@@ -36,29 +54,47 @@ def longest_micro_batch(config: Config, longest: int, ranks: int) -> int:
 
 
 def memory_of_stages(
-    config: Config, arch: Architecture, ranks: int, place: Placement, tokens: int, held_tokens: int | None = None
+    config: Config,
+    arch: Architecture,
+    ranks: int,
+    place: Placement,
+    tokens: int,
+    scored_tokens: int = 0,
+    held_tokens: int | None = None,
 ) -> list[RankMemory]:
     """Return the bytes of a rank of each pipeline stage of `config`, as `rank_memory` does.
 
-    `held_tokens` are the response tokens of a rank's rollouts; default: all of full length.
+    `tokens` and `scored_tokens` are those of the longest micro-batch on a rank, of training and of the teacher;
+    `held_tokens` the response tokens of a rank's rollouts, by default all of full length.
     """
-    objective, itemsize = load_objective(config.objective), getattr(torch, config.model.dtype).itemsize
-    memory = functools.partial(
-        rank_memory,
-        arch,
-        config.parallel,
-        ranks,
-        place=place,
-        tokens=tokens,
-        itemsize=itemsize,
-        bucket_bytes=config.rollout.sync.bucket_mib << 20,
-        teacher=config.teacher,
-        needs_teacher=objective.needs_teacher,
-        needs_reference=bool(config.objective.kl_coef),
-        lora=configured_spec(config.lora),
-        held=_held(config, objective, ranks, held_tokens) if objective.divergence is not None else None,
-    )
-    return [memory(stage) for stage in range(config.parallel.pipeline)]
+    objective = load_objective(config.objective)
+    return [
+        rank_memory(
+            arch,
+            config.parallel,
+            ranks,
+            stage,
+            place,
+            tokens=tokens,
+            scored_tokens=scored_tokens,
+            itemsize=getattr(torch, config.model.dtype).itemsize,
+            bucket_bytes=config.rollout.sync.bucket_mib << 20,
+            teacher=config.teacher,
+            needs_teacher=objective.needs_teacher,
+            needs_reference=bool(config.objective.kl_coef),
+            lora=configured_spec(config.lora),
+            held=_held(config, objective, ranks, held_tokens) if objective.divergence is not None else None,
+        )
+        for stage in range(config.parallel.pipeline)
+    ]
+
+
+def memory_of_longest(
+    config: Config, arch: Architecture, ranks: int, place: Placement, longest: Longest
+) -> list[RankMemory]:
+    """Return `memory_of_stages` of the longest micro-batches."""
+    trained, scored = (longest_micro_batch(config, n, ranks) if n else 0 for n in (longest.trained, longest.scored))
+    return memory_of_stages(config, arch, ranks, place, trained, scored)
 
 
 def _held(config: Config, objective: Objective, ranks: int, tokens: int | None) -> HeldTeacher:
@@ -77,12 +113,16 @@ def _held(config: Config, objective: Objective, ranks: int, tokens: int | None) 
     )
 
 
-def remedy(config: Config, arch: Architecture, ranks: int, place: Placement, longest: int, gpu_memory: int) -> str:
+def remedy(config: Config, arch: Architecture, ranks: int, place: Placement, longest: Longest, gpu_memory: int) -> str:
     """Return advice: the first change of the parallel section, from mild to severe, with which the model fits.
 
     Adapters in place of all weights change what is trained, so they are named only if no layout fits.
     """
     p, spec = config.parallel, configured_spec(config.lora)
+
+    def fits(other: Config) -> bool:
+        return max(m.total for m in memory_of_longest(other, arch, ranks, place, longest)) <= gpu_memory
+
     for change in _changes(p, arch):
         try:
             other = replace(config, parallel=replace(p, **change))
@@ -92,8 +132,7 @@ def remedy(config: Config, arch: Architecture, ranks: int, place: Placement, lon
                 spec.check(arch, other.parallel.tensor)
         except BadArgument:
             continue
-        tokens = longest_micro_batch(other, longest, ranks)
-        if max(m.total for m in memory_of_stages(other, arch, ranks, place, tokens)) <= gpu_memory:
+        if fits(other):
             new = {k: v for k, v in change.items() if getattr(p, k) != v}
             words = (f"--parallel.{k} {json.dumps(v, separators=(',', ':'))}" for k, v in new.items())
             return f"it fits with {', '.join(words)}"
@@ -101,9 +140,8 @@ def remedy(config: Config, arch: Architecture, ranks: int, place: Placement, lon
     none = f"neither recomputation, the distributed optimizer nor more {sizes} makes it fit"
     if not config.lora.enabled and p.tensor <= arch.num_kv_heads:
         targets = ATTENTION if arch.num_experts else TARGETS
-        lora = replace(config, lora=LoraConfig(rank=64, targets=list(targets)))
-        tokens = longest_micro_batch(config, longest, ranks)
-        if max(m.total for m in memory_of_stages(lora, arch, ranks, place, tokens)) <= gpu_memory:
+        merged = replace(config.rollout, sync=replace(config.rollout.sync, lora="merged"))
+        if fits(replace(config, lora=LoraConfig(rank=64, targets=list(targets)), rollout=merged)):
             names = f" --lora.targets {json.dumps(targets, separators=(',', ':'))}" if arch.num_experts else ""
             return f"{none}; adapters alone would fit: --lora.rank 64{names}"
     return f"{none}: it takes more GPUs"

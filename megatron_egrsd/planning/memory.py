@@ -153,6 +153,7 @@ def rank_memory(
     itemsize: int,
     bucket_bytes: int,
     teacher: TeacherConfig,
+    scored_tokens: int = 0,
     needs_teacher: bool = True,
     needs_reference: bool = False,
     lora: AdapterSpec | None = None,
@@ -164,6 +165,7 @@ def rank_memory(
         itemsize: Bytes of a weight.
         bucket_bytes: Size of a bucket of the weight sync.
         teacher: The weights that the teacher scores with, kept if `needs_teacher` and if they are not the current ones.
+        scored_tokens: Tokens on a rank of the teacher's longest micro-batch, if its sequences are longer than `tokens`.
         needs_reference: Whether the initial weights are kept, for a KL penalty.
         lora: The adapters that are trained; None if all weights are.
         held: What is held for a divergence from the teacher; None if the objective asks for none.
@@ -171,9 +173,11 @@ def rank_memory(
     rank = _Rank(arch, parallel, world_size, stage, place, tokens, itemsize, lora)
     resident = rank.resident(teacher, needs_teacher, needs_reference)
     phases = rank.training_phases(teacher, held)
-    if needs_teacher and teacher.weights == "ema" and itemsize < 4:
-        phases["scoring"] = {"teacher in the type of the weights": _numel(rank.trained) * itemsize,
-                             "one layer": tokens * rank.layer}  # fmt: skip
+    if needs_teacher:
+        cast = teacher.weights == "ema" and itemsize < 4
+        phases["scoring by the teacher"] = {"one layer": max(tokens, scored_tokens) * rank.layer} | (
+            {"teacher in the type of the weights": _numel(rank.trained) * itemsize} if cast else {}
+        )
     if held and rank.is_last:
         states = rank.held_states(held)
         phases = {name: terms | states for name, terms in phases.items()}
@@ -267,7 +271,7 @@ class _Rank:
         """Return what the passes of an update add, and its optimizer step."""
         arch, parallel, b, tokens = self.arch, self.parallel, self.b, self.tokens
         activations = self.activations()
-        backward = {"gradients of activations": tokens * layer_gradients(arch, parallel.tensor, self.h, b, self.place)}
+        backward = {"gradients of activations": tokens * layer_gradients(arch, parallel.tensor, self.h, b)}
         if parallel.recompute:
             backward["recomputed layer"] = tokens * (self.layer - self.h * b)
         phases = {"backward pass of the layers": activations | backward}

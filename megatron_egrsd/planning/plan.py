@@ -3,6 +3,7 @@
 It needs one process and no GPU for any world size. A run that cannot work is refused after the plan, with the reason.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,19 +13,26 @@ import yaml
 
 from megatron_egrsd.config import Config, ParallelConfig
 from megatron_egrsd.data.packing import schedule
+from megatron_egrsd.data.prompt_builder import UNUSED_TOKENS
 from megatron_egrsd.data.samples import Prompt
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.adapter_file import configured_spec
-from megatron_egrsd.hf.adapters import adapter_parameters
+from megatron_egrsd.hf.adapters import adapter_parameters, trained_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.checkpoint import HFCheckpoint, holds_weights
 from megatron_egrsd.hf.staging import free_bytes
 from megatron_egrsd.objectives.load import load_objective, needs_rollouts, needs_teacher
-from megatron_egrsd.planning.fit import longest_micro_batch, memory_of_stages, placement, remedy
+from megatron_egrsd.planning.fit import (
+    Longest,
+    longest_micro_batch,
+    longest_sequences,
+    memory_of_longest,
+    placement,
+    remedy,
+)
 from megatron_egrsd.planning.memory import SERVER_SHARE
 from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.rollout.ports import choose_ports
-from megatron_egrsd.rollout.server_command import first_gpu
 from megatron_egrsd.system import torchrun
 
 
@@ -40,13 +48,15 @@ def print_plan(config: Config, ranks: int | None = None, gpu_memory: int | None 
     """Check everything that needs no new process, and print the resolved plan, once per job.
 
     Of `ranks` training ranks (default: torchrun's, else one) on GPUs of `gpu_memory` bytes (default: the size that
-    torch reports, and no check if there is no GPU). Raises BadArgument if something cannot work; if the plan shows it,
-    the plan is printed before.
+    torch reports, and no check if there is no GPU). With either the plan is another machine's, and the GPUs and nodes
+    of this one are not looked at. Raises BadArgument if something cannot work; if the plan shows it, the plan is
+    printed before.
     """
     if torchrun.rank() != 0:
         return
+    here = ranks is None and gpu_memory is None
     ranks = ranks or torchrun.world_size()
-    prompts, heldout, _ = prepare(config, ranks)
+    prompts, heldout, _ = prepare(config, None if here else ranks)
     plan = resolve(config, prompts, heldout, ranks, gpu_memory)
     print(yaml.safe_dump(asdict(config), sort_keys=False) + "\n" + "\n".join(plan.lines))
     if plan.refusals:
@@ -80,14 +90,14 @@ def resolve(
     if not needs_rollouts(config.objective):
         plan.add("rollouts", "none: the reference solutions are trained, and no server starts")
     elif config.debug != "train-only":
-        _add_servers(plan, config, arch, longest, gpu_memory)
+        _add_servers(plan, config, arch, longest.trained, gpu_memory)
     if config.debug != "rollout-only":
         _add_disk(plan, config, arch)
     return plan
 
 
-def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout, ranks: int) -> int:
-    """Add model, layout and batch to `plan`; returns the tokens of the longest possible sequence."""
+def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout, ranks: int) -> Longest:
+    """Add model, layout and batch to `plan`; returns the tokens of the longest possible sequences."""
     data_parallel = config.check_world(ranks)
     p, r, o = config.parallel, config.rollout, config.optimizer
     padded = arch.padded_vocab_size(p.tensor)
@@ -131,19 +141,21 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
         most = 1 + (config.data.wrong_siblings if load_objective(config.objective).needs_contexts else 0)
         plan.add("", f"the teacher scores each response after {min(most, r.rollouts_per_prompt - 1)} or fewer others "
                      f"of its prompt, those that fit into {config.data.max_prompt_tokens:,} tokens")  # fmt: skip
-    longest = max(len(x.student_ids) for x in prompts) + config.rollout.max_response_tokens
-    budget, share = p.max_tokens_per_microbatch, p.tokens_on_a_rank(longest)
+    longest = longest_sequences(config, prompts)
+    budget, share = p.max_tokens_per_microbatch, p.tokens_on_a_rank(longest.trained)
     most = len(schedule([[share] * per_rank], budget, p.round_of_micro_batches)[0])
     bubble = f", {_bubble(p, most)} of the time in the pipeline's bubble" if p.pipeline > 1 else ""
     plan.add(
         "",
-        f"samples of at most {longest:,} tokens"
+        f"sequences of at most {longest.trained:,} tokens"
         + (f", {share:,} of them on each CP rank," if p.context > 1 else "")
         + f" in micro-batches of at most {budget:,}: at most {most} an update a rank{bubble}",
     )
+    if longest.scored:
+        plan.add("", f"the teacher scores sequences of at most {longest.scored:,} tokens")
     if share > budget:
         plan.add(
-            "", f"a sample longer than parallel.max_tokens_per_microbatch = {budget:,} is a micro-batch of its own"
+            "", f"a sequence longer than parallel.max_tokens_per_microbatch = {budget:,} is a micro-batch of its own"
         )
     plan.add(
         "run",
@@ -175,11 +187,11 @@ def _bubble(parallel: ParallelConfig, micro_batches: int) -> str:
 
 
 def _add_memory(
-    plan: Plan, config: Config, arch: Architecture, ranks: int, longest: int, gpu_memory: int | None
+    plan: Plan, config: Config, arch: Architecture, ranks: int, longest: Longest, gpu_memory: int | None
 ) -> None:
     """Add the bytes of the largest rank, term by term, and a refusal if they exceed the GPU's memory."""
-    place, tokens = placement(config, gpu_memory), longest_micro_batch(config, longest, ranks)
-    stages = memory_of_stages(config, arch, ranks, place, tokens)
+    place, tokens = placement(config, gpu_memory), longest_micro_batch(config, longest.trained, ranks)
+    stages = memory_of_longest(config, arch, ranks, place, longest)
     worst = max(stages, key=lambda m: m.total)
     kind = "a GPU with Transformer Engine" if place.transformer_engine else "a GPU" if place.gpu else "the CPU"
     plan.add(
@@ -224,17 +236,20 @@ def _add_servers(plan: Plan, config: Config, arch: Architecture, longest: int, g
             choose_ports(r.host, r.port, r.engines)
         except BadArgument as error:
             plan.refusals.append(str(error))
-    gpus = torch.cuda.device_count()
-    last = first_gpu(r, torchrun.local_world_size(), gpus) + r.engines * r.tensor_parallel - 1
-    if torch.cuda.is_available() and last >= gpus:
-        plan.refusals.append(f"the servers need GPUs up to number {last}, and there are {gpus}")
+    if r.max_total_tokens and r.max_total_tokens < longest + UNUSED_TOKENS:
+        plan.refusals.append(
+            f"rollout.servers.max_total_tokens = {r.max_total_tokens:,} is too few for one longest response with its "
+            f"prompt; raise it to {longest + UNUSED_TOKENS:,} or more"
+        )
+        return
     if gpu_memory is None:
         return
     b, tensor = getattr(torch, config.model.dtype).itemsize, r.tensor_parallel
     weights = arch.num_parameters * b // tensor
     token = arch.kv_cache_bytes(b, tensor)
-    share = float(r.args.get("mem_fraction_static", SERVER_SHARE))
+    share = r.args.get("mem_fraction_static", SERVER_SHARE)
     held = int(max(0, share * gpu_memory - weights) // token)
+    held = min(held, r.max_total_tokens or held)
     plan.add("", f"weights {readable(weights)} a GPU; the KV cache holds about {held:,} tokens of {readable(token)}, "
                  f"{held // longest} responses of full length")  # fmt: skip
     if held < longest:
@@ -242,12 +257,6 @@ def _add_servers(plan: Plan, config: Config, arch: Architecture, longest: int, g
             f"a server of rollout.servers.tensor_parallel = {tensor} has room for {held:,} tokens beside the weights, "
             f"less than the {longest:,} of one longest response; raise it"
         )
-
-
-def _trained_parameters(config: Config, arch: Architecture) -> int:
-    """Return the parameters that are trained: those of the adapters, or all."""
-    spec = configured_spec(config.lora)
-    return adapter_parameters(arch, spec) if spec else arch.num_parameters
 
 
 def checkpoint_bytes(config: Config, arch: Architecture) -> int:
@@ -258,25 +267,27 @@ def checkpoint_bytes(config: Config, arch: Architecture) -> int:
     b = getattr(torch, config.model.dtype).itemsize
     main = 4 if b < 4 or config.parallel.distributed_optimizer else 0
     teacher = {"ema": 4, "snapshot": b}.get(config.teacher.weights, 0) if needs_teacher(config.objective) else 0
-    return _trained_parameters(config, arch) * (b + 8 + main + teacher)
+    return trained_parameters(arch, configured_spec(config.lora)) * (b + 8 + main + teacher)
 
 
 def _add_disk(plan: Plan, config: Config, arch: Architecture) -> None:
     """Add the bytes that the run writes and the free bytes; a refusal if these are too few."""
     b = getattr(torch, config.model.dtype).itemsize
-    model, adapter = arch.num_parameters * b, _trained_parameters(config, arch) * b
+    model, adapter = arch.num_parameters * b, trained_parameters(arch, configured_spec(config.lora)) * b
     exports = {"final model": model} if config.lora.exports_model else {}
     if config.lora.exports_adapter:
         exports["adapter" if exports else "final adapter"] = adapter
     one_checkpoint = checkpoint_bytes(config, arch)
-    # At most at once: the newest `keep`, the best one if there is an evaluation, and the one being written.
-    count = config.checkpoint.keep + 1 + bool(config.data.evaluation) if config.checkpoint.every else 0
+    every, count = config.checkpoint.every, 0
+    if every:  # at most at once: the newest `keep`, the best one if there is an evaluation, and the one being written
+        count = min(config.checkpoint.keep + 1 + bool(config.data.evaluation), math.ceil(config.steps / every))
     needed = sum(exports.values()) + count * one_checkpoint
     parts = [f"{name} {readable(size)}" for name, size in exports.items()]
     parts += [f"{count} checkpoints of {readable(one_checkpoint)}"] if count else []
-    if config.rollout.sync.transport == "disk":
-        needed += model
-        parts.append(f"weight sync {readable(model)}")
+    if config.rollout.sync.transport == "disk" and needs_rollouts(config.objective) and not config.debug:
+        sent = adapter if config.lora.enabled and config.rollout.sync.lora == "adapter" else model
+        needed += sent
+        parts.append(f"weight sync {readable(sent)}")
     free = free_bytes(config.output)
     plan.add("output", str(config.output), f"  {' + '.join(parts)}; {readable(free)} free")
     if not count:

@@ -25,8 +25,8 @@ from megatron_egrsd.system.files import check_outside, check_writable, is_empty
 def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], list[Prompt], AutoTokenizer]:
     """Check a run, and return its training prompts, held-out prompts and tokenizer.
 
-    `ranks` are the training ranks to check for; default: torchrun's. Raises BadArgument if something cannot work;
-    nothing has been started or written then.
+    `ranks` are the training ranks of a plan for another machine; default: torchrun's, whose nodes and GPUs are checked
+    too. Raises BadArgument if something cannot work; nothing has been started or written then.
     """
     arch = Architecture.from_pretrained(config.model.path)
     arch.check_parallel(config.parallel)
@@ -87,15 +87,20 @@ def _check_nodes(config: Config) -> None:
 
 
 def _check_gpus(config: Config, ranks: int, count: int) -> None:
-    """Raise BadArgument if the `ranks` ranks of this node do not have a GPU each of its `count`.
+    """Raise BadArgument if the `ranks` ranks of this node do not have a GPU each of its `count`, or its servers none.
 
-    And if a server would begin at one of theirs, and NCCL would have to join the two.
+    And if a server would begin at a GPU of a rank, and NCCL would have to join the two.
     """
     if ranks > count and config.debug != "rollout-only":
         raise BadArgument(f"this node has {count} GPU(s), too few for its {ranks} training ranks")
     servers = config.rollout.servers
-    joined = config.rollout.sync.transport == "distributed" and not (servers.urls or config.debug)
-    if joined and needs_rollouts(config.objective) and (first := first_gpu(servers, ranks, count)) < ranks:
+    if servers.urls or config.debug == "train-only" or not needs_rollouts(config.objective):
+        return
+    first = first_gpu(servers, ranks, count)
+    last = first + servers.engines * servers.tensor_parallel - 1
+    if last >= count:
+        raise BadArgument(f"the servers need GPUs up to number {last}, counted from 0, and this node has {count}")
+    if config.rollout.sync.transport == "distributed" and not config.debug and first < ranks:
         raise BadArgument(
             f"the servers would begin at GPU {first}, which training rank {first} has, and NCCL joins no two processes "
             "on one GPU: leave GPUs to the servers by fewer training ranks, or set rollout.sync.transport to ipc"

@@ -45,7 +45,7 @@ def first_gpu(config: ServersConfig, ranks: int, count: int) -> int:
     It is 0 if the `count` GPUs of the node do not suffice for both, or if ranks and servers take turns (colocated).
     """
     if "base_gpu_id" in config.args:
-        return int(config.args["base_gpu_id"])
+        return config.args["base_gpu_id"]
     apart = not config.colocated and ranks + config.engines * config.tensor_parallel <= count
     return ranks if apart else 0
 

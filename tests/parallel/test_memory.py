@@ -63,7 +63,10 @@ def _bytes(tensors) -> int:
 
 
 def _measure(rank, world_size, config, path):
-    """Return this rank's (resident bytes by name, peak bytes that step 2 adds, longest micro-batch, stage)."""
+    """Return this rank's resident bytes by name, peak bytes that step 2 adds, stage, and tokens of micro-batches.
+
+    These are the tokens of the longest one of training, and of all passes.
+    """
     from megatron.core import parallel_state
 
     from megatron_egrsd.engine.optimizer import parts
@@ -84,7 +87,7 @@ def _measure(rank, world_size, config, path):
 
         def note(*args):
             batches = micro_batches(*args)
-            lengths[:] = [batch.tokens.numel() for batch in batches]
+            lengths.append(max(batch.tokens.numel() for batch in batches))
             return batches
 
         engine.passes.micro_batches = note
@@ -92,7 +95,8 @@ def _measure(rank, world_size, config, path):
             learn(engine, rollouts, config)
         resident = {"weights": _bytes(weights), "gradients (fp32)": _bytes(gradients), "optimizer": _bytes(state),
                     "teacher": _bytes(teacher)}  # fmt: skip
-        return resident, live.peak - live.start, max(lengths), parallel_state.get_pipeline_model_parallel_rank()
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        return resident, live.peak - live.start, stage, lengths[-1], max(lengths)
 
 
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 192}
@@ -128,6 +132,8 @@ LAYOUTS = {
     "OPSD, moving average": (1, "bfloat16", {}, True, "ema"),
     "SRPO, LoRA": (1, "float32", {}, True, "frozen"),
     "SDPO, moving average": (1, "float32", {}, False, "ema"),
+    "teacher prompts of 4000 tokens": (1, "float32", {"recompute": True}, True, "live"),
+    "teacher prompts of 4000 tokens, TP2 SP": (2, "bfloat16", {"tensor": 2, "sequence_parallel": True}, True, "live"),
 }
 
 
@@ -151,6 +157,9 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
         dataclasses.replace(r, response_ids=r.response_ids * 8, rollout_log_probs=r.rollout_log_probs * 8)
         for r in made_up_rollouts()
     ]
+    if name.startswith("teacher prompts"):
+        longer = [dataclasses.replace(r.prompt, teacher_ids=(r.prompt.teacher_ids * 4000)[-4000:]) for r in rollouts]
+        rollouts = [dataclasses.replace(r, prompt=prompt) for r, prompt in zip(rollouts, longer, strict=True)]
     save_rollouts(rollouts, tmp_path / "rollouts.jsonl")
     objective = dataclasses.replace(GROUPS, kl_coef=0.1 * ("KL" in name))
     if preset := re.match("OPSD|SDPO|SRPO", name):
@@ -163,12 +172,12 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
         lora=LoraConfig(rank=16 * ("LoRA" in name), targets=list(ATTENTION if attention else TARGETS)),
         max_log_prob_difference=100.0,  # the rollouts are made up
     )
-    for rank, (resident, peak, tokens, stage) in enumerate(
+    for rank, (resident, peak, stage, tokens, scored) in enumerate(
         run_ranks(_measure, ranks, config, tmp_path / "rollouts.jsonl", timeout=240)
     ):
         arch = Architecture.from_pretrained(model)
         held = sum(len(r.response_ids) for r in rollouts)
-        predicted = memory_of_stages(config, arch, ranks, Placement(False, False), tokens, held)[stage]
+        predicted = memory_of_stages(config, arch, ranks, Placement(False, False), tokens, scored, held)[stage]
         expected = dict(predicted.resident)
         if "LoRA" in name:
             expected["weights"] = expected.pop("frozen weights") + expected.pop("adapters")

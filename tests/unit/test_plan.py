@@ -24,7 +24,7 @@ from megatron_egrsd.evaluation.evaluated_model import hugging_face
 from megatron_egrsd.hf.adapters import AdapterSpec, adapter_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.activations import Placement
-from megatron_egrsd.planning.fit import memory_of_stages, placement, remedy
+from megatron_egrsd.planning.fit import Longest, longest_sequences, memory_of_stages, placement, remedy
 from megatron_egrsd.planning.plan import Plan, _add_weights, checkpoint_bytes, print_plan, resolve
 from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.rollout.server_command import check_served_adapters, check_served_model, first_gpu
@@ -146,7 +146,7 @@ def test_no_layout_is_advised_that_the_adapters_cannot_have(model, monkeypatch):
     adapters = ["--lora.rank", "16", "--lora.targets", '["q_proj","k_proj","v_proj","o_proj"]']
     for words, advice in (([], "it fits with --parallel.tensor 8"), (adapters, "it takes more GPUs")):
         arch, place = Architecture.from_pretrained(path), Placement(True, True)
-        assert remedy(config_8b(path, *words), arch, 64, place, 1000, 1).endswith(advice)
+        assert remedy(config_8b(path, *words), arch, 64, place, Longest(1000, 1000), 1).endswith(advice)
 
 
 def test_a_teacher_that_nothing_reads_is_not_counted(model):
@@ -155,7 +155,7 @@ def test_a_teacher_that_nothing_reads_is_not_counted(model):
         config = config_8b(path, *words, "--objective.attenuation", attenuation)
         stages = memory_of_stages(config, Architecture.from_pretrained(path), 4, Placement(False, False), 16384)
         for rank in stages:
-            assert ("scoring" in rank.phases) is ("teacher (ema)" in rank.resident) is counted
+            assert ("scoring by the teacher" in rank.phases) is ("teacher (ema)" in rank.resident) is counted
 
 
 def test_responses_too_long_for_a_rank(model):
@@ -169,7 +169,8 @@ def test_responses_too_long_for_a_rank(model):
     assert not refusals(plan, "but a GPU has")
     lines = "\n".join(plan.lines)
     assert "64 ranks = TP 8 x PP 1 x CP 4 x DP 2, sequence parallel" in lines
-    assert "samples of at most 121,299 tokens, 30,326 of them on each CP rank, in micro-batches of" in lines
+    assert "sequences of at most 121,299 tokens, 30,326 of them on each CP rank, in micro-batches of" in lines
+    assert "the teacher scores sequences of at most 121,899 tokens" in lines
     assert "30,326 tokens a micro-batch" in lines and "15.30 GiB of 15.40 GiB" in lines
 
 
@@ -231,7 +232,7 @@ def test_adapters_alone_have_gradients_adam_and_a_teacher(weights, copies, saved
     """Two bytes a parameter for the frozen weights, and no second copy of them for a teacher or a KL reference."""
     path = model("Qwen3-8B")
     arch = Architecture.from_pretrained(path)
-    words = ["--lora.rank", "64", "--parallel.tensor", "1", "--parallel.sequence_parallel", "false"]
+    words = [*LORA, "--parallel.sequence_parallel", "false"]
     config = config_8b(path, *words, "--teacher.weights", weights, "--objective.kl_coef", "0.1")
     adapter = adapter_parameters(arch, AdapterSpec(64, 128, TARGETS))
     memory = memory_of_stages(config, arch, 1, Placement(False, False), 16384)[0]
@@ -339,6 +340,7 @@ def test_a_tied_mixture_is_not_sampled_from(tmp_path):
         (8, 8, 8, ["--rollout.sync.transport", "ipc", "--rollout.servers.colocated", "true"], 0, ""),
         (8, 8, 1, ["--rollout.servers.urls", '["http://10.0.0.3:30000"]'], 0, ""),
         (8, 4, 1, ["--rollout.sync.transport", "ipc"], 0, r"has 4 GPU\(s\), too few for its 8"),
+        (8, 8, 9, ["--rollout.sync.transport", "ipc"], 0, "need GPUs up to number 8, .* this node has 8"),
     ],
 )
 def test_servers_begin_behind_the_gpus_of_the_ranks(ranks, gpus, engines, words, first, refused, model, monkeypatch):
@@ -346,6 +348,8 @@ def test_servers_begin_behind_the_gpus_of_the_ranks(ranks, gpus, engines, words,
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=200 * GIB))
+    monkeypatch.setattr("megatron_egrsd.planning.plan.free_bytes", lambda _: 1 << 50)
     config = config_8b(model("Qwen3-8B"), "--rollout.servers.engines", str(engines), "--data.train",
                        "examples/tiny/train.jsonl", *words)  # fmt: skip
     assert first_gpu(config.rollout.servers, ranks, gpus) == first
@@ -354,6 +358,10 @@ def test_servers_begin_behind_the_gpus_of_the_ranks(ranks, gpus, engines, words,
             prepare(config)
     else:
         prepare(config)
+    # A dry run says the same, but not where it plans another machine.
+    with pytest.raises(BadArgument, match=refused) if refused else contextlib.nullcontext():
+        print_plan(config)
+    print_plan(config, ranks)
 
 
 @pytest.mark.parametrize(
@@ -391,12 +399,57 @@ def test_ports_that_are_taken(model):
 
 def test_disk(model):
     path = model("Qwen3-8B")
-    plan = resolve(config_8b(path, "--checkpoint.every", "1", "--checkpoint.keep", "100000"), PROMPTS, [], 4)
+    every, many = ["--checkpoint.every", "1"], ["--checkpoint.keep", "100000", "--steps", "200000"]
+    plan = resolve(config_8b(path, *every, *many), PROMPTS, [], 4)
     assert any(re.search(r"needs [\d.]+ TiB of disk, and .* are free", reason) for reason in plan.refusals)
     assert any("15.26 GiB + 100001 checkpoints of 106.80 GiB" in line for line in plan.lines), plan.lines
+    few = resolve(config_8b(path, *every, *many, "--checkpoint.every", "20", "--steps", "50"), PROMPTS, [], 4)
+    assert any("15.26 GiB + 3 checkpoints of 106.80 GiB" in line for line in few.lines), few.lines  # 20, 40, 50
     assert not any("while a checkpoint is written" in line for line in plan.lines)
     plan = resolve(config_8b(path, "--checkpoint.every", "1", "--checkpoint.asynchronous", "true"), PROMPTS, [], 4)
     assert any("while a checkpoint is written: 106.80 GiB over all ranks" in line for line in plan.lines), plan.lines
+
+
+LORA = ["--lora.rank", "64", "--parallel.tensor", "1", "--parallel.sequence_parallel", "false"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sent"),
+    [
+        ([], "weight sync 15.26 GiB"),
+        ([*LORA], "weight sync 15.26 GiB"),
+        ([*LORA, "--rollout.sync.lora", "adapter"], "weight sync 333.00 MiB"),
+        (["--objective.preset", "sft"], ""),
+        (["--debug", "train-only", "--replay", "."], ""),
+    ],
+)
+def test_disk_of_the_weight_sync(words, sent, model):
+    disk = ["--rollout.sync.transport", "disk"]
+    lines = "\n".join(resolve(config_8b(model("Qwen3-8B"), *disk, *words), PROMPTS, [], 4).lines)
+    assert sent in lines and ("weight sync" in lines.partition("output")[2]) is bool(sent), lines
+
+
+def test_a_cache_that_holds_no_longest_response_is_refused(model):
+    path, longest = model("Qwen3-8B"), 1299 + 8192  # the longest prompt of PROMPTS and its response
+    words = ["--rollout.max_response_tokens", "8192", "--rollout.servers.max_total_tokens"]
+    for gpu_memory in (None, 80 * GIB):
+        plan = resolve(config_8b(path, *words, str(longest + 1)), PROMPTS, [], 4, gpu_memory)
+        (reason,) = refusals(plan, "max_total_tokens")
+        assert reason.endswith(f"raise it to {longest + 2:,} or more")
+        plan = resolve(config_8b(path, *words, str(longest + 2)), PROMPTS, [], 4, gpu_memory)
+        assert not refusals(plan, "max_total_tokens")
+    assert any(f"holds about {longest + 2:,} tokens" in line for line in plan.lines), plan.lines
+
+
+def test_the_teachers_longer_sequences_count(model):
+    path, longer = model("Qwen3-8B"), [Prompt(p.problem, p.student_ids, [1] * 39_000) for p in PROMPTS]
+    words = ["--rollout.max_response_tokens", "1000", "--parallel.max_tokens_per_microbatch", "1000"]
+    short, long = ("\n".join(resolve(config_8b(path, *words), x, [], 128).lines) for x in (PROMPTS, longer))
+    for lines, scored in ((short, "2,899"), (long, "40,000")):
+        assert "of at most 2,299 tokens in" in lines and f"scores sequences of at most {scored} tokens" in lines
+    assert "at the peak, the scoring by the teacher:" in long and "scoring" not in short
+    siblings = config_8b(path, *words, "--data.teacher_context", "sibling", "--rollout.rollouts_per_prompt", "4")
+    assert longest_sequences(siblings, PROMPTS).scored == siblings.data.max_prompt_tokens + 1000
 
 
 def test_an_output_that_cannot_be_written_is_refused(model, tmp_path, monkeypatch):

@@ -105,6 +105,15 @@ def test_one_step_off_hides_the_shorter_of_sampling_and_training():
     assert step_time.step_seconds(generate, 0.5, train, 0.25, staleness=1, slowdown=(2, 1)).tolist() == [6.5, 2.75]
 
 
+def test_experts_are_not_divided_over_more_ranks_than_divide_them():
+    few = PUBLISHED["Qwen3-30B-A3B"] | {"num_experts": 12}
+    arch, machine = Architecture.from_config(few), MACHINES["H200"]
+    layouts = list(cluster._layouts(arch, machine, 16, 256, 4096))
+    assert {p.expert for p in layouts} == {1, 2, 4}
+    for parallel in layouts:
+        arch.check_parallel(parallel)
+
+
 @pytest.mark.heavy
 def test_tables(tmp_path):
     plan = [sys.executable, "-m", "megatron_egrsd", "plan"]
