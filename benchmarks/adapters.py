@@ -59,12 +59,14 @@ def read_rollouts(source: Path, tokenizer: str, tokens: int, config: Config) -> 
 def planned(config: Config, rollouts: list[Rollout]) -> int:
     """Bytes that the dry run plans for `rollouts`, without the weight sync, which these steps lack."""
     from megatron_egrsd.hf.architecture import Architecture
-    from megatron_egrsd.planning.fit import longest_micro_batch, memory_of_stages, placement
+    from megatron_egrsd.planning.fit import Longest, memory_of_longest, placement
 
-    longest = max(len(r.prompt.teacher_ids) + len(r.response_ids) for r in rollouts)
-    tokens = longest_micro_batch(config, longest, ranks=1)
+    longest = Longest(
+        max(len(r.prompt.student_ids) + len(r.response_ids) for r in rollouts),
+        max(len(r.prompt.teacher_ids) + len(r.response_ids) for r in rollouts),
+    )
     arch = Architecture.from_pretrained(config.model.path)
-    (memory,) = memory_of_stages(config, arch, 1, placement(config, None), tokens)
+    (memory,) = memory_of_longest(config, arch, 1, placement(config, None), longest)
     phases = [sum(terms.values()) for phase, terms in memory.phases.items() if phase != "weight sync"]
     return sum(memory.resident.values()) + max(phases)
 

@@ -10,14 +10,13 @@ already is read, not repeated.
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks.measure import table
+from benchmarks.measure import load, table
 from benchmarks.runs import CONFIG, ROOT, TRAIN, metrics, run
 
 TINY = ROOT / "examples/tiny/model"
@@ -161,7 +160,7 @@ def main() -> None:
                 path = output / f"{name}-{system.replace(', ', '-').replace(' ', '-')}-{repeat}"
                 runs[system].append(measure(system, path, case, checkpoint, options.trl_python))
                 print(f"{path.name}: median step {median(r['time/step'] for r in runs[system][-1][1:-1]):.2f} s; "
-                      f"load average {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)  # fmt: skip
+                      f"{load()}", file=sys.stderr, flush=True)  # fmt: skip
         print_table(name, runs, case)
 
 

@@ -11,7 +11,6 @@ its prediction needs: virtual cores may be threads of one.
 
 import argparse
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from statistics import fmean, median
 
 import numpy as np
 
-from benchmarks.measure import table
+from benchmarks.measure import load, table
 from benchmarks.runs import CONFIG, TRAIN, metrics, run
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.planning.preflight import prepare
@@ -120,8 +119,8 @@ def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
             phases[mode].append({name: values[1:-1] for name, values in seconds.items()})
             ahead = [seconds["generate"][2:], *(seconds[phase][1:-1] for phase in ("score", "train", "sync"))]
             overlapped[mode].append(ahead)  # one step off, a step trains while the next one's batch is sampled
-            print(f"{mode} {repeat}: median step {median(phases[mode][-1]['step']):.2f} s; "
-                  f"load average {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)  # fmt: skip
+            print(f"{mode} {repeat}: median step {median(phases[mode][-1]['step']):.2f} s; {load()}",
+                  file=sys.stderr, flush=True)  # fmt: skip
     medians = {
         mode: {name: median(np.concatenate([run[name] for run in runs])) for name in (*PHASES, "tokens")}
         for mode, runs in phases.items()

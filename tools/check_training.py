@@ -28,11 +28,11 @@ from megatron_egrsd.data.packing import schedule
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout
 from megatron_egrsd.engine.build import build_engine
 from megatron_egrsd.hf.adapter_file import configured_spec
-from megatron_egrsd.hf.adapters import adapter_parameters
+from megatron_egrsd.hf.adapters import trained_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.learn import learn
 from megatron_egrsd.planning.fit import memory_of_stages, placement
-from megatron_egrsd.planning.machines import MACHINES
+from megatron_egrsd.planning.machines import machine_of
 from megatron_egrsd.planning.plan import readable
 from megatron_egrsd.planning.step_time import pass_seconds, update_seconds
 
@@ -180,15 +180,14 @@ def check(
 
 def planned_seconds(config: Config, arch: Architecture, rollouts: list[Rollout]) -> float:
     """Return the seconds of a step by the step-time model: the teacher's scores, and the update on all `rollouts`."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    machine = next((m for key, m in MACHINES.items() if key in name), None)
+    machine = machine_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if machine is None:
         return 0.0
     responses = [len(r.response_ids) for r in rollouts]
     teachers = [len(r.prompt.teacher_ids) + n for r, n in zip(rollouts, responses, strict=True)]
     students = [len(r.prompt.student_ids) + n for r, n in zip(rollouts, responses, strict=True)]
     spec, rows = configured_spec(config.lora), sum(responses)
-    trained = adapter_parameters(arch, spec) if spec else arch.num_parameters
+    trained = trained_parameters(arch, spec)
     return (
         pass_seconds(machine, arch, config.parallel, 1, teachers, rows, train=False, lora=spec)
         + pass_seconds(machine, arch, config.parallel, 1, students, rows, train=True, lora=spec)

@@ -116,6 +116,8 @@ def _changed(section: Section, root: Path) -> str:
     """Return the newest commit that changed a line with a quantity; "" if they are not committed."""
     lines = [n for n, line in enumerate(section.text.splitlines(), section.first) if _QUANTITY.search(line)]
     spans = [word for n in lines for word in ("-L", f"{n},{n}")]
+    if not _git(root, "ls-files", "--", section.page):
+        return ""
     porcelain = _git(root, "blame", "--line-porcelain", *spans, "--", section.page)
     commits = re.findall(r"^([0-9a-f]{40}) \d+ \d+", porcelain, re.M)
     times = [int(time) for time in re.findall(r"^committer-time (\d+)$", porcelain, re.M)]

@@ -6,7 +6,7 @@ import numpy as np
 
 from benchmarks.mechanism.tokens import token_kinds, token_roles
 from megatron_egrsd.report.family import family
-from megatron_egrsd.report.scored_dump import ScoredRollout, batch_weights, dumped_tokens
+from megatron_egrsd.report.scored_dump import ScoredRollout, batch_weights, dumped_tokens, with_family_advantages
 
 # Of a response: step, problem, its tokens, and its number among equal ones. The dumps of several contexts of a teacher
 # may hold different responses.
@@ -41,6 +41,7 @@ def places(keys: list[Key], chosen: list[Key]) -> np.ndarray:
 
 def columns(dumps: list[list[ScoredRollout]]) -> Columns:
     """Lay scored batches end to end, each gated with its own entropy scale."""
+    dumps = [with_family_advantages(batch) for batch in dumps]
     rollouts = [rollout for batch in dumps for rollout in batch]
     lengths = np.array([len(r.response_ids) for r in rollouts])
     tokens = [dumped_tokens(batch) for batch in dumps]

@@ -6,10 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.mechanism.tokens import KINDS, ROLES
-from megatron_egrsd.report.figures import COLOURS, GREY, axes_on, canvas, entitle
+from megatron_egrsd.report.figures import COLOURS, GREY, PALE, axes_on, canvas, entitle
 from megatron_egrsd.report.mechanism import PAPER_GAP, PAPER_RESTORED, PAPER_SHARE, PAPER_WEIGHT, REGIMES
-
-_PALE = "#9db8cc"
 
 
 def picture(found: dict[str, Any]) -> Figure:
@@ -27,7 +25,7 @@ def picture(found: dict[str, Any]) -> Figure:
 
 def _deciles(figure: Figure, cell, own: dict[str, Any]) -> None:
     axes = axes_on(figure, cell)
-    axes.bar(range(1, 11), own["gap"], color=_PALE, width=0.7, label="this model")
+    axes.bar(range(1, 11), own["gap"], color=PALE, width=0.7, label="this model")
     axes.plot([1, 10], PAPER_GAP, "D", color=COLOURS[1], label="paper (first, last)")
     axes.set_yscale("log")
     axes.set_ylim(1e-3, 1)
@@ -60,7 +58,7 @@ def _regimes(figure: Figure, cell, own: dict[str, Any]) -> None:
 
 def _kinds(figure: Figure, cell, kinds: dict[str, dict[str, float]]) -> None:
     axes, places = axes_on(figure, cell), np.arange(len(KINDS))
-    for shift, key, colour, label in ((-0.2, "share", _PALE, "of the tokens"), (0.2, "closed", COLOURS[0], "of 1 − ω")):
+    for shift, key, colour, label in ((-0.2, "share", PALE, "of the tokens"), (0.2, "closed", COLOURS[0], "of 1 − ω")):
         axes.bar(places + shift, [100 * (kinds[k][key] or 0) for k in KINDS], 0.4, color=colour, label=label)
     axes.set_xticks(places, [kind.replace(" of ", "\nof ") for kind in KINDS], fontsize=8)
     axes.legend(frameon=False, fontsize=8)

@@ -16,7 +16,7 @@ from megatron_egrsd.config import Config
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.evaluation.protocol import RUNS
 from megatron_egrsd.hf.adapter_file import configured_spec
-from megatron_egrsd.hf.adapters import adapter_parameters
+from megatron_egrsd.hf.adapters import trained_parameters
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.objectives.load import needs_rollouts, needs_teacher
 from megatron_egrsd.planning.cluster import architecture, learning, sampling
@@ -124,7 +124,7 @@ def _training_bytes(config: Config, arch: Architecture) -> int:
     """Bytes of checkpoints, of the export and of dumps."""
     spec, itemsize = configured_spec(config.lora), getattr(torch, config.model.dtype).itemsize
     checkpoints = (config.checkpoint.keep + 1) * checkpoint_bytes(config, arch) if config.checkpoint.every else 0
-    export = itemsize * (adapter_parameters(arch, spec) if spec else arch.num_parameters)
+    export = itemsize * trained_parameters(arch, spec)
     tokens = config.steps * config.rollout.rollouts_per_step * config.rollout.max_response_tokens
     return checkpoints + export + (_DUMP_BYTES * tokens if config.dump_scores else 0)
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from benchmarks.reproduce_paper.claim import Claim, claimed, holder
 from benchmarks.reproduce_paper.plan import Cell
 from benchmarks.reproduce_paper.site import Command, Site
@@ -148,7 +150,10 @@ def _call(command: Command, log: Path, ending: int, stop: Callable[[], bool]) ->
         return process.returncode
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            # By the tree: what a launcher starts in the background has a process group of its own.
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
             process.wait()
 
 

@@ -29,9 +29,9 @@ def _main(options: argparse.Namespace) -> int:
     if options.lanes < 1:
         raise BadArgument(f"--lanes is {options.lanes}; at least one run is made at a time")
     if options.command == "plan":
-        from benchmarks.validate_method.results import fill_plan
+        from benchmarks.validate_method.results import plan_blocks, write_document
 
-        fill_plan(options.document)
+        write_document(plan_blocks(), options.document)
     failed = {}
     if options.command in ("all", "run"):
         from benchmarks.validate_method.run import run_all

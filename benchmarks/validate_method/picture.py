@@ -8,8 +8,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.paired import difference
 from benchmarks.validate_method.plan import DOUBTING, EVALUATED, TINY, TITLES
-from megatron_egrsd.report.figures import COLOURS
-from megatron_egrsd.system.files import atomic
+from megatron_egrsd.report.figures import COLOURS, save_png
 
 _PANELS = ((TINY, "tiny"), (DOUBTING, "doubting, half of the references wrong"))
 
@@ -36,5 +35,4 @@ def save(rows: dict, path: Path) -> None:
         label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(labels.values(), labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=9)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_png(figure, path)

@@ -252,11 +252,6 @@ def write_document(blocks: dict[str, str], document: Path) -> None:
     write_text(document, text)
 
 
-def fill_plan(document: Path) -> None:
-    """Fill `document`'s tables that need no run."""
-    write_document(plan_blocks(), document)
-
-
 def main(output: Path, document: Path, own: str) -> None:
     """Fill `document`'s tables, and write the runs and the picture beside it."""
     from benchmarks.validate_method.picture import save

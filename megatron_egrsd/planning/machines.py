@@ -55,7 +55,17 @@ MACHINES = {
 
 
 def peak_flops(device: str) -> float:
-    """Return the dense bf16 FLOP/s of a device by its name; 0 if it is not known, or a slice of a device (MIG)."""
+    """Return the dense bf16 FLOP/s of a device by the name that torch gives it; 0 if it is not known."""
+    return PEAKS.get(_known(device), 0.0)
+
+
+def machine_of(device: str) -> Machine | None:
+    """Return the machine of devices of that name; None if it is not in MACHINES."""
+    return MACHINES.get(_known(device))
+
+
+def _known(device: str) -> str:
+    """Return a device's name in PEAKS; "" if it has none, or is a slice of a device (MIG)."""
     if "MIG" in device:
-        return 0.0
-    return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device)), 0.0)
+        return ""
+    return next((name for name in PEAKS if re.search(rf"\b{name}\b", device)), "")

@@ -18,6 +18,7 @@ from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts
 from megatron_egrsd.engine import build, checkpoint
 from megatron_egrsd.errors import BadArgument, Interrupted, Preempted, RunError
 from megatron_egrsd.learn import rollout_metrics
+from megatron_egrsd.planning.machines import machine_of
 from megatron_egrsd.rollout.scratch import SHARED_LIST
 from megatron_egrsd.run import agreement, guard
 from megatron_egrsd.run.checkpoints import is_best
@@ -229,6 +230,7 @@ def test_the_utilisation_is_reported_where_the_peak_of_the_device_is_known(monke
         "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA B200": 2250e12, "NVIDIA H100 80GB HBM3 MIG 1g.10gb": 0,
         "Tesla V100-SXM2-32GB": 0, "NVIDIA RTX A1000": 0,
     }  # fmt: skip
+    assert [name for name in names if machine_of(name)] == ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]  # as measured
     for name, peak in names.items():
         monkeypatch.setattr("torch.cuda.get_device_name", lambda name=name: name)
         assert known_peak(config) == 16 * peak

@@ -67,6 +67,9 @@ def test_without_a_commit_the_last_change_of_the_number_counts(repository):
     page = INTRODUCTION + "## Conversion\n\n`python -m benchmarks.convert`\n\n| median | 3 s |\n"
     commit(code="1", page=page)
     assert said(root) == {"Conversion": ["no commit"]}
+    (found,) = [s for s in sections("new.md", page) if s.holds_measurements]  # a page that git does not know yet
+    (root / "new.md").write_text(page)
+    assert remarks(found, root) == ["no commit"]
     commit(code="2")
     commit(page=page + "\nAnother line.\n")
     assert [text.split(":")[0] for text in said(root)["Conversion"]] == ["no commit", "older than the code"]
