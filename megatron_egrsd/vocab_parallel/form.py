@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 from megatron_egrsd.vocab_parallel.pair_ops import KINDS, Form
@@ -47,6 +48,8 @@ def check_top_k(k: int | None, of: str) -> TopK | None:
     """Return the checked columns, None for all. Raises ValueError."""
     if k is None:
         return None
+    if not isinstance(k, Integral):
+        raise ValueError(f"top_k must be a whole number, got {k!r}")
     if k < 1 or of not in ("student", "teacher"):
         raise ValueError(f'top_k must be at least 1 of the "student" or "teacher", got {k} of {of!r}')
     return TopK(k, of)

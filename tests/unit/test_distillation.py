@@ -54,7 +54,8 @@ def test_crisp_is_the_reverse_divergence_from_a_teacher_that_is_asked_to_be_conc
 @pytest.mark.parametrize(
     ("options", "reason"),
     [({"kind": "kl"}, "kind must be one of"), ({"entry_clip": 0}, "entry_clip must be above 0"),
-     ({"kind": "jsd", "beta": 1}, "beta must be between 0 and 1"), ({"clip": 1}, "has no option 'clip'")],
+     ({"kind": "jsd", "beta": 1}, "beta must be between 0 and 1"), ({"clip": 1}, "has no option 'clip'"),
+     ({"top_k": 2.5}, "top_k must be a whole number, got 2.5")],
 )  # fmt: skip
 def test_bad_options_are_refused(options, reason):
     with pytest.raises(BadArgument, match=reason):

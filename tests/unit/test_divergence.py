@@ -294,6 +294,7 @@ BAD_INPUT = {
     "beta": (dict(kind="jsd", beta=1.0), "beta.*1.0.*reverse_kl"),
     "clip": (dict(kind="forward_kl", entry_clip=0.0), "entry_clip.*0.0"),
     "top k": (dict(kind="jsd", top_k=0), "top_k.*0"),
+    "half a column": (dict(kind="jsd", top_k=2.5), "top_k.*2.5"),
     "top k of": (dict(kind="jsd", top_k=3, top_k_of="both"), "both"),
     "temperature": (dict(kind="jsd", temperature=0.0), "temperature.*0.0"),
     "temperatures": (dict(kind="jsd", temperature=torch.ones(2)), "temperature.*a number"),

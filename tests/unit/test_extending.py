@@ -151,6 +151,22 @@ BROKEN = {
         weight("tokens.advantage") + "    def metrics(self, tokens): return {'mine': tokens.advantage}",
         "a metric is called 'mine'",
     ),
+    "prepare without the group": (
+        HEAD + "    def prepare(self, tokens, *, vocab_size): return {}",
+        r"prepare\(\) got an unexpected keyword argument 'group'$",
+    ),
+    "remember without the group": (
+        weight("tokens.advantage") + "    def remember(self, tokens): return {}",
+        r"remember\(\) got an unexpected keyword argument 'group'$",
+    ),
+    "a signal without a context": (
+        weight("tokens.advantage") + "    def without_context(self, signal): return signal.sum()",
+        "without_context should be one number a rollout",
+    ),
+    "contexts of no teacher": (
+        weight("tokens.advantage") + "    needs_contexts, needs_teacher = True, False",
+        "the contexts are the teacher's",
+    ),
 }
 
 
