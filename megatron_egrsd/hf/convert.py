@@ -100,7 +100,7 @@ class ToHF:
     def describe(self) -> str:
         """Return the plan as text."""
         state = self.checkpoint.training_state()
-        note = f"; {len(state)} tensors of optimizer state are left behind" if state else ""
+        note = f"; {len(state)} tensors of training state are left behind" if state else ""
         return _plan(self, f"safetensors in shards of at most {self.shard_bytes / 1e9:.1f} GB{note}")
 
     def run(self, advance: Advance = lambda nbytes: None) -> None:

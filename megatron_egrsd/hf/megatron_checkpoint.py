@@ -150,8 +150,8 @@ class MegatronCheckpoint:
     """The weights in a Megatron-LM directory, by mapping entry.
 
     `like` is a Hugging Face directory with config.json and tokenizer. It is needed if the checkpoint does not carry
-    these files (a training run's checkpoint does not). Raises BadArgument if `path` is not a Megatron-LM directory or
-    does not fit the config.
+    these files (a training run's checkpoint does not). Raises BadArgument if `path` is not a Megatron-LM directory,
+    holds an adapter in place of the weights, or does not fit the config.
     """
 
     def __init__(self, path: str | Path, like: str | Path | None = None):
@@ -166,7 +166,13 @@ class MegatronCheckpoint:
         self.like = Path(like) if like is not None else carried
         self.architecture = Architecture.from_pretrained(self.like)
         self.reader = TorchDistReader(self.directory)
-        self._check_args()
+        common = self.reader.common()
+        if common.get("adapter"):
+            raise BadArgument(
+                f"{self.path} is the checkpoint of a run with lora.rank, which holds the adapter alone, without the "
+                "model's weights; take the run's output/hf, or its model and output/adapter"
+            )
+        self._check_args(common.get("args"))
 
     def problems(self) -> list[str]:
         """Return every error in names, shapes, types and chunks, each with the tensor's name."""
@@ -197,7 +203,7 @@ class MegatronCheckpoint:
         return found
 
     def training_state(self) -> list[str]:
-        """Return the keys of optimizer and scheduler tensors, which a conversion ignores."""
+        """Return the keys of the tensors of a run (optimizer, scheduler, teacher), which a conversion ignores."""
         return [key for key in self.reader.tensors if is_state(key)]
 
     def dtype(self) -> torch.dtype:
@@ -239,21 +245,26 @@ class MegatronCheckpoint:
         """Return the stored tensors of a place: one, or gate and up apart (megatron-core's singleton_local_shards)."""
         return [place.key] if place.key in self.reader.tensors else [f"{place.key}_w", f"{place.key}_v"]
 
-    def _check_args(self) -> None:
-        args = self.reader.common().get("args")
-        for name, expected in _model_args(self.architecture).items():
+    def _check_args(self, args: Namespace | None) -> None:
+        arch = self.architecture
+        expected = _model_args(arch)
+        for name in ("seq_length", "max_position_embeddings", "vocab_size", "hidden_dropout", "attention_dropout"):
+            del expected[name]  # a property of the run, not of the weights
+        if arch.num_experts:
+            del expected["ffn_hidden_size"]  # of dense layers, which a mixture does not have
+        if arch.num_kv_heads == arch.num_heads and getattr(args, "group_query_attention", None) is False:
+            del expected["group_query_attention"], expected["num_query_groups"]  # unused then, and 1 by default
+        for name, value in expected.items():
             found = getattr(args, name, None)
-            if name in ("seq_length", "max_position_embeddings", "vocab_size") or "dropout" in name or found is None:
-                continue  # a property of the run, not of the weights
-            if found != expected and isinstance(found, bool | int | float | str):
+            if isinstance(found, bool | int | float | str) and found != value:
                 raise BadArgument(
-                    f"{self.path} was saved with {name} = {found}, but {self.like}/config.json implies {expected}"
+                    f"{self.path} was saved with {name} = {found}, but {self.like}/config.json implies {value}"
                 )
 
 
 def is_state(key: str) -> bool:
-    """Return whether a stored tensor is state of the training run (optimizer, random states), not of the model."""
-    return key.startswith(("optimizer.", "chained_", "rng_state", "rerun_state", "opt_param_scheduler"))
+    """Return whether a stored tensor is state of the training run (optimizer, teacher, ...), not of the model."""
+    return key.startswith(("optimizer.", "teacher.", "chained_", "rng_state", "rerun_state", "opt_param_scheduler"))
 
 
 def locate(path: Path) -> tuple[Path, Path]:

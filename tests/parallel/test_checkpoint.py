@@ -10,10 +10,12 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from megatron_egrsd.config import OptimizerConfig, ParallelConfig, TeacherConfig
+from megatron_egrsd.config import LoraConfig, OptimizerConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.data.samples import save_rollouts
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.hf.convert import ToHF
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
 from tests.training import (
@@ -113,6 +115,22 @@ def test_experts_resume_in_another_layout(setting):
         halved = dataclasses.replace(config, parallel=parallel)
         found = run_steps(2, halved, rollouts, root / "parts", start, start + 2)
     assert_same_training(found, (metrics[2:], weights))
+
+
+def test_a_checkpoint_converts_without_its_teacher(setting):
+    config, rollouts, root = setting
+    _, weights = run_steps(1, config, rollouts, root / "run", 0, 1)
+    ToHF(root / "run" / "step_000001", root / "hf", like=root / "model").run()
+    found = load_file(root / "hf" / "model.safetensors")
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def test_an_adapters_checkpoint_is_no_model(setting):
+    config, rollouts, root = setting
+    config = dataclasses.replace(config, lora=LoraConfig(rank=2), teacher=TeacherConfig())
+    run_steps(1, config, rollouts, root / "run", 0, 1)
+    with pytest.raises(BadArgument, match=r"holds the adapter alone, .* take the run's output/hf"):
+        ToHF(root / "run" / "step_000001", root / "hf", like=root / "model")
 
 
 def test_only_complete_checkpoints_count(tmp_path):

@@ -133,6 +133,25 @@ def test_padding_never_leaves_and_never_enters(tmp_path):
         assert reader.tensors[key].shape == (61, 16)
 
 
+@pytest.mark.parametrize(("family", "args"), [
+    ("SmolLM2", {"group_query_attention": False, "num_query_groups": 1}),
+    ("30B-A3B", {"ffn_hidden_size": 1}),
+])  # fmt: skip
+def test_arguments_of_megatron_lm_that_say_nothing_of_the_weights(family, args, tmp_path):
+    """Without --group-query-attention, Megatron-LM saves the default of the groups; a mixture has no dense layers."""
+    source = random_qwen3(tmp_path / "hf", **FAMILIES[family])
+    conversion = ToMegatron(source, tmp_path / "megatron")
+    vars(conversion.common["args"]).update(args)
+    conversion.run()
+    assert verify(source, tmp_path / "megatron")["problems"] == []
+    grouped = random_qwen3(tmp_path / "grouped")
+    conversion = ToMegatron(grouped, tmp_path / "other")
+    vars(conversion.common["args"]).update(args)
+    conversion.run()
+    with pytest.raises(BadArgument, match=f"was saved with {next(iter(args))} = "):
+        verify(grouped, tmp_path / "other")
+
+
 def test_a_type_change_rounds_once_and_says_so_in_the_config(tmp_path):
     source = random_qwen3(tmp_path / "hf", dtype=torch.float32)
     ToMegatron(source, tmp_path / "megatron", torch.bfloat16).run()
