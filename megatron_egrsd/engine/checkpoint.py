@@ -156,7 +156,7 @@ class Saving:
         kept = {path.name for path in complete(directory)[: self.keep]} | {_read(directory / _BEST)}
         for old in complete(directory):
             if old.name not in kept:  # a checkpoint that is half removed has no final name either
-                shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
+                shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)), ignore_errors=True)  # or by the next save
 
 
 @contextlib.contextmanager

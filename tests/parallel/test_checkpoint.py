@@ -1,9 +1,11 @@
 """A run that was stopped and continued is the run that never stopped."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
+import os
 import pickle
 import random
 import shutil
@@ -148,6 +150,23 @@ def test_old_checkpoints_go_and_the_best_stays(setting):
     assert sorted(p.name for p in (root / "newest").iterdir()) == ["step_000003", "step_000004"]
     best = sorted(p.name for p in (root / "best").glob("step_*"))
     assert best == ["step_000002", "step_000003", "step_000004"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(tmp_path, monkeypatch):
+    from megatron_egrsd.engine import checkpoint
+
+    saving = checkpoint.Saving(tmp_path / "step_000002", keep=1, best=False)
+    for path in (tmp_path / "step_000001", saving.partial):
+        path.mkdir()
+        (path / ".nfs01").touch()
+
+    def busy(path, **_):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", busy)
+        saving._rename()
+    assert checkpoint.complete(tmp_path) == [saving.path]
 
 
 def _save_four(rank, world_size, config, root):
