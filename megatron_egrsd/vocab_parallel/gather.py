@@ -1,5 +1,6 @@
 """Log-probabilities of many ids a token, from one read of the logits: top-k distillation, candidates, log-softmax."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from megatron_egrsd.vocab_parallel import ops
 from megatron_egrsd.vocab_parallel.collectives import SumGradient, gather_parts, sum_over_ranks
 from megatron_egrsd.vocab_parallel.log_prob import token_statistics
-from megatron_egrsd.vocab_parallel.shard import Shard, check_logits, check_target, prepare_temperature
+from megatron_egrsd.vocab_parallel.shard import IGNORE_INDEX, Shard, check_logits, check_target, prepare_temperature
 
 
 def gather_log_probs(
@@ -36,9 +37,8 @@ def gather_log_probs(
     check_target(ids, shape, "logits", logits.device, shard.vocab_size if strict else None)
     temperature = prepare_temperature(temperature, logits.shape[:-1])
     log_prob = _GatherLogProbs.apply(logits, ids, shard, temperature)
-    if strict:
-        return log_prob
-    return log_prob.masked_fill((ids < 0) | (ids >= shard.vocab_size), 0.0)
+    unknown = (ids < 0) | (ids >= shard.vocab_size)
+    return log_prob.masked_fill(unknown, -math.inf).masked_fill(ids == IGNORE_INDEX if strict else unknown, 0.0)
 
 
 def log_softmax(

@@ -118,6 +118,17 @@ def test_many_ids_from_one_read():
     close(gradient((got * weights).sum(), leaf), gradient((want * weights.double()).sum(), exact))
 
 
+def test_ignored_ids_are_exact_zeros_and_unchecked_ones_impossible(monkeypatch):
+    """As in token_statistics; the ids are not checked on an accelerator."""
+    logits, ids = torch.randn(3, 20), torch.tensor([[4, -100], [-100, -100], [7, 20]])
+    monkeypatch.setattr("megatron_egrsd.vocab_parallel.gather.check_target", lambda *_: None)
+    leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    got, want = gather_log_probs(leaf, ids), exact.log_softmax(-1).gather(-1, ids.clamp(0, 19))
+    assert got[0, 1] == got[1, 0] == got[1, 1] == 0 and got[2, 1] == -math.inf
+    close(got[[0, 2], 0], want[[0, 2], 0])
+    close(gradient(got.sum(), leaf), gradient(want[[0, 2], 0].sum(), exact))
+
+
 def test_log_softmax():
     logits, weights = torch.randn(3, 50), torch.randn(3, 50)
     leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
