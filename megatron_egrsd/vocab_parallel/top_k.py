@@ -16,6 +16,7 @@ from megatron_egrsd.vocab_parallel.pair_ops import Form
 from megatron_egrsd.vocab_parallel.shard import Shard
 
 _SMALLEST_TAIL = 1e-7  # the resolution of a normalised fp32 probability
+_IMPOSSIBLE = -1e4  # its exponential is 0 in fp64
 
 
 class Coefficients(NamedTuple):
@@ -86,7 +87,8 @@ def finish(
 
 
 def _with_tail(log_p_Nk: torch.Tensor) -> torch.Tensor:
-    log_sum_N1 = log_p_Nk.logsumexp(-1, keepdim=True).clamp_max(-_SMALLEST_TAIL)
+    finite_Nk = log_p_Nk.clamp_min(_IMPOSSIBLE)  # of -inf alone the gradient is not a number
+    log_sum_N1 = finite_Nk.logsumexp(-1, keepdim=True).clamp_max(-_SMALLEST_TAIL)
     return torch.cat([log_p_Nk, (-log_sum_N1.expm1()).log()], dim=-1)
 
 
@@ -94,14 +96,18 @@ def _value(log_p: torch.Tensor, log_q: torch.Tensor, form: Form) -> torch.Tensor
     """Return the divergence of two distributions over the last dimension, fp64, from their logarithms."""
 
     def kl(a, b):
-        return torch.where(a == -math.inf, 0.0, a.exp() * (a - b))
+        possible = a != -math.inf  # of other entries neither value nor gradient
+        a, b = a.where(possible, 0.0), b.where(possible, 0.0)
+        return a.exp() * (a - b)
 
     if form.kind == "forward_kl":
         entries = kl(log_p, log_q)
     elif form.kind == "reverse_kl":
         entries = kl(log_q, log_p)
     else:
-        log_m = torch.logaddexp(log_p + math.log(form.beta), log_q + math.log1p(-form.beta))
+        either = (log_p != -math.inf) | (log_q != -math.inf)
+        parts = log_p + math.log(form.beta), log_q + math.log1p(-form.beta)
+        log_m = torch.logaddexp(*(part.where(either, 0.0) for part in parts))
         entries = form.beta * kl(log_p, log_m) + (1 - form.beta) * kl(log_q, log_m)
     return entries.clamp_max(form.limit).sum(-1)
 

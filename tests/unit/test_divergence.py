@@ -104,6 +104,18 @@ def test_top_k_and_the_rest(implementation, form):
             check(teacher, student, f"{form}, {name}", temperature=1.3, vocab_size=290, **FORMS[form])
 
 
+@pytest.mark.parametrize("form", [dict(kind="jsd"), dict(kind="jsd", beta=0.1), dict(kind="reverse_kl")])
+def test_tokens_among_the_top_k_that_the_student_cannot_say(implementation, form):
+    """Of the teacher's three likeliest none, one, two and all; and a column that both models exclude."""
+    teacher, student = torch.randn(2, 4, 40, generator=torch.Generator().manual_seed(0))
+    for row, ids in enumerate(teacher.topk(3).indices):
+        student[row, ids[:row]] = -math.inf
+    check(teacher, student, "of the teacher", top_k=3, top_k_of="teacher", **form)
+    teacher[:, 4:], student[:, 4:] = -math.inf, -math.inf
+    student[:, :4] = torch.randn(4, 4)
+    check(teacher[:, :6], student[:, :6], "of few columns", top_k=5, **form)
+
+
 def _top_k_teacher():
     """Log-probs of a teacher at 8 ids a token, of which some repeat; the student finds one of them very unlikely."""
     g = torch.Generator().manual_seed(4)
