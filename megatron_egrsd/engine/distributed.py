@@ -50,7 +50,7 @@ def initialize(config: ParallelConfig, seed: int, facts: Facts | None = None) ->
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=1,  # many small experts: whole ones on few ranks beat slices of all on many
-        distributed_timeout_minutes=max(1, int(config.timeout // 60)),
+        distributed_timeout_minutes=config.timeout / 60,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return device

@@ -1,9 +1,12 @@
-"""Ranks that do not have the same code, configuration and data do not train together."""
+"""The start of the ranks: their groups, and that all have the same code, configuration and data."""
 
 import dataclasses
+from datetime import timedelta
 
 import pytest
+import torch
 
+from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.run.agreement import HINTS, facts
@@ -12,6 +15,20 @@ from tests.ranks import run_ranks
 from tests.training import VOCAB, open_engine, training_config
 
 PROMPTS = [Prompt(Problem("a", "1 + 1", "2"), [1, 2], [1, 3, 2])]
+
+
+def _timeout(rank, world_size, parallel):
+    from megatron.core import parallel_state
+
+    from megatron_egrsd.engine import distributed
+
+    distributed.initialize(parallel, seed=0)
+    group = parallel_state.get_tensor_model_parallel_group()
+    return group._get_backend(torch.device("cpu")).options._timeout
+
+
+def test_the_groups_of_the_model_wait_as_long_as_asked():
+    assert run_ranks(_timeout, 1, ParallelConfig(timeout=119.5)) == [timedelta(seconds=119.5)]
 
 
 def _start(rank, world_size, config, name):
