@@ -64,8 +64,9 @@ def advantages(
 ) -> torch.Tensor:
     """A_i of each rollout: shaped rewards [R] and group_ids [R] int (one group a prompt) -> [R] fp32.
 
-    "running": (r - mean) / (std + 1e-6) over all rewards of earlier steps; r - `advantage_baseline` in the first
-    `advantage_warmup` steps (EGRSD, arXiv 2605.13255, eq. 9 and appendix B; sample deviation and 1e-6 are ours).
+    "running": (r - mean) / (std + 1e-6) over all rewards of earlier steps, exactly 0 for a reward that is the mean;
+    r - `advantage_baseline` in the first `advantage_warmup` steps (EGRSD, arXiv 2605.13255, eq. 9 and appendix B;
+    sample deviation and 1e-6 are ours).
     "group": reward minus the mean of its group, divided by the group's sample standard deviation + 1e-6 unless
     `advantage_std` is off (GRPO, arXiv 2402.03300, eq. 3); exactly 0 if all rewards of a group are equal.
     "outcome": +1 if the reward exceeds 0.5, else -1 (ours).
@@ -74,7 +75,8 @@ def advantages(
     if config.advantage == "running":
         if history.steps < config.advantage_warmup:
             return rewards - config.advantage_baseline
-        return ((rewards.double() - history.mean) / (history.std + _STD_FLOOR)).float()
+        beyond = (rewards.double() - history.mean).masked_fill(rewards == history.mean, 0.0)  # equal in fp32
+        return (beyond / (history.std + _STD_FLOOR)).float()
     if config.advantage == "outcome":
         return torch.where(rewards > 0.5, 1.0, -1.0)
     result = torch.zeros_like(rewards)

@@ -213,6 +213,11 @@ def test_running_advantage_without_warm_up_or_spread_is_finite():
         assert load_objective(config, history).advantages(torch.tensor([0.0, 1.0]), torch.zeros(2)).isfinite().all()
 
 
+def test_a_running_advantage_of_a_reward_that_is_the_mean_is_exactly_0():
+    config, history = dataclasses.replace(EGRSD, advantage_warmup=0), History().after([0.7] * 320)
+    assert load_objective(config, history).advantages(torch.tensor([0.7]), torch.zeros(1)).tolist() == [0.0]
+
+
 def test_group_and_outcome_advantages():
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.1, 0.1])
     groups = torch.tensor([4, 4, 4, 7, 7, 2, 2])
