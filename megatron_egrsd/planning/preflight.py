@@ -40,6 +40,7 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
     _check_processes(config, world_size)
     config.check_world(world_size)
     check_objective(config.objective)
+    _check_groups(config)
     if needs_rollouts(config.objective) and config.debug != "train-only":
         check_served_model(arch)
     if ranks is None and torchrun.local_world_size() < world_size:
@@ -124,6 +125,19 @@ def _check_routing(config: Config, arch: Architecture) -> None:
         reason = "parallel.megatron.moe_router_fusion chooses the experts in a kernel that takes none"
     if reason:
         raise BadArgument(f"rollout.routing_replay cannot work: {reason}; set it to false")
+
+
+def _check_groups(config: Config) -> None:
+    """Raise BadArgument if the function's signal compares the rollouts of a prompt, and each has one."""
+    objective = config.objective
+    if not objective.function or objective.advantage != "group" or config.rollout.rollouts_per_prompt > 1:
+        return
+    alone = load_objective(objective).advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 1]))
+    if not alone.any():
+        raise BadArgument(
+            'objective.advantage "group" compares the rollouts of one prompt, but rollout.rollouts_per_prompt is 1, so '
+            'that every advantage is 0; set it to 2 or more, or the advantage to "running"'
+        )
 
 
 def _check_contexts(config: Config) -> None:

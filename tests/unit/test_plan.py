@@ -329,6 +329,22 @@ def test_a_tied_mixture_is_not_sampled_from(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["--objective.preset", "antisd"], True),
+        (["--objective.preset", "srpo", "--data.teacher_context", "template"], True),
+        (["--objective.preset", "antisd", "--objective.advantage", "outcome"], False),
+        (["--objective.preset", "opsd", "--objective.advantage", "group"], False),  # every rollout is trained
+    ],
+)
+def test_groups_of_one_rollout_are_refused_for_a_function_too(words, refused, model):
+    path, data = model("Qwen3-8B"), ["--data.train", "examples/tiny/train.jsonl"]
+    config = config_8b(path, *data, *words, "--rollout.rollouts_per_prompt", "1")
+    with pytest.raises(BadArgument, match="so that every advantage is 0") if refused else contextlib.nullcontext():
+        prepare(config, 4)
+
+
+@pytest.mark.parametrize(
     ("ranks", "gpus", "engines", "words", "first", "refused"),
     [
         (4, 8, 4, [], 4, ""),
