@@ -10,6 +10,7 @@ One process, no GPU, no parallel layout: any TP x PP x EP loads the result. docs
 
 import argparse
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 
 from megatron_egrsd.errors import BadArgument, RunError
@@ -99,9 +100,10 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _shard_bytes(arguments: argparse.Namespace) -> int:
-    if not arguments.shard_size > 0:
-        raise BadArgument(f"--shard-size is {arguments.shard_size}, but must be positive")
-    return int(arguments.shard_size * 1e9)
+    shard_bytes = arguments.shard_size * 1e9
+    if not 0 < shard_bytes < math.inf:
+        raise BadArgument(f"--shard-size is {arguments.shard_size:g}, but must be positive and finite")
+    return int(shard_bytes)
 
 
 def _run(conversion, arguments: argparse.Namespace) -> None:

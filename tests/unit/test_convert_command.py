@@ -161,6 +161,7 @@ def test_bad_arguments(hf, tmp_path):
     )
     refused(convert("to-hf", "--megatron-path", hf, "--hf-path", tmp_path / "x"), 2, "not a Megatron checkpoint")
     refused(convert("to-hf", "--megatron-path", hf, "--hf-path", tmp_path / "x", "--shard-size", "-1"), 2, "positive")
+    refused(convert("to-hf", "--megatron-path", hf, "--hf-path", tmp_path / "x", "--shard-size", "inf"), 2, "finite")
 
 
 @pytest.mark.heavy
