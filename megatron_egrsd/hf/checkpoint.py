@@ -159,9 +159,8 @@ def save_hf(
     """
     shapes = hf_shapes(Architecture.from_pretrained(like))
     with staged(path) as directory:
-        copy_assets(like, directory)
         dtype = write_tensors(directory, named_tensors, shapes, shard_bytes=shard_bytes)
-        set_config_dtype(directory / CONFIG, dtype)
+        copy_assets(like, directory, dtype)
 
 
 def stored_shapes(arch: Architecture, tied_head: bool) -> dict[str, tuple[int, ...]]:
@@ -185,11 +184,6 @@ def config_with_dtype(config: Path, dtype: torch.dtype) -> bytes:
     return (json.dumps(content | dict.fromkeys(keys, name), indent=2) + "\n").encode()
 
 
-def set_config_dtype(config: Path, dtype: torch.dtype) -> None:
-    """Write the type of the weights into config.json, which transformers rounds them to; the rest stays as it is."""
-    config.write_bytes(config_with_dtype(config, dtype))
-
-
 def assets(path: str | Path) -> dict[str, Path]:
     """Return {relative name: path} of a checkpoint's files other than weights: configs, tokenizer, templates, licence.
 
@@ -205,8 +199,12 @@ def assets(path: str | Path) -> dict[str, Path]:
     return found
 
 
-def copy_assets(source: str | Path, target: Path) -> None:
-    """Copy `assets(source)` into `target`, byte for byte."""
+def copy_assets(source: str | Path, target: Path, dtype: torch.dtype) -> None:
+    """Copy `assets(source)` into `target`, byte for byte, but that config.json names the weights' type.
+
+    transformers rounds them to the type that it names.
+    """
     for name, file in assets(source).items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / name)
+    (target / CONFIG).write_bytes(config_with_dtype(target / CONFIG, dtype))

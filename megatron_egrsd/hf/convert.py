@@ -13,15 +13,7 @@ import torch
 
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.hf.byte_ranges import Advance, in_threads, pieces
-from megatron_egrsd.hf.checkpoint import (
-    CONFIG,
-    EMBEDDING,
-    HEAD,
-    HFCheckpoint,
-    copy_assets,
-    set_config_dtype,
-    stored_shapes,
-)
+from megatron_egrsd.hf.checkpoint import EMBEDDING, HEAD, HFCheckpoint, copy_assets, stored_shapes
 from megatron_egrsd.hf.mapping import Entry, entries, hf_shapes
 from megatron_egrsd.hf.megatron_checkpoint import (
     RELEASE,
@@ -71,8 +63,7 @@ class ToMegatron:
             (directory / RELEASE).mkdir()
             objects = [Object(*place, None) for place in extra_states(arch)]
             write_torch_dist(directory / RELEASE, parts, objects, self.common, self.source_dtype, self.dtype, advance)
-            copy_assets(self.source, directory / SIDECAR)
-            set_config_dtype(directory / SIDECAR / CONFIG, self.dtype)
+            copy_assets(self.source, directory / SIDECAR, self.dtype)
             record = record_of(checkpoint, self.dtype)
             (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             (directory / TRACKER).write_text(RELEASE, encoding="utf-8")
@@ -106,8 +97,7 @@ class ToHF:
     def run(self, advance: Advance = lambda nbytes: None) -> None:
         """Convert. Raises RunError if a chunk is damaged or the disk is full, and leaves nothing at `target` then."""
         with staged(self.target, self.nbytes) as directory:
-            copy_assets(self.checkpoint.like, directory)
-            set_config_dtype(directory / CONFIG, self.dtype)
+            copy_assets(self.checkpoint.like, directory, self.dtype)
             writer = SafetensorsWriter(directory, self.shapes, self.dtype, self.shard_bytes)
 
             def copy(entry: Entry) -> Iterator[int]:

@@ -13,7 +13,7 @@ import torch
 from megatron_egrsd.hf.adapter_file import AdapterFile
 from megatron_egrsd.hf.adapters import adapted_weights, merged
 from megatron_egrsd.hf.byte_ranges import Advance, in_threads, pieces
-from megatron_egrsd.hf.checkpoint import CONFIG, HFCheckpoint, copy_assets, set_config_dtype, stored_shapes
+from megatron_egrsd.hf.checkpoint import HFCheckpoint, copy_assets, stored_shapes
 from megatron_egrsd.hf.convert import weight_bytes
 from megatron_egrsd.hf.safetensors_file import SHARD_BYTES, SafetensorsWriter
 from megatron_egrsd.hf.staging import check_target, free_bytes, staged
@@ -50,8 +50,7 @@ class Merge:
         checkpoint, spec = self.checkpoint, self.adapter.spec
         adapted = adapted_weights(checkpoint.architecture, spec)
         with staged(self.target, self.nbytes) as directory:
-            copy_assets(self.base, directory)
-            set_config_dtype(directory / CONFIG, self.dtype)
+            copy_assets(self.base, directory, self.dtype)
             writer = SafetensorsWriter(directory, self.shapes, self.dtype, self.shard_bytes)
 
             def write(name: str) -> Iterator[int]:
