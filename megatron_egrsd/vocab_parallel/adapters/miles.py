@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from megatron_egrsd.vocab_parallel import token_statistics
+from megatron_egrsd.vocab_parallel.adapters import slime
 from megatron_egrsd.vocab_parallel.adapters.patching import replace
-from megatron_egrsd.vocab_parallel.adapters.tensor_parallel import default_group
 
 _MODULE = "miles.backends.training_utils.loss_hub.math_utils"
 
@@ -36,13 +35,9 @@ def calculate_log_probs_and_entropy(
             logits, tokens, tp_group, with_entropy=with_entropy, entropy_requires_grad=entropy_requires_grad,
             vocab_size=vocab_size,
         )  # fmt: skip
-    if logits.size(0) == 0:
-        return logits.new_zeros((0,)), logits.new_zeros((0,)) if with_entropy else None
-    values = token_statistics(
-        logits, tokens.long(), group=default_group(tp_group), entropy_grad=with_entropy and entropy_requires_grad,
-        out_of_vocabulary="zero",
-    )  # fmt: skip
-    return values.log_prob[:, None], values.entropy if with_entropy else None
+    return slime.calculate_log_probs_and_entropy(
+        logits, tokens, tp_group, with_entropy, with_entropy_grad=entropy_requires_grad
+    )
 
 
 def install(args: Any = None) -> None:
