@@ -103,8 +103,8 @@ def _chunks(
     shard: Shard,
     chunk: int,
     logits_dtype: torch.dtype,
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Yield (columns, teacher's logits [N, C], student's logits [N, C]); the caller may overwrite them."""
+) -> Iterator[tuple[slice, Shard, torch.Tensor, torch.Tensor]]:
+    """Yield (columns, their shard, teacher's logits [N, C], student's logits [N, C]), which may be overwritten."""
     tokens = student_ND.shape[0]
     buffer = student_ND.new_empty(2 * tokens * chunk, dtype=logits_dtype)
     both_ND = torch.cat([teacher_ND, student_ND]) if shared else None
@@ -118,7 +118,7 @@ def _chunks(
         else:
             project(teacher_ND, teacher_weight_VD[columns], teacher_NC)
             project(student_ND, student_weight_VD[columns], student_NC)
-        yield columns, teacher_NC, student_NC
+        yield columns, shard.slice(columns.start, columns.stop), teacher_NC, student_NC
 
 
 # One function for each reading: on return it drops its last views of the logits, before the next reading makes others.
@@ -144,11 +144,10 @@ class _Whole(NamedTuple):
 
     def _first_reading(self, operands: tuple, plan: tuple) -> torch.Tensor:
         """Return the PairStatistics [N, 8] of this rank's columns."""
-        part_N8, shard, student_first = None, plan[1], self.form.student_first
-        for columns, teacher_NC, student_NC in _chunks(*operands, *plan):
+        part_N8, student_first = None, self.form.student_first
+        for _, shard, teacher_NC, student_NC in _chunks(*operands, *plan):
             pair = (student_NC, teacher_NC) if student_first else (teacher_NC, student_NC)
-            shard_of_chunk = shard.slice(columns.start, columns.stop)
-            chunk_N8 = pair_ops.statistics(*pair, shard_of_chunk, self.temperature, student_first)
+            chunk_N8 = pair_ops.statistics(*pair, shard, self.temperature, student_first)
             if part_N8 is not None:
                 chunk_N8 = pair_ops.merge(torch.stack([part_N8, chunk_N8]), self.temperature)
             part_N8 = chunk_N8
@@ -156,12 +155,9 @@ class _Whole(NamedTuple):
 
     def _second_reading(self, operands: tuple, plan: tuple, scale_N5: torch.Tensor) -> torch.Tensor:
         """Return the EntrySums [N, 3] of this rank's columns."""
-        part_N3, shard = scale_N5.new_zeros((scale_N5.shape[0], 3)), plan[1]
-        for columns, teacher_NC, student_NC in _chunks(*operands, *plan):
-            shard_of_chunk = shard.slice(columns.start, columns.stop)
-            part_N3 += pair_ops.entry_sums(
-                teacher_NC, student_NC, scale_N5, self.form, shard_of_chunk, self.temperature
-            )
+        part_N3 = scale_N5.new_zeros((scale_N5.shape[0], 3))
+        for _, shard, teacher_NC, student_NC in _chunks(*operands, *plan):
+            part_N3 += pair_ops.entry_sums(teacher_NC, student_NC, scale_N5, self.form, shard, self.temperature)
         return part_N3
 
     def gradient(self, saved, teacher_NC, student_NC, grad_value_N, shard: Shard) -> torch.Tensor:
@@ -185,10 +181,9 @@ class _TopK(NamedTuple):
 
     def _reading(self, operands: tuple, plan: tuple) -> torch.Tensor:
         """Return this rank's part [N, 8 + 3 k]."""
-        part, shard = None, plan[1]
-        for columns, teacher_NC, student_NC in _chunks(*operands, *plan):
-            shard_of_chunk = shard.slice(columns.start, columns.stop)
-            chunk = top_k_ops.part(teacher_NC, student_NC, shard_of_chunk, self.temperature, self.top)
+        part = None
+        for _, shard, teacher_NC, student_NC in _chunks(*operands, *plan):
+            chunk = top_k_ops.part(teacher_NC, student_NC, shard, self.temperature, self.top)
             part = chunk if part is None else top_k_ops.merge(torch.stack([part, chunk]), self.top)
         return part
 
@@ -219,14 +214,13 @@ class _LinearDivergence(torch.autograd.Function):
     def backward(ctx, grad_value_N, _):
         operands, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         _, _, student_ND, weight_VD = operands
-        shared, shard, chunk, logits_dtype = ctx.plan
+        shard = ctx.plan[1]
         need_hidden, need_weight = ctx.needs_input_grad[2:4]
         grad_value_N = grad_value_N.float().contiguous()
         # Chunks add up in fp32: a bf16 sum over tens of chunks has an error that the reduction over ranks multiplies.
         grad_hidden_ND = torch.zeros_like(student_ND, dtype=torch.float32) if need_hidden else None
         grad_weight_VD = torch.empty_like(weight_VD) if need_weight else None
-        for columns, teacher_NC, student_NC in _chunks(*operands, shared, shard, chunk, logits_dtype):
-            shard_of_chunk = shard.slice(columns.start, columns.stop)
+        for columns, shard_of_chunk, teacher_NC, student_NC in _chunks(*operands, *ctx.plan):
             grad_NC = ctx.method.gradient(saved, teacher_NC, student_NC, grad_value_N, shard_of_chunk)
             grad_NC = grad_NC.to(student_ND.dtype)
             if need_hidden:
