@@ -13,7 +13,7 @@ import torch
 
 from megatron_egrsd.vocab_parallel import kernels, reference
 from megatron_egrsd.vocab_parallel.kernels import Gradients
-from megatron_egrsd.vocab_parallel.rows import row_views
+from megatron_egrsd.vocab_parallel.rows import row_views, spans
 from megatron_egrsd.vocab_parallel.shard import Shard
 
 Temperature: TypeAlias = float | torch.Tensor  # a number, or [N] fp32
@@ -46,9 +46,8 @@ def statistics(
         if _is_traced(logits):
             return torch.ops.megatron_egrsd.statistics(logits, target_N, *_scale(temperature), shard.start, shard.valid)
         return kernels.statistics(logits, target_N, shard, temperature)
-    parts, first = [], 0
-    for view in row_views(logits):
-        rows = slice(first, first := first + view.shape[0])
+    parts, views = [], row_views(logits)
+    for view, rows in zip(views, spans(views), strict=True):
         target = None if target_N is None else target_N[rows]
         parts.append(reference.statistics(view, target, shard.start, shard.valid, _inverse(temperature, rows)))
     return torch.cat(parts)
@@ -85,9 +84,7 @@ def logits_grad(
     views = row_views(logits)
     out = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
     out_views = views if inplace else out.view(-1, out.shape[-1]).split([view.shape[0] for view in views])
-    first = 0
-    for view, out_view in zip(views, out_views, strict=True):
-        rows = slice(first, first := first + view.shape[0])
+    for view, out_view, rows in zip(views, out_views, spans(views), strict=True):
         given = (None if x is None else x[rows] for x in (target_N, statistics_N4, *gradients))
         target, part_N4, log_prob, entropy, log_normalizer = given
         reference.logits_grad(

@@ -12,7 +12,7 @@ import torch
 
 from megatron_egrsd.vocab_parallel import kernels, pair_reference
 from megatron_egrsd.vocab_parallel.ops import compiled
-from megatron_egrsd.vocab_parallel.rows import row_views
+from megatron_egrsd.vocab_parallel.rows import row_views, spans
 from megatron_egrsd.vocab_parallel.shard import Shard
 
 KINDS = {"forward_kl": pair_reference.FORWARD_KL, "reverse_kl": pair_reference.REVERSE_KL, "jsd": pair_reference.JSD}
@@ -88,11 +88,9 @@ def entry_sums(
     if compiled(teacher.device):
         pair, entries = _pair(teacher, student, shard, temperature), _entries(scale_N5, teacher, form)
         return kernels.sum_rows(teacher, "entry_sums", pair, entries, valid=shard.valid, floats=3)
-    parts, first = [], 0
-    for a, b in _row_views(teacher, student):
-        rows_of_view = slice(first, first := first + a.shape[0])
-        scale = scale_N5[rows_of_view]
-        parts.append(pair_reference.entry_sums(a, b, scale, *form.arguments, shard.valid, 1.0 / temperature))
+    parts, views = [], _row_views(teacher, student)
+    for (a, b), span in zip(views, spans(a for a, _ in views), strict=True):
+        parts.append(pair_reference.entry_sums(a, b, scale_N5[span], *form.arguments, shard.valid, 1.0 / temperature))
     return torch.cat(parts)
 
 
@@ -121,10 +119,9 @@ def gradient(
         if inplace:
             torch.autograd.graph.increment_version(student)
         return out
-    first = 0
-    for a, b, c in _row_views(teacher, student, out):
-        rows_of_view = slice(first, first := first + a.shape[0])
-        scale, sums, grad_value = (x[rows_of_view] for x in (scale_N5, sums_N3, grad_value_N))
+    views = _row_views(teacher, student, out)
+    for (a, b, c), span in zip(views, spans(a for a, _, _ in views), strict=True):
+        scale, sums, grad_value = (x[span] for x in (scale_N5, sums_N3, grad_value_N))
         inverse = 1.0 / temperature
         pair_reference.gradient(a, b, c, scale, sums, grad_value, *form.arguments, shard.valid, inverse)
     return out

@@ -3,6 +3,8 @@
 The kernels count rows over two dimensions, so that logits[:, :-1] and logits.transpose(0, 1) are taken as they are.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 RowLayout = tuple[int, int, int, int]  # rows, rows of the inner dimension, outer stride, inner stride (in elements)
@@ -36,6 +38,14 @@ def row_views(x: torch.Tensor) -> list[torch.Tensor]:
     if layout is None or layout[0] in (0, layout[1]):
         return [x.view(-1, x.shape[-1])]
     return [view for part in x.unbind(0) for view in row_views(part)]
+
+
+def spans(views: Iterable[torch.Tensor]) -> list[slice]:
+    """Return which rows of the whole each of the views holds that follow one another."""
+    found, first = [], 0
+    for view in views:
+        found.append(slice(first, first := first + view.shape[0]))
+    return found
 
 
 def overlap(x: torch.Tensor) -> bool:
