@@ -153,8 +153,9 @@ class Saving:
         self.partial.rename(self.path)
         if self.best:
             write_text(directory / _BEST, self.path.name)
-        kept = {path.name for path in complete(directory)[: self.keep]} | {_read(directory / _BEST)}
-        for old in complete(directory):
+        found = complete(directory)
+        kept = {path.name for path in found[: self.keep]} | {_read(directory / _BEST)}
+        for old in found:
             if old.name not in kept:  # a checkpoint that is half removed has no final name either
                 shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)), ignore_errors=True)  # or by the next save
 
@@ -221,15 +222,15 @@ def find(directory: Path, wanted: str) -> Path | None:
     if wanted != "auto":
         check(Path(wanted))
         return Path(wanted)
-    for path in complete(directory):
+    found = complete(directory)
+    for path in found:
         try:
             check(path)
             return path
         except BadArgument as error:
             print(f"warning: {error}; trying the one before", flush=True)
-            damaged = path
-    if complete(directory):
-        raise BadArgument(f"every checkpoint in {directory} is damaged, the last one tried being {damaged}; "
+    if found:
+        raise BadArgument(f"every checkpoint in {directory} is damaged, the last one tried being {found[-1]}; "
                           "remove them to start from the beginning")  # fmt: skip
     return None
 
