@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,18 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 from megatron_egrsd.engine import adapter_checkpoint, training_state
-from megatron_egrsd.engine.checkpoint_writer import SUMS, CheckpointWriter
+from megatron_egrsd.engine.checkpoint_writer import CheckpointWriter
 from megatron_egrsd.engine.distributed import lost_contact, on_first_rank
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.hf import integrity
 from megatron_egrsd.hf.safe_pickle import check_metadata
-from megatron_egrsd.system.files import PARTIAL, sha256, write_text
+from megatron_egrsd.system.files import PARTIAL, write_text
 
 HISTORY = "metrics.jsonl"  # the run's metrics up to the checkpoint's step
 _BEST = "best"  # names the checkpoint of the best evaluation
 _NAME = r"step_\d+"
 _LITTLE = 1 << 20  # free bytes below which a disk counts as full
-_READERS = 8  # threads that compute SHA-256 sums
 
 
 # torch's is no Exception but a BaseException.
@@ -196,16 +195,11 @@ def check(path: Path) -> None:
     if not re.fullmatch(_NAME, path.name) or not (path / "metadata.json").is_file():
         raise BadArgument(f"{path} is not a checkpoint: a directory step_NNNNNN with metadata.json in it")
     try:
-        sums = json.loads((path / SUMS).read_bytes())["files"]
-        files = {file.name: file for file in path.iterdir() if file.name != SUMS}
-        if HISTORY not in sums:  # of an older version
-            files.pop(HISTORY, None)
-        if wrong := sums.keys() ^ files.keys():
-            raise ValueError(f"{min(wrong)} is {'missing' if min(wrong) in sums else 'not one of its files'}")
-        with ThreadPoolExecutor(_READERS) as readers:
-            for name, found in zip(files, readers.map(sha256, files.values()), strict=True):
-                if sums[name] != found:
-                    raise ValueError(f"{name} is not what was written (SHA-256)")
+        wrong = integrity.differing(path)
+        if wrong.get(HISTORY) == integrity.UNLISTED:  # of an older version
+            del wrong[HISTORY]
+        if wrong:
+            raise ValueError(" ".join(min(wrong.items())))
         check_metadata((path / ".metadata").read_bytes())
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BadArgument(f"the checkpoint {path} is damaged: {' '.join(str(error).split())[:300]}") from None

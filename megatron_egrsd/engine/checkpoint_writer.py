@@ -5,7 +5,6 @@ CUDA, or needs a package for CUDA. A thread does here: writing, fsync and SHA-25
 part in no collective: the ranks agree on the main thread, where their order is known.
 """
 
-import json
 import queue
 import threading
 from pathlib import Path
@@ -15,9 +14,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_egrsd.engine.distributed import gather, on_first_rank
+from megatron_egrsd.hf import integrity
 from megatron_egrsd.system.files import sha256
-
-SUMS = "integrity.json"  # megatron-core's list of SHA-256 sums
 
 
 class CheckpointWriter:
@@ -80,5 +78,4 @@ class CheckpointWriter:
     def _write_sums(self, sums: dict[str, str]) -> None:
         records = (file for file in self._directory.iterdir() if file.name not in sums)
         sums |= {file.name: sha256(file) for file in records}
-        content = {"algorithm": "sha256", "files": dict(sorted(sums.items()))}
-        (self._directory / SUMS).write_text(json.dumps(content, indent=2))
+        integrity.write(self._directory, sums)

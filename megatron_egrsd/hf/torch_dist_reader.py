@@ -3,12 +3,10 @@
 torch_dist_writer.py describes the format.
 """
 
-import contextlib
 import io
 import itertools
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_egrsd.errors import RunError
-from megatron_egrsd.hf.byte_ranges import Range, in_threads
+from megatron_egrsd.hf import integrity
+from megatron_egrsd.hf.byte_ranges import Range
 from megatron_egrsd.hf.safe_pickle import load_metadata, load_without_code
-from megatron_egrsd.hf.torch_dist_writer import COMMON, CONFIG, INTEGRITY, METADATA
-from megatron_egrsd.system.files import sha256
+from megatron_egrsd.hf.torch_dist_writer import COMMON, CONFIG, METADATA
 
 
 @dataclass(frozen=True)
@@ -166,27 +164,12 @@ class TorchDistReader:
 
     def damaged_files(self) -> list[str]:
         """Return the names of files that do not match integrity.json; none if there is no such manifest."""
-        file = self.directory / INTEGRITY
-        if not file.is_file():
+        if not (self.directory / integrity.INTEGRITY).is_file():
             return []
         try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-            expected = manifest["files"]
-            if manifest["algorithm"] != "sha256" or not isinstance(expected, dict):
-                return [INTEGRITY]
-        except (ValueError, KeyError, AttributeError, TypeError):
-            return [INTEGRITY]
-        present = {f.name for f in self.directory.iterdir() if f.is_file() and f.name != INTEGRITY}
-        intact = set()
-
-        def check(name: str, digest: str) -> Iterator[int]:
-            with contextlib.suppress(OSError):
-                if sha256(self.directory / name) == digest:
-                    intact.add(name)
-            yield 0
-
-        in_threads((check(name, digest) for name, digest in expected.items()), lambda nbytes: None)
-        return sorted((present | expected.keys()) - intact)
+            return sorted(integrity.differing(self.directory))
+        except ValueError:
+            return [integrity.INTEGRITY]
 
     def _data_offset(self, key: str, chunk: Chunk) -> int:
         """Return the file offset of a chunk's elements. Raises RunError if its archive is not the tensor announced."""

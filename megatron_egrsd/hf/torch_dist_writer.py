@@ -27,11 +27,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_egrsd.hf import integrity
 from megatron_egrsd.hf.byte_ranges import Advance, Range, in_threads, pieces, reserve, write_all
 
 METADATA = ".metadata"
 CONFIG = "metadata.json"
-INTEGRITY = "integrity.json"
 COMMON = "common.pt"
 FILE_BYTES = 5 << 30
 MIN_FILES = 8
@@ -80,8 +80,7 @@ def write_torch_dist(directory: Path, parts: list[Part], objects: list[Object], 
     ):
         (directory / name).write_bytes(content)
         hashes[name] = hashlib.sha256(content).hexdigest()
-    manifest = {"algorithm": "sha256", "files": dict(sorted(hashes.items()))}
-    (directory / INTEGRITY).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    integrity.write(directory, hashes)
 
 
 class _HashedFile:
