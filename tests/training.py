@@ -116,11 +116,11 @@ def _train_between_checkpoints(rank, world_size, config, path, directory, start,
     rollouts, history = load_rollouts(path), History()
     with open_engine(config) as engine:
         if start:
-            step, rewards = checkpoint.load(engine, checkpoint.complete(directory)[0])
-            history = History(**rewards)
+            step, saved = checkpoint.load(engine, checkpoint.complete(directory)[0])
+            history = History(**saved)
             assert step == history.steps == start
         metrics, history = take_steps(engine, rollouts, config, stop - start, history)
-        checkpoint.save(engine, directory, stop, keep=2, rewards=dataclasses.asdict(history), history=path)
+        checkpoint.save(engine, directory, stop, keep=2, history=dataclasses.asdict(history), metrics_file=path)
         weights = final_weights(engine)
     return (metrics, weights) if rank == 0 else None
 

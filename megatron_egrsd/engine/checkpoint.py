@@ -1,4 +1,4 @@
-"""Training checkpoints: weights, optimizer, schedule, reward statistics, teacher; megatron-core's sharded format.
+"""Training checkpoints: weights, optimizer, schedule, the objective's history, teacher; megatron-core's sharded format.
 
 A run that trains an adapter saves the adapter in place of the weights, which model.path holds.
 
@@ -67,8 +67,8 @@ def save(
     directory: Path,
     step: int,
     keep: int,
-    rewards: dict[str, Any],
-    history: Path | None = None,
+    history: dict[str, Any],
+    metrics_file: Path | None = None,
     best: bool = False,
     notes: dict[str, Any] | None = None,
     *,
@@ -77,8 +77,8 @@ def save(
     """Write `directory`/step_NNNNNN, then remove all but the newest `keep` and the best one. Collective.
 
     Args:
-        rewards: Running statistics of the rewards, as plain numbers.
-        history: A file that becomes part of the checkpoint under the name HISTORY, as it is now.
+        history: What the steps leave to the objective, `History` as plain values.
+        metrics_file: It becomes part of the checkpoint under the name HISTORY, as it is now.
         best: This is the best checkpoint so far; it stays until a later one is.
         notes: Plain values that `read_notes` returns before anything is loaded.
         background: Return when the state is copied to host memory. The caller publishes what is returned, before it
@@ -96,12 +96,12 @@ def save(
         for left in directory.glob(f"step_*{PARTIAL}"):  # of a start that was killed
             shutil.rmtree(left, ignore_errors=True)
         saving.partial.mkdir(parents=True)
-        if history is not None and history.is_file():
-            saving.history = history.read_bytes()
+        if metrics_file is not None and metrics_file.is_file():
+            saving.metrics = metrics_file.read_bytes()
 
     with _as_run_error(f"{path} could not be written", directory):
         on_first_rank(prepare)
-        state = training_state.sharded(engine, step, rewards, loading=False)
+        state = training_state.sharded(engine, step, history, loading=False)
         state |= {"notes": json.dumps(notes or {}), "adapter": _adapter(engine)}
         saving.writer = CheckpointWriter(state, saving.partial, background=background)
     if not background:
@@ -115,7 +115,7 @@ class Saving:
     def __init__(self, path: Path, keep: int, best: bool):
         self.path, self.keep, self.best = path, keep, best
         self.writer: CheckpointWriter | None = None  # None if the checkpoint was there before
-        self.history: bytes | None = None  # on rank 0, the file HISTORY
+        self.metrics: bytes | None = None  # on rank 0, the content of HISTORY
 
     @property
     def partial(self) -> Path:
@@ -139,13 +139,13 @@ class Saving:
         """
         if self.writer is not None:
             with _as_run_error(f"{self.path} could not be written", self.path.parent):
-                on_first_rank(self._write_history)  # before the sums are
+                on_first_rank(self._write_metrics)  # before the sums are
                 self.writer.finish()
                 on_first_rank(self._rename)
 
-    def _write_history(self) -> None:
-        if self.history is not None:
-            (self.partial / HISTORY).write_bytes(self.history)
+    def _write_metrics(self) -> None:
+        if self.metrics is not None:
+            (self.partial / HISTORY).write_bytes(self.metrics)
 
     def _rename(self) -> None:
         directory = self.path.parent
@@ -156,7 +156,8 @@ class Saving:
         kept = {path.name for path in found[: self.keep]} | {_read(directory / _BEST)}
         for old in found:
             if old.name not in kept:  # a checkpoint that is half removed has no final name either
-                shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)), ignore_errors=True)  # or by the next save
+                old = old.rename(old.with_name(old.name + PARTIAL))
+                shutil.rmtree(old, ignore_errors=True)  # what a process still has open goes before the next save
 
 
 @contextlib.contextmanager
@@ -241,7 +242,7 @@ def load(engine: Engine, path: Path) -> tuple[int, dict[str, Any]]:
     `training_state.restore` says what it brings, and what stays as the engine was configured.
 
     Returns:
-        The checkpoint's step, and the running statistics of the rewards: {} if an older version saved it, without them.
+        The checkpoint's step, and `history` as it was saved: {} if an older version saved it, without one.
 
     Raises:
         BadArgument: `path` does not belong to this model, or to a run that trains the same parameters.

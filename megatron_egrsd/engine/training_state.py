@@ -14,10 +14,10 @@ from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.engine.optimizer import parts, with_settings_of
 
 
-def sharded(engine: Engine, step: int, rewards: dict[str, Any], *, loading: bool) -> dict:
+def sharded(engine: Engine, step: int, history: dict[str, Any], *, loading: bool) -> dict:
     """Return all that a run continues from, each tensor with its place in a checkpoint of any layout. Collective.
 
-    `rewards` are the running statistics of the rewards. With `loading` the tensors are those to be filled.
+    `history` is what earlier steps leave to the objective. With `loading` the tensors are those to be filled.
     """
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -32,7 +32,7 @@ def sharded(engine: Engine, step: int, rewards: dict[str, Any], *, loading: bool
         "optimizer": engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
         "scheduler": engine.scheduler.state_dict(),
         "step": step,
-        "rewards": rewards,
+        "rewards": history,  # its name in all versions
         "updates_per_batch": engine.updates_per_batch,
         "distributed_optimizer": engine.parallel.distributed_optimizer,
     }
