@@ -24,6 +24,7 @@ _HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
     *("lora_dropout", "layers_pattern", "loftq_config", "megatron_core", "qalora_group_size", "runtime_config"),
     *("peft_type", "r", "lora_alpha", "target_modules", "init_lora_weights"),  # checked below
+    "eva_config",  # ranks that EVA has moved are in rank_pattern
 }
 _SAME_BASE = (True, False, None, "gaussian", "orthogonal", "eva")  # values of init_lora_weights that leave W as it is
 

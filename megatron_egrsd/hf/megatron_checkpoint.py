@@ -233,6 +233,11 @@ class MegatronCheckpoint:
         """Return the dtype in which `entry` is stored."""
         return self.reader.tensors[self._keys(self._place(entry))[0]].dtype
 
+    def stored_as(self, entry: Entry) -> str:
+        """Return where `entry` is stored: its tensors, each with the index of the entry in it."""
+        place = self._place(entry)
+        return " and ".join(f"{key}{list(place.index)}" for key in self._keys(place))
+
     def _place(self, entry: Entry) -> Place | None:
         """Return the first place of which all stored tensors are there, or None."""
         for place in places(entry, self.architecture):

@@ -14,7 +14,7 @@ from megatron_egrsd.hf.byte_ranges import Advance, digest, in_threads, pieces
 from megatron_egrsd.hf.checkpoint import CONFIG, HFCheckpoint, assets, config_with_dtype
 from megatron_egrsd.hf.convert import RECORD, record_of
 from megatron_egrsd.hf.mapping import Entry, entries, hf_shapes
-from megatron_egrsd.hf.megatron_checkpoint import SIDECAR, MegatronCheckpoint, locate, places
+from megatron_egrsd.hf.megatron_checkpoint import SIDECAR, MegatronCheckpoint, locate
 from megatron_egrsd.system.files import read_json_object
 
 
@@ -78,8 +78,7 @@ def _compare(hf: HFCheckpoint, megatron: MegatronCheckpoint, dtype: torch.dtype 
     wrong: dict[str, str] = {}
 
     def compare(entry: Entry) -> Iterator[int]:
-        place, found = places(entry, arch)[0], megatron.dtype_of(entry)
-        stored_as = f"{place.key}{list(place.index)}"
+        stored_as, found = megatron.stored_as(entry), megatron.dtype_of(entry)
         try:
             ranges = megatron.ranges(entry, shapes)
             for name in entry.hf:

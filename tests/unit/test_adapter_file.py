@@ -150,6 +150,16 @@ def test_what_is_no_plain_lora_of_the_model_is_refused(base, adapter, values, re
         AdapterFile(adapter, Architecture.from_pretrained(base))
 
 
+def test_an_adapter_that_eva_has_initialised_is_plain_lora(base, adapter):
+    """PEFT writes its settings beside; the ranks are those of `r` if rank_pattern is empty."""
+    from peft import EvaConfig, LoraConfig
+
+    config = LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(rho=1.0)).to_dict()
+    assert config["eva_config"] and not config["rank_pattern"]
+    change(adapter, **{key: config[key] for key in ("init_lora_weights", "eva_config", "rank_pattern")})
+    assert AdapterFile(adapter, Architecture.from_pretrained(base)).spec == SPEC
+
+
 def test_damaged_files_are_refused(base, adapter, tmp_path):
     arch = Architecture.from_pretrained(base)
     tensors = load_file(adapter / WEIGHTS)

@@ -231,7 +231,11 @@ def test_the_router_norm_under_the_name_of_local_layers(tmp_path):
             )
 
     _metadata(tmp_path / "megatron", rename)
-    assert findings(hf, tmp_path / "megatron") == ""
+    report = verify(hf, tmp_path / "megatron")
+    assert report["problems"] == []
+    where = {row["name"]: row["megatron"] for row in report["tensors"]}
+    norm = "model.layers.2.post_attention_layernorm.weight"
+    assert where[norm] == "decoder.layers.mlp.linear_fc1.layer_norm_weight[2]"
 
 
 @pytest.mark.parametrize(
