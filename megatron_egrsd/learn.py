@@ -147,7 +147,7 @@ def _teachers(rollouts: list[Rollout], objective: Objective) -> tuple[list[Seque
 
 @dataclass(frozen=True)
 class BatchScores:
-    """Scores of this data-parallel rank's rollouts before the first update; None if they are not needed."""
+    """Scores of this data-parallel rank's rollouts before the first update, each None if that model was not run."""
 
     teacher: dict[int, Scores] | None
     student: dict[int, Scores] | None

@@ -301,7 +301,7 @@ class Engine:
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         if self.teacher_weights is not None and self.teacher.weights == "ema":
-            rate = 1 - self.teacher.ema_decay ** (1 / self.updates_per_batch)  # the decay is that of a rollout batch
+            rate = 1 - self.teacher.ema_decay ** (1 / self.updates_per_batch)  # over all updates of a batch: the decay
             for average, student in zip(self.teacher_weights, self.trainable(), strict=True):
                 average.lerp_(student.detach().float(), rate)
         return Update(sums, grad_norm=float(grad_norm), lr=lr, micro_batches=len(batches))

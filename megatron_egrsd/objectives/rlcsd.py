@@ -18,7 +18,7 @@ class RLCSD(Objective):
     The two means are over the trained tokens of the batch (ours with several updates a batch or micro-batches).
 
     Args:
-        tau: Nats of contrast that count as much.
+        tau: Contrast, in nats, at which |s| is 76 % of `strength` (tanh 1).
         strength: Most that the contrast adds to an advantage (beta x lambda).
         threshold: Smallest |s| that changes a token's advantage (delta).
         selected_weight: Weight of the mean over the selected tokens (eta).
