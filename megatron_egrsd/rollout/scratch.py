@@ -6,10 +6,13 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import IO
 
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.system.files import lock
 
 _PREFIX = "megatron-egrsd-"
+_LOCK = "lock"
 _SHORT = Path("/tmp")
 # The path of a socket has at most 107 characters; behind TMPDIR come "/megatron-egrsd-XXXXXXXX/tmpXXXXXXXX".
 _LONGEST = 107 - len(f"/.{_PREFIX}XXXXXXXX/tmpXXXXXXXX") - 8
@@ -20,14 +23,16 @@ SHARED_LIST = "shared"  # file of the directory with names below /dev/shm, one p
 class Scratch:
     """A temporary directory for the servers of one run, with a list of the shared memory that they create.
 
-    Its lock is held until its process ends for any reason. The next run removes directories that nobody has locked.
+    Its lock is held until its process ends for any reason. The next run removes directories with such a list that nobody
+    has locked, and no others: the name alone may be a user's.
     """
 
     def __init__(self):
         place = _place()
         names = _clear_abandoned(place)
         hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=place))
-        self._lock_file = _lock(hidden)
+        self._lock_file = open(hidden / _LOCK, "w")  # noqa: SIM115  held until the process ends
+        lock(self._lock_file, f"{hidden} is locked by another process")
         # Again at the end: the servers of a run that was killed a moment ago may not have created it yet.
         (hidden / SHARED_LIST).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         self.path = hidden.rename(hidden.with_name(hidden.name[1:]))  # visible to others only after it is locked
@@ -45,9 +50,10 @@ def clear_abandoned() -> None:
 
 def _clear_abandoned(place: Path) -> list[str]:
     names = []
-    for path in place.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):  # locked by a live process, or another user's
-            names += _clear(path, _lock(path))
+    for listed in place.glob(f"{_PREFIX}*/{SHARED_LIST}"):
+        with contextlib.suppress(OSError):  # locked by a live process, another user's, or on a disk without locks
+            if listed.is_file():
+                names += _clear(listed.parent, _lock_abandoned(listed.parent))
     return names
 
 
@@ -66,9 +72,9 @@ def _place() -> Path:
     )
 
 
-def _lock(directory: Path):
-    """Lock `directory`; returns the open lock file. Raises OSError if another process holds the lock."""
-    file = open(directory / "lock", "w")  # noqa: SIM115  held until the process ends
+def _lock_abandoned(directory: Path) -> IO:
+    """Return the open file of the lock that a killed process has left. OSError if it is held, or nobody can tell."""
+    file = open(directory / _LOCK, "w")  # noqa: SIM115  _clear closes it
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -77,7 +83,7 @@ def _lock(directory: Path):
     return file
 
 
-def _clear(directory: Path, held) -> list[str]:
+def _clear(directory: Path, held: IO) -> list[str]:
     """Remove `directory` and the shared memory that it lists; returns the names of the latter."""
     listed = directory / SHARED_LIST
     names = listed.read_text(encoding="utf-8").split() if listed.is_file() else []

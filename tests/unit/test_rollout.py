@@ -1,5 +1,7 @@
 """The package rollout/ without a server: arguments, buckets, checksums, answers, logs."""
 
+import errno
+import fcntl
 import hashlib
 import math
 import os
@@ -299,6 +301,29 @@ def test_shared_memory_that_appears_after_its_run_was_killed_goes(monkeypatch, t
     (tmp_path / "shm" / "one").touch()
     following.remove()
     assert [path.name for path in tmp_path.iterdir()] == ["shm"] and not list((tmp_path / "shm").iterdir())
+
+
+def test_directories_that_only_bear_the_name_stay(monkeypatch, tmp_path):
+    monkeypatch.setattr("megatron_egrsd.rollout.scratch._place", lambda: tmp_path)
+    mine = [tmp_path / "megatron-egrsd-main" / "README.md", tmp_path / "megatron-egrsd-demo" / "shared" / "method.md"]
+    for path in mine:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    Scratch().remove()
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(mine)
+
+
+def test_without_locks_servers_start_and_nothing_is_taken_for_abandoned(monkeypatch, tmp_path):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("megatron_egrsd.rollout.scratch._place", lambda: tmp_path)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    one, other = Scratch(), Scratch()
+    assert one.path.exists()
+    one.remove()
+    other.remove()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("length", "kept"), [(40, True), (79, False), (120, False)])
