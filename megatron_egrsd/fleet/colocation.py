@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Literal, Protocol
 
-from megatron_egrsd.engine.distributed import on_first_rank
+from megatron_egrsd.engine.distributed import gather, on_first_rank
 from megatron_egrsd.fleet.fleet import Fleet
 from megatron_egrsd.rollout.control import Control
 from megatron_egrsd.rollout.server_memory import CACHES, EVERYTHING, WEIGHTS, ServerMemory
@@ -61,7 +61,7 @@ class Colocated:
     def __init__(self, fleet: Fleet):
         self.fleet, self.engine = fleet, fleet.engine
         self.phase: Phase = "sampling"
-        self.engine.offload()
+        self._offload()
         self._enter: dict[Entry, Callable[[], None]] = {
             "sampling": self._enter_sampling,
             "transfer": self._enter_transfer,
@@ -78,15 +78,20 @@ class Colocated:
         """The memory of the servers, on rank 0, once they have started."""
         return ServerMemory(Control(self.fleet.servers, self.fleet.config.sync.timeout))
 
+    def _offload(self, *, keep_weights: bool = False) -> None:
+        """Offload the engine; return when every rank has, because rank 0 then lets servers map that memory."""
+        self.engine.offload(keep_weights=keep_weights)
+        gather(None)
+
     def _enter_sampling(self) -> None:
         """From "transfer", when SGLang has the weights."""
-        self.engine.offload()
+        self._offload()
         on_first_rank(lambda: self.memory.resume(*CACHES))
         self.phase = "sampling"
 
     def _enter_transfer(self) -> None:
         if self.phase == "training":
-            self.engine.offload(keep_weights=True)
+            self._offload(keep_weights=True)
         else:
             self.fleet.recover()
             on_first_rank(lambda: self.memory.release(*CACHES))
@@ -97,16 +102,17 @@ class Colocated:
     def _enter_training(self) -> None:
         if self.phase != "training":
             # Servers that start again would take the memory: await them, then release it.
+            self.fleet.recover()
             retry_lost(lambda: on_first_rank(lambda: self.memory.release(*EVERYTHING)), lambda _: self._recover())
             self.engine.reload()
             self.phase = "training"
 
     def _recover(self) -> None:
-        self.engine.offload()
+        self._offload()
         self.phase = "sampling"
         self.fleet.recover()
 
     def _end(self) -> None:
-        self.fleet.close()
+        self.fleet.nodes.each(self.fleet.close)  # no rank reloads while servers of another one hold the memory
         self.engine.reload()
         self.phase = "training"
