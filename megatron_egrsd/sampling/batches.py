@@ -50,9 +50,14 @@ class BatchSampling:
         self.future = thread.submit(self._run)
 
     def wait(self) -> None:
-        """Block until sampling has stopped; re-raise errors that `result` could not recover from, except Preempted."""
+        """Block until sampling has stopped; re-raise errors that `result` could not recover from, except Preempted.
+
+        After ServersLost `result` samples the rest.
+        """
         error = self.future.exception() if self.future is not None else None
-        if error is not None and not isinstance(error, ServersLost | Preempted):
+        if isinstance(error, ServersLost):
+            self.future = None  # or `result` would raise it again, after the servers have been recovered
+        elif error is not None and not isinstance(error, Preempted):
             raise error
 
     def result(self) -> Batch:

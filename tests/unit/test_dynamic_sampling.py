@@ -1,5 +1,7 @@
 """Groups without a signal are replaced by fresh prompts, as often as asked, and the same way every time."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, RolloutConfig
@@ -92,6 +94,27 @@ def test_servers_lost_in_any_round_leave_the_batch_as_it_would_have_been(lost):
     with pytest.raises(ServersLost):
         sampling.result()
     result = sampling.result()
+    assert (result.rollouts, result.sampled) == expected and first.asked == undisturbed.asked
+
+
+def test_servers_lost_while_sampling_ahead_are_no_error_once_they_were_awaited():
+    """Between the two the servers got new weights: the same version again would be refused."""
+
+    class Breaking(Sampled):
+        def __call__(self, prompts, done):
+            if not done:
+                done[0, 0] = "one response"
+                raise ServersLost("no server is left")
+            return super().__call__(prompts, done)
+
+    undisturbed = Sampled(dull=0)
+    expected = batch(undisturbed, config(0), 1)
+    first = Breaking(dull=0)
+    sampling = sampling_of(first, config(0), 1)
+    with ThreadPoolExecutor(1) as thread:
+        sampling.start(thread)
+        sampling.wait()
+        result = sampling.result()
     assert (result.rollouts, result.sampled) == expected and first.asked == undisturbed.asked
 
 
