@@ -166,10 +166,14 @@ class Session:
         if not prompts or on_first_rank(lambda: any(e["step"] == step for e in self.evaluations)):
             return
         rollouts = self.rollouts.evaluation(prompts, step)
-        if rollouts and self.engine.is_first_rank:
+
+        def write() -> None:
             result = summarize_rollouts(rollouts)
-            self.evaluations.append(result | {"step": step})
             self.log.evaluation(step, result)
+            self.evaluations.append(result | {"step": step})
+
+        if rollouts:
+            on_first_rank(write)
 
 
 def _export(session: Session) -> None:
