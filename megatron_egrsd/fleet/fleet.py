@@ -15,7 +15,7 @@ from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.fleet.nodes import Nodes
 from megatron_egrsd.hf.adapter_file import peft_config
 from megatron_egrsd.rollout.process_group import address_towards
-from megatron_egrsd.rollout.server_command import first_gpu, lora_arguments
+from megatron_egrsd.rollout.server_command import first_gpu, lora_arguments, with_arguments
 from megatron_egrsd.rollout.servers import RolloutServers
 from megatron_egrsd.rollout.transports import NamedTensors
 from megatron_egrsd.rollout.weight_sync import WeightSync
@@ -107,16 +107,14 @@ class Fleet:
 
     def _server_settings(self) -> ServersConfig:
         """Return `rollout.servers`, with the first GPU, and the arguments that adapters and routing replay need."""
-        servers, arguments = self.config.servers, {}
+        arguments = {}
         if self.engine.device.type == "cuda":
             ranks, count = torchrun.local_world_size(), torch.cuda.device_count()
-            arguments["base_gpu_id"] = first_gpu(servers, ranks, count)
+            arguments["base_gpu_id"] = first_gpu(self.config.servers, ranks, count)
         if self._adapter():
             spec, device = self.engine.adapter, self.engine.device.type
             arguments |= lora_arguments(spec.rank, spec.targets, device)
-        if self.config.routing_replay:
-            arguments["enable_return_routed_experts"] = True
-        return replace(servers, args=arguments | servers.args)
+        return with_arguments(self.config, **arguments)
 
     def _hold_the_rest(self) -> bool:
         """Return whether the servers have all weights of the last push, so that those with adapters are enough.

@@ -1,9 +1,10 @@
 """The arguments that SGLang is launched with."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_egrsd.config import ModelConfig, ServersConfig
+from megatron_egrsd.config import ModelConfig, RolloutConfig, ServersConfig
 from megatron_egrsd.errors import BadArgument
 
 if TYPE_CHECKING:
@@ -37,6 +38,13 @@ def lora_arguments(rank: int, targets: Sequence[str], device: str) -> dict[str, 
         "lora_target_modules": list(targets),
         "max_loras_per_batch": 1,
     } | ({"lora_backend": "torch_native"} if device == "cpu" else {})
+
+
+def with_arguments(config: RolloutConfig, **arguments: Any) -> ServersConfig:
+    """Return `rollout.servers` with these arguments and those that routing replay needs; the user's own win."""
+    if config.routing_replay:
+        arguments["enable_return_routed_experts"] = True
+    return replace(config.servers, args=arguments | config.servers.args)
 
 
 def first_gpu(config: ServersConfig, ranks: int, count: int) -> int:

@@ -15,6 +15,7 @@ from megatron_egrsd.learn import rollout_metrics
 from megatron_egrsd.objectives.load import load_objective
 from megatron_egrsd.objectives.signal import History, rollout_advantages
 from megatron_egrsd.rollout.client import RolloutClient
+from megatron_egrsd.rollout.server_command import with_arguments
 from megatron_egrsd.rollout.servers import RolloutServers, retry_lost
 from megatron_egrsd.run.health import Health
 from megatron_egrsd.run.log import RunLog
@@ -27,11 +28,11 @@ def rollout_only(config: Config, prompts: list[Prompt], tokenizer) -> None:
 
     Runs in one process, without torch.distributed and megatron-core. `debug: train-only` can train on its rollouts.
     """
-    output, settings = Path(config.output), config.rollout
+    output, settings, servers_config = Path(config.output), config.rollout, with_arguments(config.rollout)
     with (
         locked(output),
         hugging_face(config) as path,
-        RolloutServers(settings.servers, replace(config.model, path=path), config.seed, output / "logs") as servers,
+        RolloutServers(servers_config, replace(config.model, path=path), config.seed, output / "logs") as servers,
         contextlib.closing(RunLog(output, config.steps, config=config)) as log,
     ):
         stop = stop_token_ids(tokenizer, config.data, settings.stop_tokens)

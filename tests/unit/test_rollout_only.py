@@ -88,3 +88,15 @@ def test_the_log_is_closed_after_an_error(run, monkeypatch):
     with pytest.raises(RunError, match="refused"):
         run(meanwhile)
     assert closed == [1]
+
+
+def test_servers_return_the_routes_that_training_will_replay(tmp_path, monkeypatch):
+    def servers(settings, *_):
+        raise RunError(json.dumps(settings.args))
+
+    monkeypatch.setattr(module, "RolloutServers", servers)
+    words = {"model.path": ROOT / "examples/tiny/model", "data.train": "-", "output": tmp_path / "run"}
+    words |= {"debug": "rollout-only", "rollout.routing_replay": "true"}
+    config = parse_config([word for key, value in words.items() for word in (f"--{key}", str(value))])
+    with pytest.raises(RunError, match='{"enable_return_routed_experts": true}'):
+        module.rollout_only(config, [], None)
