@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_egrsd.config import BenchmarksConfig, DataConfig
-from megatron_egrsd.data.problems import BadRows, load_problems, read_rows
+from megatron_egrsd.data.problems import BadRows, is_hub_dataset, load_problems, read_rows
 from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.errors import BadArgument
 
@@ -56,7 +56,7 @@ def _load(word: str, benchmarks: BenchmarksConfig, data: DataConfig) -> ProblemS
     name, named, source = ("", "", word) if Path(word).is_file() else word.partition("=")  # out/lr=1e-6/test.jsonl
     if not named:
         name, source = (word, _find(word, benchmarks)) if word in BENCHMARKS else (_stem(word), word)
-    if not Path(source).suffix and ":" in source and not benchmarks.hub:
+    if is_hub_dataset(source) and not benchmarks.hub:
         raise BadArgument(
             f"{word} would be downloaded from the Hugging Face hub ({source}): allow that with "
             f"--evaluation.benchmarks.hub true, or name a file: {name}=FILE.jsonl"
@@ -82,7 +82,7 @@ def _find(name: str, benchmarks: BenchmarksConfig) -> str:
 
 
 def _stem(source: str) -> str:
-    return Path(source).stem if Path(source).suffix else source.replace("/", "--").replace(":", "--")
+    return source.replace("/", "--").replace(":", "--") if is_hub_dataset(source) else Path(source).stem
 
 
 def _with_keys(source: str, data: DataConfig) -> DataConfig:

@@ -21,6 +21,7 @@ from megatron_egrsd.data.values import is_wrapped, plain_value
 from megatron_egrsd.errors import BadArgument
 
 _ID_KEYS = ("id", "idx", "unique_id")
+_SUFFIXES = (".jsonl", ".parquet")
 _LISTED_ROWS = 5  # bad rows of a kind that a message lists
 
 
@@ -132,13 +133,19 @@ def _permutation(n_problems: int, epoch: int, seed: int | str) -> tuple[int, ...
     return tuple(order)
 
 
+def is_hub_dataset(source: str) -> bool:
+    """Return whether `read_rows` would download `source`."""
+    path = Path(source)
+    return path.suffix not in _SUFFIXES and ":" in source and not path.exists()
+
+
 def read_rows(source: str, bad: BadRows | None = None) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield (location for messages, row number from 1, row). An invalid row goes to `bad` (default: raise it)."""
     bad = BadRows("refuse") if bad is None else bad
     path = Path(source)
-    if path.suffix not in (".jsonl", ".parquet"):
-        if not path.exists() and ":" in source:
-            return _hub_rows(source)
+    if is_hub_dataset(source):
+        return _hub_rows(source)
+    if path.suffix not in _SUFFIXES:
         raise BadArgument(
             f"{source!r} is neither a .jsonl nor a .parquet file, nor a hub dataset written as "
             '"name:split" or "name:config:split"'

@@ -47,11 +47,11 @@ def test_the_users_own_keys_come_first(tmp_path):
     assert (mine.problems[0].problem, mine.problems[0].answer) == ("2+2?", "4")
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", [*BENCHMARKS, "org/Set-v1.5:test"])
 def test_nothing_is_downloaded_unasked(name, monkeypatch, tmp_path):
     monkeypatch.setattr(problems, "_hub_rows", None)
     with pytest.raises(
-        BadArgument, match=r"would be downloaded .*--evaluation\.benchmarks\.hub true, or name a file: \w+=FILE"
+        BadArgument, match=r"would be downloaded .*--evaluation\.benchmarks\.hub true, or name a file: [\w.-]+=FILE"
     ):
         load(name, directory=str(tmp_path))
 
@@ -62,6 +62,7 @@ def test_the_hub_is_asked_where_that_is_allowed(monkeypatch):
     monkeypatch.setattr(problems, "_hub_rows", lambda source: asked.append(source) or iter(rows))
     (hmmt,) = load("hmmt25", hub=True)
     assert hmmt.name == "hmmt25" and len(hmmt.problems) == 1 and set(asked) == {BENCHMARKS["hmmt25"]}
+    assert load("org/Set-v1.5:test", hub=True)[0].name == "org--Set-v1.5--test"
 
 
 BAD_FIRST_AND_LAST = 'no JSON\n{"question": "2+2?", "answer": "4"}\n{"question": "", "answer": "5"}\n'
