@@ -36,7 +36,7 @@ from megatron_egrsd.rollout.client import RolloutClient, truncation
 from megatron_egrsd.rollout.deterministic import check_deterministic, deterministic
 from megatron_egrsd.rollout.generation import Generation
 from megatron_egrsd.rollout.servers import RolloutServers, retry_lost
-from megatron_egrsd.system.files import write_text
+from megatron_egrsd.system.files import check_outside, write_text
 
 Results = dict[str, dict[str, Estimate]]  # set name -> number's name -> estimate
 
@@ -47,6 +47,7 @@ def evaluate(config: Config) -> Results:
     `model.path` is a Hugging Face or a Megatron checkpoint, `lora.init` an adapter of it or "". Raises BadArgument
     before anything is started.
     """
+    _check_output(config)
     sets = load_sets(config.evaluation.benchmarks, config.data)
     reward = load_reward(config.data.reward, config.data.reward_timeout)
     output, unlike, settings = Path(config.output), overridden(config), _settings(config)
@@ -221,6 +222,13 @@ class Evaluation:
             return len(ids) - ids[::-1].index(self.end_of_thinking)
         thinking = text[: text.rindex("</think>") + len("</think>")]
         return min(len(ids), len(self.builder.tokenizer.encode(thinking, add_special_tokens=False)))
+
+
+def _check_output(config: Config) -> None:
+    """Raise BadArgument if the samples would count as files of the model, and the same command could not continue."""
+    for key, path in (("model.path", config.model.path), ("lora.init", config.lora.init)):
+        if path:
+            check_outside(Path(config.output), "output", Path(path), key)
 
 
 def _settings(config: Config) -> dict[str, Any]:

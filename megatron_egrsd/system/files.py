@@ -110,11 +110,11 @@ def check_writable(path: Path, key: str) -> None:
 
 
 def check_outside(path: Path, key: str, source: Path, source_key: str) -> None:
-    """Raise BadArgument if the output `path` is `source` or lies within it, and would be copied with its files."""
+    """Raise BadArgument if the output `path` is `source` or lies within it, and would become one of its files."""
     if path.resolve().is_relative_to(source.resolve()):
         raise BadArgument(
-            f"{key} = {path} lies within {source_key} = {source}, whose files are copied beside the weights; choose a "
-            "place outside"
+            f"{key} = {path} lies within {source_key} = {source} and would become one of its files; choose a place "
+            "outside"
         )
 
 

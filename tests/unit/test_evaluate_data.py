@@ -108,6 +108,15 @@ def test_samples_of_other_settings_are_refused_before_a_checkpoint_is_converted(
     assert "was sampled with model = None" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("source", ["model.path", "lora.init"])
+def test_an_output_within_the_model_is_refused(source, tmp_path, capsys):
+    """Its samples would count as files of the model, and the same command could not continue."""
+    words = ["--model.path", str(TINY / "model"), f"--{source}", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main(["evaluate", str(TINY / "heldout.jsonl"), *words]) == 2
+    assert f"lies within {source}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_no_set(tmp_path):
     twice = tmp_path / "twice.jsonl"
     twice.write_text('{"id": 1, "problem": "a", "answer": "1"}\n{"id": 1, "problem": "b", "answer": "2"}\n')
