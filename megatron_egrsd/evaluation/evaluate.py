@@ -36,7 +36,7 @@ from megatron_egrsd.rollout.client import RolloutClient, truncation
 from megatron_egrsd.rollout.deterministic import check_deterministic, deterministic
 from megatron_egrsd.rollout.generation import Generation
 from megatron_egrsd.rollout.servers import RolloutServers, retry_lost
-from megatron_egrsd.system.files import check_outside, write_text
+from megatron_egrsd.system.files import check_outside, locked, write_text
 
 Results = dict[str, dict[str, Estimate]]  # set name -> number's name -> estimate
 
@@ -56,7 +56,7 @@ def evaluate(config: Config) -> Results:
     path = output / "samples.jsonl"
     if path.exists():  # refuse samples of other settings now: the model may take minutes to convert
         SampleFile(path, settings).close()
-    with hugging_face(config) as model, SampleFile(path, settings) as file:
+    with locked(output), hugging_face(config) as model, SampleFile(path, settings) as file:
         run = Evaluation(config, sets, prompt_builder(config, model), reward, file)
         run.check_file()
         if run.missing():

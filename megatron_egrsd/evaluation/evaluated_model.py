@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,19 @@ from megatron_egrsd.hf.convert import ToHF
 from megatron_egrsd.hf.merge import Merge
 from megatron_egrsd.rollout.server_command import check_served_model
 
+_TEMPORARY = ".hf-"  # begins the name of a temporary directory
+
 
 @contextlib.contextmanager
 def hugging_face(config: Config) -> Iterator[str]:
     """Yield the Hugging Face directory of `model.path` with the adapter `lora.init` merged into it, if there is one.
 
-    It is `model.path` itself, or a temporary one in the output: for an adapter, or a Megatron checkpoint.
+    It is `model.path` itself, or a temporary one in the output: for an adapter, or a Megatron checkpoint. Those that killed
+    processes have left are removed first, so the caller holds the output's lock.
     """
+    output = Path(config.output)
+    for left in output.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(left, ignore_errors=True)
     path, like = Path(config.model.path), config.evaluation.benchmarks.like or None
     is_megatron = path.is_dir() and not (path / "config.json").is_file()
     if not is_megatron:
@@ -27,9 +34,8 @@ def hugging_face(config: Config) -> Iterator[str]:
     if not (is_megatron or config.lora.init):
         yield config.model.path
         return
-    output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".hf-", dir=output) as directory:
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=output) as directory:
         if is_megatron:
             try:
                 conversion = ToHF(path, Path(directory) / "hf", like)

@@ -5,7 +5,6 @@ refuses a name that it does not hold, so no request is answered with an older ad
 """
 
 import json
-import tempfile
 from typing import Any
 
 from megatron_egrsd.rollout.tensor_handles import share
@@ -46,11 +45,7 @@ class AdapterDisk(Transport):
     def send(self, named_tensors: NamedTensors, version: int) -> str:
         from safetensors.torch import save_file
 
-        if self.directory is not None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix="adapter-sync-", dir=self.directory, ignore_cleanup_errors=True
-        ) as directory:
+        with self._temporary_directory() as directory:
             tensors = {name: t.detach().cpu().contiguous() for name, t in named_tensors}
             save_file(tensors, f"{directory}/adapter_model.safetensors", {"format": "pt"})
             with open(f"{directory}/adapter_config.json", "w", encoding="utf-8") as file:

@@ -1,6 +1,8 @@
 """Transports of weights to the servers: a process group, handles to memory of this host, a temporary checkpoint."""
 
+import contextlib
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -14,6 +16,7 @@ from megatron_egrsd.rollout.control import Control
 from megatron_egrsd.rollout.process_group import BroadcastGroup, address_towards, is_local
 from megatron_egrsd.rollout.tensor_handles import Bucket, flatten, share
 
+_TEMPORARY = "weight-sync-"  # begins the name of a temporary directory
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
@@ -47,6 +50,16 @@ class Transport:
 
     def _send_bucket(self, bucket: Bucket) -> None:
         raise NotImplementedError
+
+    @contextlib.contextmanager
+    def _temporary_directory(self) -> Iterator[str]:
+        """Yield a directory for files that the servers read now; remove it, and first what a killed run has left."""
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for left in self.directory.glob(f"{_TEMPORARY}*"):
+                shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=self.directory, ignore_cleanup_errors=True) as path:
+            yield path
 
     def _tensor_parallel_sizes(self) -> list[int]:
         return [self.control.request("GET", url, "server_info")["tp_size"] for url in self.control.urls]
@@ -120,11 +133,7 @@ class Disk(Transport):
     def send(self, named_tensors: NamedTensors, version: int) -> str:
         from safetensors.torch import save_file
 
-        if self.directory is not None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix="weight-sync-", dir=self.directory, ignore_cleanup_errors=True
-        ) as directory:
+        with self._temporary_directory() as directory:
             for i, bucket in enumerate(buckets(named_tensors, self.bucket_bytes)):
                 tensors = {name: t.detach().cpu().contiguous() for name, t in bucket}
                 save_file(tensors, f"{directory}/model-{i:05d}.safetensors", {"format": "pt"})

@@ -83,6 +83,8 @@ def test_an_evaluation_leaves_out_what_training_leaves_out(tmp_path, capsys, mon
     file.write_text(BAD_FIRST_AND_LAST + json.dumps({"question": 2000 * "1", "answer": "1"}) + "\n")
     words = ["--model.path", str(TINY / "model"), "--output", str(tmp_path / "out")]
     words += ["--rollout.max_response_tokens", "200"]
+    left = tmp_path / "out" / ".hf-killed" / "merged"  # by an evaluation of another model
+    left.mkdir(parents=True)
 
     def sample(run, _):
         for _, problem in run.problems:
@@ -97,6 +99,7 @@ def test_an_evaluation_leaves_out_what_training_leaves_out(tmp_path, capsys, mon
     assert f"1 problems; left out are {left_out}" in capsys.readouterr().out
     found = json.loads((tmp_path / "out/results.json").read_text())["sets"]["mine"]
     assert found["problems"] == 1 and found["accuracy"]["value"] == 1.0
+    assert not left.parent.exists()
 
 
 def test_samples_of_other_settings_are_refused_before_a_checkpoint_is_converted(tmp_path, capsys, monkeypatch):

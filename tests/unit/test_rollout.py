@@ -13,6 +13,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import orjson
 import psutil
@@ -30,7 +31,7 @@ from megatron_egrsd.rollout.process_group import use_sglangs_nccl_settings
 from megatron_egrsd.rollout.scratch import SHARED_LIST, Scratch
 from megatron_egrsd.rollout.server_command import server_command
 from megatron_egrsd.rollout.servers import RolloutServers, Server, last_error
-from megatron_egrsd.rollout.transports import buckets
+from megatron_egrsd.rollout.transports import Disk, buckets
 from megatron_egrsd.rollout.weight_checksums import checksum, expected_checksums
 from tests.processes import is_running, kill, kill_tree, tree
 
@@ -110,6 +111,15 @@ def test_buckets_keep_order_size_and_type():
     grouped = list(buckets(iter(tensors), 80))
     assert [[name for name, _ in bucket] for bucket in grouped] == [["0", "1"], ["2"], ["3"], ["4"]]
     assert list(buckets([], 80)) == []
+
+
+def test_a_killed_push_over_the_disk_leaves_no_files_behind_the_next(tmp_path):
+    (tmp_path / "weight-sync-killed").mkdir()
+    (tmp_path / "weight-sync-killed" / "model-00000.safetensors").touch()
+    seen = []
+    control = SimpleNamespace(on_all=lambda endpoint, body: seen.extend(Path(body["model_path"]).iterdir()))
+    Disk(control, 1 << 20, torch.device("cpu"), tmp_path).send([("w", torch.zeros(2))], 1)
+    assert [path.name for path in seen] == ["model-00000.safetensors"] and not list(tmp_path.iterdir())
 
 
 def test_checksum_is_of_the_bytes():
