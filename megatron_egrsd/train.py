@@ -39,8 +39,11 @@ def main(config: Config) -> None:
         step = session.resume()
         preemption.save_on_interrupt()
         try:
-            if config.evaluation.at_start:
-                session.evaluate(heldout, step)
+            # A run that was stopped while it evaluated has saved the step, but not its evaluation.
+            missed = step > 0 and _is_due(step, config.evaluation.every or config.steps, config.steps)
+            evaluated = (config.evaluation.at_start or missed) and session.evaluate(heldout, step)
+            if evaluated and step > 0:
+                session.save(step)  # it is there, and may have turned out to be the best
             while step < config.steps:
                 session.check_preemption()
                 session.checkpoints.publish()

@@ -89,7 +89,13 @@ def save(
     """
     path = directory / f"step_{step:06d}"
     saving = Saving(path, keep, best)
-    if on_first_rank(path.exists):  # saved already, at the end of the step; then a signal came
+
+    def is_there() -> bool:
+        if best and path.exists():  # evaluated after it was saved
+            write_text(directory / _BEST, path.name)
+        return path.exists()
+
+    if on_first_rank(is_there):  # saved already, at the end of the step; then a signal came
         return saving
 
     def prepare() -> None:

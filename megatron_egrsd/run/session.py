@@ -161,10 +161,13 @@ class Session:
 
         on_first_rank(write)
 
-    def evaluate(self, prompts: list[Prompt], step: int) -> None:
-        """Log held-out avg@k with the weights after `step` steps, once a step; nothing without held-out problems."""
+    def evaluate(self, prompts: list[Prompt], step: int) -> bool:
+        """Log held-out avg@k with the weights after `step` steps, once a step; nothing without held-out problems.
+
+        Returns whether it has logged anything.
+        """
         if not prompts or on_first_rank(lambda: any(e["step"] == step for e in self.evaluations)):
-            return
+            return False
         rollouts = self.rollouts.evaluation(prompts, step)
 
         def write() -> None:
@@ -174,6 +177,7 @@ class Session:
 
         if rollouts:
             on_first_rank(write)
+        return bool(rollouts)
 
 
 def _export(session: Session) -> None:

@@ -150,6 +150,8 @@ def test_old_checkpoints_go_and_the_best_stays(setting):
     assert sorted(p.name for p in (root / "newest").iterdir()) == ["step_000003", "step_000004"]
     best = sorted(p.name for p in (root / "best").glob("step_*"))
     assert best == ["step_000002", "step_000003", "step_000004"]
+    assert (root / "late" / "best").read_text() == "step_000002"
+    assert sorted(p.name for p in (root / "late").glob("step_*")) == ["step_000002", "step_000004"]
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(tmp_path, monkeypatch):
@@ -176,6 +178,9 @@ def _save_four(rank, world_size, config, root):
         for step in (1, 2, 3, 4):
             checkpoint.save(engine, root / "newest", step, 2, {})
             checkpoint.save(engine, root / "best", step, 2, {}, best=step in (1, 2))
+            checkpoint.save(engine, root / "late", step, 1, {}, best=step == 1)
+            if step == 2:  # evaluated after it was saved
+                checkpoint.save(engine, root / "late", step, 1, {}, best=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Parts of a run that need neither ranks nor servers: the output directory and the stopwatch."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,18 @@ import pytest
 import torch
 
 import megatron_egrsd
-from megatron_egrsd.config import CheckpointConfig, Config, DataConfig, LoraConfig, ModelConfig, OptimizerConfig
+from megatron_egrsd import train
+from megatron_egrsd.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    SyncConfig,
+)
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts
 from megatron_egrsd.engine import build, checkpoint
 from megatron_egrsd.errors import BadArgument, Interrupted, Preempted, RunError
@@ -99,6 +111,57 @@ def test_a_run_killed_between_its_last_step_and_its_export_is_resumed(lora, expo
         (tmp_path / name).mkdir()
     with pytest.raises(BadArgument, match="is the end of a run of 3 steps"):
         directory.checkpoint_to_resume()
+
+
+@pytest.mark.parametrize(
+    ("begin", "every", "at_start", "evaluated", "saved"),
+    [
+        (4, 0, False, [4], [4]),  # the last step
+        (2, 2, False, [2], [2]),
+        (1, 2, False, [], []),
+        (1, 2, True, [1], [1]),
+        (0, 2, False, [], []),
+        (0, 2, True, [0], []),
+    ],
+)
+def test_a_resumed_run_makes_the_evaluation_in_which_it_was_stopped(
+    begin, every, at_start, evaluated, saved, monkeypatch
+):
+    """And saves the step again, since its checkpoint may now be the best."""
+    calls = {"evaluate": [], "save": [], "finish": []}
+
+    class Resumed:
+        checkpoints = SimpleNamespace(publish=lambda wait: None)
+
+        def resume(self):
+            return begin
+
+        def evaluate(self, heldout, step):
+            calls["evaluate"].append(step)
+            return True
+
+        def save(self, step):
+            calls["save"].append(step)
+
+        def check_preemption(self):
+            raise RunError("far enough")
+
+        def stopped(self, error, step):
+            return error
+
+        def finish(self):
+            calls["finish"].append(begin)
+
+    preemption = SimpleNamespace(save_on_interrupt=lambda: None)
+    monkeypatch.setattr(train, "prepare", lambda _: ([], [], None))
+    monkeypatch.setattr(train, "facts", lambda *_: {})
+    monkeypatch.setattr(train, "build_engine", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(train, "Preemption", lambda: contextlib.nullcontext(preemption))
+    monkeypatch.setattr(train, "open_session", lambda *_: contextlib.nullcontext(Resumed()))
+    evaluation = EvaluationConfig(every=every, at_start=at_start)
+    with contextlib.suppress(RunError):
+        train.main(_config("run", steps=4, evaluation=evaluation, rollout=RolloutConfig(sync=SyncConfig("disk"))))
+    assert calls == {"evaluate": evaluated, "save": saved, "finish": [4] if begin == 4 else []}
 
 
 def test_a_start_that_is_refused_at_the_end_of_a_run_clears_what_its_killed_servers_left(tmp_path, monkeypatch):
