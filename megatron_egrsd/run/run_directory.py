@@ -45,11 +45,14 @@ class RunDirectory:
         return all(path.is_dir() for path, is_exported in wanted if is_exported)
 
     def move_stale_outputs(self, step: int) -> None:
-        """Rename outputs written after `step`, so that the resumed run can write them again. Nothing is deleted."""
+        """Rename what the resumed run writes again: dumps and checkpoints after `step`, exports, metrics, logs.
+
+        It deletes nothing. `begin` then restores the metrics up to `step`, and overwrites config.yaml.
+        """
         dumps = [p for kind in ("rollouts", "scores", "skipped") for p in self.path.glob(f"{kind}/step_*.jsonl")]
         stale = [p for p in dumps if int(p.stem.removeprefix("step_")) > step]
         stale += checkpoint.later(self.checkpoints, step)
-        again = [p for pattern in ("hf", "adapter", "metrics.jsonl", "logs/*.log") for p in self.path.glob(pattern)]
+        again = [p for pattern in ("hf", "adapter", "metrics.jsonl", "logs/**/*.log") for p in self.path.glob(pattern)]
         for left in [*stale, *again]:
             left.rename(left.with_name(f"{left.name}.before-{time.time_ns()}"))
 

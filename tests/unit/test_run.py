@@ -55,6 +55,7 @@ def test_outputs_after_the_checkpoint_are_renamed_and_none_is_deleted(tmp_path):
     kept += [tmp_path / "frontier.png"]
     stale = [directory.dump(kind, step) for kind in ("rollouts", "scores", "skipped") for step in (3, 10)]
     stale += [tmp_path / "metrics.jsonl", tmp_path / "logs" / "sglang-0.log", tmp_path / "hf" / "config.json"]
+    stale += [tmp_path / "logs" / "node-1" / "sglang-0.log"]
     kept += [directory.checkpoints / f"step_{step:06d}" / "metadata.json" for step in (1, 2)]
     stale += [directory.checkpoints / f"step_{step:06d}" / "metadata.json" for step in (3, 4)]
     for path in (*kept, *stale):
