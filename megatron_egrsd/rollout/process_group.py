@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 import torch
@@ -33,16 +34,39 @@ def use_sglangs_nccl_settings() -> None:
 
 
 def address_towards(url: str) -> str:
-    """Return the address of this host that the host of `url` can reach."""
-    parts = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname, parts.port or 80))  # a datagram socket: nothing is sent
-        return probe.getsockname()[0]
+    """Return the address of this host that the host of `url` can reach. Raises RunError if no network leads there."""
+    family, address = _resolved(url)
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # a datagram socket: nothing is sent
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise RunError(f"the host of {url} cannot be reached: {error.strerror}") from None
 
 
 def is_local(url: str) -> bool:
-    """Return whether the host of `url` is this one: a host reaches itself from the same address."""
-    return socket.gethostbyname(urlsplit(url).hostname) == address_towards(url)
+    """Return whether the host of `url` is this one: packets to this host leave from the address that they go to.
+
+    Loopback addresses (127.0.1.1, Debian's own host name) and 0.0.0.0 are this host too. Raises as `address_towards`.
+    """
+    _, (host, *_) = _resolved(url)
+    return is_loopback(host) or ip_address(host).is_unspecified or host == address_towards(url)
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether only this host reaches `address`."""
+    return ip_address(address).is_loopback
+
+
+def _resolved(url: str) -> tuple[int, tuple]:
+    """Return family and socket address of the host of `url`, by IPv4 if it has such an address."""
+    parts = urlsplit(url)
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)
+    except OSError as error:
+        raise RunError(f"the host of {url} has no address: {error.strerror}") from None
+    family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    return family, address
 
 
 class BroadcastGroup:

@@ -13,7 +13,7 @@ import torch
 
 from megatron_egrsd.errors import RunError
 from megatron_egrsd.rollout.control import Control
-from megatron_egrsd.rollout.process_group import BroadcastGroup, address_towards, is_local
+from megatron_egrsd.rollout.process_group import BroadcastGroup, address_towards, is_local, is_loopback
 from megatron_egrsd.rollout.tensor_handles import Bucket, flatten, share
 
 _TEMPORARY = "weight-sync-"  # begins the name of a temporary directory
@@ -83,7 +83,7 @@ class Distributed(Transport):
     def _form_group(self) -> BroadcastGroup:
         sizes = self._tensor_parallel_sizes()
         # One address for all servers: if one is elsewhere, not this host's loopback.
-        address = max(map(address_towards, self.control.urls), key=lambda a: not a.startswith("127."))
+        address = max(map(address_towards, self.control.urls), key=lambda a: not is_loopback(a))
         # A group that was abandoned, by a killed run or by ours, may still be there when the next one forms.
         name = f"megatron_egrsd_weights_{secrets.token_hex(4)}"
         group = BroadcastGroup(name, address, 1 + sum(sizes), self.device, self.control.timeout)

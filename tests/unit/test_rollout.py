@@ -27,7 +27,7 @@ from megatron_egrsd.rollout import generation
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.generation import NOTHING, Generation, parse_generation, read_answer, read_apart
 from megatron_egrsd.rollout.ports import choose_ports
-from megatron_egrsd.rollout.process_group import use_sglangs_nccl_settings
+from megatron_egrsd.rollout.process_group import address_towards, is_local, use_sglangs_nccl_settings
 from megatron_egrsd.rollout.scratch import SHARED_LIST, Scratch
 from megatron_egrsd.rollout.server_command import server_command
 from megatron_egrsd.rollout.servers import RolloutServers, Server, last_error
@@ -59,6 +59,26 @@ def test_nccl_works_as_in_sglang_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.delenv("NCCL_CUMEM_ENABLE")
     use_sglangs_nccl_settings()
     assert (os.environ["NCCL_CUMEM_ENABLE"], os.environ["NCCL_NVLS_ENABLE"]) == ("0", "1")
+
+
+def test_addresses_of_this_host_are_local(monkeypatch):
+    hosts, resolve = {"debian": "127.0.1.1", "elsewhere": "203.0.113.7"}, socket.getaddrinfo
+
+    def getaddrinfo(host, *arguments, **more):
+        if host == "nowhere":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return resolve(hosts.get(host, host), *arguments, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    for host in ("127.0.0.1", "localhost", "0.0.0.0", "debian", "[::1]", "[::]"):
+        assert is_local(f"http://{host}:30000")
+    assert address_towards("http://debian") == "127.0.0.1"
+    if Path("/proc/net/if_inet6").is_file():  # this host has IPv6
+        assert address_towards("http://[::1]:30000") == "::1"
+    with pytest.raises(RunError, match="the host of http://nowhere:1 has no address: Name"):
+        is_local("http://nowhere:1")
+    monkeypatch.setattr("megatron_egrsd.rollout.process_group.address_towards", lambda _: "198.51.100.1")
+    assert is_local("http://198.51.100.1:1") and not is_local("http://elsewhere:30000")
 
 
 def test_a_bf16_model_has_an_fp32_head():
