@@ -62,6 +62,7 @@ def protocol_keys(name: str) -> dict[str, object]:
         "evaluation.rollouts_per_problem": 4,
         "evaluation.temperature": 1.0,
         "evaluation.top_p": 0.95,
+        "evaluation.top_k": 0,
         "rollout.max_response_tokens": 32_768,
         "data.enable_thinking": True,
     }

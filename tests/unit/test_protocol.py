@@ -84,6 +84,7 @@ def test_protocol_sets_its_keys_and_any_key_beside_it_overrides_it():
     assert other.evaluation.top_p == 0.9 and other.evaluation.benchmarks.sets == ["gsm8k"]
     assert overridden(other) == {"evaluation.top_p": (0.9, 0.95)}
     assert deviations(overridden(other)) == "not as in the paper: evaluation.top_p = 0.9 (not 0.95)"
+    assert overridden(protocol("--evaluation.top_k", "20")) == {"evaluation.top_k": (20, 0)}
     assert protocol_keys("") == overridden(config()) == {}
 
 
