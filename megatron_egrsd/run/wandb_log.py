@@ -16,13 +16,14 @@ class WandbLog:
     """One start of a run in Weights & Biases. Raises RunError if the run cannot be opened there.
 
     Later failures of the service do not end the run: `say` tells the first one, and the rest is left to metrics.jsonl.
+    wandb raises them as OSError, RuntimeError, its own Error, and types of its own that have no base in common.
     """
 
     def __init__(self, config: Config, say: Callable[[str], None]):
         import wandb
 
         self.output, self.say = Path(config.output), say
-        settings, self.failures = config.logging.wandb, (wandb.Error, OSError, RuntimeError)
+        settings = config.logging.wandb
         try:
             self.run = wandb.init(
                 project=settings.project,
@@ -34,10 +35,10 @@ class WandbLog:
                 config=asdict(config),
                 settings=wandb.Settings(console="off", silent=True),
             )
-        except self.failures as error:
+            # The steps since the last checkpoint come again after a resume; wandb's own counter would refuse them.
+            self.run.define_metric("*", step_metric="step")
+        except Exception as error:
             raise RunError(f"Weights & Biases cannot open the run (logging.wandb): {error}") from None
-        # The steps since the last checkpoint come again after a resume; wandb's own counter would refuse them.
-        self.run.define_metric("*", step_metric="step")
         offline = f"offline; upload with: wandb sync {self.output}/wandb/offline-run-*"
         say(f"wandb {self.run.url if settings.mode == 'online' else offline}")
 
@@ -47,13 +48,18 @@ class WandbLog:
             return
         try:
             self.run.log({"step": step} | numbers)
-        except self.failures as error:
+        except Exception as error:
             self.run = None
             self.say(f"Weights & Biases takes no more metrics: {error}; metrics.jsonl has them all")
 
     def close(self) -> None:
-        if self.run is not None:
+        """Upload what is left. Raises nothing: the run has ended, whatever its service does."""
+        if self.run is None:
+            return
+        try:
             self.run.finish()
+        except Exception as error:
+            self.say(f"Weights & Biases did not take the last metrics: {error}; metrics.jsonl has them all")
 
 
 def _run_id(output: Path) -> str:

@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_egrsd.config import Config, DataConfig, LoggingConfig, ModelConfig, WandbConfig
-from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.run.log import RunLog
 from megatron_egrsd.run.metrics import METRICS
@@ -42,6 +43,21 @@ def test_a_missing_key_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     with pytest.raises(BadArgument, match="no key of Weights & Biases: run `wandb login`"):
         prepare(config(tmp_path / "run", mode="online", model=str(MODEL)))
+
+
+def test_a_service_that_has_ended_fails_no_run_that_is_finished(tmp_path, monkeypatch):
+    def ended(*_, **__):
+        raise ConnectionResetError("connection lost")
+
+    run = SimpleNamespace(define_metric=lambda *_, **__: None, log=lambda _: None, finish=ended)
+    fake = SimpleNamespace(Settings=lambda **_: None, init=lambda **_: run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    file = io.StringIO()
+    RunLog(tmp_path, 1, tensorboard=False, file=file, config=config(tmp_path)).close()
+    assert "did not take the last metrics: connection lost" in file.getvalue()
+    run.define_metric = ended
+    with pytest.raises(RunError, match="cannot open the run .*: connection lost"):
+        RunLog(tmp_path, 1, tensorboard=False, file=file, config=config(tmp_path))
 
 
 def records(path: Path) -> list[dict]:
