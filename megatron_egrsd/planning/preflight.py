@@ -38,6 +38,7 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
         AdapterFile(config.lora.init, arch)
     world_size = ranks or torchrun.world_size()
     _check_processes(config, world_size)
+    _check_resume(config)
     config.check_world(world_size)
     check_objective(config.objective)
     _check_groups(config)
@@ -75,6 +76,15 @@ def _check_processes(config: Config, ranks: int) -> None:
     """Raise BadArgument if several processes are to sample without an engine, which one does."""
     if config.debug == "rollout-only" and max(ranks, config.parallel.model_parallel) > 1:
         raise BadArgument("debug rollout-only starts no training engine; run it without torchrun and parallel sizes")
+
+
+def _check_resume(config: Config) -> None:
+    """Raise BadArgument if a run is to continue that saves no checkpoints, and would end at the rollouts it finds."""
+    if config.debug == "rollout-only" and config.checkpoint.resume:
+        raise BadArgument(
+            "debug rollout-only saves no checkpoints to continue from; take out checkpoint.resume, and choose another "
+            "output"
+        )
 
 
 def _check_nodes(config: Config) -> None:

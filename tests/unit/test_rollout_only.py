@@ -7,7 +7,7 @@ import pytest
 
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.samples import load_rollouts
-from megatron_egrsd.errors import RunError
+from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
 from megatron_egrsd.run import rollout_only as module
@@ -100,3 +100,11 @@ def test_servers_return_the_routes_that_training_will_replay(tmp_path, monkeypat
     config = parse_config([word for key, value in words.items() for word in (f"--{key}", str(value))])
     with pytest.raises(RunError, match='{"enable_return_routed_experts": true}'):
         module.rollout_only(config, [], None)
+
+
+def test_it_does_not_resume(tmp_path):
+    words = {"model.path": ROOT / "examples/tiny/model", "data.train": "-", "output": tmp_path}
+    words |= {"debug": "rollout-only", "checkpoint.resume": "auto"}
+    config = parse_config([word for key, value in words.items() for word in (f"--{key}", str(value))])
+    with pytest.raises(BadArgument, match="rollout-only saves no checkpoints to continue from"):
+        prepare(config)
