@@ -128,10 +128,23 @@ def _statement(text: str, marker: re.Match) -> str:
 
 def _last_value(text: str) -> list[str]:
     text = text[-_TAIL:]
-    formulas, numbers = list(_MATH.finditer(text)), list(_NUMBER.finditer(text))
+    bare = _without_scripts(text)
+    formulas, numbers = list(_MATH.finditer(bare)), list(_NUMBER.finditer(bare))
     if formulas and (not numbers or numbers[-1].start() < formulas[-1].end()):
         return [_formula_text(formulas[-1])]
-    return [numbers[-1][0]] if numbers else [text]
+    if not numbers:
+        return [text]
+    script = _MATH.match(text, numbers[-1].end())  # 10$^5$; after a unit (12.5 cm$^2$) it belongs to that
+    return [numbers[-1][0] + (_formula_text(script).strip() if script and _is_script(script) else "")]
+
+
+def _without_scripts(text: str) -> str:
+    """Return `text` with blanks in place of formulas that only raise or lower: they are no value of their own."""
+    return _MATH.sub(lambda formula: " " * len(formula[0]) if _is_script(formula) else formula[0], text)
+
+
+def _is_script(formula: re.Match) -> bool:
+    return _formula_text(formula).lstrip()[:1] in ("^", "_")
 
 
 def _read_statement(text: str) -> list[str]:
@@ -145,7 +158,8 @@ def _read_statement(text: str) -> list[str]:
         return values
     if verbs := list(_VERB.finditer(line)):  # Final answer: the largest n is 34.
         return _read_statement(line[verbs[-1].end() :].lstrip(" \t\n*:"))
-    values = [_formula_text(m) for m in formulas] or _NUMBER.findall(line)
+    bare = _without_scripts(line)
+    values = [_formula_text(m) for m in _MATH.finditer(bare)] or _NUMBER.findall(bare)
     return [line, *values[-1:]]
 
 

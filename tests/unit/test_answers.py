@@ -47,6 +47,13 @@ RIGHT = [
     ("**Answer:** 18 dollars", "18"),
     ("# Answer\n\n18", "18"),
     ("She makes 9*2 = 18 dollars a day.", "18"),
+    ("The area is 12.5 cm$^2$.", "12.5"),
+    (r"The area is $12.5$ m\(^2\), if it is flat.", "12.5"),
+    ("The tiles cost 12 dollars a m$^2$, so she pays 40.", "40"),
+    (r"So it opens by 30$^{\circ}$ in the end.", "30"),
+    ("There are 10$^5$ of them.", "100000"),
+    ("It follows that x$_1$ comes to 5 here.", "5"),
+    ("The final answer is: the whole area covers 12.5 cm$^2$", "12.5"),
     ("So, in total, that gives 1,200 apples in the whole of this very long sentence.", "1200"),
     (r"\boxed{3\frac{1}{2}}", r"\frac{7}{2}"),
     (r"\boxed{4.5\times 10^{33}}", "4.5e33"),
@@ -200,6 +207,8 @@ RIGHT = [
 ]
 
 WRONG = [
+    ("The area is 12.5 cm$^2$.", "2"),
+    ("There are 10$^5$ of them.", "10"),
     ("The answer is not 4.", "4"),
     ("The answer is not 4 but 5.", "4"),
     (r"\boxed{2 m/n}", "2"),
