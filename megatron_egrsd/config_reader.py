@@ -110,7 +110,7 @@ def _with_home(config: Any, key: str) -> Any:
 def _with_keys_of(name: str, keys: dict[str, object], arguments: list[str]) -> list[str]:
     """Add the keys of a preset that is named on the command line: behind the YAML files before it, so that it wins.
 
-    Keys on the command line win over the preset wherever they stand.
+    Keys on the command line win over the preset wherever they stand: those before such a file are said again.
     """
     places = [i for i, word in enumerate(arguments) if word.partition("=")[0] == f"--{name}"]
     if not places:
@@ -118,6 +118,10 @@ def _with_keys_of(name: str, keys: dict[str, object], arguments: list[str]) -> l
     files = [i for i, word in enumerate(arguments[: places[-1]]) if word.partition("=")[0] == "--config"]
     behind = files[-1] + (1 if "=" in arguments[files[-1]] else 2) if files else 0
     words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()]
+    for i, word in enumerate(arguments[:behind]):
+        option, equals, _ = word.partition("=")
+        if any(f"{option.rstrip('+')}.".startswith(f"--{key}.") for key in keys):
+            words += [word] if equals else arguments[i : i + 2]
     return [*arguments[:behind], *words, *arguments[behind:]]
 
 
@@ -147,12 +151,6 @@ def preset_keys(name: str) -> dict[str, Any]:
         raise BadArgument(f"objective.preset is {name!r}; the presets are {', '.join(table)}")
     defaults = {f"objective.{key}": value for key, value in vars(ObjectiveConfig()).items()}
     return defaults | table[name] | {"objective.preset": name}
-
-
-def preset_objective(name: str, **overrides: Any) -> ObjectiveConfig:
-    """Return the objective section of a preset; `overrides` change single fields."""
-    keys = {key.partition(".")[2]: value for key, value in preset_keys(name).items() if key.startswith("objective.")}
-    return ObjectiveConfig(**keys | overrides)
 
 
 def _one_sentence(message: str) -> str:

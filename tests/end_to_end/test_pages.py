@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from megatron_egrsd.config import ObjectiveConfig
-from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.report import command
 from megatron_egrsd.report.scored_dump import save_scores
+from tests.presets import preset_objective
 from tests.unit.test_report import make_run
 from tests.unit.test_scores import batch
 

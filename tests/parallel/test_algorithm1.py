@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
-from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts, save_rollouts
 from tests.models import make_qwen3
+from tests.presets import preset_objective
 from tests.ranks import run_ranks
 from tests.reference.algorithm1 import Settings, Step, read_rollouts, train
 

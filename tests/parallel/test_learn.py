@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from megatron_egrsd.config import OptimizerConfig, ParallelConfig, TeacherConfig
-from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.data.samples import save_rollouts
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.operations import forward_flops, head_flops
 from tests.models import make_qwen3
+from tests.presets import preset_objective
 from tests.ranks import run_ranks
 from tests.training import (
     GROUPS,

@@ -11,13 +11,13 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_egrsd.config import LoraConfig, ModelConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.config.lora import ATTENTION, TARGETS
-from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.activations import Placement
 from megatron_egrsd.planning.fit import memory_of_stages
 from megatron_egrsd.planning.plan import checkpoint_bytes
 from tests.models import FAMILIES, make_model, make_qwen3
+from tests.presets import preset_objective
 from tests.ranks import run_ranks
 from tests.training import GROUPS, made_up_rollouts, open_engine, training_config
 

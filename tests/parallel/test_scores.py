@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from megatron_egrsd.config import OptimizerConfig, ParallelConfig
-from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.report.scored_dump import gather_scores, load_scores, save_scores, scored_rollouts
 from tests.models import make_qwen3
+from tests.presets import preset_objective
 from tests.ranks import run_ranks
 from tests.training import PAPER, VOCAB, made_up_rollouts, open_engine, training_config
 from tests.unit.test_scores import HISTORY, TOKENIZER

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_egrsd.config_reader import parse_config, preset_objective
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives import antisd
 from megatron_egrsd.objectives.interface import Tokens, weigh
@@ -15,6 +15,7 @@ from megatron_egrsd.objectives.load import check_objective, load_objective, need
 from megatron_egrsd.objectives.loss import policy_loss
 from megatron_egrsd.objectives.signal import History
 from megatron_egrsd.report.family import title
+from tests.presets import preset_objective
 
 LENGTHS = [4, 3, 2]
 ADVANTAGE = [0.9, -0.4, 0.0]  # of each rollout; the last one is trained as well

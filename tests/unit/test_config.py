@@ -11,11 +11,12 @@ import yaml
 
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_egrsd.config.page import page
-from megatron_egrsd.config_reader import PATHS, RENAMED, parse_config, preset_objective, valid_keys
+from megatron_egrsd.config_reader import PATHS, RENAMED, parse_config, valid_keys
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives import DivergenceForm, presets
 from megatron_egrsd.objectives.load import load_objective, needs_teacher
 from megatron_egrsd.system.arguments import Parser, path
+from tests.presets import preset_objective
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
 BASE = ["--model.path", "m", "--data.train", "t.jsonl"]
@@ -231,10 +232,13 @@ def test_a_preset_sets_what_makes_it_one_and_any_key_beside_it_overrides_it(name
         tree.setdefault(section, {})[field] = new
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(tree))
+    other = tmp_path / "other.yaml"
+    other.write_text("{objective: {mix: 0.75, lookahead: 3}, teacher: {weights: frozen}}")
     both = tmp_path / "both.yaml"
     both.write_text(yaml.safe_dump(tree | {"objective": tree["objective"] | {"preset": name}}))
     for arguments in ([*preset, *words], [*words, *preset], [*preset, "--config", str(file)],
-                      ["--config", str(file), *preset, *words], ["--config", str(both)]):  # fmt: skip
+                      ["--config", str(file), *preset, *words], ["--config", str(both)],
+                      [*words, "--config", str(other), *preset]):  # fmt: skip
         got = parse_config([*BASE, *arguments])
         expected = PRESETS[name] | overrides
         assert {key: value(got, key) for key in expected} == expected
@@ -282,6 +286,8 @@ def test_options_of_a_preset_are_overridden_one_by_one_and_another_preset_drops_
     assert parse_config([*BASE, *words]).objective.options == {"kind": "forward_kl", "entry_clip": 0.1}
     file = tmp_path / "config.yaml"
     file.write_text("objective: {preset: opsd, options: {entry_clip: 0.2}}\n")
+    before = parse_config([*BASE, *words[2:], "--config", str(file), *words[:2]])
+    assert before.objective.options == {"kind": "forward_kl", "entry_clip": 0.1}
     config = parse_config([*BASE, "--config", str(file)])
     assert load_objective(config.objective).divergence == DivergenceForm("forward_kl", 0.2)
     config = parse_config([*BASE, "--config", str(file), "--objective.preset", "egrsd"])

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from megatron_egrsd.config import ObjectiveConfig
-from megatron_egrsd.config_reader import parse_config, preset_objective
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives import DivergenceForm, loss
 from megatron_egrsd.objectives.load import check_objective, load_objective, needs_teacher
 from megatron_egrsd.report.family import title
 from megatron_egrsd.report.scored_dump import load_scores, save_scores
 from megatron_egrsd.report.token_page import page_data, render
+from tests.presets import preset_objective
 from tests.unit.test_extending import EXAMPLES, packed
 from tests.unit.test_scores import batch
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_egrsd import objectives, weighting
 from megatron_egrsd.config import Config, DataConfig, ModelConfig, ObjectiveConfig
-from megatron_egrsd.config_reader import parse_config, preset_objective
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.egrsd import evidence_ratio, magnitude
 from megatron_egrsd.objectives.interface import Tokens, weigh
@@ -23,6 +23,7 @@ from megatron_egrsd.report.family import settings, title
 from megatron_egrsd.report.scored_dump import load_scores, save_scores
 from megatron_egrsd.report.token_page import page_data, render
 from megatron_egrsd.run.agreement import facts
+from tests.presets import preset_objective
 from tests.unit.test_objective import configs
 from tests.unit.test_scores import HISTORY, batch
 

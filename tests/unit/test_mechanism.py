@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from benchmarks.mechanism.columns import columns
-from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.signal import History
 from megatron_egrsd.report.command import main
 from megatron_egrsd.report.mechanism import REGIMES, measure, regimes
 from megatron_egrsd.report.scored_dump import save_scores
+from tests.presets import preset_objective
 from tests.unit.test_scores import batch
 
 CL_EGRSD = preset_objective("cl_egrsd", attenuation=0.8)

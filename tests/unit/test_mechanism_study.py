@@ -19,11 +19,12 @@ from benchmarks.mechanism.dumps import read
 from benchmarks.mechanism.results import results
 from benchmarks.mechanism.tokens import KINDS, ROLES, token_kinds, token_roles
 from megatron_egrsd.config import ObjectiveConfig
-from megatron_egrsd.config_reader import parse_config, preset_objective
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.samples import Problem, Rollout
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.report.scored_dump import load_scores, save_scores
 from tests.models import make_qwen3
+from tests.presets import preset_objective
 from tests.unit.test_scores import batch
 
 ROOT = Path(__file__).resolve().parents[2]

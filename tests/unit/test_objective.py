@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from megatron_egrsd import objectives
 from megatron_egrsd.config import ObjectiveConfig
-from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout
 from megatron_egrsd.objectives import egrsd, loss, signal
 from megatron_egrsd.objectives.interface import Tokens, weigh
 from megatron_egrsd.objectives.load import load_objective
 from megatron_egrsd.objectives.signal import History
+from tests.presets import preset_objective
 from tests.ranks import run_ranks
 
 GRPO, RLSD, EGRSD, CL_EGRSD, GATE_OFF = (

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_egrsd.config import DataConfig
-from megatron_egrsd.config_reader import parse_config, preset_objective
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts, save_rollouts
 from megatron_egrsd.data.siblings import SiblingContexts
 from megatron_egrsd.errors import BadArgument
@@ -21,6 +21,7 @@ from megatron_egrsd.objectives.loss import policy_loss
 from megatron_egrsd.objectives.signal import rollout_advantages
 from megatron_egrsd.report.family import title
 from megatron_egrsd.run.rollout_source import load_replay
+from tests.presets import preset_objective
 
 LENGTHS = [5, 3, 4]
 BASE = ["--model.path", "m", "--data.train", "t.jsonl"]

@@ -11,11 +11,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_egrsd.config import ObjectiveConfig
-from megatron_egrsd.config_reader import preset_objective
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.objectives.signal import History
 from megatron_egrsd.report.scored_dump import load_scores, save_scores, scored_rollouts, token_pieces
+from tests.presets import preset_objective
 
 
 def byte_level() -> PreTrainedTokenizerFast:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_egrsd.config_reader import parse_config, preset_objective
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives import rlcsd, sdpo
@@ -17,6 +17,7 @@ from megatron_egrsd.objectives.loss import divergence_loss, importance_weight, p
 from megatron_egrsd.objectives.signal import rollout_advantages
 from megatron_egrsd.report.family import title
 from megatron_egrsd.vocab_parallel import divergence
+from tests.presets import preset_objective
 
 LENGTHS, TOP_K, VOCAB = [5, 3, 4], 3, 11
 CONFIG = {name: dataclasses.replace(preset_objective(name), options={"top_k": TOP_K}) for name in ("sdpo", "srpo")}

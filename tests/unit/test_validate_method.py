@@ -23,8 +23,9 @@ from benchmarks.validate_method import __main__ as command
 from benchmarks.validate_method import mechanism, plan, power, record, results, run
 from megatron_egrsd import cli
 from megatron_egrsd.config import ObjectiveConfig
-from megatron_egrsd.config_reader import parse_config, preset_objective
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import BadArgument, RunError
+from tests.presets import preset_objective
 
 ROOT = Path(__file__).resolve().parents[2]
 
