@@ -60,7 +60,7 @@ class Config:
         max_log_prob_difference: Largest mean |log-prob(engine) - log-prob(SGLang)| over a batch, in nats; beyond it the
             two disagree and the update is skipped. null is 0.1, and 0.1 more for every update that rollout.staleness
             lets lie between the two.
-        max_skipped_steps: Steps in a row that may be skipped (numbers that are not finite, or the disagreement above)
+        max_skipped_steps: Steps in a row that may skip an update (numbers not finite, or the disagreement above)
             before the run ends; the rollouts of each are kept under output/skipped.
         debug: "rollout-only" samples and rewards with the weights of model.path, without a training engine;
             "train-only" trains on `replay`, without SGLang.

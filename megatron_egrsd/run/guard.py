@@ -18,16 +18,16 @@ _REASONS = {
 
 
 class UpdateGuard:
-    """Counts the updates that were skipped in a row. Every rank makes the same calls."""
+    """Counts the steps in a row that have skipped an update, one of several too. Every rank makes the same calls."""
 
     def __init__(self, config: Config, directory: RunDirectory):
         self.directory, self.limit, self.max_skipped = directory, config.log_prob_limit, config.max_skipped_steps
         self.skipped = 0  # steps in a row
 
     def check(self, step: int, rollouts: list[Rollout], metrics: dict[str, float]) -> str:
-        """Return "" if the update of `step` (from 1) was applied; else dump its rollouts and return the reason.
+        """Return "" if every update of `step` (from 1) was applied; else dump its rollouts and return the reason.
 
-        Raises RunError if more than `max_skipped_steps` updates in a row were skipped.
+        Raises RunError if more than `max_skipped_steps` steps in a row have skipped an update.
         """
         values = {"difference": metrics.get("sync/log_prob_difference"), "limit": self.limit}
         reasons = [text.format(**values) for key, text in _REASONS.items() if metrics.get(key)]
@@ -36,7 +36,7 @@ class UpdateGuard:
             return ""
         path = self.directory.dump("skipped", step)
         on_first_rank(lambda: save_rollouts(rollouts, path))
-        sentence = f"step {step} is skipped: {reasons[0]}; its rollouts are in {path}"
+        sentence = f"step {step} skips an update: {reasons[0]}; its rollouts are in {path}"
         if self.skipped > self.max_skipped:
             raise RunError(f"{sentence}; {self.skipped} in a row are too many (max_skipped_steps)")
         return sentence

@@ -260,11 +260,11 @@ def test_updates_that_are_skipped_in_a_row_end_the_run_and_others_do_not(tmp_pat
     checks, rollouts = guard.UpdateGuard(config, RunDirectory(config)), [_rollout(1.0, 3)]
     skipped, applied = {"skipped/loss": 1.0}, {"optimizer/skipped": 0.0}
     kept = tmp_path / "skipped" / "step_000001.jsonl"
-    sentence = f"step 1 is skipped: the loss is not finite; its rollouts are in {kept}"
+    sentence = f"step 1 skips an update: the loss is not finite; its rollouts are in {kept}"
     assert checks.check(1, rollouts, skipped) == sentence
     assert checks.check(2, rollouts, applied) == ""
-    assert checks.check(3, rollouts, skipped).startswith("step 3 is skipped")
-    with pytest.raises(RunError, match=r"step 4 is skipped.*; 2 in a row are too many \(max_skipped_steps\)"):
+    assert checks.check(3, rollouts, skipped).startswith("step 3 skips an update")
+    with pytest.raises(RunError, match=r"step 4 skips an update.*; 2 in a row are too many \(max_skipped_steps\)"):
         checks.check(4, rollouts, skipped)
     assert sorted(path.name for path in (tmp_path / "skipped").iterdir()) == [f"step_{n:06d}.jsonl" for n in (1, 3, 4)]
     assert load_rollouts(tmp_path / "skipped" / "step_000004.jsonl") == rollouts
