@@ -42,7 +42,8 @@ class PromptBuilder:
         self.context = load_context(config)
         self.max_response_tokens = max_response_tokens
         self.context_length = context_length
-        self.generation_ids = self._generation_ids()
+        # Assistant header and, with thinking off, an empty thinking block.
+        self.generation_ids = self._encode(generation_prompt(tokenizer, config))
         self.opened = opened_thinking(tokenizer, config)
         added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         self.special = re.compile("|".join(map(re.escape, {*added, *tokenizer.all_special_tokens})) or r"(?!)")
@@ -108,10 +109,6 @@ class PromptBuilder:
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)  # the template contains them
-
-    def _generation_ids(self) -> list[int]:
-        """Return the ids of the generation prompt: assistant header and, with thinking off, an empty thinking block."""
-        return self._encode(generation_prompt(self.tokenizer, self.config))
 
     def _check_suffix(self, student: list[int], teacher: list[int]) -> None:
         n = len(self.generation_ids)

@@ -29,7 +29,7 @@ def load_prompts(
 
 
 def build_prompts(
-    source: str, builder: PromptBuilder, bad: BadRows, *, privileged: bool, solutions: Solutions | None = None
+    source: str, builder: PromptBuilder, bad: BadRows, *, privileged: bool, solutions: Solutions | None
 ) -> list[Prompt]:
     """Return the prompts of the rows that can be used, as `load_prompts` does; the other rows go to `bad`."""
 

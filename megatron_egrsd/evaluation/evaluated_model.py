@@ -21,8 +21,8 @@ _TEMPORARY = ".hf-"  # begins the name of a temporary directory
 def hugging_face(config: Config) -> Iterator[str]:
     """Yield the Hugging Face directory of `model.path` with the adapter `lora.init` merged into it, if there is one.
 
-    It is `model.path` itself, or a temporary one in the output: for an adapter, or a Megatron checkpoint. Those that killed
-    processes have left are removed first, so the caller holds the output's lock.
+    It is `model.path` itself, or a temporary one in the output: for an adapter, or a Megatron checkpoint. Those that
+    killed processes have left are removed first, so the caller holds the output's lock.
     """
     output = Path(config.output)
     for left in output.glob(f"{_TEMPORARY}*"):

@@ -5,7 +5,6 @@ import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,6 +33,9 @@ class Fleet:
     def __init__(self, config: RolloutConfig, model: ModelConfig, engine: Engine, output: Path, timeout: float):
         self.config, self.model, self.engine, self.output = config, model, engine, output
         self.nodes = Nodes(timeout)
+        # The content of adapter_config.json if the servers get adapters, None if they get weights.
+        by_sglang = engine.adapter is not None and config.sync.lora == "adapter"
+        self.adapter = peft_config(engine.adapter, model.path) if by_sglang else None
         self.servers: RolloutServers | None = None
         self.sync: WeightSync | None = None
         self.version: int | None = None  # of the last push
@@ -46,7 +48,7 @@ class Fleet:
 
         Raises the errors of RolloutServers, on every rank; `close` ends servers that were started.
         """
-        config, logs, adapter = self._server_settings(), self.output / "logs", self._adapter()
+        config, logs = self._server_settings(), self.output / "logs"
         several = len(self.nodes) > 1 and not config.urls
         key = on_first_rank(lambda: secrets.token_hex(16)) if several and not config.api_key_variable else ""
 
@@ -64,7 +66,7 @@ class Fleet:
             self.servers.attach([url for urls in launched[1:] for url in urls])
 
         def connect() -> None:
-            self.sync = WeightSync(self.servers, self.config.sync, self.engine.device, self.output, adapter)
+            self.sync = WeightSync(self.servers, self.config.sync, self.engine.device, self.output, self.adapter)
 
         if self.config.sync.transport == "ipc":
             self.nodes.each(connect)
@@ -83,7 +85,7 @@ class Fleet:
         abandoned = on_first_rank(lambda: self.servers.abandoned)  # only rank 0 knows
         if self.servers is not None:
             self.servers.abandoned = abandoned
-        if self._adapter():
+        if self.adapter:
             self._send(lambda tensors: self.sync.push(tensors, version), self.engine.export_adapter)
             return
         export = functools.partial(self.engine.export_weights, adapted_only=self._hold_the_rest())
@@ -100,18 +102,13 @@ class Fleet:
         else:
             on_first_rank_while(receive, export())
 
-    def _adapter(self) -> dict[str, Any] | None:
-        """Return adapter_config.json if the servers get adapters, None if they get weights."""
-        by_sglang = self.engine.adapter is not None and self.config.sync.lora == "adapter"
-        return peft_config(self.engine.adapter, self.model.path) if by_sglang else None
-
     def _server_settings(self) -> ServersConfig:
         """Return `rollout.servers`, with the first GPU, and the arguments that adapters and routing replay need."""
         arguments = {}
         if self.engine.device.type == "cuda":
             ranks, count = torchrun.local_world_size(), torch.cuda.device_count()
             arguments["base_gpu_id"] = first_gpu(self.config.servers, ranks, count)
-        if self._adapter():
+        if self.adapter:
             spec, device = self.engine.adapter, self.engine.device.type
             arguments |= lora_arguments(spec.rank, spec.targets, device)
         return with_arguments(self.config, **arguments)

@@ -57,8 +57,8 @@ class Nodes:
 
         def results() -> list[T]:
             errors = [error for _, error in outcomes if error is not None]
-            for error in sorted(errors, key=lambda e: isinstance(e, ServersLost)):
-                raise error
+            if errors:
+                raise min(errors, key=lambda e: isinstance(e, ServersLost))
             return [result for result, _ in outcomes]
 
         return on_first_rank(results)

@@ -205,12 +205,9 @@ def _items(s: str) -> tuple[str, str, list[str]]:
         opening = closing = ""
         items = [s]
     if opening != "(":
-        items = [t.strip("+") for item in items for t in ([item] if item.count(r"\pm") != 1 else _both_signs(item))]
+        both = [[s.replace(r"\pm", sign) for sign in "+-"] if s.count(r"\pm") == 1 else [s] for s in items]
+        items = [value.strip("+") for values in both for value in values]
     return opening, closing, list(dict.fromkeys(items)) if opening != "(" else items
-
-
-def _both_signs(item: str) -> list[str]:
-    return [item.replace(r"\pm", "+"), item.replace(r"\pm", "-")]
 
 
 def _closes_at_the_end(s: str) -> bool:

@@ -60,11 +60,11 @@ class Control:
             except RunError as error:
                 wait(requests, timeout=1.0)  # a refusal explains more than the failed broadcast that it caused
                 _raise_failed(requests)
-                self._check_alive()
+                self.servers.check_alive()
                 raise ServersLost(str(error)) from error
         while wait(requests, timeout=0.2).not_done:
             _raise_failed(requests)
-            self._check_alive()
+            self.servers.check_alive()
         return [request.result() for request in requests]
 
     def request(self, method: str, url: str, endpoint: str, body: dict | None = None) -> dict[str, Any]:
@@ -96,12 +96,6 @@ class Control:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._http.close()
-
-    def _check_alive(self) -> None:
-        try:
-            self.servers.check_alive()
-        except RunError as error:
-            raise ServersLost(str(error)) from None
 
 
 def _raise_failed(requests: list[Future]) -> None:

@@ -23,8 +23,8 @@ SHARED_LIST = "shared"  # file of the directory with names below /dev/shm, one p
 class Scratch:
     """A temporary directory for the servers of one run, with a list of the shared memory that they create.
 
-    Its lock is held until its process ends for any reason. The next run removes directories with such a list that nobody
-    has locked, and no others: the name alone may be a user's.
+    Its lock is held until its process ends for any reason. The next run removes directories with such a list that
+    nobody has locked, and no others: the name alone may be a user's.
     """
 
     def __init__(self):

@@ -35,6 +35,7 @@ from megatron_egrsd.system import torchrun
 
 T = TypeVar("T")
 _POLL = 0.5  # seconds between two checks of a starting server
+_TAIL = 1 << 18  # bytes at the end of a log in which its error is looked for
 _KILL_TIMEOUT = 5.0  # seconds until the processes of a killed server must have ended
 # The last line of a traceback, uvicorn's error about its port, or argparse's error.
 _PORT_TAKEN = "address already in use"  # uvicorn's words
@@ -158,17 +159,17 @@ class RolloutServers:
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
     def check_alive(self) -> None:
-        """Raise RunError if a server has ended, with its exit code and the last error line of its log."""
+        """Raise ServersLost if a server has ended, with its exit code and the last error line of its log."""
         for server in self.servers:
             if reason := server.ended():
-                raise RunError(reason)
+                raise ServersLost(reason)
 
-    def mark_all_lost(self, reason: str, recovered: bool = False) -> None:
+    def mark_all_lost(self, reason: str, anew: bool = False) -> None:
         """Mark every server lost, as one loss: a sync that one server left is incomplete on all others.
 
-        `recovered` servers are healthy, also those that were lost before: this is another loss of theirs.
+        With `anew` servers that are still marked lost are healthy again, and are lost another time.
         """
-        if recovered:
+        if anew:
             self.rejoin()
         self.mark_lost(self.servers, reason)
 
@@ -232,9 +233,9 @@ class RolloutServers:
         for server in own:
             server.lost = ""
 
-    def is_healthy(self, server: Server, timeout: float = 30.0) -> bool:
+    def is_healthy(self, server: Server) -> bool:
         """Return whether `server` reports that it is healthy. SGLang says no if its scheduler is silent for 20 s."""
-        with httpx.Client(timeout=timeout, trust_env=False, headers=self.headers) as http:
+        with httpx.Client(timeout=30.0, trust_env=False, headers=self.headers) as http:
             return not server.ended() and _is_healthy(http, server.url)
 
     def close(self) -> None:
@@ -365,10 +366,10 @@ def _is_healthy(http: httpx.Client, url: str) -> bool:
         return False
 
 
-def last_error(log: Path, tail: int = 1 << 18) -> str:
+def last_error(log: Path) -> str:
     """Return the first exception at the end of a log: the later ones of a group of processes follow from it."""
     with open(log, "rb") as file:
-        file.seek(max(0, os.path.getsize(log) - tail))
+        file.seek(max(0, os.path.getsize(log) - _TAIL))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR.match(line)]
     return (errors or lines[-1:] or ["its log is empty"])[0][:500]

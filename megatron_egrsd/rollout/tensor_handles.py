@@ -38,8 +38,10 @@ def share(bucket: Bucket, device: torch.device, form: type = list) -> tuple[str,
     """
     size, free = sum(t.nbytes for _, t in bucket), shutil.disk_usage(_SHARED_MEMORY).free
     if device.type == "cpu" and size > free:
-        raise RunError(f"{_SHARED_MEMORY} has {free >> 20} MiB left for a weight bucket of {size >> 20} MiB; lower "
-                       "rollout.sync.bucket_mib, or give the container more (docker run --shm-size)")  # fmt: skip
+        what = "a weight bucket" if form is list else "an adapter"
+        lower = "lower rollout.sync.bucket_mib, or " * (form is list)  # an adapter goes as a whole
+        raise RunError(f"{_SHARED_MEMORY} has {free >> 20} MiB left for {what} of {size >> 20} MiB; {lower}give the "
+                       "container more (docker run --shm-size)")  # fmt: skip
     flat = flatten(bucket, device)
     # By file name: a file descriptor can only be passed on to a child process.
     strategy = torch_mp.get_sharing_strategy()

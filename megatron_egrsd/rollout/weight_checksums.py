@@ -49,7 +49,7 @@ def expected_checksums(
         parts = waiting.setdefault(fused_name, {})
         parts[module] = (name, tensor)
         if len(parts) == len(_FUSED[fused]):
-            ordered = [waiting[fused_name][part] for part in _FUSED[fused]]
+            ordered = [parts[part] for part in _FUSED[fused]]
             del waiting[fused_name]
             yield fused_name, [n for n, _ in ordered], {
                 (rank, size): checksum(torch.cat([t.chunk(size)[rank] for _, t in ordered]))

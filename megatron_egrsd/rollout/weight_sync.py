@@ -70,7 +70,7 @@ class WeightSync:
             self.control.on_all("update_weight_version", {"new_version": str(version), "abort_all_requests": False})
             self.check_version(version)
         except ServersLost as lost:
-            self.servers.mark_all_lost(str(lost), recovered=True)
+            self.servers.mark_all_lost(str(lost), anew=True)
             raise
         self.servers.rejoin()
         return time.monotonic() - start

@@ -15,7 +15,6 @@ from megatron_egrsd.objectives.signal import rollout_advantages
 from megatron_egrsd.rollout.servers import ServersLost
 from megatron_egrsd.sampling.sampler import Sampler
 
-START = Place()
 # (prompts, their finished responses as in RolloutClient.generate) -> rewarded rollouts of the prompts
 Sample = Callable[[list[Prompt], dict], list[Rollout]]
 
@@ -37,7 +36,7 @@ class BatchSampling:
     """
 
     def __init__(self, sample: Sample, prompts: list[Prompt], config: RolloutConfig, objective: ObjectiveConfig,
-                 seed: int, step: int, begin: Place = START):  # fmt: skip
+                 seed: int, step: int, begin: Place):  # fmt: skip
         self.sample, self.prompts, self.config, self.objective = sample, prompts, config, objective
         self.seed, self.step, self.begin = seed, step, begin
         self.rollouts: list[Rollout] = []
@@ -100,7 +99,7 @@ class Batches:
     """The batches of a run, each sampled by one version of the weights; on one process."""
 
     def __init__(self, sampler: Sampler, thread: ThreadPoolExecutor, config: RolloutConfig, objective: ObjectiveConfig,
-                 seed: int, begin: Place = START):  # fmt: skip
+                 seed: int, begin: Place):  # fmt: skip
         self.sampler, self.thread, self.config, self.objective = sampler, thread, config, objective
         self.seed, self.begin = seed, begin
         self.sampling: BatchSampling | None = None

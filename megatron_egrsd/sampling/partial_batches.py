@@ -17,7 +17,7 @@ from megatron_egrsd.errors import Preempted
 from megatron_egrsd.rollout.generation import NOTHING, Generation
 from megatron_egrsd.rollout.partial import SamplingPhase
 from megatron_egrsd.rollout.servers import ServersLost
-from megatron_egrsd.sampling.batches import START, Batch
+from megatron_egrsd.sampling.batches import Batch
 from megatron_egrsd.sampling.sampler import Sampler
 
 
@@ -55,7 +55,7 @@ class PartialBatches:
     """
 
     def __init__(self, sampler: Sampler, thread: ThreadPoolExecutor, config: RolloutConfig, steps: int, seed: int,
-                 begin: Place = START):  # fmt: skip
+                 begin: Place):  # fmt: skip
         self.sampler, self.thread, self.config, self.steps, self.seed = sampler, thread, config, steps, seed
         self.begin = begin
         self.groups: list[Group] = []  # outstanding, in the order of their problems
@@ -82,11 +82,11 @@ class PartialBatches:
         return Batch(rollouts, len(rollouts), seconds)
 
     def ahead(self, prompts: list[Prompt], step: int) -> None:
-        """Draw problems until all groups that may be outstanding are, or the rest of the run has its problems."""
+        """Draw problems until as many groups are outstanding as may be, or every step of the run has its problems."""
         settings = self.config
-        while len(self.groups) < settings.prompts_per_step + settings.extra_prompts and self.drawn < self._place(
-            self.steps
-        ):
+        most = settings.prompts_per_step + settings.extra_prompts
+        last = self.begin.after(self.steps, settings.prompts_per_step)
+        while len(self.groups) < most and self.drawn < last:
             [index] = problem_indices(len(prompts), self.drawn, 1, self.seed)
             self.groups.append(Group(prompts[index], [NOTHING] * settings.rollouts_per_prompt))
             self.drawn += 1
@@ -100,9 +100,6 @@ class PartialBatches:
             with suppress(ServersLost, Preempted):
                 phase.stop()
             self._count_seconds()
-
-    def _place(self, step: int) -> int:
-        return self.begin.after(step, self.config.prompts_per_step)
 
     def _complete_batch(self, step: int) -> list[Group]:
         return complete_batch(self.groups, step, self.config.prompts_per_step, self.config.staleness)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from megatron_egrsd.config import Config, DataConfig, ObjectiveConfig
-from megatron_egrsd.data.problems import batch_indices
+from megatron_egrsd.data.problems import Place, batch_indices
 from megatron_egrsd.data.samples import Problem, Prompt
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.generation import NOTHING, Generation
@@ -114,7 +114,7 @@ def test_batches_of_a_run_whose_sampling_goes_on(servers, sync, thread, model, m
     prompts = [Prompt(Problem(str(i), "p", "a"), [5 + i] * (1 + i), [5]) for i in range(size * steps)]
     tokenizer = AutoTokenizer.from_pretrained("examples/tiny/model")
     sampler = Sampler(RolloutClient(servers, rollout, sorted(stop)), tokenizer, lambda *_: 1.0)
-    batches = PartialBatches(sampler, thread, rollout, steps, config.seed)
+    batches = PartialBatches(sampler, thread, rollout, steps, config.seed, Place())
     models, trained = {}, []
     for step in range(steps):
         models[step] = weights(model_directory, step)

@@ -35,7 +35,7 @@ def config(rounds: int, **objective) -> Config:
 
 
 def sampling_of(sample, config: Config, step: int) -> BatchSampling:
-    return BatchSampling(sample, PROMPTS, config.rollout, config.objective, config.seed, step)
+    return BatchSampling(sample, PROMPTS, config.rollout, config.objective, config.seed, step, Place())
 
 
 def batch(sample, config: Config, step: int) -> tuple[list[Rollout], int]:

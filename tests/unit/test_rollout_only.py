@@ -98,7 +98,7 @@ def test_servers_return_the_routes_that_training_will_replay(tmp_path, monkeypat
     words = {"model.path": ROOT / "examples/tiny/model", "data.train": "-", "output": tmp_path / "run"}
     words |= {"debug": "rollout-only", "rollout.routing_replay": "true"}
     config = parse_config([word for key, value in words.items() for word in (f"--{key}", str(value))])
-    with pytest.raises(RunError, match='{"enable_return_routed_experts": true}'):
+    with pytest.raises(RunError, match=r'\{"enable_return_routed_experts": true\}'):
         module.rollout_only(config, [], None)
 
 

@@ -56,7 +56,7 @@ def test_a_service_that_has_ended_fails_no_run_that_is_finished(tmp_path, monkey
     RunLog(tmp_path, 1, tensorboard=False, file=file, config=config(tmp_path)).close()
     assert "did not take the last metrics: connection lost" in file.getvalue()
     run.define_metric = ended
-    with pytest.raises(RunError, match="cannot open the run .*: connection lost"):
+    with pytest.raises(RunError, match=r"cannot open the run .*: connection lost"):
         RunLog(tmp_path, 1, tensorboard=False, file=file, config=config(tmp_path))
 
 
