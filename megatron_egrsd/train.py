@@ -41,9 +41,8 @@ def main(config: Config) -> None:
         try:
             # A run that was stopped while it evaluated has saved the step, but not its evaluation.
             missed = step > 0 and _is_due(step, config.evaluation.every or config.steps, config.steps)
-            evaluated = (config.evaluation.at_start or missed) and session.evaluate(heldout, step)
-            if evaluated and step > 0:
-                session.save(step)  # it is there, and may have turned out to be the best
+            if config.evaluation.at_start or missed:
+                session.evaluate(heldout, step)
             while step < config.steps:
                 session.check_preemption()
                 session.checkpoints.publish()

@@ -87,15 +87,9 @@ def save(
     Raises:
         RunError: It could not be written; what was there before is still there.
     """
-    path = directory / f"step_{step:06d}"
+    path = _path(directory, step)
     saving = Saving(path, keep, best)
-
-    def is_there() -> bool:
-        if best and path.exists():  # evaluated after it was saved
-            write_text(directory / _BEST, path.name)
-        return path.exists()
-
-    if on_first_rank(is_there):  # saved already, at the end of the step; then a signal came
+    if on_first_rank(path.exists):  # saved already, at the end of the step; then a signal came
         return saving
 
     def prepare() -> None:
@@ -113,6 +107,17 @@ def save(
     if not background:
         saving.publish()
     return saving
+
+
+def name_best(directory: Path, step: int) -> None:
+    """Make the checkpoint of `step` the best one, if it is there already. Not collective."""
+    path = _path(directory, step)
+    if path.exists():
+        write_text(directory / _BEST, path.name)
+
+
+def _path(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:06d}"
 
 
 class Saving:

@@ -31,6 +31,10 @@ class Checkpoints:
         self._saving = saving if background else None
         return saving.path
 
+    def name_best(self, step: int) -> None:
+        """Make the checkpoint of `step` the best one, if it is there already. On rank 0 alone."""
+        checkpoint.name_best(self.directory.checkpoints, step)
+
     def publish(self, wait: bool = False) -> None:
         """Give a checkpoint its name that was saved in the background, if it is written or `wait`.
 

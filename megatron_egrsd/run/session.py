@@ -161,23 +161,21 @@ class Session:
 
         on_first_rank(write)
 
-    def evaluate(self, prompts: list[Prompt], step: int) -> bool:
-        """Log held-out avg@k with the weights after `step` steps, once a step; nothing without held-out problems.
-
-        Returns whether it has logged anything.
-        """
+    def evaluate(self, prompts: list[Prompt], step: int) -> None:
+        """Log held-out avg@k with the weights after `step` steps, once a step; nothing without held-out problems."""
         if not prompts or on_first_rank(lambda: any(e["step"] == step for e in self.evaluations)):
-            return False
+            return
         rollouts = self.rollouts.evaluation(prompts, step)
 
         def write() -> None:
             result = summarize_rollouts(rollouts)
             self.log.evaluation(step, result)
             self.evaluations.append(result | {"step": step})
+            if is_best(self.evaluations, step):  # a resumed run has saved it before
+                self.checkpoints.name_best(step)
 
         if rollouts:
             on_first_rank(write)
-        return bool(rollouts)
 
 
 def _export(session: Session) -> None:

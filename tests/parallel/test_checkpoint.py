@@ -180,7 +180,8 @@ def _save_four(rank, world_size, config, root):
             checkpoint.save(engine, root / "best", step, 2, {}, best=step in (1, 2))
             checkpoint.save(engine, root / "late", step, 1, {}, best=step == 1)
             if step == 2:  # evaluated after it was saved
-                checkpoint.save(engine, root / "late", step, 1, {}, best=True)
+                checkpoint.name_best(root / "late", step)
+                checkpoint.name_best(root / "late", 7)  # which is not there
 
 
 @pytest.fixture(scope="module")

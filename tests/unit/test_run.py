@@ -115,21 +115,18 @@ def test_a_run_killed_between_its_last_step_and_its_export_is_resumed(lora, expo
 
 
 @pytest.mark.parametrize(
-    ("begin", "every", "at_start", "evaluated", "saved"),
+    ("begin", "every", "at_start", "evaluated"),
     [
-        (4, 0, False, [4], [4]),  # the last step
-        (2, 2, False, [2], [2]),
-        (1, 2, False, [], []),
-        (1, 2, True, [1], [1]),
-        (0, 2, False, [], []),
-        (0, 2, True, [0], []),
+        (4, 0, False, [4]),
+        (2, 2, False, [2]),
+        (1, 2, False, []),
+        (1, 2, True, [1]),
+        (0, 2, False, []),
+        (0, 2, True, [0]),
     ],
 )
-def test_a_resumed_run_makes_the_evaluation_in_which_it_was_stopped(
-    begin, every, at_start, evaluated, saved, monkeypatch
-):
-    """And saves the step again, since its checkpoint may now be the best."""
-    calls = {"evaluate": [], "save": [], "finish": []}
+def test_a_resumed_run_makes_the_evaluation_in_which_it_was_stopped(begin, every, at_start, evaluated, monkeypatch):
+    calls = {"evaluate": [], "finish": []}
 
     class Resumed:
         checkpoints = SimpleNamespace(publish=lambda wait: None)
@@ -139,10 +136,6 @@ def test_a_resumed_run_makes_the_evaluation_in_which_it_was_stopped(
 
         def evaluate(self, heldout, step):
             calls["evaluate"].append(step)
-            return True
-
-        def save(self, step):
-            calls["save"].append(step)
 
         def check_preemption(self):
             raise RunError("far enough")
@@ -162,7 +155,7 @@ def test_a_resumed_run_makes_the_evaluation_in_which_it_was_stopped(
     evaluation = EvaluationConfig(every=every, at_start=at_start)
     with contextlib.suppress(RunError):
         train.main(_config("run", steps=4, evaluation=evaluation, rollout=RolloutConfig(sync=SyncConfig("disk"))))
-    assert calls == {"evaluate": evaluated, "save": saved, "finish": [4] if begin == 4 else []}
+    assert calls == {"evaluate": evaluated, "finish": [4] if begin == 4 else []}
 
 
 def test_a_start_that_is_refused_at_the_end_of_a_run_clears_what_its_killed_servers_left(tmp_path, monkeypatch):
