@@ -52,14 +52,18 @@ check: lint  ## lint and the unit tests that are quick: a few minutes
 
 # Two files at a time. First tests of one process and of gloo ranks, those with long ones first; then servers and whole
 # runs, files with many tests first. The two kinds do not meet: a server beside two ranks would miss its deadlines.
-test: MARKED := -m "not slow"
-test test-all: install browser
-	@$(RUN) python -m pytest $(MARKED) tests/parallel tests/unit -n 2 --dist loadfile --no-loadscope-reorder || first=$$?; \
-	$(RUN) python -m pytest $(MARKED) --ignore tests/unit --ignore tests/parallel -n 2 --dist loadfile || second=$$?; \
+TWO := -n 2 --dist loadfile
+SERVERS := --ignore tests/unit --ignore tests/parallel
+test: install browser  ## every test that needs minutes, not more
+	@$(RUN) python -m pytest -m "not slow" tests/parallel tests/unit $(TWO) --no-loadscope-reorder || first=$$?; \
+	$(RUN) python -m pytest -m "not slow" $(SERVERS) $(TWO) || second=$$?; \
 	exit $$(( $${first:-0} | $${second:-0} ))
 
-test:  ## every test that needs minutes, not more
-test-all:  ## the slow ones as well
+# Slow whole runs one at a time: two of several ranks and servers each would lose contact on two cores.
+test-all: test  ## the slow ones as well, two hours with those
+	@$(RUN) python -m pytest -m slow tests/parallel tests/unit $(TWO) --no-loadscope-reorder || first=$$?; \
+	$(RUN) python -m pytest -m slow $(SERVERS) || second=$$?; \
+	exit $$(( $${first:-0} | $${second:-0} ))
 
 fuzz: install  ## 10^5 hostile inputs to everything that reads, and new examples for every property
 	@$(RUN) FUZZ_TOTAL=100000 HYPOTHESIS_PROFILE=others python -m pytest -m hypothesis tests/unit tests/faults --durations=5

@@ -70,7 +70,8 @@ def test_every_token_is_of_the_version_it_names_and_weighted_for_it(tmp_path):
     for i, r in enumerate(r for batch in batches for r in batch):
         versions = np.repeat(*zip(*r.versions, strict=True))
         own = np.array([engine[version][i][t] for t, version in enumerate(versions)])
-        assert np.abs(own - r.rollout_log_probs).max() < 1e-5, r.versions
+        errors = np.abs(own - r.rollout_log_probs)  # of one improbable token 1.3e-5 has been seen
+        assert errors.mean() < 1e-6 and errors.max() < 3e-5, r.versions
         others += list(np.abs(engine[versions[0]][i] - r.rollout_log_probs)[versions > versions[0]])
     assert len(others) > 50 and np.mean(others) > 1e-3
 
