@@ -39,7 +39,7 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         os.set_blocking(self._writer, False)
-        self._handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: None)
+        self._handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._pass_on)
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(self._reader,), daemon=True).start()
         return self
@@ -55,10 +55,15 @@ class Preemption:
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a shell's background job
             self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
 
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Write what the C handler has written, unless to another pipe: uvloop puts its own in while a loop runs."""
+        os.write(self._writer, bytes([number]))
+
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self._interrupted:
             self._interrupted = now
+            self._pass_on(number, frame)
             if torchrun.local_rank() == 0:
                 print("interrupted: the step is finished and saved; Ctrl-C again ends at once", flush=True)
         # A terminal interrupts ranks and torchrun alike, and torchrun then interrupts the ranks, too.

@@ -321,6 +321,22 @@ def test_the_first_ctrl_c_stops_the_run_as_sigterm_does_and_the_second_ends_it(c
         stopped(preemption, Preempted)
 
 
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, Interrupted), (signal.SIGTERM, Preempted)])
+def test_a_signal_counts_while_an_event_loop_has_the_interpreters_pipe(number, error):
+    """As uvloop has it while a loop runs: a run went on, though it had said that it was interrupted."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with Preemption() as preemption:
+        preemption.save_on_interrupt()
+        before = signal.set_wakeup_fd(writer)
+        os.kill(os.getpid(), number)
+        assert os.read(reader, 1) == bytes([number])
+        signal.set_wakeup_fd(before)
+        stopped(preemption, error)
+    os.close(reader)
+    os.close(writer)
+
+
 def test_a_rank_that_is_lost_while_the_engine_is_built_is_a_sentence(monkeypatch):
     config = Config(ModelConfig("m"), DataConfig(train="d"))
 
