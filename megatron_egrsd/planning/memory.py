@@ -175,7 +175,8 @@ def rank_memory(
     phases = rank.training_phases(teacher, held)
     if needs_teacher:
         cast = teacher.weights == "ema" and itemsize < 4
-        phases["scoring by the teacher"] = {"one layer": max(tokens, scored_tokens) * rank.layer} | (
+        # What a layer would keep for a backward pass: without one, parts are freed before the layer ends.
+        phases["scoring by the teacher"] = {"one layer, at most": max(tokens, scored_tokens) * rank.layer} | (
             {"teacher in the type of the weights": _numel(rank.trained) * itemsize} if cast else {}
         )
     if held and rank.is_last:

@@ -184,7 +184,11 @@ def test_memory_is_what_the_engine_allocates(name, tmp_path):
         expected["teacher"] = expected.pop(f"teacher ({teacher})", 0) + expected.pop("initial weights (KL)", 0)
         assert resident == expected, f"rank {rank}"
         phases = {k: sum(v.values()) for k, v in predicted.phases.items() if k != "weight sync"}
-        assert max(phases.values()) == pytest.approx(peak, rel=0.1), f"rank {rank}: {phases}"
+        largest = max(phases.values())
+        if name.startswith("teacher prompts"):  # a bound: 1.75 times in fp32, 1.0 in bf16 with TP 2 SP
+            assert largest == phases["scoring by the teacher"] and peak < 1.1 * largest < 2 * peak, f"rank {rank}"
+        else:
+            assert largest == pytest.approx(peak, rel=0.1), f"rank {rank}: {phases}"
 
 
 @pytest.mark.slow
