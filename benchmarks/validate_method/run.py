@@ -154,7 +154,8 @@ def _lane(study: _Study, lane: int) -> None:
 
 def _server(study: _Study, lane: int) -> RolloutServers:
     config = study.config
-    return RolloutServers(config.rollout.servers, config.model, lane, study.output / "logs" / f"lane-{lane}")
+    logs = study.output / "logs" / f"lane-{lane}"
+    return RolloutServers(config.rollout.servers, config.model, lane, logs, key="")  # runs reach it by its address
 
 
 def _log(path: Path) -> Path:

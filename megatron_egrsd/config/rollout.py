@@ -26,7 +26,8 @@ class ServersConfig:
         max_concurrent_requests: Requests in flight for each server; what its memory does not hold waits there.
         max_total_tokens: Size of a launched server's KV cache in tokens; 0 leaves it to SGLang.
         args: Further SGLang launch arguments, without the leading dashes, with - or _; true means a bare flag.
-        api_key_variable: Environment variable that holds the servers' API key; it is never written anywhere.
+        api_key_variable: Environment variable that holds the servers' API key, which is never written anywhere. ""
+            makes a new key for launched servers.
         start_timeout: Seconds until a launched server must be healthy.
         health_timeout: A server that has not been healthy for so many seconds while it generates counts as hung.
         request_timeout: Seconds a generation request may take; less than parallel.timeout.

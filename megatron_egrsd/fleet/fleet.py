@@ -1,7 +1,6 @@
 """The SGLang servers of a run: every node's first rank launches its own, and rank 0 speaks to all of them."""
 
 import functools
-import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,10 @@ from megatron_egrsd.engine.distributed import on_first_rank, on_first_rank_while
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.fleet.nodes import Nodes
 from megatron_egrsd.hf.adapter_file import peft_config
+from megatron_egrsd.rollout.ports import server_url
 from megatron_egrsd.rollout.process_group import address_towards
 from megatron_egrsd.rollout.server_command import first_gpu, lora_arguments, with_arguments
-from megatron_egrsd.rollout.servers import RolloutServers
+from megatron_egrsd.rollout.servers import RolloutServers, api_key
 from megatron_egrsd.rollout.transports import NamedTensors
 from megatron_egrsd.rollout.weight_sync import WeightSync
 from megatron_egrsd.system import torchrun
@@ -43,19 +43,18 @@ class Fleet:
     def start(self, seed: int) -> None:
         """Launch `engines` servers on every node, or attach to `rollout.servers.urls`, and await their health.
 
-        On several nodes each server listens on the address of its node that the first node reaches. A key that is made
-        here keeps others out, unless `rollout.servers.api_key_variable` names one.
+        On several nodes each server listens on the address of its node that the first node reaches. All launched
+        servers have one key.
 
         Raises the errors of RolloutServers, on every rank; `close` ends servers that were started.
         """
         config, logs = self._server_settings(), self.output / "logs"
-        several = len(self.nodes) > 1 and not config.urls
-        key = on_first_rank(lambda: secrets.token_hex(16)) if several and not config.api_key_variable else ""
+        key = on_first_rank(lambda: api_key(config))
 
         def launch() -> list[str]:
             node, own, directory = self.nodes.index, config, logs
             if node > 0:
-                host = address_towards(f"http://{torchrun.master()[0]}")
+                host = address_towards(server_url(*torchrun.master()))
                 own, directory = replace(config, host=host), logs / f"node-{node}"
             # Or all nodes would sample the same.
             self.servers = RolloutServers(own, self.model, (seed + 10_007 * node) % 2**31, directory, key=key)

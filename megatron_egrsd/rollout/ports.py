@@ -31,9 +31,14 @@ def choose_ports(host: str, first: int, count: int) -> list[int]:
     return free
 
 
+def server_url(host: str, port: int) -> str:
+    """Return the URL of a server; an IPv6 address stands in brackets in it."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def _bind_error(host: str, port: int) -> str:
     """Return the reason why a port cannot be bound, or "" if it can."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free for SGLang too
         try:
             probe.bind((host, port))

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from megatron_egrsd.config import ModelConfig, ServersConfig
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout import cpu_platform
 from megatron_egrsd.rollout.launch_guard import KEY_VARIABLE, PARENT_VARIABLE
-from megatron_egrsd.rollout.ports import choose_ports
+from megatron_egrsd.rollout.ports import choose_ports, server_url
 from megatron_egrsd.rollout.router import servers_behind
 from megatron_egrsd.rollout.scratch import Scratch
 from megatron_egrsd.rollout.server_command import server_command
@@ -101,7 +102,8 @@ class RolloutServers:
         seed: Random seed of the first server. The i-th gets seed + i: with equal seeds all would sample the same.
         log_directory: A launched server writes `sglang-<i>.log` into it.
         wait: False returns without awaiting health; call `await_health` before the first request.
-        key: API key of the servers; "" reads it from the variable `config.api_key_variable`, if one is named.
+        key: API key of the servers, "" for none. By default that in the variable `config.api_key_variable` or, of
+            launched servers, one that is made here.
 
     Raises:
         BadArgument: The model directory is missing or a requested port is taken; nothing was started.
@@ -109,7 +111,7 @@ class RolloutServers:
     """
 
     def __init__(self, config: ServersConfig, model: ModelConfig, seed: int, log_directory: Path, wait: bool = True,
-                 key: str = ""):  # fmt: skip
+                 key: str | None = None):  # fmt: skip
         self.config = config
         self.model = model
         self.seed = seed
@@ -119,7 +121,7 @@ class RolloutServers:
         self.abandoned = bool(config.urls)  # an abandoned request, or somebody else's, may still run
         self._closed = False
         self._due: list[str] = []  # URLs of lost servers on other nodes that must be restarted
-        self.key = key or api_key(config)
+        self.key = api_key(config) if key is None else key
         self._scratch: Scratch | None = None
         if config.urls:
             self.servers = [Server(url.rstrip("/")) for url in config.urls]
@@ -134,7 +136,7 @@ class RolloutServers:
             if not config.urls:
                 log_directory.mkdir(parents=True, exist_ok=True)
                 for i, port in enumerate(ports):
-                    self.servers.append(Server(f"http://{config.host}:{port}"))
+                    self.servers.append(Server(server_url(config.host, port)))
                     self._launch(i, seed + i, log_directory / f"sglang-{i}.log")
             if wait:
                 self.await_health()
@@ -236,7 +238,7 @@ class RolloutServers:
     def is_healthy(self, server: Server) -> bool:
         """Return whether `server` reports that it is healthy. SGLang says no if its scheduler is silent for 20 s."""
         with httpx.Client(timeout=30.0, trust_env=False, headers=self.headers) as http:
-            return not server.ended() and _is_healthy(http, server.url)
+            return not server.ended() and _is_healthy(http, server, self.key)
 
     def close(self) -> None:
         """Kill every launched server with its children: they hold nothing worth saving. Idempotent."""
@@ -286,7 +288,7 @@ class RolloutServers:
                 for server in waiting:
                     if (reason := server.ended()) and not self._move(server):
                         raise RunError(reason)
-                for server in [server for server in waiting if _is_healthy(http, server.url)]:
+                for server in [server for server in waiting if _is_healthy(http, server, self.key)]:
                     server.find_children()
                     waiting.remove(server)
                 if waiting and time.monotonic() > deadline:
@@ -306,7 +308,7 @@ class RolloutServers:
         if self.config.port or self.restarts or _PORT_TAKEN not in last_error(server.log):
             return False
         taken, [port] = server.url, choose_ports(self.config.host, 0, 1)
-        server.url = f"http://{self.config.host}:{port}"
+        server.url = server_url(self.config.host, port)
         print(f"{taken} was taken before the SGLang server used it; starting it at {server.url}", flush=True)
         index = self.servers.index(server)
         self._launch(index, self.seed + index, server.log)
@@ -320,9 +322,13 @@ class RolloutServers:
 
 
 def api_key(config: ServersConfig) -> str:
-    """Return the key in `config.api_key_variable`, "" if no variable is named. Raises BadArgument if it is not set."""
+    """Return the key in `config.api_key_variable`. Raises BadArgument if the variable is not set.
+
+    Without such a variable, a new key for servers to be launched: no other program changes their weights, and no other
+    server is taken for one of them. "" for servers that run already.
+    """
     if not config.api_key_variable:
-        return ""
+        return "" if config.urls else secrets.token_hex(16)
     if not (key := os.environ.get(config.api_key_variable, "")):
         raise BadArgument(
             f"rollout.servers.api_key_variable names {config.api_key_variable}, but that variable is not set"
@@ -359,9 +365,18 @@ def _is_running(process: psutil.Process) -> bool:
         return False
 
 
-def _is_healthy(http: httpx.Client, url: str) -> bool:
+def _is_healthy(http: httpx.Client, server: Server, key: str) -> bool:
+    """Return whether `server` is healthy and, if the run launched it, asks for `key` and takes it.
+
+    Another run's server, which took the port while this one started, answers /health too: that needs no key.
+    """
+    own = server.process is not None or server.elsewhere
     try:
-        return http.get(f"{url}/health").status_code == 200
+        if http.get(f"{server.url}/health").status_code != 200:
+            return False
+        answers = [http.get(f"{server.url}/model_info", headers={"Authorization": word}).status_code
+                   for word in ("", f"Bearer {key}") if own and key]  # fmt: skip
+        return answers in ([], [401, 200])
     except httpx.TransportError:
         return False
 

@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def urls(tmp_path_factory) -> str:
     config = parse_config(["--config", str(ROOT / CONFIG), "--model.path", str(ROOT / "examples/tiny/model")])
-    with RolloutServers(config.rollout.servers, config.model, 0, tmp_path_factory.mktemp("servers")) as servers:
+    logs = tmp_path_factory.mktemp("servers")
+    with RolloutServers(config.rollout.servers, config.model, 0, logs, key="") as servers:
         yield json.dumps(servers.urls)
 
 

@@ -114,7 +114,7 @@ def test_three_steps_of_the_whole_loop(tmp_path):
 def test_servers_given_by_url_serve_one_run_after_another(tmp_path):
     """They hold the last run's weights when the next one begins, which sends its own first."""
     config = parse_config(["--config", str(ROOT / CONFIG), "--model.path", str(ROOT / "examples/tiny/model")])
-    with RolloutServers(config.rollout.servers, config.model, 0, tmp_path / "logs") as servers:
+    with RolloutServers(config.rollout.servers, config.model, 0, tmp_path / "logs", key="") as servers:
         for name in ("first", "second"):
             done = run(tmp_path / name, **{"rollout.servers.urls": servers.urls, "evaluation.at_start": "false"})
             assert done.returncode == 0, done.stderr[-3000:]

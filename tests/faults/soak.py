@@ -140,7 +140,7 @@ class Soak:
         if not self._attached:
             words = ["--config", str(ROOT / "examples/configs/tiny_cpu.yaml"), "--model.path", str(MODEL)]
             config = parse_config(words)
-            running = RolloutServers(config.rollout.servers, config.model, 0, self.directory / "attached")
+            running = RolloutServers(config.rollout.servers, config.model, 0, self.directory / "attached", key="")
             self._attached = self.stack.enter_context(running).urls[0]
             self.kept.add(running.servers[0].process.pid)
         return self._attached

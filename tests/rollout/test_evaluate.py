@@ -33,7 +33,7 @@ def url(tmp_path_factory):
         max_total_tokens=65536, max_concurrent_requests=128, args={"enable_deterministic_inference": True}
     )
     logs = tmp_path_factory.mktemp("logs")
-    with RolloutServers(config, ModelConfig(str(TINY / "model"), "float32"), 0, logs) as servers:
+    with RolloutServers(config, ModelConfig(str(TINY / "model"), "float32"), 0, logs, key="") as servers:
         yield servers.urls[0]
 
 

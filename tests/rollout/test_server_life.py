@@ -1,5 +1,6 @@
 """Servers start, fail and end as they should, and never stay behind."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 
+import httpx
 import pytest
 
 from megatron_egrsd.config import ModelConfig
@@ -15,10 +17,18 @@ from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout import servers as servers_module
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.scratch import Scratch
-from megatron_egrsd.rollout.servers import RolloutServers
+from megatron_egrsd.rollout.servers import RolloutServers, Server
 from megatron_egrsd.rollout.weight_sync import WeightSync
 from tests.processes import abandoned, shared_memory
-from tests.rollout.conftest import START_TIMEOUT, processes_of_group, rollout_config, servers_config, wait_until
+from tests.rollout.conftest import (
+    START_TIMEOUT,
+    load_hf,
+    named_tensors,
+    processes_of_group,
+    rollout_config,
+    servers_config,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(START_TIMEOUT + 60)
 
@@ -101,18 +111,45 @@ def test_a_server_that_dies_at_start_says_why(model, tmp_path):
         RolloutServers(config, model, 0, tmp_path)
 
 
-def test_a_port_that_is_taken_after_it_was_chosen(model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("by", ["another program", "another run's server"])
+def test_a_port_that_is_taken_after_it_was_chosen(by, servers, model, tmp_path, monkeypatch, capsys):
+    """Another run's server is healthy on that port, and has other weights."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = taken.getsockname()[1]
+        port = taken.getsockname()[1] if by == "another program" else int(servers.urls[0].rpartition(":")[2])
         choices = iter([[port]])
         choose = servers_module.choose_ports
         monkeypatch.setattr(servers_module, "choose_ports", lambda *a: next(choices, None) or choose(*a))
-        with RolloutServers(servers_config(), model, 0, tmp_path) as servers:
-            assert f":{port}" not in servers.urls[0] and servers.restarts == 0
-            assert len(RolloutClient(servers, rollout_config()).generate([[5, 6]], 2)[0]) == 2
+        with RolloutServers(servers_config(), model, 0, tmp_path) as own:
+            assert f":{port}" not in own.urls[0] and own.restarts == 0
+            assert len(RolloutClient(own, rollout_config()).generate([[5, 6]], 2)[0]) == 2
     assert f"http://127.0.0.1:{port} was taken before the SGLang server used it" in capsys.readouterr().out
+
+
+def test_an_address_of_ipv6(model, model_directory, tmp_path):
+    config = rollout_config(servers_config(host="::1"))
+    with RolloutServers(config.servers, model, 0, tmp_path) as servers:
+        assert servers.urls[0].startswith("http://[::1]:")
+        with contextlib.closing(WeightSync(servers, config.sync, "cpu")) as sync:
+            sync.push(named_tensors(load_hf(model_directory)), 4)
+        [answers] = RolloutClient(servers, config).generate([[5, 6]], 2)
+        assert [answer.weight_version for answer in answers] == [4, 4]
+
+
+@pytest.mark.parametrize("stranger, key", [((200, 200), "k"), ((401, 401), "k"), ((401, 200), "k"), ((200, 200), "")])
+def test_a_launched_server_is_known_by_its_key(stranger, key):
+    """`stranger`: what /model_info answers without a key, and with that of this run."""
+    server = Server("http://127.0.0.1:1", elsewhere=True)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked = request.headers["Authorization"] == "Bearer k"
+        return httpx.Response(200 if request.url.path == "/health" else stranger[asked])
+
+    with httpx.Client(transport=httpx.MockTransport(answer), headers={"Authorization": "Bearer k"}) as http:
+        assert servers_module._is_healthy(http, server, key) == (stranger == (401, 200) or not key)
+        server.elsewhere = False  # the user's
+        assert servers_module._is_healthy(http, server, key)
 
 
 def test_start_timeout(model, tmp_path):
