@@ -23,7 +23,7 @@ from megatron_egrsd.data.samples import Rollout, load_rollouts
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.operations import forward_flops, head_flops
-from megatron_egrsd.objectives.signal import is_trained, rollout_advantages
+from megatron_egrsd.objectives.interface import is_trained, rollout_advantages
 from megatron_egrsd.planning.step_time import generate_seconds
 
 PHASES = ("generate", "score", "train", "sync")

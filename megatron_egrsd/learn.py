@@ -22,10 +22,10 @@ from megatron_egrsd.engine.heads import TeacherStates
 from megatron_egrsd.engine.update import TokenSums, Update
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.hf.operations import forward_flops, head_flops, needed_training_flops
-from megatron_egrsd.objectives.interface import Objective, Tokens, batch_tokens
+from megatron_egrsd.objectives.interface import Objective, Tokens, batch_tokens, is_trained, rollout_advantages
 from megatron_egrsd.objectives.load import load_objective
 from megatron_egrsd.objectives.loss import divergence_loss, importance_weight, loss_normalizer, policy_loss
-from megatron_egrsd.objectives.signal import History, is_trained, rollout_advantages
+from megatron_egrsd.objectives.signal import History
 
 # (shaped reward and signal of every rollout, this data-parallel rank's student scores, its teacher scores or None)
 Record = Callable[[list[float], list[float], dict[int, Scores], dict[int, Scores] | None], None]

@@ -23,8 +23,9 @@ from megatron_egrsd.data.problems import problem_indices
 from megatron_egrsd.data.samples import Problem, Rollout, load_rollouts, save_rollouts
 from megatron_egrsd.data.stopping import stop_token_ids
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.objectives.interface import rollout_advantages
 from megatron_egrsd.objectives.load import load_objective
-from megatron_egrsd.objectives.signal import History, rollout_advantages
+from megatron_egrsd.objectives.signal import History
 from megatron_egrsd.preparation.readers import read_problems
 from megatron_egrsd.report.scored_dump import save_scores, scored_rollouts
 from megatron_egrsd.rewards.reward import decode_and_grade, load_reward

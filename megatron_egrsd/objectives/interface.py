@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import torch.distributed as dist
 
-from megatron_egrsd.objectives.signal import History, advantages
+from megatron_egrsd.objectives.signal import History, advantages, shaped_rewards
 from megatron_egrsd.vocab_parallel import DivergenceForm
 
 if TYPE_CHECKING:
     from megatron_egrsd.config import ObjectiveConfig
+    from megatron_egrsd.data.samples import Rollout
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,25 @@ class Objective:
     def metrics(self, tokens: Tokens) -> dict[str, torch.Tensor]:
         """[T] tensors by name, such as "gate/mean"; their means over the trained tokens are logged every step."""
         return {}
+
+
+def rollout_advantages(
+    rollouts: "list[Rollout]", objective: Objective, max_response_tokens: int
+) -> tuple[list[float], list[float]]:
+    """Return the shaped reward of each rollout of a batch, and the signal that `objective` makes of it.
+
+    The objective decides on rollouts whose teacher should read other rollouts, and cannot (`without_context`).
+    """
+    shaped = shaped_rewards(rollouts, objective.config, max_response_tokens)
+    groups = torch.tensor([r.group for r in rollouts])
+    signal = objective.advantages(torch.tensor(shaped), groups)
+    alone = torch.tensor([r.contexts == [] for r in rollouts])
+    return shaped, torch.where(alone, objective.without_context(signal), signal).tolist()
+
+
+def is_trained(signal: float, objective: Objective) -> bool:
+    """Return whether a rollout of this signal is trained; the others are scored alone."""
+    return bool(signal or objective.config.kl_coef or objective.trains_all)
 
 
 def weigh(objective: Objective, tokens: Tokens, *, vocab_size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

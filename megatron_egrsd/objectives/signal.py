@@ -10,7 +10,6 @@ import torch
 if TYPE_CHECKING:
     from megatron_egrsd.config import ObjectiveConfig
     from megatron_egrsd.data.samples import Rollout
-    from megatron_egrsd.objectives.interface import Objective
 
 _STD_FLOOR = 1e-6  # added to every standard deviation that a reward is divided by (ours; the paper names none)
 
@@ -88,22 +87,3 @@ def advantages(
         centred = r - r.mean()
         result[member] = centred / (r.std() + _STD_FLOOR) if config.advantage_std else centred
     return result
-
-
-def is_trained(signal: float, objective: "Objective") -> bool:
-    """Return whether a rollout of this signal is trained; the others are scored alone."""
-    return bool(signal or objective.config.kl_coef or objective.trains_all)
-
-
-def rollout_advantages(
-    rollouts: "list[Rollout]", objective: "Objective", max_response_tokens: int
-) -> tuple[list[float], list[float]]:
-    """Return the shaped reward of each rollout of a batch, and the signal that `objective` makes of it.
-
-    The objective decides on rollouts whose teacher should read other rollouts, and cannot (`without_context`).
-    """
-    shaped = shaped_rewards(rollouts, objective.config, max_response_tokens)
-    groups = torch.tensor([r.group for r in rollouts])
-    signal = objective.advantages(torch.tensor(shaped), groups)
-    alone = torch.tensor([r.contexts == [] for r in rollouts])
-    return shaped, torch.where(alone, objective.without_context(signal), signal).tolist()

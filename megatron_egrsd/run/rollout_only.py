@@ -12,8 +12,9 @@ from megatron_egrsd.data.samples import Prompt, save_rollouts
 from megatron_egrsd.data.stopping import stop_token_ids
 from megatron_egrsd.evaluation.evaluated_model import hugging_face
 from megatron_egrsd.learn import rollout_metrics
+from megatron_egrsd.objectives.interface import rollout_advantages
 from megatron_egrsd.objectives.load import load_objective
-from megatron_egrsd.objectives.signal import History, rollout_advantages
+from megatron_egrsd.objectives.signal import History
 from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.server_command import with_arguments
 from megatron_egrsd.rollout.servers import RolloutServers, retry_lost

@@ -9,9 +9,8 @@ from megatron_egrsd.config import ObjectiveConfig, RolloutConfig
 from megatron_egrsd.data.problems import Place, batch_indices, problem_indices
 from megatron_egrsd.data.samples import Prompt, Rollout
 from megatron_egrsd.errors import Preempted, RunError
-from megatron_egrsd.objectives.interface import Objective
+from megatron_egrsd.objectives.interface import Objective, rollout_advantages
 from megatron_egrsd.objectives.load import load_objective
-from megatron_egrsd.objectives.signal import rollout_advantages
 from megatron_egrsd.rollout.servers import ServersLost
 from megatron_egrsd.sampling.sampler import Sampler
 

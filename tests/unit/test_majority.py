@@ -14,8 +14,8 @@ from megatron_egrsd.data.prompt_builder import PromptBuilder
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts, save_rollouts
 from megatron_egrsd.data.siblings import SiblingContexts
 from megatron_egrsd.errors import BadArgument
+from megatron_egrsd.objectives.interface import rollout_advantages
 from megatron_egrsd.objectives.load import load_objective, needs_teacher_prompts
-from megatron_egrsd.objectives.signal import rollout_advantages
 from megatron_egrsd.planning import preflight
 from megatron_egrsd.rewards import vote
 from megatron_egrsd.rewards.vote import majority_answer

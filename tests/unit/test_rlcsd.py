@@ -15,10 +15,9 @@ from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts,
 from megatron_egrsd.data.siblings import SiblingContexts
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives import rlcsd
-from megatron_egrsd.objectives.interface import Tokens, weigh
+from megatron_egrsd.objectives.interface import Tokens, rollout_advantages, weigh
 from megatron_egrsd.objectives.load import check_objective, load_objective, needs_teacher_prompts
 from megatron_egrsd.objectives.loss import policy_loss
-from megatron_egrsd.objectives.signal import rollout_advantages
 from megatron_egrsd.report.family import title
 from megatron_egrsd.run.rollout_source import load_replay
 from tests.presets import preset_objective

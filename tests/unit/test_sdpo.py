@@ -11,10 +11,9 @@ from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives import rlcsd, sdpo
-from megatron_egrsd.objectives.interface import Tokens
+from megatron_egrsd.objectives.interface import Tokens, rollout_advantages
 from megatron_egrsd.objectives.load import check_objective, load_objective, needs_teacher_prompts
 from megatron_egrsd.objectives.loss import divergence_loss, importance_weight, policy_loss
-from megatron_egrsd.objectives.signal import rollout_advantages
 from megatron_egrsd.report.family import title
 from megatron_egrsd.vocab_parallel import divergence
 from tests.presets import preset_objective
