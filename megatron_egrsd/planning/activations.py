@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_egrsd.config import ParallelConfig
 from megatron_egrsd.hf.adapters import ROW_PARALLEL, AdapterSpec
 from megatron_egrsd.hf.architecture import Architecture
-from megatron_egrsd.vocab_parallel.linear import chunk_plan
+from megatron_egrsd.vocab_parallel.chunks import chunk_plan
 
 
 @dataclass(frozen=True)
@@ -113,17 +113,21 @@ def lm_head(
 ) -> dict[str, int]:
     """Return the bytes of vocab_parallel.linear in the backward pass of `tokens` response rows, by name."""
     columns = arch.padded_vocab_size(tensor) // tensor
-    logit = 4 if place.gpu else b
-    chunk, kept_chunks = chunk_plan(place.device, tokens, columns, logit)
-    kept = min(kept_chunks * chunk, columns)
-    buffer = min(chunk, columns - kept)
-    cast = chunk * b if logit > b else 0  # the gradient of one chunk, in the type of the weights
+    held, cast = _logits(place, tokens, columns, b)
     rows = tokens * arch.hidden_size
     head = {
-        "LM head: logits kept and one chunk": tokens * ((kept + buffer) * logit + cast),
+        "LM head: logits kept and one chunk": tokens * (held + cast),
         "LM head: rows and their gradient": rows * (b + 4 + b),
     }
     return head if frozen else head | {"LM head: gradient of the weight": columns * arch.hidden_size * b}
+
+
+def _logits(place: Placement, rows: int, columns: int, b: int) -> tuple[int, int]:
+    """Return bytes a row: of the logits that are held at once, and of a chunk's gradient in the type of the weights."""
+    logit = 4 if place.gpu else b
+    chunk, kept_chunks = chunk_plan(place.device, rows, columns, logit)
+    kept = min(kept_chunks * chunk, columns)
+    return (kept + min(chunk, columns - kept)) * logit, chunk * b if logit > b else 0
 
 
 def divergence_head(
@@ -134,12 +138,10 @@ def divergence_head(
     `shared`: one LM head serves both models, whose rows then lie end to end; `frozen`: it is not trained.
     """
     columns = arch.padded_vocab_size(tensor) // tensor
-    logit = 4 if place.gpu else b
-    chunk, _ = chunk_plan(place.device, 2 * tokens, columns, logit, keep_bytes=0)
-    cast = chunk * b if logit > b else 0
+    held, cast = _logits(place, 2 * tokens, columns, b)
     rows = tokens * arch.hidden_size
     head = {
-        "divergence: a chunk of both models' logits": tokens * (2 * chunk * logit + cast),
+        "divergence: logits kept and one chunk": tokens * (2 * held + cast),
         "divergence: rows and their gradient": rows * (2 * b + (2 * b if shared else 0) + 4 + b),
     }
     return head if frozen else head | {"divergence: gradient of the weight": columns * arch.hidden_size * b}

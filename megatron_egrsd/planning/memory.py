@@ -295,7 +295,7 @@ class _Rank:
             if held.top_k:
                 k = min(held.top_k, arch.vocab_size)
                 both["divergence: top k"] = tokens * k * _TOP_K_BACKWARD
-                chunk = both["divergence: a chunk of both models' logits"]
+                chunk = both["divergence: logits kept and one chunk"]
                 reading = {"divergence: top k": max(chunk + tokens * k * _TOP_K_READING, tokens * k * _TOP_K_VALUE)}
             head = head | both if held.log_prob_grad else both
         kept = norm(self.h, b, place) - (self.h * b if frozen and not place.transformer_engine else 0)

@@ -5,12 +5,13 @@ so it goes straight into its rows of the result, and the transient memory (token
 Backward needs the logits once more. As many chunks as fit into a fixed budget are kept for it, the rest is recomputed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from megatron_egrsd.vocab_parallel import ops
+from megatron_egrsd.vocab_parallel.chunks import Chunks, chunk_plan, project
 from megatron_egrsd.vocab_parallel.collectives import gather_parts, gather_sequence, reduce_hidden
 from megatron_egrsd.vocab_parallel.log_prob import TokenStatistics, zero_where_unknown
 from megatron_egrsd.vocab_parallel.shard import (
@@ -21,16 +22,10 @@ from megatron_egrsd.vocab_parallel.shard import (
     prepare_temperature,
 )
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits held at a time: fits the L3 cache; occupies a GPU
-_KEEP_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # a small part of the machine; TP 8 and 8192 bf16 tokens of Qwen3 fit
-
 
 class _Plan(NamedTuple):
     """How the chunks are computed and where the gradients go; the arguments of `linear_token_statistics`."""
 
-    chunk_size: int
-    kept_chunks: int
-    logits_dtype: torch.dtype
     grad_dtype: torch.dtype
     gather_sequence: bool
     reduce_hidden_grad: bool
@@ -84,9 +79,7 @@ def linear_token_statistics(
                        do not tell (their extremes, their norm). It must neither change nor keep them
     The other arguments and the errors are those of `token_statistics`.
     """
-    check_operands(hidden, weight, chunk_size, logits_dtype, grad_dtype)
-    if keep_bytes is not None and keep_bytes < 0:
-        raise ValueError(f"keep_bytes must not be negative, got {keep_bytes}")
+    check_operands(hidden, weight, chunk_size, logits_dtype, grad_dtype, keep_bytes)
     if sequence_parallel and not reduce_hidden_grad:
         raise ValueError("sequence_parallel reduces the gradient of hidden where it scatters it")
     if main_grad and not (hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad")):
@@ -109,11 +102,9 @@ def linear_token_statistics(
     chunk_size, kept_chunks = chunk_plan(
         hidden.device.type, target.numel(), shard.columns, logits_dtype.itemsize, chunk_size, keep_bytes
     )
-    plan = _Plan(
-        chunk_size, kept_chunks, logits_dtype, grad_dtype or hidden.dtype, sequence_ranks > 1, reduce_hidden_grad,
-        main_grad, entropy_grad, observe,
-    )  # fmt: skip
-    results = _LinearTokenStatistics.apply(hidden, weight, target_N, shard, temperature, plan)
+    chunks = Chunks(target.numel(), shard.columns, chunk_size, kept_chunks, logits_dtype, hidden.device)
+    plan = _Plan(grad_dtype or hidden.dtype, sequence_ranks > 1, reduce_hidden_grad, main_grad, entropy_grad, observe)
+    results = _LinearTokenStatistics.apply(hidden, weight, target_N, shard, temperature, chunks, plan)
     log_prob, entropy, log_normalizer = (x.view(target.shape) for x in results)
     if out_of_vocabulary == "zero":
         log_prob = zero_where_unknown(log_prob, target_N)
@@ -128,28 +119,8 @@ def linear_log_prob_and_entropy(
     return log_prob, entropy
 
 
-def chunk_plan(
-    device_type: str,
-    tokens: int,
-    columns: int,
-    itemsize: int,
-    chunk_size: int | None = None,
-    keep_bytes: int | None = None,
-) -> tuple[int, int]:
-    """Return (columns of a chunk, number of chunks that are kept for backward) for logits [tokens, columns].
-
-    `itemsize` is in bytes an element; None stands for the defaults of `device_type`.
-    """
-    if chunk_size is None:
-        chunk_size = max(1024, _CHUNK_ELEMENTS.get(device_type, 1 << 27) // max(1, tokens) // 64 * 64)
-    if keep_bytes is None:
-        keep_bytes = _KEEP_BYTES.get(device_type, 0)
-    chunk_size = min(chunk_size, columns)
-    return chunk_size, keep_bytes // max(1, tokens * chunk_size * itemsize)
-
-
-def check_operands(hidden, weight, chunk_size, logits_dtype, grad_dtype=None) -> None:
-    """Raise ValueError unless the operands of an LM head fit each other and the dtypes are fp32 or theirs."""
+def check_operands(hidden, weight, chunk_size, logits_dtype, grad_dtype=None, keep_bytes=None) -> None:
+    """Raise ValueError unless the operands of an LM head fit each other, and the options them."""
     if hidden.dim() < 1 or hidden.dtype not in LOGIT_DTYPES:
         raise ValueError(f"hidden must be [..., D] fp32, bf16 or fp16, got {hidden.dtype} {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
@@ -161,6 +132,8 @@ def check_operands(hidden, weight, chunk_size, logits_dtype, grad_dtype=None) ->
         )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if keep_bytes is not None and keep_bytes < 0:
+        raise ValueError(f"keep_bytes must not be negative, got {keep_bytes}")
     for name, dtype in (("logits_dtype", logits_dtype), ("grad_dtype", grad_dtype)):
         if dtype not in (None, torch.float32, hidden.dtype):
             raise ValueError(f"{name} must be float32 or hidden's {hidden.dtype}, got {dtype}")
@@ -168,11 +141,10 @@ def check_operands(hidden, weight, chunk_size, logits_dtype, grad_dtype=None) ->
 
 class _LinearTokenStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight_VD, target_N, shard, temperature, plan):
+    def forward(ctx, hidden, weight_VD, target_N, shard, temperature, chunks, plan):
         hidden_ND = (gather_sequence(hidden, shard) if plan.gather_sequence else hidden).reshape(-1, hidden.shape[-1])
         part_N4 = None
-        ctx.kept = _empty_chunks(hidden_ND, shard, plan)
-        for columns, logits_NC in _logit_chunks(hidden_ND, weight_VD, shard, plan, ctx.kept):
+        for columns, logits_NC in _logit_chunks(chunks, hidden_ND, weight_VD):
             if plan.observe is not None:
                 plan.observe(logits_NC)
             chunk_N4 = ops.statistics(logits_NC, target_N, shard.slice(columns.start, columns.stop), temperature)
@@ -182,7 +154,7 @@ class _LinearTokenStatistics(torch.autograd.Function):
         per_token = isinstance(temperature, torch.Tensor)
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, statistics_N4, temperature if per_token else None)
         ctx.temperature = None if per_token else temperature
-        ctx.shard, ctx.plan, ctx.hidden_shape = shard, plan, hidden.shape
+        ctx.shard, ctx.chunks, ctx.plan, ctx.hidden_shape = shard, chunks, plan, hidden.shape
         ctx.set_materialize_grads(False)
         if not plan.entropy_grad:
             ctx.mark_non_differentiable(entropy_N)
@@ -202,8 +174,7 @@ class _LinearTokenStatistics(torch.autograd.Function):
         grad_weight_VD = torch.empty_like(weight_VD) if need_weight else None
         wide_ND = hidden_ND.to(plan.grad_dtype)
         # The gradient overwrites the kept logits, so that a second backward pass must compute all of them.
-        kept, ctx.kept = ctx.kept, []
-        for columns, logits_NC in _logit_chunks(hidden_ND, weight_VD, shard, plan, kept, computed=True):
+        for columns, logits_NC in _logit_chunks(ctx.chunks.take(), hidden_ND, weight_VD):
             grad_NC = ops.logits_grad(
                 logits_NC, target_N, statistics_N4, gradients, shard.slice(columns.start, columns.stop), temperature,
                 inplace=True,
@@ -223,37 +194,12 @@ class _LinearTokenStatistics(torch.autograd.Function):
             if plan.reduce_hidden_grad:
                 grad_hidden_ND = reduce_hidden(grad_hidden_ND, shard, plan.gather_sequence)
             grad_hidden = grad_hidden_ND.to(hidden_ND.dtype).view(ctx.hidden_shape)
-        return grad_hidden, grad_weight_VD, None, None, None, None
+        return grad_hidden, grad_weight_VD, None, None, None, None, None
 
 
-def _empty_chunks(hidden_ND, shard: Shard, plan: _Plan) -> list[torch.Tensor]:
-    """Allocate [N, C] for the logits of each of the chunks to keep, or of all if there are fewer."""
-    chunk = plan.chunk_size
-    widths = [min(chunk, shard.columns - first) for first in range(0, shard.columns, chunk)][: plan.kept_chunks]
-    return [hidden_ND.new_empty((hidden_ND.shape[0], width), dtype=plan.logits_dtype) for width in widths]
-
-
-def _logit_chunks(hidden_ND, weight_VD, shard: Shard, plan: _Plan, kept: list[torch.Tensor], computed=False):
-    """Yield (columns, logits [N, C] of those columns); the caller may overwrite them.
-
-    The first chunks are stored in `kept` and read from it if `computed`; all other chunks share one buffer.
-    """
-    tokens, chunk = hidden_ND.shape[0], plan.chunk_size
-    left_over = shard.columns - sum(k.shape[1] for k in kept)
-    buffer = hidden_ND.new_empty(tokens * min(chunk, left_over), dtype=plan.logits_dtype)
-    for i, first in enumerate(range(0, shard.columns, chunk)):
-        columns = slice(first, min(first + chunk, shard.columns))
-        width = columns.stop - columns.start
-        is_kept = i < len(kept)
-        logits_NC = kept[i] if is_kept else buffer[: tokens * width].view(tokens, width)  # not -1: maybe no tokens
-        if not (is_kept and computed):
+def _logit_chunks(chunks: Chunks, hidden_ND, weight_VD) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield (columns, logits [N, C] of those columns); a last reading may overwrite them."""
+    for columns, logits_NC, computed in chunks:
+        if not computed:
             project(hidden_ND, weight_VD[columns], logits_NC)
         yield columns, logits_NC
-
-
-def project(hidden_ND: torch.Tensor, weight_CD: torch.Tensor, out_NC: torch.Tensor) -> None:
-    """Write hidden @ weight.T into `out_NC`, of their dtype or fp32."""
-    if hidden_ND.is_cuda and out_NC.dtype != hidden_ND.dtype:  # the GEMM stores its fp32 accumulators as they are
-        torch.mm(hidden_ND, weight_CD.t(), out_dtype=out_NC.dtype, out=out_NC)
-    else:
-        torch.mm(hidden_ND.to(out_NC.dtype), weight_CD.to(out_NC.dtype).t(), out=out_NC)

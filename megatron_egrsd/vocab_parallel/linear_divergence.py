@@ -1,8 +1,9 @@
 """Two LM heads and the divergence of their distributions in one function: neither model's logits exist as a whole.
 
-Chunks of the vocabulary are computed for both models, read together and dropped. Backward needs the logits once more,
-so it computes them again, as a second reading does. Where one weight serves both models, as a LoRA student's and its
-frozen teacher's, the two hidden states go through one GEMM, which reads the weight once.
+Chunks of the vocabulary are computed for both models and read together. Backward needs the logits once more, as does a
+second reading in forward: as many chunks as fit into a fixed budget are kept, the rest is recomputed. If one weight
+serves both models, as a LoRA student's and its frozen teacher's, the two hidden states go through one GEMM, which reads
+the weight once.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 
 from megatron_egrsd.vocab_parallel import pair_ops
 from megatron_egrsd.vocab_parallel import top_k as top_k_ops
+from megatron_egrsd.vocab_parallel.chunks import Chunks, chunk_plan, project
 from megatron_egrsd.vocab_parallel.collectives import gather_parts, gather_sequence, reduce_hidden
 from megatron_egrsd.vocab_parallel.divergence import (
     Divergence,
@@ -20,7 +22,7 @@ from megatron_egrsd.vocab_parallel.divergence import (
     summed_entries,
 )
 from megatron_egrsd.vocab_parallel.form import TopK, check_form, check_top_k
-from megatron_egrsd.vocab_parallel.linear import check_operands, chunk_plan, project
+from megatron_egrsd.vocab_parallel.linear import check_operands
 from megatron_egrsd.vocab_parallel.pair_ops import Form
 from megatron_egrsd.vocab_parallel.shard import Shard
 
@@ -43,23 +45,26 @@ def linear_divergence(
     chunk_size: int | None = None,
     sequence_parallel: bool = False,
     logits_dtype: torch.dtype | None = None,
+    keep_bytes: int | None = None,
 ) -> Divergence:
     """Compute `divergence(teacher_hidden @ teacher_weight.T, student_hidden @ student_weight.T)` without the logits.
 
-    Gradients flow into the student's hidden state and weight. Every chunk of logits of either model is computed once
-    in forward (twice for a `kind` or option of two readings) and once in backward. Collectives are those of
-    `divergence`, and in backward one reduction of the gradient of `student_hidden`, in fp32. With `sequence_parallel`
-    both sequences are gathered in forward and the gradient is reduce-scattered instead.
+    Gradients flow into the student's hidden state and weight. Every chunk of logits of either model is computed once in
+    forward and, unless it is kept, once more for each further reading: that of backward, and a second one in forward
+    for the kinds and options that need it. Collectives are those of `divergence`, and in backward one reduction of the
+    gradient of `student_hidden`, in fp32. With `sequence_parallel` both sequences are gathered in forward and the
+    gradient is reduce-scattered instead.
 
     teacher_hidden, student_hidden   [..., D]; the two models' D may differ. With sequence_parallel this rank's
                      [S / ranks, ..., D] of the sequence dimension
     teacher_weight, student_weight   [V / ranks, D], dtypes of the hidden states; the same tensor twice is read once
     chunk_size       vocabulary columns at a time; default: as many as keep both models' logits at a fixed size
     logits_dtype     as in `linear_token_statistics`; the same for both models
+    keep_bytes       of both models' logits, kept until backward; as in `linear_token_statistics`
     The other arguments and the errors are those of `divergence`.
     """
     for hidden, weight in ((teacher_hidden, teacher_weight), (student_hidden, student_weight)):
-        check_operands(hidden, weight, chunk_size, logits_dtype)
+        check_operands(hidden, weight, chunk_size, logits_dtype, keep_bytes=keep_bytes)
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1] or teacher_hidden.dtype != student_hidden.dtype:
         raise ValueError(
             f"teacher_hidden {teacher_hidden.dtype} {tuple(teacher_hidden.shape)} and student_hidden "
@@ -83,39 +88,37 @@ def linear_divergence(
         tokens_shape = torch.Size((student_hidden.shape[0] * shard.ranks, *student_hidden.shape[1:-1]))
     if logits_dtype is None:
         logits_dtype = torch.float32 if student_hidden.is_cuda else student_hidden.dtype
-    chunk, _ = chunk_plan(
-        student_hidden.device.type, 2 * tokens_shape.numel(), shard.columns, logits_dtype.itemsize, chunk_size, 0
-    )
+    learns = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
+    if not (learns or method.second_reading):
+        keep_bytes = 0
+    rows, device = 2 * tokens_shape.numel(), student_hidden.device
+    chunk_size, kept = chunk_plan(device.type, rows, shard.columns, logits_dtype.itemsize, chunk_size, keep_bytes)
     results = _LinearDivergence.apply(
         teacher_hidden.detach(), teacher_weight.detach(), student_hidden, student_weight,
-        teacher_weight is student_weight, shard, method, chunk, gathers, logits_dtype,
+        teacher_weight is student_weight, shard, Chunks(rows, shard.columns, chunk_size, kept, logits_dtype, device),
+        method, gathers,
     )  # fmt: skip
     value, teacher_entropy = (x.view(tokens_shape) for x in results)
     return Divergence(value, teacher_entropy)
 
 
-def _chunks(
+def _logit_chunks(
     teacher_ND: torch.Tensor,
     teacher_weight_VD: torch.Tensor,
     student_ND: torch.Tensor,
     student_weight_VD: torch.Tensor,
     shared: bool,
     shard: Shard,
-    chunk: int,
-    logits_dtype: torch.dtype,
+    chunks: Chunks,
 ) -> Iterator[tuple[slice, Shard, torch.Tensor, torch.Tensor]]:
-    """Yield (columns, their shard, teacher's logits [N, C], student's logits [N, C]), which may be overwritten."""
+    """Yield (columns, their shard, teacher's and student's logits [N, C]), which a last reading may overwrite."""
     tokens = student_ND.shape[0]
-    buffer = student_ND.new_empty(2 * tokens * chunk, dtype=logits_dtype)
     both_ND = torch.cat([teacher_ND, student_ND]) if shared else None
-    for first in range(0, shard.columns, chunk):
-        columns = slice(first, min(first + chunk, shard.columns))
-        width = columns.stop - columns.start
-        logits = buffer[: 2 * tokens * width].view(2 * tokens, width)
+    for columns, logits, computed in chunks:
         teacher_NC, student_NC = logits[:tokens], logits[tokens:]
-        if both_ND is not None:
+        if not computed and both_ND is not None:
             project(both_ND, student_weight_VD[columns], logits)
-        else:
+        elif not computed:
             project(teacher_ND, teacher_weight_VD[columns], teacher_NC)
             project(student_ND, student_weight_VD[columns], student_NC)
         yield columns, shard.slice(columns.start, columns.stop), teacher_NC, student_NC
@@ -129,6 +132,11 @@ class _Whole(NamedTuple):
 
     form: Form
     temperature: float
+
+    @property
+    def second_reading(self) -> bool:
+        """Return whether `value` reads all logits twice."""
+        return self.form.second_reading
 
     def value(self, operands: tuple, plan: tuple) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
         """Return the value [N], the teacher's entropy [N], and what `gradient` needs."""
@@ -145,7 +153,7 @@ class _Whole(NamedTuple):
     def _first_reading(self, operands: tuple, plan: tuple) -> torch.Tensor:
         """Return the PairStatistics [N, 8] of this rank's columns."""
         part_N8, student_first = None, self.form.student_first
-        for _, shard, teacher_NC, student_NC in _chunks(*operands, *plan):
+        for _, shard, teacher_NC, student_NC in _logit_chunks(*operands, *plan):
             pair = (student_NC, teacher_NC) if student_first else (teacher_NC, student_NC)
             chunk_N8 = pair_ops.statistics(*pair, shard, self.temperature, student_first)
             if part_N8 is not None:
@@ -156,7 +164,7 @@ class _Whole(NamedTuple):
     def _second_reading(self, operands: tuple, plan: tuple, scale_N5: torch.Tensor) -> torch.Tensor:
         """Return the EntrySums [N, 3] of this rank's columns."""
         part_N3 = scale_N5.new_zeros((scale_N5.shape[0], 3))
-        for _, shard, teacher_NC, student_NC in _chunks(*operands, *plan):
+        for _, shard, teacher_NC, student_NC in _logit_chunks(*operands, *plan):
             part_N3 += pair_ops.entry_sums(teacher_NC, student_NC, scale_N5, self.form, shard, self.temperature)
         return part_N3
 
@@ -175,6 +183,10 @@ class _TopK(NamedTuple):
     temperature: float
     top: TopK
 
+    @property
+    def second_reading(self) -> bool:
+        return False
+
     def value(self, operands: tuple, plan: tuple) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
         parts = gather_parts(self._reading(operands, plan), plan[1])
         return top_k_ops.finish(parts, self.temperature, self.form, self.top)
@@ -182,7 +194,7 @@ class _TopK(NamedTuple):
     def _reading(self, operands: tuple, plan: tuple) -> torch.Tensor:
         """Return this rank's part [N, 8 + 3 k]."""
         part = None
-        for _, shard, teacher_NC, student_NC in _chunks(*operands, *plan):
+        for _, shard, teacher_NC, student_NC in _logit_chunks(*operands, *plan):
             chunk = top_k_ops.part(teacher_NC, student_NC, shard, self.temperature, self.top)
             part = chunk if part is None else top_k_ops.merge(torch.stack([part, chunk]), self.top)
         return part
@@ -195,13 +207,13 @@ class _TopK(NamedTuple):
 class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, teacher_hidden, teacher_weight_VD, student_hidden, student_weight_VD, shared, shard, method, chunk,
-        gathers, logits_dtype,
+        ctx, teacher_hidden, teacher_weight_VD, student_hidden, student_weight_VD, shared, shard, chunks, method,
+        gathers,
     ):  # fmt: skip
         hidden = [gather_sequence(x, shard) if gathers else x for x in (teacher_hidden, student_hidden)]
         teacher_ND, student_ND = (x.reshape(-1, x.shape[-1]) for x in hidden)
         operands = (teacher_ND, teacher_weight_VD, student_ND, student_weight_VD)
-        plan = (shared, shard, chunk, logits_dtype)
+        plan = (shared, shard, chunks)
         value_N, entropy_N, saved = method.value(operands, plan)
         # The gathered sequences are kept, so that backward needs no second gather.
         ctx.save_for_backward(*operands, *saved)
@@ -214,13 +226,14 @@ class _LinearDivergence(torch.autograd.Function):
     def backward(ctx, grad_value_N, _):
         operands, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         _, _, student_ND, weight_VD = operands
-        shard = ctx.plan[1]
+        shared, shard, chunks = ctx.plan
         need_hidden, need_weight = ctx.needs_input_grad[2:4]
         grad_value_N = grad_value_N.float().contiguous()
         # Chunks add up in fp32: a bf16 sum over tens of chunks has an error that the reduction over ranks multiplies.
         grad_hidden_ND = torch.zeros_like(student_ND, dtype=torch.float32) if need_hidden else None
         grad_weight_VD = torch.empty_like(weight_VD) if need_weight else None
-        for columns, shard_of_chunk, teacher_NC, student_NC in _chunks(*operands, *ctx.plan):
+        # The gradient overwrites the kept logits, so that a second backward pass must compute all of them.
+        for columns, shard_of_chunk, teacher_NC, student_NC in _logit_chunks(*operands, shared, shard, chunks.take()):
             grad_NC = ctx.method.gradient(saved, teacher_NC, student_NC, grad_value_N, shard_of_chunk)
             grad_NC = grad_NC.to(student_ND.dtype)
             if need_hidden:
@@ -231,4 +244,4 @@ class _LinearDivergence(torch.autograd.Function):
         if need_hidden:
             grad_hidden_ND = reduce_hidden(grad_hidden_ND, shard, ctx.gathers)
             grad_hidden = grad_hidden_ND.to(student_ND.dtype).view(ctx.hidden_shape)
-        return None, None, grad_hidden, grad_weight_VD, *[None] * 6
+        return None, None, grad_hidden, grad_weight_VD, *[None] * 5

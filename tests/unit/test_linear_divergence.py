@@ -1,5 +1,7 @@
 """The divergence of two LM heads without logits against fp64, chunk by chunk."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ from megatron_egrsd.vocab_parallel import linear_divergence, pair_ops
 from tests.unit.divergence_cases import FORMS, fp64
 from tests.unit.test_divergence import implementation, spare_cuda  # noqa: F401 - a fixture
 from tests.unit.test_vocab_parallel import LargestTensor
+
+MODULE = importlib.import_module("megatron_egrsd.vocab_parallel.linear_divergence")  # its name is the function's
 
 
 def operands(shared: bool, tokens=(3, 5), vocab=200):
@@ -52,9 +56,45 @@ def test_one_chunk_of_both_is_held_whatever_the_vocabulary(vocab, form):
     largest = LargestTensor()
     largest.ignore(*inputs)
     with largest:
-        value, _ = linear_divergence(*inputs, chunk_size=512, **FORMS[form])
+        value, _ = linear_divergence(*inputs, chunk_size=512, keep_bytes=0, **FORMS[form])
         torch.autograd.grad(value.sum(), inputs[2])
     assert largest.numel == 2 * 32 * 512
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("form", ["forward", "jsd", "top 5"])
+def test_kept_logits_change_nothing_and_stay_within_their_budget(implementation, form, shared):  # noqa: F811
+    """Kept or recomputed, the values and gradients are the same bits, in a second backward pass as well."""
+    inputs, results = operands(shared), {}
+    differentiated = inputs[2], inputs[3].requires_grad_()
+    budget = 2 * 15 * 48 * 4 * 3  # three chunks of five
+    for keep_bytes in (0, budget, None):
+        value, entropy = linear_divergence(*inputs, chunk_size=48, keep_bytes=keep_bytes, **FORMS[form])
+        (node, _), *_ = value.grad_fn.next_functions
+        kept = sum(chunk.nbytes for chunk in node.plan[-1].kept)
+        assert kept == (2 * 15 * 200 * 4 if keep_bytes is None else keep_bytes)
+        first = torch.autograd.grad(value.sum(), differentiated, retain_graph=True)
+        second = torch.autograd.grad(value.sum(), differentiated)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        results[keep_bytes] = (value.detach(), entropy, *first)
+    for other in list(results.values())[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("form", ["forward", "jsd", "top 5"])
+def test_logits_that_fit_are_computed_once(form, monkeypatch):
+    """Of five chunks of two models, also without a gradient if forward reads them twice."""
+    calls = []
+    compute = MODULE.project
+    monkeypatch.setattr(MODULE, "project", lambda *a: calls.append(1) or compute(*a))
+    inputs = operands(False)
+    value, _ = linear_divergence(*inputs, chunk_size=48, **FORMS[form])
+    value.sum().backward()
+    assert len(calls) == 2 * 5
+    calls.clear()
+    with torch.no_grad():
+        linear_divergence(*inputs, chunk_size=48, **FORMS[form])
+    assert len(calls) == 2 * 5
 
 
 @pytest.mark.parametrize("form", ["jsd", "top 5"])
@@ -75,5 +115,7 @@ def test_bad_operands_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             linear_divergence(*inputs, kind="forward_kl")
+    with pytest.raises(ValueError, match="keep_bytes must not be negative, got -1"):
+        linear_divergence(*operands(False), kind="forward_kl", keep_bytes=-1)
     with pytest.raises(ValueError, match="kind must be"):
         linear_divergence(teacher_hidden, teacher_weight, hidden, weight, kind="kl")

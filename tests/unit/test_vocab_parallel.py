@@ -351,7 +351,7 @@ def test_kept_logits_change_nothing_and_stay_within_their_budget():
     for keep_bytes in (0, 6 * 16 * 4 * 3, None):  # none; three chunks of seven; all
         log_prob, _ = linear_log_prob_and_entropy(hidden, weight, target, chunk_size=16, keep_bytes=keep_bytes)
         (node, _), *_ = log_prob.grad_fn.next_functions
-        kept = sum(chunk.nbytes for chunk in node.kept)
+        kept = sum(chunk.nbytes for chunk in node.chunks.kept)
         assert kept == (6 * 100 * 4 if keep_bytes is None else keep_bytes)
         first = torch.autograd.grad(log_prob.sum(), (hidden, weight), retain_graph=True)
         second = torch.autograd.grad(log_prob.sum(), (hidden, weight))
