@@ -11,6 +11,7 @@ from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.rollout.servers import RolloutServers, ServersLost
 from megatron_egrsd.run import rollout_only as module
+from megatron_egrsd.watch.state import Reader
 from tests.unit.test_sampling import Responses
 
 ROOT = Path(__file__).parents[2]
@@ -28,11 +29,11 @@ class Servers(RolloutServers):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Return a function that runs three steps of two prompts with two responses each.
+    """Return a function that runs three steps of two prompts with two responses each, and other settings if any.
 
     Its argument is called before each response, with the number of responses so far and the servers.
     """
-    words = {
+    settings = {
         "model.path": ROOT / "examples/tiny/model",
         "data.train": ROOT / "examples/tiny/train.jsonl",
         "output": tmp_path / "run",
@@ -43,10 +44,10 @@ def run(tmp_path, monkeypatch):
         "rollout.rollouts_per_prompt": 2,
         "rollout.servers.urls": '["http://a:1", "http://b:1"]',
     }
-    config = parse_config([word for key, value in words.items() for word in (f"--{key}", str(value))])
     monkeypatch.setattr(module, "RolloutServers", Servers)
 
-    def start(meanwhile) -> Path:
+    def start(meanwhile=lambda number, servers: None, **more) -> Path:
+        config = parse_config([word for k, v in (settings | more).items() for word in (f"--{k}", str(v))])
         numbers = iter(range(100))
         client = lambda servers, *_: Responses(lambda _: meanwhile(next(numbers), servers))  # noqa: E731
         monkeypatch.setattr(module, "RolloutClient", client)
@@ -75,6 +76,20 @@ def test_servers_that_are_lost_are_used_again(run):
     for step in (1, 2, 3):
         rollouts = load_rollouts(output / "rollouts" / f"step_{step:06d}.jsonl")
         assert [(r.group, r.response_ids) for r in rollouts] == [(0, [0]), (0, [1]), (1, [10]), (1, [11])]
+
+
+def test_groups_without_a_signal_are_replaced(run):
+    """All responses are wrong."""
+    output = run(**{"objective.advantage": "group", "rollout.dynamic_sampling": 2})
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["batch/sampled"], row["batch/degenerate_share"]) for row in rows] == [(12, 1.0)] * 3
+    first, second = (load_rollouts(output / f"rollouts/step_00000{step}.jsonl") for step in (1, 2))
+    assert {r.prompt.problem.id for r in first}.isdisjoint(r.prompt.problem.id for r in second)
+
+
+def test_its_directory_can_be_watched(run):
+    state = Reader(run()).read()
+    assert (state.stage, state.step, state.total_steps) == ("finished", 3, 3)
 
 
 def test_the_log_is_closed_after_an_error(run, monkeypatch):
