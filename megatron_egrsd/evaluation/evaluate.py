@@ -8,6 +8,7 @@ evaluation gives the same table as one without interruption.
 import hashlib
 import json
 import os
+import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -21,7 +22,7 @@ from megatron_egrsd.config import Config
 from megatron_egrsd.data.benchmarks import ProblemSet, load_sets
 from megatron_egrsd.data.prompt_builder import PromptBuilder, prompt_builder
 from megatron_egrsd.data.prompts import tell_left_out, usable
-from megatron_egrsd.data.samples import Problem, Prompt
+from megatron_egrsd.data.samples import Problem, Prompt, is_right
 from megatron_egrsd.data.stopping import stop_token_ids
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.evaluation.evaluated_model import digest, hugging_face
@@ -31,7 +32,7 @@ from megatron_egrsd.evaluation.summary import Estimate, Sample, summarize
 from megatron_egrsd.evaluation.table import TABLE_WIDTH, deviations, evaluation_table, paper_summary, paper_table
 from megatron_egrsd.rewards.answers import final_answer, states_answer
 from megatron_egrsd.rewards.normal_form import normalize
-from megatron_egrsd.rewards.reward import Reward, decode_and_grade, load_reward
+from megatron_egrsd.rewards.reward import WORKERS, Reward, decode_and_grade, load_reward
 from megatron_egrsd.rollout.client import RolloutClient, truncation
 from megatron_egrsd.rollout.deterministic import check_deterministic, deterministic
 from megatron_egrsd.rollout.generation import Generation
@@ -135,7 +136,7 @@ class Evaluation:
         with (
             RolloutServers(settings, model, config.seed, logs) as servers,
             Progress(*columns, disable=not os.isatty(1)) as progress,
-            ThreadPoolExecutor(1) as grader,
+            ThreadPoolExecutor(WORKERS) as graders,
         ):
             if seeded:
                 check_deterministic(servers)
@@ -144,16 +145,19 @@ class Evaluation:
             task = progress.add_task("", total=total, completed=total - missing)
 
             gradings: deque[Future] = deque()
+            writing = threading.Lock()
 
             def grade_and_write(i: int, j: int, generation: Generation) -> None:
-                self.file.append(self._row(i, j, generation))
+                row = self._row(i, j, generation)
+                with writing:
+                    self.file.append(row)
                 progress.advance(task)
 
             def finished(i: int, j: int, generation: Generation) -> None:
                 done[i, j] = None  # the file holds the response
                 while gradings and gradings[0].done():
                     gradings.popleft().result()
-                gradings.append(grader.submit(grade_and_write, i, j, generation))
+                gradings.append(graders.submit(grade_and_write, i, j, generation))
 
             def generate() -> None:
                 client.generate(
@@ -177,7 +181,7 @@ class Evaluation:
         return [
             Sample(
                 problem=row["id"],
-                right=row["reward"] > 0.5,
+                right=is_right(row["reward"]),
                 length=row["tokens"],
                 truncated=row["finish_reason"] == "length",
                 thinking=row["thinking_tokens"],

@@ -1,18 +1,26 @@
 """Sets by name, file and hub; the file of samples; the command's mistakes. No server."""
 
+import contextlib
+import itertools
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
 from megatron_egrsd.cli import main
 from megatron_egrsd.config import BenchmarksConfig, DataConfig
+from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data import problems
-from megatron_egrsd.data.benchmarks import BENCHMARKS, load_sets
+from megatron_egrsd.data.benchmarks import BENCHMARKS, ProblemSet, load_sets
+from megatron_egrsd.data.prompt_builder import prompt_builder
+from megatron_egrsd.data.samples import Problem
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.evaluation import evaluate
 from megatron_egrsd.evaluation.sample_file import SampleFile
 from megatron_egrsd.rewards.answers import gold_answer
+from megatron_egrsd.rewards.reward import WORKERS
+from megatron_egrsd.rollout.generation import Generation
 
 DATA = Path(__file__).parents[1] / "data"
 TINY = Path(__file__).parents[2] / "examples/tiny"
@@ -100,6 +108,30 @@ def test_an_evaluation_leaves_out_what_training_leaves_out(tmp_path, capsys, mon
     found = json.loads((tmp_path / "out/results.json").read_text())["sets"]["mine"]
     assert found["problems"] == 1 and found["accuracy"]["value"] == 1.0
     assert not left.parent.exists()
+
+
+class Client:
+    """A stand-in for RolloutClient: every response is one token."""
+
+    def generate(self, prompts, n, *, finished, **_):
+        for i, j in itertools.product(range(len(prompts)), range(n)):
+            finished(i, j, Generation([5], [-0.5], "stop", [[0, 1]]))
+
+
+@pytest.mark.skipif(WORKERS == 1, reason="one processor grades one response at a time")
+def test_responses_are_graded_side_by_side(tmp_path, monkeypatch):
+    """No response gets its reward before another one is asked for; otherwise the test would wait for ever."""
+    monkeypatch.setattr(evaluate, "RolloutServers", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(evaluate, "RolloutClient", lambda *_: Client())
+    monkeypatch.setattr(evaluate, "check_deterministic", lambda _: None)
+    words = ["--model.path", str(TINY / "model"), "--evaluation.rollouts_per_problem", "2"]
+    config = parse_config([*words, "--data.train", "-", "--rollout.max_response_tokens", "200"])
+    both = threading.Barrier(2, timeout=20)
+    with SampleFile(tmp_path / "samples.jsonl", SETTINGS) as file:
+        sets = [ProblemSet("s", "s", [Problem("1", "1 + 1 =", "2")])]
+        run = evaluate.Evaluation(config, sets, prompt_builder(config), lambda *_: float(both.wait() >= 0), file)
+        run.sample(config.model)
+        assert [found["reward"] for found in file.rows.values()] == [1.0, 1.0]
 
 
 def test_samples_of_other_settings_are_refused_before_a_checkpoint_is_converted(tmp_path, capsys, monkeypatch):
