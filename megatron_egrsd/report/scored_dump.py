@@ -274,7 +274,7 @@ def _parse(line: bytes, location: str) -> ScoredRollout:
                 row[name] = np.array(row[name], np.float32)  # null becomes NaN
         rollout = ScoredRollout(**row)
         _check(rollout)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         detail = error if type(error) is BadArgument else "it is not an object that dump_scores writes"
         raise BadArgument(f"{location} is no scored rollout: {detail}") from None
     return rollout

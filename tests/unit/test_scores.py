@@ -128,6 +128,7 @@ BREAKS = {
     "text for numbers": (lambda row: row | {"weight": ["a"] * 5}, "not an object"),
     "a number for text": (lambda row: row | {"pieces": [1] * 5}, "must be text"),
     "half a teacher": (lambda row: row | {"teacher_entropy": None}, "teacher_entropy, normalized_entropy"),
+    "a turn that is text": (lambda row: row | {"problem": row["problem"] | {"teacher_turns": ["x"]}}, "not an object"),
     "no reward": (lambda row: row | {"reward": None}, "reward is None"),
 }
 
