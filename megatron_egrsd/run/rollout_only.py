@@ -1,4 +1,4 @@
-"""`debug: rollout-only`: sampling and rewards alone. The other half of a run is rollout_source.ReplayedRollouts."""
+"""`debug: rollout-only`: sampling and rewards alone. The other half of a run is offline_rollouts.replayed_batches."""
 
 import contextlib
 import functools

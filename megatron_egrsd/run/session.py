@@ -1,12 +1,12 @@
 """A run as train.py drives it: rollouts, checkpoints, log and reports."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_egrsd.config import Config
+from megatron_egrsd.config import Config, ObjectiveConfig
 from megatron_egrsd.data.problems import Place
 from megatron_egrsd.data.samples import Prompt, Rollout, save_rollouts
 from megatron_egrsd.engine.distributed import on_first_rank, on_first_rank_while
@@ -123,7 +123,7 @@ class Session:
     def finish(self) -> None:
         """Write the final Hugging Face checkpoint, the adapter and the plot, and print the table."""
         self.rollouts.placement.enter("training")
-        _export(self)
+        _export(self.engine, self.config, self.directory, self._say)
         if self.engine.is_first_rank and self.evaluations:
             plot_frontier(self.evaluations, self.directory.frontier)
             self.log.message(f"plot  {self.directory.frontier}")
@@ -134,7 +134,10 @@ class Session:
 
     def recorder(self, step: int, rollouts: list[Rollout]) -> Record | None:
         """Return the function that `learn` calls with the scores of `rollouts`, or None without `dump_scores`."""
-        return _recorder(self, step, rollouts) if self.config.dump_scores else None
+        if not self.config.dump_scores:
+            return None
+        path = self.directory.dump("scores", step)
+        return _recorder(self.engine, self.config.objective, self.tokenizer, self.history, step, rollouts, path)
 
     def check_update(self, step: int, rollouts: list[Rollout], metrics: dict[str, float]) -> None:
         """Dump the rollouts of a step (from 1) whose update was skipped; RunError after too many of them in a row."""
@@ -178,27 +181,26 @@ class Session:
             on_first_rank(write)
 
 
-def _export(session: Session) -> None:
-    """Write the final model, the adapter or both, as `lora.export` says."""
-    engine, base, lora = session.engine, session.config.model.path, session.config.lora
-    spec, model, adapter = engine.adapter, session.directory.model, session.directory.adapter
+def _export(engine: Engine, config: Config, directory: RunDirectory, say: Callable[[str], None]) -> None:
+    """Write the final model, the adapter or both, as `lora.export` says; `say` gets their paths."""
+    base, lora, spec = config.model.path, config.lora, engine.adapter
+    model, adapter = directory.model, directory.adapter
     if lora.exports_model:
         on_first_rank_while(lambda weights: save_hf(weights, base, model), engine.export_weights())
-        session._say(f"model {model}")
+        say(f"model {model}")
     if lora.exports_adapter:
         on_first_rank_while(lambda tensors: save_adapter(tensors, spec, base, adapter), engine.export_adapter())
-        session._say(f"adapter {adapter}")
+        say(f"adapter {adapter}")
 
 
-def _recorder(session: Session, step: int, rollouts: list[Rollout]) -> Record:
+def _recorder(engine: Engine, objective: ObjectiveConfig, tokenizer, history: History, step: int,
+              rollouts: list[Rollout], path: Path) -> Record:  # fmt: skip
     """Return a function that dumps the scores of `rollouts` with the history that their advantages are taken from."""
-    engine, config, history = session.engine, session.config, session.history
-    path = session.directory.dump("scores", step)
     about: dict[str, Any] = {"step": step, "vocab_size": engine.arch.vocab_size, "history": history}
 
     def record(rewards, advantage, student, teacher) -> None:
         student, teacher = gather_scores(engine, student), gather_scores(engine, teacher)
-        batch = rollouts, rewards, advantage, student, teacher, config.objective, session.tokenizer
+        batch = rollouts, rewards, advantage, student, teacher, objective, tokenizer
         on_first_rank(lambda: save_scores(scored_rollouts(*batch, **about), path))
 
     return record

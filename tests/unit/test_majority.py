@@ -19,7 +19,7 @@ from megatron_egrsd.objectives.load import load_objective, needs_teacher_prompts
 from megatron_egrsd.planning import preflight
 from megatron_egrsd.rewards import vote
 from megatron_egrsd.rewards.vote import majority_answer
-from megatron_egrsd.run.rollout_source import load_replay
+from megatron_egrsd.run.offline_rollouts import load_replay
 from megatron_egrsd.sampling import sampler
 from megatron_egrsd.sampling.majority import MajorityContexts
 from tests.unit.test_prompts import tokenizer  # noqa: F401 (a fixture)

@@ -19,7 +19,7 @@ from megatron_egrsd.objectives.interface import Tokens, rollout_advantages, weig
 from megatron_egrsd.objectives.load import check_objective, load_objective, needs_teacher_prompts
 from megatron_egrsd.objectives.loss import policy_loss
 from megatron_egrsd.report.family import title
-from megatron_egrsd.run.rollout_source import load_replay
+from megatron_egrsd.run.offline_rollouts import load_replay
 from tests.presets import preset_objective
 
 LENGTHS = [5, 3, 4]

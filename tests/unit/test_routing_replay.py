@@ -18,7 +18,7 @@ from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.rollout.generation import NO_ROUTE, NOTHING, Generation, parse_generation
-from megatron_egrsd.run.rollout_source import load_replay
+from megatron_egrsd.run.offline_rollouts import load_replay
 from tests.models import make_qwen3
 from tests.parallel.test_algorithm1 import with_tokenizer
 

@@ -35,9 +35,10 @@ from megatron_egrsd.rollout.scratch import SHARED_LIST
 from megatron_egrsd.run import agreement, guard
 from megatron_egrsd.run.checkpoints import is_best
 from megatron_egrsd.run.health import Health
+from megatron_egrsd.run.offline_rollouts import check_replay
 from megatron_egrsd.run.preemption import Preemption
 from megatron_egrsd.run.resuming import changed_settings, check_frozen
-from megatron_egrsd.run.rollout_source import LiveRollouts, check_replay
+from megatron_egrsd.run.rollout_source import LiveRollouts
 from megatron_egrsd.run.run_directory import RunDirectory
 from megatron_egrsd.run.session import Session
 from megatron_egrsd.run.stopwatch import Stopwatch
