@@ -1,6 +1,7 @@
 """The checks of a run before any process starts."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.adapter_file import AdapterFile, configured_spec
 from megatron_egrsd.hf.architecture import Architecture
 from megatron_egrsd.objectives.load import check_objective, load_objective, needs_rollouts, needs_teacher_prompts
+from megatron_egrsd.objectives.signal import History
 from megatron_egrsd.rewards.reward import check_math_verify, load_reward
 from megatron_egrsd.rollout.generation import NO_ROUTE
 from megatron_egrsd.rollout.server_command import check_served_adapters, check_served_model, first_gpu
@@ -35,7 +37,7 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
         if config.rollout.sync.lora == "adapter":
             check_served_adapters(spec.targets)
     if config.lora.init:
-        AdapterFile(config.lora.init, arch)
+        AdapterFile(config.lora.init, arch)  # refuses what is none of this model's
     world_size = ranks or torchrun.world_size()
     _check_processes(config, world_size)
     _check_resume(config)
@@ -63,7 +65,7 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
         )
     if config.replay and not Path(config.replay).exists():
         raise BadArgument(f"replay is {config.replay}, which does not exist; give a file or directory of rollouts")
-    load_reward(config.data.reward)
+    load_reward(config.data.reward)  # refuses what is no function
     builder = prompt_builder(config)
     solutions = None if needs_rollouts(config.objective) else Solutions(builder, config)
     privileged = needs_teacher_prompts(config)
@@ -142,8 +144,9 @@ def _check_groups(config: Config) -> None:
     objective = config.objective
     if not objective.function or objective.advantage != "group" or config.rollout.rollouts_per_prompt > 1:
         return
-    alone = load_objective(objective).advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 1]))
-    if not alone.any():
+    rewards, groups = torch.tensor([1.0, 0.0]), torch.tensor([0, 1])
+    later = replace(History().after([1.0, 0.0]), steps=1000)
+    if not any(load_objective(objective, past).advantages(rewards, groups).any() for past in (History(), later)):
         raise BadArgument(
             'objective.advantage "group" compares the rollouts of one prompt, but rollout.rollouts_per_prompt is 1, so '
             'that every advantage is 0; set it to 2 or more, or the advantage to "running"'

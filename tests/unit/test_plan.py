@@ -344,6 +344,19 @@ def test_groups_of_one_rollout_are_refused_for_a_function_too(words, refused, mo
         prepare(config, 4)
 
 
+def test_a_signal_that_begins_with_the_second_step_is_no_comparison_within_groups(model, tmp_path):
+    (tmp_path / "mine.py").write_text("""
+from megatron_egrsd.objectives import Objective
+class Mine(Objective):
+    def advantages(self, rewards, group_ids):
+        return (rewards - self.history.mean) * (self.history.steps > 0)
+    def weight(self, tokens):
+        return tokens.advantage
+""")
+    words = ["--data.train", "examples/tiny/train.jsonl", "--objective.function", f"{tmp_path / 'mine.py'}:Mine"]
+    prepare(config_8b(model("Qwen3-8B"), *words, "--objective.advantage", "group"), 4)
+
+
 @pytest.mark.parametrize(
     ("ranks", "gpus", "engines", "words", "first", "refused"),
     [
