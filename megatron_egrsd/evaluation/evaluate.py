@@ -85,12 +85,14 @@ class Evaluation:
     ):
         self.config, self.builder, self.reward, self.file = config, builder, reward, file
         self.k = {s.name: samples_per_problem(config.evaluation, s.name) for s in sets}
-        built = [usable(s.problems, self._prompt, s.bad) for s in sets]
-        for s, own in zip(sets, built, strict=True):
-            tell_left_out(s.source, len(own), s.bad)
-        self.sets = [replace(s, problems=[p for p, _ in own]) for s, own in zip(sets, built, strict=True)]
+        self.sets: list[ProblemSet] = []
+        self.prompts: list[Prompt] = []
+        for s in sets:
+            built = usable(s.problems, self._prompt, s.bad)
+            tell_left_out(s.source, len(built), s.bad)
+            self.sets.append(replace(s, problems=[problem for problem, _ in built]))
+            self.prompts += [prompt for _, prompt in built]
         self.problems = [(s.name, problem) for s in self.sets for problem in s.problems]
-        self.prompts = [prompt for own in built for _, prompt in own]
         ids = builder.tokenizer.convert_tokens_to_ids("</think>")
         self.end_of_thinking = None if ids == builder.tokenizer.unk_token_id else ids
         self.opened = builder.opened
