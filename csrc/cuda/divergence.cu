@@ -104,9 +104,8 @@ pair_gradient_kernel(const Pair pair, const Entries entries, const PairGradient 
 
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   const bool same_alignment = (((address(t) ^ address(s)) | (address(s) ^ address(q))) & 15) == 0;
-  const int64_t head = elements_before_boundary(s, valid);
-  const uint32_t vectors = same_alignment ? uint32_t((valid - head) / V::kWidth) : 0u;
-  const int64_t tail = head + int64_t(vectors) * V::kWidth;
+  const VectorSpan<T> span(s, valid, same_alignment);
+  const int64_t head = span.head, tail = span.tail;
   auto one_vector = [&](uint32_t i, const uint4& u, const uint4& v) {
     float x[V::kWidth], y[V::kWidth];
     V::unpack(u, x);
@@ -117,7 +116,7 @@ pair_gradient_kernel(const Pair pair, const Entries entries, const PairGradient 
   };
   auto load = [&](const T* p, uint32_t i) { return load_then_overwritten(p + head + int64_t(i) * V::kWidth); };
   constexpr uint32_t kVectorsPerBlock = kThreads * kPairVectors;
-  const uint32_t last = min((blockIdx.y + 1) * kVectorsPerBlock, vectors);
+  const uint32_t last = min((blockIdx.y + 1) * kVectorsPerBlock, span.vectors);
   uint32_t i = blockIdx.y * kVectorsPerBlock + threadIdx.x;
   for (; i + (kPairUnroll - 1) * kThreads < last; i += kPairUnroll * kThreads) {
     uint4 u[kPairUnroll], v[kPairUnroll];

@@ -54,22 +54,17 @@ __device__ __forceinline__ Statistics merged_over_warp(const Statistics& s) {
   return merged_over_lanes(s, 32, [](const Statistics& a, const Statistics& b) { return merged(a, b); });
 }
 
-// Where a row of `valid` logits begins and ends to be aligned, and where the target is. Elements [head, tail) are
-// `vectors` of 16 bytes; the target is compared once a vector, not once an element.
+// The vectors of a row of logits, and the place of the target: it is compared once a vector, not once an element.
 template <class T>
-struct RowGeometry {
-  int64_t head, tail;
-  uint32_t vectors;        // rows are shorter than 2^31, checked on the host
+struct RowGeometry : VectorSpan<T> {
   uint32_t target_vector;  // ~0 if the target is in no vector
   int target_lane;
 
-  __device__ __forceinline__ RowGeometry(const T* p, int64_t valid, int64_t target, bool vectorised = true) {
+  __device__ __forceinline__ RowGeometry(const T* p, int64_t valid, int64_t target, bool vectorised = true)
+      : VectorSpan<T>(p, valid, vectorised) {
     constexpr int kWidth = Vector16<T>::kWidth;
-    head = elements_before_boundary(p, valid);
-    vectors = vectorised ? uint32_t((valid - head) / kWidth) : 0u;
-    tail = head + int64_t(vectors) * kWidth;
-    const int64_t in_body = target - head;
-    target_vector = in_body >= 0 && target < tail ? uint32_t(in_body / kWidth) : ~0u;
+    const int64_t in_body = target - this->head;
+    target_vector = in_body >= 0 && target < this->tail ? uint32_t(in_body / kWidth) : ~0u;
     target_lane = int(in_body % kWidth);
   }
 };

@@ -24,12 +24,12 @@ struct PairPart {
         s(static_cast<const T*>(pair.second) + pair.second_layout.offset(row)), valid(pair.valid),
         has_ends(part == 0) {
     const bool same_alignment = ((reinterpret_cast<uintptr_t>(t) ^ reinterpret_cast<uintptr_t>(s)) & 15) == 0;
-    head = elements_before_boundary(t, valid);
-    const uint32_t vectors = same_alignment ? uint32_t((valid - head) / kWidth) : 0u;
-    tail = head + int64_t(vectors) * kWidth;
-    const uint32_t share = (vectors + parts - 1) / parts;
-    first = min(part * share, vectors);
-    last = min(first + share, vectors);
+    const VectorSpan<T> span(t, valid, same_alignment);
+    head = span.head;
+    tail = span.tail;
+    const uint32_t share = (span.vectors + parts - 1) / parts;
+    first = min(part * share, span.vectors);
+    last = min(first + share, span.vectors);
   }
 
   __device__ __forceinline__ const uint4* vectors_of(const T* row) const {

@@ -84,6 +84,19 @@ __device__ __forceinline__ int64_t elements_before_boundary(const T* p, int64_t 
   return count < limit ? count : limit;
 }
 
+// The elements [head, tail) of a row of `valid` are `vectors` of 16 bytes; none unless it is `vectorised`.
+template <class T>
+struct VectorSpan {
+  int64_t head, tail;
+  uint32_t vectors;  // rows are shorter than 2^31, checked on the host
+
+  __device__ __forceinline__ VectorSpan(const T* p, int64_t valid, bool vectorised) {
+    head = elements_before_boundary(p, valid);
+    vectors = vectorised ? uint32_t((valid - head) / Vector16<T>::kWidth) : 0u;
+    tail = head + int64_t(vectors) * Vector16<T>::kWidth;
+  }
+};
+
 // launch(an element of the logits' type) for Logits or a Pair of which the kernels can count rows and columns.
 template <class Tensors, class Launch>
 int with_element(const Tensors& x, const Launch& launch) {

@@ -345,8 +345,7 @@ MISTAKES = {
     "small differences by subtraction": ("pair_sums.h", "fabsf(v) < 0.5f ? series : direct", "direct"),
     "a logit of the tail left out": ("pair_part.h", "j = tail + threadIdx.x;", "j = tail + 1 + threadIdx.x;"),
     "ends in every part": ("pair_part.h", "has_ends(part == 0)", "has_ends(true)"),
-    "a misaligned store": ("divergence.cu", "same_alignment ? uint32_t((valid - head) / V::kWidth) : 0u",
-                           "uint32_t((valid - head) / V::kWidth)"),
+    "a misaligned store": ("divergence.cu", "span(s, valid, same_alignment)", "span(s, valid, true)"),
     "a chunk of the gradient left out": ("divergence.cu", "(pair.columns + per_block - 1) / per_block",
                                          "pair.columns / per_block"),
 }  # fmt: skip
