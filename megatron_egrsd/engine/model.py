@@ -24,9 +24,9 @@ from megatron_egrsd.hf.adapters import AdapterSpec
 from megatron_egrsd.hf.architecture import Architecture
 
 # Fields of TransformerConfig that change how a result is computed, not which: what parallel.megatron may hold.
-_HOW = "fp8*, recompute_*, cpu_offloading*, *_fusion, persist_layer_norm, deallocate_pipeline_outputs"
+_ALLOWED_FIELDS = "fp8*, recompute_*, cpu_offloading*, *_fusion, persist_layer_norm, deallocate_pipeline_outputs"
 # Those that cannot work here, and why not.
-_NOT = {
+_REFUSED_FIELDS = {
     "fp8_param": "stores the weights in FP8, which can be neither filled nor sent to SGLang; fp8 alone computes in it",
     "tp_comm_*": "sends through buffers of one length, but packed micro-batches have many",
 }
@@ -122,12 +122,13 @@ def check_megatron(parallel: ParallelConfig) -> None:
             near = difflib.get_close_matches(name, fields, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise BadArgument(f"parallel.megatron.{name} is no field of megatron-core's TransformerConfig{hint}")
-        for pattern, reason in _NOT.items():
+        for pattern, reason in _REFUSED_FIELDS.items():
             if fnmatch.fnmatch(name, pattern):
                 raise BadArgument(f"parallel.megatron.{name} {reason}")
-        if not any(fnmatch.fnmatch(name, pattern) for pattern in _HOW.split(", ")):
+        if not any(fnmatch.fnmatch(name, pattern) for pattern in _ALLOWED_FIELDS.split(", ")):
             raise BadArgument(
-                f"parallel.megatron.{name} is not among the fields that only change how the model is computed: {_HOW}"
+                f"parallel.megatron.{name} is not among the fields that only change how the model is computed: "
+                f"{_ALLOWED_FIELDS}"
             )
 
 
