@@ -30,7 +30,7 @@ class TeacherContexts:
         self.built = {name: builder(name) for name in names if name in ("template", "answer", "concise")}
         self.siblings = {name: SiblingContexts(builder("sibling")) for name in names if name.endswith("sibling")}
         if "wrong_sibling" in self.siblings:
-            self.siblings["wrong_sibling"].choose = lambda right, wrong: wrong[:1]
+            self.siblings["wrong_sibling"].quoted = lambda right, wrong: wrong[:1]
 
     def fits(self, problem: Problem) -> bool:
         """Return whether no prompt that can be built before sampling is too long or holds a special token."""

@@ -175,10 +175,10 @@ def pack(sequences: Seq[Sequence], samples: Seq[int], multiple: int = 1, pad_id:
 
 def _routes(sequences: Seq[Sequence], starts: Seq[int], tokens: int) -> torch.Tensor | None:
     """Lay the routes of `sequences`, which begin at `starts`, over `tokens`; None if none has any."""
-    known = [(s.routes, start) for s, start in zip(sequences, starts, strict=False) if s.routes is not None]
-    if not known:
+    routed = [(s.routes, start) for s, start in zip(sequences, starts, strict=False) if s.routes is not None]
+    if not routed:
         return None
-    routes = np.full((tokens, *known[0][0].shape[1:]), NO_ROUTE, np.uint8)
-    for own, start in known:
+    routes = np.full((tokens, *routed[0][0].shape[1:]), NO_ROUTE, np.uint8)
+    for own, start in routed:
         routes[start : start + len(own)] = own
     return torch.from_numpy(routes)

@@ -27,7 +27,7 @@ class SiblingContexts:
             # RLCSD (arXiv 2606.11709): one right sibling, and wrong ones; without either there is no contrast.
             "contrast": lambda right, wrong: right[:1] + wrong[:most] if right and wrong else [],
         }
-        self.choose = choices[builder.config.teacher_context]
+        self.quoted = choices[builder.config.teacher_context]
 
     def __call__(self, rollouts: list[Rollout]) -> list[Rollout]:
         """Return the rollouts, whole groups in any order, with their contexts.
@@ -45,7 +45,7 @@ class SiblingContexts:
                 others = [i for i in members[place + 1 :] + members[:place] if prompts[i] is not None]
                 right = [i for i in others if rollouts[i].right]
                 wrong = [i for i in others if not rollouts[i].right]
-                contexts = [prompts[i] or [] for i in self.choose(right, wrong)]
+                contexts = [prompts[i] or [] for i in self.quoted(right, wrong)]
                 result[number] = replace(rollouts[number], contexts=contexts)
         return result
 

@@ -67,10 +67,10 @@ class _Choice:
         routes = self._take()
         if routes is None:
             return own_values, own
-        known = routes[:, :1] != NO_ROUTE
-        chosen = torch.where(known, routes.long(), own)
+        has_route = routes[:, :1] != NO_ROUTE
+        chosen = torch.where(has_route, routes.long(), own)
         changed = (chosen.sort(1).values != own.sort(1).values).any(1)
-        self.counts = self.counts.to(scores.device) + torch.stack([changed.sum(), known.sum()])
+        self.counts = self.counts.to(scores.device) + torch.stack([changed.sum(), has_route.sum()])
         return scores.gather(1, chosen), chosen
 
     def _take(self) -> torch.Tensor | None:

@@ -35,8 +35,8 @@ def load_objective(config: "ObjectiveConfig", history: History | None = None) ->
         )
     options = [f.name for f in fields(cls) if f.name not in ("config", "history")]
     if unknown := [name for name in config.options if name not in options]:
-        known = f"its options are {', '.join(options)}" if options else "it has no options"
-        raise BadArgument(f"objective.options: {cls.__name__} has no option {unknown[0]!r}; {known}")
+        available = f"its options are {', '.join(options)}" if options else "it has no options"
+        raise BadArgument(f"objective.options: {cls.__name__} has no option {unknown[0]!r}; {available}")
     try:
         objective = cls(config, **config.options, history=history)
     except Exception as error:

@@ -41,7 +41,7 @@ TRAINER_SHARE = 0.95  # of a GPU that a training rank may be planned to fill
 class Choice:
     """A division of the GPUs, what it takes of memory (bytes) and time (seconds).
 
-    `turns`: of moving the `kept` bytes of a rank to host memory and back, where both use the same GPUs.
+    `moves`: of moving the `kept` bytes of a rank to host memory and back, where both use the same GPUs.
     """
 
     serving: int
@@ -54,7 +54,7 @@ class Choice:
     score: float
     train: float
     sync: float
-    turns: float = 0.0
+    moves: float = 0.0
 
     @property
     def layout(self) -> str:
@@ -68,7 +68,7 @@ class Choice:
 
     @property
     def step(self) -> float:
-        return step_seconds(self.generate, self.score, self.train, self.sync, staleness=0) + self.turns
+        return step_seconds(self.generate, self.score, self.train, self.sync, staleness=0) + self.moves
 
     @property
     def one_step_off(self) -> float:
@@ -106,7 +106,7 @@ def best_in_turns(
     def in_turns(choice: Choice) -> Choice:
         # The servers give up their weights, and need all of them again, also if only adapters are trained.
         sync = sync_seconds(machine, arch, choice.parallel, SyncConfig().bucket_mib << 20)
-        return replace(choice, sync=sync, turns=turn_seconds(machine, choice.kept))
+        return replace(choice, sync=sync, moves=turn_seconds(machine, choice.kept))
 
     return min(map(in_turns, choices), key=lambda choice: choice.step, default=None)
 
@@ -239,7 +239,8 @@ def table(machine: Machine, models: list[str], rollouts: dict[int, int], cut: in
         lora = AdapterSpec(rank, 2 * rank, ATTENTION if arch.num_experts else TARGETS) if rank else None
         for gpus, count in rollouts.items():
             batch = Batch(300, 1500, long_tailed(count, cut))
-            turns, cells = best_in_turns(arch, machine, gpus, batch, lora), [Path(name).name, str(gpus), f"{count:,}"]
+            colocated = best_in_turns(arch, machine, gpus, batch, lora)
+            cells = [Path(name).name, str(gpus), f"{count:,}"]
             if c := best(arch, machine, gpus, batch, lora):
                 servers = f"{c.serving // c.engine_tensor} x TP {c.engine_tensor}"
                 cells += [servers, f"{c.training}: {c.layout}", f"{c.memory / 2**30:.0f} GiB"]
@@ -249,7 +250,7 @@ def table(machine: Machine, models: list[str], rollouts: dict[int, int], cut: in
             else:
                 cells += ["does not fit", f"{training_state(arch, lora) / 2**30:,.0f} GiB to train", *[""] * 7]
                 last = ["", ""]
-            cells += [f"{turns.step:.1f} s: {turns.layout}" if turns else "-", *last]
+            cells += [f"{colocated.step:.1f} s: {colocated.layout}" if colocated else "-", *last]
             yield f"| {' | '.join(cells)} |"
 
 

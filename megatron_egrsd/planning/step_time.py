@@ -69,11 +69,11 @@ def pass_seconds(
     )
     micro_batches = max(1, math.ceil(own / parallel.max_tokens_per_microbatch))
     micro_batches = math.ceil(micro_batches / parallel.round_of_micro_batches) * parallel.round_of_micro_batches
-    turns = parallel.virtual_pipeline * (2 if train else 1)
+    chunk_passes = parallel.virtual_pipeline * (2 if train else 1)
     uneven = most * parallel.pipeline / arch.num_layers
-    seconds = flops / ranks / machine.flops * uneven + micro_batches * machine.pass_seconds * turns
+    seconds = flops / ranks / machine.flops * uneven + micro_batches * machine.pass_seconds * chunk_passes
     if parallel.pipeline > 1:
-        seconds += turns * own * arch.hidden_size * 2 / parallel.tensor / machine.network
+        seconds += chunk_passes * own * arch.hidden_size * 2 / parallel.tensor / machine.network
     # Sequence parallelism, a layer: two all-gathers and two reduce-scatters forward, the same and two more gathers (of
     # the inputs, for the weights' gradients, adapters' among them) backward. One product of T x H activations each.
     collectives = ((10 + (4 if parallel.recompute else 0)) if train else 4) if parallel.tensor > 1 else 0

@@ -193,9 +193,9 @@ def batch_weights(
     if tokens.teacher_entropy is not None and "entropy_scale" not in fields:
         built_in = confidence(tokens.teacher_entropy, tokens.cu_seqlens, objective, vocab_size=vocab_size)
         fields = fields | {name: values for name, values in vars(built_in).items() if name != "gate"}
-    known = ("normalized_entropy", "lookahead_entropy", "entropy_scale")
+    entropies = ("normalized_entropy", "lookahead_entropy", "entropy_scale")
     gate = fields.get("gate", torch.ones_like(tokens.advantage))
-    return {"weight": weight, "gate": gate} | divergence | {name: fields[name] for name in known if name in fields}
+    return {"weight": weight, "gate": gate} | divergence | {name: fields[name] for name in entropies if name in fields}
 
 
 def with_family_advantages(scored: list[ScoredRollout]) -> list[ScoredRollout]:

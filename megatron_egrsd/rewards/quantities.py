@@ -84,11 +84,11 @@ def without_unit(text: str) -> str:
 def other_quantity(gold: str, answer: str) -> bool | None:
     """Compare two amounts with known units: 5 km is 5000 m and not 5 m. None if one has no unit, or an unknown one."""
     found = [_QUANTITY.fullmatch(text) for text in (gold, answer)]
-    known = [
+    units = [
         _KNOWN.get(m[2].lower().removesuffix("s") if len(m[2]) > 2 else m[2].lower()) if m else None for m in found
     ]
-    if None in known or len({m[2] for m in found}) == 1:
+    if None in units or len({m[2] for m in found}) == 1:
         return None
-    (kind, factor), (other_kind, other_factor) = known
+    (kind, factor), (other_kind, other_factor) = units
     values = [Fraction(m[1].replace(",", "")) for m in found]
     return kind == other_kind and values[0] * factor == values[1] * other_factor

@@ -15,7 +15,7 @@ def majority_answer(responses: list[str]) -> str:
     votes: dict[str, int] = {}
     for response in filter(states_answer, responses):
         readings = final_answer(response)
-        answer = next((known for known in votes if any(equal(known, reading) for reading in readings)), readings[0])
+        answer = next((first for first in votes if any(equal(first, reading) for reading in readings)), readings[0])
         votes[answer] = votes.get(answer, 0) + 1
     most = max(votes.values(), default=0)
     leaders = [answer for answer, count in votes.items() if count == most]

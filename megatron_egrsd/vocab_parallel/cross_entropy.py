@@ -41,8 +41,8 @@ def cross_entropy(
     mean_log_prob = _MeanOverVocabulary.apply(logits, shard) / temperature - values.log_normalizer
     # 1 - a at the target and a / (K - 1) elsewhere, written with the mean over all K tokens
     smoothing = label_smoothing * shard.vocab_size / max(shard.vocab_size - 1, 1)
-    known = (target >= 0) & (target < shard.vocab_size) & (target != ignore_index)
-    return -((1.0 - smoothing) * values.log_prob + smoothing * mean_log_prob).where(known, 0.0)
+    has_target = (target >= 0) & (target < shard.vocab_size) & (target != ignore_index)
+    return -((1.0 - smoothing) * values.log_prob + smoothing * mean_log_prob).where(has_target, 0.0)
 
 
 class _MeanOverVocabulary(torch.autograd.Function):

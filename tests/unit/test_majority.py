@@ -73,7 +73,7 @@ def value_of(text: str) -> Fraction:
 
 
 MISTAKES = {
-    "spellings are counted": ("any(equal(known, reading) for reading in readings)", "known == readings[0]"),
+    "spellings are counted": ("any(equal(first, reading) for reading in readings)", "first == readings[0]"),
     "the first of a tie": ("len(leaders) == 1", "leaders"),
     "one rollout alone": ("most > 1", "most > 0"),
     "any number votes": ("filter(states_answer, responses)", "responses"),

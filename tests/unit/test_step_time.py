@@ -161,8 +161,8 @@ def test_turns_use_every_gpu_twice_and_pay_for_the_moves():
     assert turns.serving == turns.training == 8 and turns.generate < apart.generate and turns.train < apart.train
     weights = 2 * arch.num_parameters / (turns.parallel.tensor * turns.parallel.pipeline)
     adam = 12 * arch.num_parameters / 8  # over all ranks: the distributed optimizer
-    assert turns.turns * machine.host == pytest.approx(2 * (2 * weights + adam), rel=0.01)  # and the frozen teacher
-    assert turns.step == pytest.approx(turns.generate + turns.score + turns.train + turns.sync + turns.turns)
+    assert turns.moves * machine.host == pytest.approx(2 * (2 * weights + adam), rel=0.01)  # and the frozen teacher
+    assert turns.step == pytest.approx(turns.generate + turns.score + turns.train + turns.sync + turns.moves)
 
 
 def test_context_parallel_ranks_send_their_keys_and_values_round():
