@@ -28,7 +28,7 @@ from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.evaluation.evaluated_model import digest, hugging_face
 from megatron_egrsd.evaluation.protocol import overridden, published_models, samples_per_problem
 from megatron_egrsd.evaluation.sample_file import SampleFile
-from megatron_egrsd.evaluation.summary import Estimate, Sample, summarize
+from megatron_egrsd.evaluation.summary import Estimate, GradedResponse, summarize
 from megatron_egrsd.evaluation.table import TABLE_WIDTH, deviations, evaluation_table, paper_summary, paper_table
 from megatron_egrsd.rewards.answers import final_answer, states_answer
 from megatron_egrsd.rewards.normal_form import normalize
@@ -176,12 +176,12 @@ class Evaluation:
             for grading in gradings:
                 grading.result()
 
-    def samples(self, problem_set: ProblemSet) -> list[Sample]:
+    def samples(self, problem_set: ProblemSet) -> list[GradedResponse]:
         """Return the first k samples of every problem of a set, in the set's order."""
         k = self.k[problem_set.name]
         rows = [self.file.rows[problem_set.name, p.id, j] for p in problem_set.problems for j in range(k)]
         return [
-            Sample(
+            GradedResponse(
                 problem=row["id"],
                 right=is_right(row["reward"]),
                 length=row["tokens"],

@@ -15,7 +15,7 @@ LEVEL = 0.95  # confidence level of the intervals
 
 
 @dataclass(frozen=True)
-class Sample:
+class GradedResponse:
     """One graded response.
 
     `length` is its number of tokens, `thinking` the number up to </think>. `states_answer` is true if the response was
@@ -40,7 +40,7 @@ class Estimate:
     high: float | None = None
 
 
-def summarize(samples: list[Sample], seed: int = 0) -> dict[str, Estimate]:
+def summarize(samples: list[GradedResponse], seed: int = 0) -> dict[str, Estimate]:
     """Compute every number of the table (docs/guides/evaluation.md); lengths in tokens, shares in [0, 1].
 
     The length of right (wrong) answers is missing if there are none. `seed` determines the resamples.
@@ -81,15 +81,15 @@ def summarize(samples: list[Sample], seed: int = 0) -> dict[str, Estimate]:
     return result
 
 
-def accuracy(groups: list[list[Sample]], resamples: np.ndarray | None) -> Estimate:
+def accuracy(groups: list[list[GradedResponse]], resamples: np.ndarray | None) -> Estimate:
     """Compute avg@k: the mean over the problems of the share of right samples."""
     shares = np.array([sum(s.right for s in g) / len(g) for g in groups])
     return _ratio(shares, np.ones(len(shares)), resamples)
 
 
-def by_problem(samples: list[Sample]) -> list[list[Sample]]:
+def by_problem(samples: list[GradedResponse]) -> list[list[GradedResponse]]:
     """Group the samples by problem, in the order in which the problems first appear."""
-    groups: dict[Hashable, list[Sample]] = {}
+    groups: dict[Hashable, list[GradedResponse]] = {}
     for s in samples:
         groups.setdefault(s.problem, []).append(s)
     return list(groups.values())
@@ -103,7 +103,7 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1.0 - comb(n - right, k) / comb(n, k)
 
 
-def majority(samples: list[Sample]) -> float:
+def majority(samples: list[GradedResponse]) -> float:
     """Probability that the most frequent answer is right, ties broken at random; samples without answer do not vote.
 
     All right samples count as one answer: the verifier finds their answers equal in any spelling.
@@ -140,7 +140,7 @@ def _ratio(numerators: np.ndarray, denominators: np.ndarray, resamples: np.ndarr
 
 def summarize_rollouts(rollouts: list[Rollout]) -> dict[str, float]:
     """Compute avg@k with its 95 % interval, pass@k, response length in tokens and the share of truncated responses."""
-    samples = [Sample(r.group, r.right, len(r.response_ids), r.finish_reason == "length") for r in rollouts]
+    samples = [GradedResponse(r.group, r.right, len(r.response_ids), r.finish_reason == "length") for r in rollouts]
     groups = by_problem(samples)
     lengths = [s.length for s in samples]
     estimate = accuracy(groups, resamples_of(len(groups), seed=0))

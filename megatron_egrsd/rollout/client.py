@@ -110,14 +110,14 @@ class RolloutClient:
         missing = [(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]
         slots = self.slots()
 
-        async def sample(session: aiohttp.ClientSession, i: int, j: int) -> None:
+        async def sample_one(session: aiohttp.ClientSession, i: int, j: int) -> None:
             async with slots:
                 seed = {"sampling_seed": seeds(i, j)} if seeds else {}
                 body = {"input_ids": prompts[i], "sampling_params": sampling | seed} | more
-                done[i, j] = await self.sample(session, body)
+                done[i, j] = await self.request_one(session, body)
                 finished(i, j, done[i, j])
 
-        await self.serve(lambda session: asyncio.gather(*(sample(session, i, j) for i, j in missing)))
+        await self.serve(lambda session: asyncio.gather(*(sample_one(session, i, j) for i, j in missing)))
 
     def slots(self) -> asyncio.Semaphore:
         """Return a semaphore with one slot for every request that may be in flight over all servers."""
@@ -129,7 +129,7 @@ class RolloutClient:
         return asyncio.Semaphore(number)
 
     async def serve(self, work: Callable[[aiohttp.ClientSession], Awaitable]) -> None:
-        """Await `work`, which sends its requests by `sample`, and watch the servers meanwhile."""
+        """Await `work`, which sends its requests by `request_one`, and watch the servers meanwhile."""
         self.stopping = False
         self._requests = {server: set() for server in self.servers.servers}
         timeout = aiohttp.ClientTimeout(total=self.config.servers.request_timeout)
@@ -149,7 +149,7 @@ class RolloutClient:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def sample(self, session: aiohttp.ClientSession, body: dict) -> Generation:
+    async def request_one(self, session: aiohttp.ClientSession, body: dict) -> Generation:
         """Sample one response from any server, partial if `stopping`. Raises ServersLost if no server is left."""
         failures = 0
         while not self.stopping:

@@ -75,4 +75,4 @@ class SamplingPhase:
                 "input_ids": prompt + begun.response_ids,
                 "sampling_params": self.client.sampling(config.temperature, left) | truncation(config),
             } | (ROUTES if config.routing_replay else {})
-            responses[j] = begun.continued(await self.client.sample(session, body))
+            responses[j] = begun.continued(await self.client.request_one(session, body))

@@ -71,7 +71,7 @@ class LiveRollouts:
             launched = f"{rollout.servers.engines} SGLang server(s){on_nodes}, log in {output / 'logs'}"
             print(f"rollouts: {', '.join(rollout.servers.urls) or launched}; starting takes up to a minute", flush=True)
         # The thread outlives the servers: a server that it starts again would die with it (rollout/launch_guard.py).
-        self.thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sample-ahead"))
+        self.executor = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sample-ahead"))
         stack.callback(self.fleet.close)
         self.fleet.start(seed)
         self.sampler: Sampler | None = None  # these two on rank 0 only
@@ -85,9 +85,9 @@ class LiveRollouts:
         client = RolloutClient(self.fleet.servers, rollout, stop, self._check)
         self.sampler = training_sampler(config, client, self.tokenizer)
         if rollout.partial:
-            self.batches = PartialBatches(self.sampler, self.thread, rollout, config.steps, config.seed, self.begin)
+            self.batches = PartialBatches(self.sampler, self.executor, rollout, config.steps, config.seed, self.begin)
         else:
-            self.batches = Batches(self.sampler, self.thread, rollout, config.objective, config.seed, self.begin)
+            self.batches = Batches(self.sampler, self.executor, rollout, config.objective, config.seed, self.begin)
 
     def _check(self) -> None:
         """Raise if the sampling shall end; called while requests are in flight."""

@@ -15,7 +15,7 @@ from megatron_egrsd.rollout.servers import ServersLost
 from megatron_egrsd.sampling.sampler import Sampler
 
 # (prompts, their finished responses as in RolloutClient.generate) -> rewarded rollouts of the prompts
-Sample = Callable[[list[Prompt], dict], list[Rollout]]
+SampleGroups = Callable[[list[Prompt], dict], list[Rollout]]
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class BatchSampling:
     at most. The prompts follow from seed, step, round and the `begin` of the run: a resumed run draws the same.
     """
 
-    def __init__(self, sample: Sample, prompts: list[Prompt], config: RolloutConfig, objective: ObjectiveConfig,
-                 seed: int, step: int, begin: Place):  # fmt: skip
-        self.sample, self.prompts, self.config, self.objective = sample, prompts, config, objective
+    def __init__(self, sample_groups: SampleGroups, prompts: list[Prompt], config: RolloutConfig,
+                 objective: ObjectiveConfig, seed: int, step: int, begin: Place):  # fmt: skip
+        self.sample_groups, self.prompts, self.config, self.objective = sample_groups, prompts, config, objective
         self.seed, self.step, self.begin = seed, step, begin
         self.rollouts: list[Rollout] = []
         self.rounds, self.sampled, self.seconds = 0, 0, 0.0
@@ -67,7 +67,7 @@ class BatchSampling:
         started = time.perf_counter()
         try:
             while groups := self._groups():
-                rollouts = self.sample(self._prompts(groups), self.done)
+                rollouts = self.sample_groups(self._prompts(groups), self.done)
                 kept = [r for r in self.rollouts if r.group not in groups]
                 fresh = [replace(r, group=groups[r.group]) for r in rollouts]
                 self.rollouts = sorted(kept + fresh, key=lambda r: r.group)
@@ -106,13 +106,13 @@ class Batches:
     def batch(self, prompts: list[Prompt], step: int) -> Batch:
         """Return the batch of `step` (from 0), sampled ahead or now, as BatchSampling.result."""
         if self.sampling is None:
-            self.sampling = self._of(prompts, step)
+            self.sampling = self._sampling_of(prompts, step)
         batch, self.sampling = self.sampling.result(), None
         return batch
 
     def ahead(self, prompts: list[Prompt], step: int) -> None:
         """Begin to sample the batch of `step` with the weights that SGLang holds; return at once."""
-        self.sampling = self._of(prompts, step)
+        self.sampling = self._sampling_of(prompts, step)
         self.sampling.start(self.thread)
 
     def wait(self) -> None:
@@ -120,12 +120,12 @@ class Batches:
         if self.sampling is not None:
             self.sampling.wait()
 
-    def _of(self, prompts: list[Prompt], step: int) -> BatchSampling:
-        def sample(some: list[Prompt], done: dict) -> list[Rollout]:
+    def _sampling_of(self, prompts: list[Prompt], step: int) -> BatchSampling:
+        def sample_groups(some: list[Prompt], done: dict) -> list[Rollout]:
             rollouts = self.sampler.sample(some, self.config.rollouts_per_prompt, self.config, done)
             return self.sampler.contexts(rollouts)
 
-        return BatchSampling(sample, prompts, self.config, self.objective, self.seed, step, self.begin)
+        return BatchSampling(sample_groups, prompts, self.config, self.objective, self.seed, step, self.begin)
 
 
 def groups_without_signal(rollouts: list[Rollout], objective: Objective, max_response_tokens: int) -> list[int]:

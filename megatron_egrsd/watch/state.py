@@ -23,7 +23,7 @@ Stage = Literal["waiting", "running", "finished", "silent"]
 
 
 @dataclass(frozen=True)
-class Sample:
+class ShownResponse:
     """A response of the newest dump. `shades` are the tokens' weights in SHADES steps, all 0 if nothing scored them."""
 
     step: int
@@ -57,7 +57,7 @@ class State:
     stage: Stage
     total_steps: int  # 0 if there is no configuration yet
     warnings: list[str]  # those that hold at the last step
-    sample: Sample | None
+    sample: ShownResponse | None
     written: float
 
     @property
@@ -147,7 +147,7 @@ def _newest_dump(output: Path) -> Path | None:
     return max(found, key=lambda path: (path.stem, path.parent.name), default=None)
 
 
-def _sample(dump: Path) -> Sample | None:
+def _sample(dump: Path) -> ShownResponse | None:
     """Return the first rollout of the dump with an advantage, else its first; None if the dump cannot be read."""
     try:
         return _scored(dump) if dump.parent.name == "scores" else _unscored(dump)
@@ -155,23 +155,23 @@ def _sample(dump: Path) -> Sample | None:
         return None
 
 
-def _scored(dump: Path) -> Sample:
+def _scored(dump: Path) -> ShownResponse:
     scored = load_scores(dump, _CANDIDATES)
     chosen = next((r for r in scored if r.advantage and r.response_ids), scored[0])
-    return Sample(
+    return ShownResponse(
         chosen.step, chosen.problem.problem, chosen.problem.answer, chosen.right, chosen.finish_reason == "length",
         chosen.pieces, len(chosen.response_ids), chosen.advantage, chosen.weight.tolist(),
         full_colour(r.weight for r in scored),
     )  # fmt: skip
 
 
-def _unscored(dump: Path) -> Sample | None:
+def _unscored(dump: Path) -> ShownResponse | None:
     rollouts = load_rollouts(dump, 1)
     if not rollouts:
         return None
     r, step = rollouts[0], int(dump.stem.removeprefix("step_"))
     problem, cut_off = r.prompt.problem, r.finish_reason == "length"
-    return Sample(step, problem.problem, problem.answer, r.right, cut_off, [r.text], len(r.response_ids))
+    return ShownResponse(step, problem.problem, problem.answer, r.right, cut_off, [r.text], len(r.response_ids))
 
 
 def _stage(run: Run, total: int, output: Path, written: float) -> Stage:

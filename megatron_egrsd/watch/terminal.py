@@ -13,7 +13,7 @@ from megatron_egrsd.report.panels import GATE, TRAINING
 from megatron_egrsd.report.runs import value
 from megatron_egrsd.run.step_line import StepLine, duration, show
 from megatron_egrsd.watch.braille import curve
-from megatron_egrsd.watch.state import SHADES, Sample, State
+from megatron_egrsd.watch.state import SHADES, ShownResponse, State
 
 # The palette of the report: blue and vermilion of Okabe and Ito, and its green, sky blue and orange.
 _BLUE, _VERMILION, _ACCENT, _GREEN, _ORANGE = (0, 114, 178), (213, 94, 0), "#56b4e9", "#009e73", "#e69f00"
@@ -133,7 +133,7 @@ def _step_lines(state: State, width: int, count: int, console: Console) -> list[
     return shown
 
 
-def _sample(sample: Sample | None, width: int, height: int | None, console: Console) -> RenderableType:
+def _sample(sample: ShownResponse | None, width: int, height: int | None, console: Console) -> RenderableType:
     """Return the sample in `height` lines, the rule above it included; the text is cut, not scrolled."""
     if sample is None:
         return Text("no sample: train with dump_scores true (coloured tokens) or dump_rollouts true", style="dim")

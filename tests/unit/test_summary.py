@@ -5,12 +5,12 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from megatron_egrsd.evaluation.summary import Sample, majority, pass_at_k, summarize
+from megatron_egrsd.evaluation.summary import GradedResponse, majority, pass_at_k, summarize
 from megatron_egrsd.evaluation.table import evaluation_table
 
 
 def sample(problem, right, length=10, vote="", **more):
-    return Sample(problem, right, length, more.pop("truncated", False), vote=vote, **more)
+    return GradedResponse(problem, right, length, more.pop("truncated", False), vote=vote, **more)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
