@@ -299,7 +299,7 @@ def _update(
 
     def loss(*results: torch.Tensor | MicroBatch):
         *scores, micro_batch = results
-        selected = columns.select([spans[i] for i in micro_batch.samples], micro_batch.response_cu_seqlens)
+        selected = columns.select([spans[i] for i in micro_batch.members], micro_batch.response_cu_seqlens)
         return _loss(Scores(*scores), selected, objective)
 
     reason_to_skip = functools.partial(_reason_to_skip, limit=limit)

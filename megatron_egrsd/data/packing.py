@@ -44,7 +44,7 @@ class MicroBatch:
     own: torch.Tensor  # [R] int64, indices of the response tokens that the rows predict, in order
     targets: torch.Tensor  # [R] int64
     response_cu_seqlens: torch.Tensor  # [B + 1] int32
-    samples: tuple[int, ...]  # B indices into the list that was packed
+    members: tuple[int, ...]  # B indices into the list that was packed
     routes: torch.Tensor | None = None  # [T, layers, k] uint8 experts, NO_ROUTE where none are known
 
     @property
@@ -74,7 +74,7 @@ class MicroBatch:
     def unpack(self, packed: torch.Tensor) -> dict[int, torch.Tensor]:
         """Split [R] into {sample index: [response length]}."""
         lengths = self.response_cu_seqlens.diff().tolist()
-        return dict(zip(self.samples, packed.split(lengths), strict=True))
+        return dict(zip(self.members, packed.split(lengths), strict=True))
 
 
 def balance(costs: Seq[int], parts: int, loads: Seq[int] | None = None) -> list[list[int]]:
@@ -138,12 +138,12 @@ def round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def pack(sequences: Seq[Sequence], samples: Seq[int], multiple: int = 1, pad_id: int = 0, each: int = 1) -> MicroBatch:
-    """Pack `sequences[i]` for i in `samples` end to end, padded to a multiple of `multiple` tokens (at least one).
+def pack(sequences: Seq[Sequence], members: Seq[int], multiple: int = 1, pad_id: int = 0, each: int = 1) -> MicroBatch:
+    """Pack `sequences[i]` for i in `members` end to end, padded to a multiple of `multiple` tokens (at least one).
 
     Every sequence is first padded to a multiple of `each`, which divides `multiple`.
     """
-    chosen = [sequences[i] for i in samples]
+    chosen = [sequences[i] for i in members]
     lengths = [round_up(len(s), each) for s in chosen]
     tokens = [
         t for s, n in zip(chosen, lengths, strict=True)
@@ -168,7 +168,7 @@ def pack(sequences: Seq[Sequence], samples: Seq[int], multiple: int = 1, pad_id:
         own=torch.arange(targets.numel()),
         targets=targets,
         response_cu_seqlens=response_lengths.cumsum(0, dtype=torch.int32),
-        samples=tuple(samples),
+        members=tuple(members),
         routes=_routes(chosen, starts, len(tokens) + padding),
     )
 

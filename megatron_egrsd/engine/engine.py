@@ -267,7 +267,7 @@ class Engine:
         scores = {}
         for batch, part in zip(batches, packed.split([b.targets.numel() for b in batches], 1), strict=True):
             columns = [batch.unpack(row) for row in part]
-            scores |= {i: Scores(*(column[i] for column in columns)) for i in batch.samples}
+            scores |= {i: Scores(*(column[i] for column in columns)) for i in batch.members}
         return scores
 
     def train_step(

@@ -45,7 +45,7 @@ class TeacherStates:
     def at(self, batch: MicroBatch) -> torch.Tensor:
         """Return [r, D] of the rows of a micro-batch of student sequences."""
         assert self.weight is not None
-        rows = [self.hidden[i] for i in batch.samples]
+        rows = [self.hidden[i] for i in batch.members]
         return torch.cat(rows) if rows else self.weight.new_zeros(0, self.weight.shape[1])
 
 

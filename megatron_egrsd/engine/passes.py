@@ -56,9 +56,9 @@ class Passes:
         """Return the response tokens that this context-parallel rank holds, by sample of this data-parallel rank."""
         return {i: self._pack(sequences, [i]).own for i in partition[parallel_state.get_data_parallel_rank()]}
 
-    def _pack(self, sequences: Seq[Sequence], samples: list[int]) -> MicroBatch:
+    def _pack(self, sequences: Seq[Sequence], members: list[int]) -> MicroBatch:
         parallel = self.parallel
-        batch = pack(sequences, samples, parallel.token_multiple, each=parallel.sequence_multiple)
+        batch = pack(sequences, members, parallel.token_multiple, each=parallel.sequence_multiple)
         return batch.split(self.context_group.rank(), parallel.context)
 
     def run(self, batches: list[MicroBatch], loss: Callable, *, forward_only: bool, head: Head | None = None) -> list:

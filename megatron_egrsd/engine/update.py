@@ -47,7 +47,7 @@ def differentiate(
 ) -> tuple[torch.Tensor, torch.Tensor, Output]:
     """Return the loss of a micro-batch, its number of tokens for megatron-core, and the values to sum later."""
     tokens = batch.targets.numel()
-    if not batch.samples:  # padding alone: no loss, but this rank's backward pass must run in step with the others
+    if not batch.members:  # padding alone: no loss, but this rank's backward pass must run in step with the others
         return output.sum(), torch.tensor(0, dtype=torch.int), (0.0, 0, {})
     value, sums = loss(*output, batch)
     return value, torch.tensor(tokens, dtype=torch.int), (value.detach(), tokens, sums)
