@@ -32,7 +32,7 @@ from megatron_egrsd.hf import integrity
 from megatron_egrsd.hf.safe_pickle import check_metadata
 from megatron_egrsd.system.files import PARTIAL, write_text
 
-HISTORY = "metrics.jsonl"  # the run's metrics up to the checkpoint's step
+METRICS_FILE = "metrics.jsonl"  # the run's metrics up to the checkpoint's step
 _BEST = "best"  # names the checkpoint of the best evaluation
 _NAME = r"step_\d+"
 _LITTLE = 1 << 20  # free bytes below which a disk counts as full
@@ -70,7 +70,7 @@ def save(
     history: dict[str, Any],
     metrics_file: Path | None = None,
     best: bool = False,
-    notes: dict[str, Any] | None = None,
+    run_facts: dict[str, Any] | None = None,
     *,
     background: bool = False,
 ) -> "Saving":
@@ -78,9 +78,9 @@ def save(
 
     Args:
         history: What the steps leave to the objective, `History` as plain values.
-        metrics_file: It becomes part of the checkpoint under the name HISTORY, as it is now.
+        metrics_file: It becomes part of the checkpoint under the name METRICS_FILE, as it is now.
         best: This is the best checkpoint so far; it stays until a later one is.
-        notes: Plain values that `read_notes` returns before anything is loaded.
+        run_facts: Plain values that `read_run_facts` returns before anything is loaded.
         background: Return when the state is copied to host memory. The caller publishes what is returned, before it
             saves again. Otherwise it is published here.
 
@@ -102,7 +102,7 @@ def save(
     with _as_run_error(f"{path} could not be written", directory):
         on_first_rank(prepare)
         state = training_state.sharded(engine, step, history, loading=False)
-        state |= {"notes": json.dumps(notes or {}), "adapter": _adapter(engine)}
+        state |= {"notes": json.dumps(run_facts or {}), "adapter": _adapter(engine)}  # the name in all versions
         saving.writer = CheckpointWriter(state, saving.partial, background=background)
     if not background:
         saving.publish()
@@ -126,7 +126,7 @@ class Saving:
     def __init__(self, path: Path, keep: int, best: bool):
         self.path, self.keep, self.best = path, keep, best
         self.writer: CheckpointWriter | None = None  # None if the checkpoint was there before
-        self.metrics: bytes | None = None  # on rank 0, the content of HISTORY
+        self.metrics: bytes | None = None  # on rank 0, the content of METRICS_FILE
 
     @property
     def partial(self) -> Path:
@@ -156,7 +156,7 @@ class Saving:
 
     def _write_metrics(self) -> None:
         if self.metrics is not None:
-            (self.partial / HISTORY).write_bytes(self.metrics)
+            (self.partial / METRICS_FILE).write_bytes(self.metrics)
 
     def _rename(self) -> None:
         directory = self.path.parent
@@ -208,8 +208,8 @@ def check(path: Path) -> None:
         raise BadArgument(f"{path} is not a checkpoint: a directory step_NNNNNN with metadata.json in it")
     try:
         wrong = integrity.differing(path)
-        if wrong.get(HISTORY) == integrity.UNLISTED:  # of an older version
-            del wrong[HISTORY]
+        if wrong.get(METRICS_FILE) == integrity.UNLISTED:  # of an older version
+            del wrong[METRICS_FILE]
         if wrong:
             raise ValueError(" ".join(min(wrong.items())))
         check_metadata((path / ".metadata").read_bytes())
@@ -241,8 +241,8 @@ def find(directory: Path, wanted: str) -> Path | None:
     return None
 
 
-def read_notes(path: Path) -> dict[str, Any]:
-    """Return the `notes` of a checkpoint that has passed `check`; {} if an older version saved it, without them."""
+def read_run_facts(path: Path) -> dict[str, Any]:
+    """Return the `run_facts` of a checkpoint that has passed `check`; {} if an older version saved it, without them."""
     with _without_code():
         return json.loads(dist_checkpointing.load_common_state_dict(str(path)).get("notes", "{}"))
 

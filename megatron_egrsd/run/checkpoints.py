@@ -21,11 +21,11 @@ class Checkpoints:
         self._saving: checkpoint.Saving | None = None  # in the background, and not published
         self._stalled = Stopwatch()  # of training, since the last report
 
-    def save(self, step: int, rewards: dict[str, Any], best: bool, notes: dict[str, Any]) -> Path:
+    def save(self, step: int, history: dict[str, Any], best: bool, run_facts: dict[str, Any]) -> Path:
         """Save the state after `step` steps, with the metrics so far; return its path. Raises RunError."""
         self.publish(wait=True)
         directory, background = self.directory, self.config.asynchronous
-        arguments = step, self.config.keep, rewards, directory.history, best, notes
+        arguments = step, self.config.keep, history, directory.metrics, best, run_facts
         with self._stalled("time/checkpoint"):
             saving = checkpoint.save(self.engine, directory.checkpoints, *arguments, background=background)
         self._saving = saving if background else None

@@ -22,21 +22,21 @@ def load(engine: Engine, config: Config, path: Path) -> tuple[Place, History]:
     Raises:
         BadArgument: The checkpoint does not belong to this model or optimizer.
     """
-    notes = on_first_rank(lambda: checkpoint.read_notes(path))
-    check_frozen(path, notes, config)
-    step, rewards = checkpoint.load(engine, path)
+    run_facts = on_first_rank(lambda: checkpoint.read_run_facts(path))
+    check_frozen(path, run_facts, config)
+    step, history = checkpoint.load(engine, path)
     if engine.is_first_rank:
-        changes = changed_settings(notes.get("config", {}), asdict(config))
+        changes = changed_settings(run_facts.get("config", {}), asdict(config))
         print(f"continuing from {path}" + (f", changed: {'; '.join(changes)}" if changes else ""), flush=True)
-        if not rewards:
+        if not history:
             print("warning: it holds no statistics of the rewards; the running advantage warms up anew", flush=True)
-    problems = notes.get("problems", step * config.rollout.prompts_per_step)  # 0.1.0 saved no notes
-    return Place(step, problems), History(**rewards)
+    problems = run_facts.get("problems", step * config.rollout.prompts_per_step)  # 0.1.0 saved no notes
+    return Place(step, problems), History(**history)
 
 
-def check_frozen(path: Path, notes: dict[str, Any], config: Config) -> None:
-    """Raise BadArgument if the checkpoint with `notes` has no moments of routers that are now to be trained."""
-    frozen = notes.get("config", {}).get("optimizer", {}).get("freeze_router", False)
+def check_frozen(path: Path, run_facts: dict[str, Any], config: Config) -> None:
+    """Raise BadArgument if the checkpoint with `run_facts` has no moments of routers that are now to be trained."""
+    frozen = run_facts.get("config", {}).get("optimizer", {}).get("freeze_router", False)
     if frozen and not config.optimizer.freeze_router:
         raise BadArgument(
             f"{path} is of a run with optimizer.freeze_router and holds no moments of the routers; continue with the "
@@ -44,7 +44,7 @@ def check_frozen(path: Path, notes: dict[str, Any], config: Config) -> None:
         )
 
 
-def notes_after(step: int, config: Config, begin: Place) -> dict[str, Any]:
+def run_facts_after(step: int, config: Config, begin: Place) -> dict[str, Any]:
     """Return what a checkpoint of `step` notes of a run that began at `begin`."""
     return {"config": asdict(config), "problems": begin.after(step, config.rollout.prompts_per_step)}
 

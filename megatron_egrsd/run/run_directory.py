@@ -22,7 +22,7 @@ class RunDirectory:
         self.config = config
         self.path = Path(config.output)
         self.checkpoints = self.path / "checkpoints"
-        self.history = self.path / checkpoint.HISTORY
+        self.metrics = self.path / checkpoint.METRICS_FILE
         self.model = self.path / "hf"
         self.adapter = self.path / "adapter"
         self.frontier = self.path / "frontier.png"
@@ -60,8 +60,8 @@ class RunDirectory:
         """Write config.yaml, restore the metrics of a resumed run, and return them; none if the run is new."""
         before = read_run(resumed or self.path, begun=False)
         write_text(self.path / "config.yaml", yaml.safe_dump(asdict(self.config), sort_keys=False))
-        if resumed and (resumed / checkpoint.HISTORY).is_file():
-            shutil.copyfile(resumed / checkpoint.HISTORY, self.history)
+        if resumed and (resumed / checkpoint.METRICS_FILE).is_file():
+            shutil.copyfile(resumed / checkpoint.METRICS_FILE, self.metrics)
         return before
 
     def dump(self, kind: str, step: int) -> Path:

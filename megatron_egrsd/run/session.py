@@ -24,7 +24,7 @@ from megatron_egrsd.run.guard import UpdateGuard
 from megatron_egrsd.run.health import Health
 from megatron_egrsd.run.log import RunLog
 from megatron_egrsd.run.preemption import Preemption
-from megatron_egrsd.run.resuming import load, notes_after
+from megatron_egrsd.run.resuming import load, run_facts_after
 from megatron_egrsd.run.rollout_source import RolloutSource, rollout_source
 from megatron_egrsd.run.run_directory import RunDirectory
 from megatron_egrsd.run.stopwatch import Stopwatch
@@ -102,7 +102,7 @@ class Session:
         """Save a checkpoint of the state after `step` steps, with the metrics so far; return its path."""
         self.rollouts.placement.enter("training")
         best = on_first_rank(lambda: is_best(self.evaluations, step))
-        return self.checkpoints.save(step, asdict(self.history), best, notes_after(step, self.config, self.begin))
+        return self.checkpoints.save(step, asdict(self.history), best, run_facts_after(step, self.config, self.begin))
 
     def check_preemption(self) -> None:
         """Raise Preempted, on every rank, if any rank has been asked to stop."""

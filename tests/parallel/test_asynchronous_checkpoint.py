@@ -53,7 +53,7 @@ def _save_both_ways(rank, world_size, config, root):
         assert saving.written()
         if rank == 0:
             checkpoint.check(saving.path)
-            assert (saving.path / checkpoint.HISTORY).read_text() == "then"
+            assert (saving.path / checkpoint.METRICS_FILE).read_text() == "then"
             shutil.copytree(saving.path, root / "kept" / "step_000001")
         gate.clear()
         saving = checkpoint.save(engine, root / "meanwhile", 2, 1, {}, background=True)

@@ -259,12 +259,12 @@ def test_any_damage_is_noticed(saved, tmp_path):
             checkpoint.check(copy)
         shutil.rmtree(copy)
     shutil.copytree(saved, copy)
-    with open(copy / checkpoint.HISTORY, "a") as history:
+    with open(copy / checkpoint.METRICS_FILE, "a") as history:
         history.write("{}")
     with pytest.raises(BadArgument, match=r"metrics\.jsonl is not what was written"):
         checkpoint.check(copy)
     sums = json.loads((copy / "integrity.json").read_text())
-    del sums["files"][checkpoint.HISTORY]  # as older versions wrote it
+    del sums["files"][checkpoint.METRICS_FILE]  # as older versions wrote it
     (copy / "integrity.json").write_text(json.dumps(sums))
     checkpoint.check(copy)
 

@@ -90,7 +90,7 @@ def test_a_resumed_run_has_the_metrics_up_to_its_checkpoint(tmp_path):
     before = directory.begin(resumed)
     assert before.steps == [{"step": 1, "accuracy": 0.5}, {"step": 2, "accuracy": None}]
     assert before.evaluations == [{"step": 2, "accuracy": 0.25}]
-    assert directory.history.read_text() == (resumed / "metrics.jsonl").read_text()
+    assert directory.metrics.read_text() == (resumed / "metrics.jsonl").read_text()
     assert directory.begin(tmp_path / "of_version_0.1.0").evaluations == []
 
 
