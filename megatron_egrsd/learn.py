@@ -81,8 +81,8 @@ class _Batch:
     has_gradient: list[bool]
     students: list[Sequence]
     teachers: list[Sequence]
-    contexts: list[Sequence]  # after which the teacher scores the responses as well; of all rollouts
-    contexts_of: list[list[int]]  # those of each rollout
+    further_teachers: list[Sequence]  # the responses after further contexts, of all rollouts
+    further_of: list[list[int]]  # those of each rollout
     updates: list[list[list[int]]]  # of each update, the rollouts of every data-parallel rank
 
     @property
@@ -91,9 +91,9 @@ class _Batch:
         return [list(itertools.chain(*parts)) for parts in zip(*self.updates, strict=True)]
 
     @property
-    def context_partition(self) -> list[list[int]]:
-        """The contexts of every data-parallel rank: those of its rollouts."""
-        return [[k for i in part for k in self.contexts_of[i]] for part in self.partition]
+    def further_partition(self) -> list[list[int]]:
+        """The further teachers of every data-parallel rank: those of its rollouts."""
+        return [[k for i in part for k in self.further_of[i]] for part in self.partition]
 
     def length(self, i: int) -> int:
         """Response tokens of rollout `i`."""
@@ -113,15 +113,15 @@ def _divide(engine: Engine, rollouts: list[Rollout], objective: Objective, confi
     rewards, advantage = rollout_advantages(rollouts, objective, config.rollout.max_response_tokens)
     has_gradient = [is_trained(a, objective) for a in advantage]
     students = [_student(r, engine.arch, config.rollout.routing_replay) for r in rollouts]
-    teachers, contexts, contexts_of = _teachers(rollouts, objective)
+    teachers, further_teachers, further_of = _teachers(rollouts, objective)
     updates = []
     prompts = config.rollout.prompts_per_step // config.optimizer.updates_per_batch
     for first in range(0, config.rollout.prompts_per_step, prompts):
         members = [i for i, r in enumerate(rollouts) if first <= r.group < first + prompts]
-        scored = [len(teachers[i]) + sum(len(contexts[k]) for k in contexts_of[i]) for i in members]
+        scored = [len(teachers[i]) + sum(len(further_teachers[k]) for k in further_of[i]) for i in members]
         trained = [len(students[i]) if has_gradient[i] else 0 for i in members]
         updates.append([[members[i] for i in part] for part in engine.partition(scored, trained)])
-    return _Batch(rollouts, rewards, advantage, has_gradient, students, teachers, contexts, contexts_of, updates)
+    return _Batch(rollouts, rewards, advantage, has_gradient, students, teachers, further_teachers, further_of, updates)
 
 
 def _student(rollout: Rollout, arch: Architecture, replayed: bool) -> Sequence:
@@ -168,22 +168,22 @@ def _score(engine: Engine, batch: _Batch, objective: Objective, *, with_student:
         scores = score_teacher_and_student(engine, teachers, scored, partition)
     if objective.needs_contexts:
         assert scores.teacher is not None
-        scores = replace(scores, teacher=_with_contexts(engine, batch, scores.teacher))
+        scores = replace(scores, teacher=_with_further_log_probs(engine, batch, scores.teacher))
     if objective.config.kl_coef:
         scores = replace(scores, reference=engine.score(students, partition, "reference"))
     return scores
 
 
-def _with_contexts(engine: Engine, batch: _Batch, scores: dict[int, Scores]) -> dict[int, Scores]:
+def _with_further_log_probs(engine: Engine, batch: _Batch, scores: dict[int, Scores]) -> dict[int, Scores]:
     """Add to the teacher's `scores` its log-probs after the further contexts, by rollout."""
-    found = engine.score(batch.contexts, batch.context_partition, "teacher") if batch.contexts else {}
-    most = max(map(len, batch.contexts_of))
+    found = engine.score(batch.further_teachers, batch.further_partition, "teacher") if batch.further_teachers else {}
+    most = max(map(len, batch.further_of))
     result = {}
     for i, first in scores.items():
         rows = torch.full((most, batch.length(i)), torch.nan, device=engine.device)
-        for row, k in zip(rows, batch.contexts_of[i], strict=False):
+        for row, k in zip(rows, batch.further_of[i], strict=False):
             row.copy_(found[k].log_prob)
-        result[i] = replace(first, contexts=rows)
+        result[i] = replace(first, further_log_probs=rows)
     return result
 
 
@@ -212,7 +212,7 @@ def _model_flops(engine: Engine, batch: _Batch, objective: Objective, scores: Ba
     arch, adapter = engine.arch, engine.adapter
     of_teacher = None if engine.teacher.weights == "frozen" else adapter
     passes = (
-        (scores.teacher, batch.teachers + batch.contexts, of_teacher),
+        (scores.teacher, batch.teachers + batch.further_teachers, of_teacher),
         (scores.student if batch.scores_student(objective) else None, batch.students, adapter),
         (scores.reference, batch.students, None),
     )
@@ -259,7 +259,7 @@ def _prepare(engine: Engine, batch: _Batch, objective: Objective, scores: BatchS
             columns[f"{name}_log_prob"] = torch.cat([by_rollout[i].log_prob for i in own])
             columns[f"{name}_entropy"] = torch.cat([by_rollout[i].entropy for i in own])
     if scores.teacher is not None and objective.needs_contexts:
-        columns["context_log_prob"] = torch.cat([scores.teacher[i].contexts for i in own], -1)
+        columns["context_log_prob"] = torch.cat([scores.teacher[i].further_log_probs for i in own], -1)
     if found["student"] is not None and objective.divergence is not None:
         columns["divergence"] = torch.cat([found["student"][i].divergence for i in own])
     tokens = batch_tokens([batch.advantage[i] for i in own], [batch.length(i) for i in own], columns, engine.device)

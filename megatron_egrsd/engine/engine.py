@@ -45,14 +45,14 @@ Weights = Literal["current", "teacher", "reference"]
 class Scores:
     """log pi(y_t) and the entropy of the full next-token distribution, both fp32 [response length], in nats.
 
-    And the divergence from a teacher, if the samples were scored against one. `contexts` [K, response length] are the
-    teacher's log-probs after its further contexts, NaN where a rollout has fewer than K; whoever scores them adds them.
+    And the divergence from a teacher, if the samples were scored against one. `further_log_probs` [K, response length]
+    are the teacher's after its further contexts, NaN where a rollout has fewer than K; whoever scores them adds them.
     """
 
     log_prob: torch.Tensor
     entropy: torch.Tensor
     divergence: torch.Tensor | None = None
-    contexts: torch.Tensor | None = None
+    further_log_probs: torch.Tensor | None = None
 
 
 class Engine:

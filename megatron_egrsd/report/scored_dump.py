@@ -112,7 +112,8 @@ def gather_scores(engine: "Engine", own: "dict[int, Scores] | None") -> dict[int
         return None
     rows = {i: (s.log_prob, s.entropy, s.divergence) for i, s in own.items()}
     part = {i: torch.stack([x for x in r if x is not None]) for i, r in rows.items()}
-    part = {i: x if own[i].contexts is None else torch.cat([x, own[i].contexts]) for i, x in part.items()}
+    further = {i: s.further_log_probs for i, s in own.items()}
+    part = {i: x if further[i] is None else torch.cat([x, further[i]]) for i, x in part.items()}
     part = {i: x.float().cpu().numpy() for i, x in part.items()}
     parts = [part]
     if engine.data_parallel > 1:
