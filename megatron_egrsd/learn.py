@@ -52,20 +52,20 @@ def learn(
     batch = _divide(engine, rollouts, objective, config)
     scores = _score(engine, batch, objective, with_student=record is not None)
     if record:
-        record(batch.rewards, batch.advantage, scores.student, scores.teacher)
+        record(batch.shaped_rewards, batch.advantage, scores.student, scores.teacher)
     columns = _prepare(engine, batch, objective, scores)
     notes = objective.remember(columns.tokens, group=engine.data_parallel_group)
     scored = time.perf_counter()
     updates = _update(engine, batch, objective, columns, scores.states, config.log_prob_limit)
     engine.refresh_teacher(history.steps + 1)
-    metrics = rollout_metrics(rollouts, batch.rewards, batch.advantage) | _update_metrics(updates)
+    metrics = rollout_metrics(rollouts, batch.shaped_rewards, batch.advantage) | _update_metrics(updates)
     metrics |= {"reward/running_mean": history.mean, "reward/running_std": history.std}
     if config.rollout.routing_replay:
         metrics["sync/routing_changed"] = engine.passes.routing.share_changed(engine.device)
     metrics |= {f"history/{name}": value for name, value in notes.items()}
     metrics["perf/model_flops"] = _model_flops(engine, batch, objective, scores)
     metrics |= {"time/score": scored - started, "time/train": time.perf_counter() - scored}
-    return metrics, history.after(batch.rewards, notes)
+    return metrics, history.after(batch.shaped_rewards, notes)
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class _Batch:
     """
 
     rollouts: list[Rollout]
-    rewards: list[float]  # shaped
+    shaped_rewards: list[float]
     advantage: list[float]
-    has_gradient: list[bool]
+    trained: list[bool]
     students: list[Sequence]
     teachers: list[Sequence]
     further_teachers: list[Sequence]  # the responses after further contexts, of all rollouts
@@ -110,18 +110,18 @@ class _Batch:
 
 def _divide(engine: Engine, rollouts: list[Rollout], objective: Objective, config: Config) -> _Batch:
     """Give each rollout its signal, and divide the prompts equally among the updates."""
-    rewards, advantage = rollout_advantages(rollouts, objective, config.rollout.max_response_tokens)
-    has_gradient = [is_trained(a, objective) for a in advantage]
+    shaped, advantage = rollout_advantages(rollouts, objective, config.rollout.max_response_tokens)
+    trained = [is_trained(a, objective) for a in advantage]
     students = [_student(r, engine.arch, config.rollout.routing_replay) for r in rollouts]
     teachers, further_teachers, further_of = _teachers(rollouts, objective)
     updates = []
     prompts = config.rollout.prompts_per_step // config.optimizer.updates_per_batch
     for first in range(0, config.rollout.prompts_per_step, prompts):
         members = [i for i, r in enumerate(rollouts) if first <= r.group < first + prompts]
-        scored = [len(teachers[i]) + sum(len(further_teachers[k]) for k in further_of[i]) for i in members]
-        trained = [len(students[i]) if has_gradient[i] else 0 for i in members]
-        updates.append([[members[i] for i in part] for part in engine.partition(scored, trained)])
-    return _Batch(rollouts, rewards, advantage, has_gradient, students, teachers, further_teachers, further_of, updates)
+        scored_tokens = [len(teachers[i]) + sum(len(further_teachers[k]) for k in further_of[i]) for i in members]
+        trained_tokens = [len(students[i]) if trained[i] else 0 for i in members]
+        updates.append([[members[i] for i in part] for part in engine.partition(scored_tokens, trained_tokens)])
+    return _Batch(rollouts, shaped, advantage, trained, students, teachers, further_teachers, further_of, updates)
 
 
 def _student(rollout: Rollout, arch: Architecture, replayed: bool) -> Sequence:
@@ -221,7 +221,7 @@ def _model_flops(engine: Engine, batch: _Batch, objective: Objective, scores: Ba
         if found is not None:
             rows = sum(len(s.response_ids) for s in sequences)
             flops += forward_flops(arch, [len(s) for s in sequences], spec) + head_flops(arch, rows)
-    trained = [s for s, has_gradient in zip(batch.students, batch.has_gradient, strict=True) if has_gradient]
+    trained = list(itertools.compress(batch.students, batch.trained))
     rows = sum(len(s.response_ids) for s in trained)
     return flops + needed_training_flops(arch, [len(s) for s in trained], rows, adapter)
 
@@ -303,7 +303,7 @@ def _update(
         return _loss(Scores(*scores), selected, objective)
 
     reason_to_skip = functools.partial(_reason_to_skip, limit=limit)
-    trained = ([[i for i in part if batch.has_gradient[i]] for part in update] for update in batch.updates)
+    trained = ([[i for i in part if batch.trained[i]] for part in update] for update in batch.updates)
     step = functools.partial(
         engine.train_step,
         batch.students,
@@ -362,12 +362,12 @@ def _reason_to_skip(sums: TokenSums, limit: float) -> str:
     return "disagreement" if difference > limit * sums.tokens else ""
 
 
-def rollout_metrics(rollouts: list[Rollout], rewards: list[float], advantage: list[float]) -> dict[str, float]:
-    """Metrics that need no engine; `rewards` are the shaped ones."""
+def rollout_metrics(rollouts: list[Rollout], shaped_rewards: list[float], advantage: list[float]) -> dict[str, float]:
+    """Metrics that need no engine."""
     lengths, n = [len(r.response_ids) for r in rollouts], len(rollouts)
     return {
         "reward/mean": sum(r.reward for r in rollouts) / n,
-        "reward/shaped": sum(rewards) / n,
+        "reward/shaped": sum(shaped_rewards) / n,
         "reward/failed": float(sum(bool(r.reward_error) for r in rollouts)),
         "accuracy": sum(r.right for r in rollouts) / n,
         "response/length": sum(lengths) / n,

@@ -198,9 +198,9 @@ def _recorder(engine: Engine, objective: ObjectiveConfig, tokenizer, history: Hi
     """Return a function that dumps the scores of `rollouts` with the history that their advantages are taken from."""
     about: dict[str, Any] = {"step": step, "vocab_size": engine.arch.vocab_size, "history": history}
 
-    def record(rewards, advantage, student, teacher) -> None:
+    def record(shaped_rewards, advantage, student, teacher) -> None:
         student, teacher = gather_scores(engine, student), gather_scores(engine, teacher)
-        batch = rollouts, rewards, advantage, student, teacher, objective, tokenizer
+        batch = rollouts, shaped_rewards, advantage, student, teacher, objective, tokenizer
         on_first_rank(lambda: save_scores(scored_rollouts(*batch, **about), path))
 
     return record
