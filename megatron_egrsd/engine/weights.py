@@ -25,7 +25,7 @@ def _own_experts(arch: Architecture) -> int:
 
 
 @dataclass(frozen=True)
-class Shard:
+class WeightShard:
     """A parameter of this rank with its place in a table of entries."""
 
     entry: Entry
@@ -40,7 +40,9 @@ class Shard:
         return values if self.adapter is None else self.adapter.merge(values)
 
 
-def own_shards(chunks: list[torch.nn.Module], arch: Architecture, adapter: AdapterSpec | None = None) -> list[Shard]:
+def own_shards(
+    chunks: list[torch.nn.Module], arch: Architecture, adapter: AdapterSpec | None = None
+) -> list[WeightShard]:
     """Return this stage's parameters, in the order of the table, which the export must keep.
 
     They are those of the model or, for an `adapter`, those of the adapter alone. The last stage of a tied model holds a
@@ -62,7 +64,7 @@ def own_shards(chunks: list[torch.nn.Module], arch: Architecture, adapter: Adapt
                 raise RunError(f"megatron-core calls a parameter {place}, which the weight mapping does not know")
             owner, _, kind = name.rpartition(".")
             beside = getattr(chunk.get_submodule(owner), "adapter", None) if kind == "weight" else None
-            own.append(Shard(table[place], parameter, number, name, beside))
+            own.append(WeightShard(table[place], parameter, number, name, beside))
     order = {name: i for i, name in enumerate(table)}  # megatron-core registers a layer's parameters in another one
     return sorted(own, key=lambda shard: order[shard.entry.megatron])
 
@@ -108,7 +110,7 @@ def export_adapter(
 
 
 @torch.no_grad()
-def _export(own: list[Shard], table: dict[str, Entry], arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
+def _export(own: list[WeightShard], table: dict[str, Entry], arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
     """Gather this stage's shards, and those of all other stages, in the order of `table`.
 
     Only the first replica works, of experts the first one of theirs; one full tensor (of experts, one of each rank) is
@@ -146,7 +148,7 @@ def _plus(first: int) -> Callable[[re.Match[str]], str]:
     return lambda match: str(int(match[0]) + first)
 
 
-def _full_shape(shard: Shard) -> list[int]:
+def _full_shape(shard: WeightShard) -> list[int]:
     """Shape of the full tensor of which this rank has the shard."""
     entry, shape = shard.entry, list(shard.parameter.shape)
     if not entry.is_expert and entry.layout.dim is not None:
@@ -163,7 +165,7 @@ def _names_on_expert_ranks(entry: Entry, arch: Architecture) -> list[str]:
     return [_EXPERT.sub(str(expert), entry.megatron) for expert in range(place, arch.num_experts, own)]
 
 
-def _gather(own: Shard) -> list[torch.Tensor] | None:
+def _gather(own: WeightShard) -> list[torch.Tensor] | None:
     """The full tensor; of an expert, those of all ranks of expert parallelism, and None on all but their first."""
     entry, shard = own.entry, own.value().contiguous()
     if entry.is_expert:

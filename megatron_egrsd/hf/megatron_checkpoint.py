@@ -38,7 +38,7 @@ _EXPERT_EXTRA_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.l
 
 
 @dataclass(frozen=True)
-class Place:
+class StoredPlace:
     """A tensor of the model as part of a stored tensor: `key`[`index`]; `lead` are the leading sizes of `key`."""
 
     key: str
@@ -46,22 +46,22 @@ class Place:
     lead: tuple[int, ...] = ()
 
 
-def places(entry: Entry, arch: Architecture) -> list[Place]:
+def places(entry: Entry, arch: Architecture) -> list[StoredPlace]:
     """Return the places at which `entry` may be stored: first the stacked one, which this project writes.
 
     The others, one tensor per layer or expert, come from non_homogeneous_layers and singleton_local_shards.
     """
     found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", entry.megatron)
     if not found:
-        return [Place(entry.megatron)]
+        return [StoredPlace(entry.megatron)]
     layer, name = int(found[1]), found[2]
     expert = re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.(.+)", name)
     if expert:
         e, name = int(expert[1]), f"mlp.experts.experts.{expert[2]}"
         return [
-            Place(f"decoder.layers.{name}", (layer, e), (arch.num_layers, arch.num_experts)),
-            Place(f"decoder.layers.{layer}.{name}", (e,), (arch.num_experts,)),
-            Place(f"decoder.layers.{layer}.mlp.experts.experts.{e}.{expert[2]}"),
+            StoredPlace(f"decoder.layers.{name}", (layer, e), (arch.num_layers, arch.num_experts)),
+            StoredPlace(f"decoder.layers.{layer}.{name}", (e,), (arch.num_experts,)),
+            StoredPlace(f"decoder.layers.{layer}.mlp.experts.experts.{e}.{expert[2]}"),
         ]
     names = [_STORED_NAMES.get(name, name)]
     if arch.num_experts and name == "pre_mlp_layernorm.weight":
@@ -70,8 +70,8 @@ def places(entry: Entry, arch: Architecture) -> list[Place]:
         place
         for name in names
         for place in (
-            Place(f"decoder.layers.{name}", (layer,), (arch.num_layers,)),
-            Place(f"decoder.layers.{layer}.{name}"),
+            StoredPlace(f"decoder.layers.{name}", (layer,), (arch.num_layers,)),
+            StoredPlace(f"decoder.layers.{layer}.{name}"),
         )
     ]
 
@@ -238,7 +238,7 @@ class MegatronCheckpoint:
         place = self._place(entry)
         return " and ".join(f"{key}{list(place.index)}" for key in self._keys(place))
 
-    def _place(self, entry: Entry) -> Place | None:
+    def _place(self, entry: Entry) -> StoredPlace | None:
         """Return the first place of which all stored tensors are there, or None."""
         for place in places(entry, self.architecture):
             keys = self._keys(place)
@@ -246,7 +246,7 @@ class MegatronCheckpoint:
                 return place
         return None
 
-    def _keys(self, place: Place) -> list[str]:
+    def _keys(self, place: StoredPlace) -> list[str]:
         """Return the stored tensors of a place: one, or gate and up apart (megatron-core's singleton_local_shards)."""
         return [place.key] if place.key in self.reader.tensors else [f"{place.key}_w", f"{place.key}_v"]
 

@@ -19,12 +19,12 @@ _ROW_PARALLEL = re.compile(r"\.(o_proj|down_proj)\.weight$")
 _VOCABULARY = re.compile(r"(embed_tokens|lm_head)\.weight$")
 _VOCABULARY_MULTIPLE = 64  # SGLang's VocabParallelEmbedding pads to a multiple of this
 
-Shard = tuple[int, int]  # tensor-parallel rank and size
+TensorRank = tuple[int, int]  # tensor-parallel rank and size
 
 
 def expected_checksums(
-    named_tensors: Iterable[tuple[str, torch.Tensor]], shards: list[Shard]
-) -> Iterator[tuple[str, list[str], dict[Shard, str]]]:
+    named_tensors: Iterable[tuple[str, torch.Tensor]], shards: list[TensorRank]
+) -> Iterator[tuple[str, list[str], dict[TensorRank, str]]]:
     """Yield (SGLang's name, the HF names in it, {shard: checksum}) from a stream of HF tensors.
 
     The tensors may come in any order, but the experts of a layer must be adjacent. The checksums are exact for
@@ -61,8 +61,8 @@ def expected_checksums(
 
 
 def _stacked_experts(
-    layer: str, experts: dict[int, dict[str, tuple[str, torch.Tensor]]], shards: list[Shard]
-) -> Iterator[tuple[str, list[str], dict[Shard, str]]]:
+    layer: str, experts: dict[int, dict[str, tuple[str, torch.Tensor]]], shards: list[TensorRank]
+) -> Iterator[tuple[str, list[str], dict[TensorRank, str]]]:
     """Yield checksums: gate and up [experts, 2 x intermediate, hidden], down [experts, hidden, intermediate]."""
     for name, parts in _STACKED.items() if experts else ():
         members = [[experts[e][part] for part in parts if part in experts[e]] for e in sorted(experts)]
