@@ -16,7 +16,7 @@ from megatron_egrsd.rollout.ports import server_url
 from megatron_egrsd.rollout.process_group import address_towards
 from megatron_egrsd.rollout.server_command import first_gpu, lora_arguments, with_arguments
 from megatron_egrsd.rollout.servers import RolloutServers, api_key
-from megatron_egrsd.rollout.transports import NamedTensors
+from megatron_egrsd.rollout.transports import TRANSPORTS, NamedTensors
 from megatron_egrsd.rollout.weight_sync import WeightSync
 from megatron_egrsd.system import torchrun
 
@@ -33,6 +33,7 @@ class Fleet:
     def __init__(self, config: RolloutConfig, model: ModelConfig, engine: Engine, output: Path, timeout: float):
         self.config, self.model, self.engine, self.output = config, model, engine, output
         self.nodes = Nodes(timeout)
+        self.by_node = TRANSPORTS[config.sync.transport].only_here  # each node's first rank sends to its own servers
         # The content of adapter_config.json if the servers get adapters, None if they get weights.
         by_sglang = engine.adapter is not None and config.sync.lora == "adapter"
         self.adapter = peft_config(engine.adapter, model.path) if by_sglang else None
@@ -67,7 +68,7 @@ class Fleet:
         def connect() -> None:
             self.sync = WeightSync(self.servers, self.config.sync, self.engine.device, self.output, self.adapter)
 
-        if self.config.sync.transport == "ipc":
+        if self.by_node:
             self.nodes.each(connect)
         else:
             on_first_rank(connect)
@@ -94,8 +95,8 @@ class Fleet:
             self._send(lambda weights: self.sync.verify(weights), self.engine.export_weights)
 
     def _send(self, receive: Callable[[NamedTensors], object], export: Callable[..., Iterator]) -> None:
-        """Stream what the engine exports to `receive` on rank 0; by "ipc", on the first rank of every node."""
-        if self.config.sync.transport == "ipc":
+        """Stream what the engine exports to `receive` on rank 0; if `by_node`, on the first rank of every node."""
+        if self.by_node:
             tensors = self.nodes.share(export(placeholders=True), self.engine.device, self.config.sync.bucket_mib << 20)
             self.nodes.each_while(receive, tensors)
         else:
@@ -120,7 +121,7 @@ class Fleet:
         version = self.version
         if version is None or self.engine.adapter is None or self.config.servers.colocated:
             return False
-        if self.config.sync.transport == "ipc":
+        if self.by_node:
             return all(self.nodes.each(lambda: self.sync.serves(version)))
         return on_first_rank(lambda: self.sync.serves(version))
 
