@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.mechanism.contexts import TeacherContexts
 from benchmarks.mechanism.scoring import sample, score_all
 from megatron_egrsd.config import Config
+from megatron_egrsd.data.dump_files import dump_path
 from megatron_egrsd.data.problems import problem_indices
 from megatron_egrsd.data.samples import Problem, Rollout, load_rollouts, save_rollouts
 from megatron_egrsd.data.stopping import stop_token_ids
@@ -80,8 +81,7 @@ class Study:
 
     def write(self, step: int, output: Path) -> None:
         """Write the files of a batch that are missing."""
-        name = f"step_{step:06d}.jsonl"
-        path, student = output / "rollouts" / name, None
+        path, student = dump_path(output / "rollouts", step), None
         if not path.exists():
             rollouts, student = self._sampled(step)
             save_rollouts(rollouts, path)
@@ -89,7 +89,7 @@ class Study:
         prompts = {
             target: found
             for context in self.contexts.names
-            if not (target := output / context / "scores" / name).exists()
+            if not (target := dump_path(output / context / "scores", step)).exists()
             and any(found := self.contexts.prompts(context, rollouts, self.others))
         }
         if not prompts:

@@ -23,6 +23,7 @@ from benchmarks.validate_method import plan
 from benchmarks.validate_method.run import DUMPED
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.config_reader import parse_config
+from megatron_egrsd.data.dump_files import dump_path
 from megatron_egrsd.data.samples import is_right
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.egrsd import confidence
@@ -156,7 +157,7 @@ def entropies_over_training(run: Path, steps: tuple[int, ...]) -> list[dict[str,
     """From kept scores: entropy scale in nats, share of uncertain tokens, and mean gates, at single steps."""
     members, rows = family(), []
     for step in steps:
-        rollouts = load_scores(run / "scores" / f"step_{step:06d}.jsonl")
+        rollouts = load_scores(dump_path(run / "scores", step))
         tokens = dumped_tokens(rollouts)
         entropy, bounds = tokens.teacher_entropy, tokens.cu_seqlens
         h = torch.cat([torch.from_numpy(r.normalized_entropy) for r in rollouts])

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tokenizers.decoders import DecodeStream
 
 from megatron_egrsd.config import ObjectiveConfig
+from megatron_egrsd.data.dump_files import dumps_in
 from megatron_egrsd.data.samples import Problem, Rollout, is_right
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.objectives.egrsd import confidence
@@ -93,7 +94,7 @@ def dumped_tokens(scored: list[ScoredRollout]) -> Tokens:
 
 def dumps_of(run: Path) -> dict[int, Path]:
     """Return the dumps of a run by step. Raises BadArgument if there is none."""
-    found = {int(path.stem.removeprefix("step_")): path for path in sorted(run.glob("scores/step_*.jsonl"))}
+    found = dumps_in(run / "scores")
     if not found:
         raise BadArgument(f"{run} holds no scored rollouts; train with dump_scores true")
     return found

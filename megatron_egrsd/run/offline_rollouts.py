@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_egrsd.config import Config
+from megatron_egrsd.data.dump_files import dump_path
 from megatron_egrsd.data.problems import Place, problem_indices
 from megatron_egrsd.data.prompt_builder import prompt_builder
 from megatron_egrsd.data.samples import Prompt, Rollout, load_rollouts
@@ -71,7 +72,7 @@ def replayed_batches(config: Config, engine: Engine, begin: Place) -> GetBatch:
 def _dump(config: Config, step: int) -> Path:
     """Return the file of `step` (from 0)."""
     path = Path(config.replay)
-    return path / f"step_{step + 1:06d}.jsonl" if path.is_dir() else path
+    return dump_path(path, step + 1) if path.is_dir() else path
 
 
 def check_replay(config: Config, begin: int) -> None:

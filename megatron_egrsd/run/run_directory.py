@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from megatron_egrsd.config import Config
+from megatron_egrsd.data.dump_files import dump_path, dump_step, dumps_in
 from megatron_egrsd.engine import checkpoint
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.report.runs import Run, read_run
@@ -49,8 +50,8 @@ class RunDirectory:
 
         It deletes nothing. `begin` then restores the metrics up to `step`, and overwrites config.yaml.
         """
-        dumps = [p for kind in ("rollouts", "scores", "skipped") for p in self.path.glob(f"{kind}/step_*.jsonl")]
-        stale = [p for p in dumps if int(p.stem.removeprefix("step_")) > step]
+        dumps = [p for kind in ("rollouts", "scores", "skipped") for p in dumps_in(self.path / kind).values()]
+        stale = [p for p in dumps if dump_step(p) > step]
         stale += checkpoint.later(self.checkpoints, step)
         again = [p for pattern in ("hf", "adapter", "metrics.jsonl", "logs/**/*.log") for p in self.path.glob(pattern)]
         for left in [*stale, *again]:
@@ -66,4 +67,4 @@ class RunDirectory:
 
     def dump(self, kind: str, step: int) -> Path:
         """Return the file of `step` (from 1) among the dumps of a kind: "rollouts", "scores" or "skipped"."""
-        return self.path / kind / f"step_{step:06d}.jsonl"
+        return dump_path(self.path / kind, step)

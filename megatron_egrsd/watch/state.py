@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron_egrsd.config import Config
 from megatron_egrsd.config_reader import parse_config
+from megatron_egrsd.data.dump_files import dump_step, dumps_in
 from megatron_egrsd.data.samples import load_rollouts
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.report.runs import Run, read_run, value
@@ -143,8 +144,8 @@ def _warnings(run: Run, config: Config | None) -> list[str]:
 
 def _newest_dump(output: Path) -> Path | None:
     """Return the dump of the newest step; scores are better than rollouts, because they colour the tokens."""
-    found = [*output.glob("scores/step_*.jsonl"), *output.glob("rollouts/step_*.jsonl")]
-    return max(found, key=lambda path: (path.stem, path.parent.name), default=None)
+    found = [*dumps_in(output / "scores").values(), *dumps_in(output / "rollouts").values()]
+    return max(found, key=lambda path: (dump_step(path), path.parent.name), default=None)
 
 
 def _sample(dump: Path) -> ShownResponse | None:
@@ -169,7 +170,7 @@ def _unscored(dump: Path) -> ShownResponse | None:
     rollouts = load_rollouts(dump, 1)
     if not rollouts:
         return None
-    r, step = rollouts[0], int(dump.stem.removeprefix("step_"))
+    r, step = rollouts[0], dump_step(dump)
     problem, cut_off = r.prompt.problem, r.finish_reason == "length"
     return ShownResponse(step, problem.problem, problem.answer, r.right, cut_off, [r.text], len(r.response_ids))
 

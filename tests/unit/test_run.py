@@ -26,6 +26,7 @@ from megatron_egrsd.config import (
     RolloutConfig,
     SyncConfig,
 )
+from megatron_egrsd.data.dump_files import dump_path, dumps_in
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, load_rollouts
 from megatron_egrsd.engine import build, checkpoint
 from megatron_egrsd.errors import BadArgument, Interrupted, Preempted, RunError
@@ -67,6 +68,16 @@ def test_outputs_after_the_checkpoint_are_renamed_and_none_is_deleted(tmp_path):
     renamed = [p for p in tmp_path.rglob("*") if p.is_file() and p not in kept]
     assert sorted(p.read_text() for p in renamed) == sorted(p.name for p in stale)
     assert [checkpoint.step_of(path) for path in checkpoint.complete(directory.checkpoints)] == [2, 1]
+
+
+def test_dumps_are_found_by_step_and_other_files_are_not(tmp_path):
+    for step in (1_000_000, 20, 3):
+        dump_path(tmp_path, step).touch()
+    for name in ("step_000001.jsonl.before-5", "step_1.json", "step_first.jsonl", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    found = dumps_in(tmp_path)
+    assert [path.name for path in found.values()] == ["step_000003.jsonl", "step_000020.jsonl", "step_1000000.jsonl"]
+    assert list(found) == [3, 20, 1_000_000] and dumps_in(tmp_path / "missing") == {}
 
 
 @pytest.mark.parametrize("best", [1, 3])
