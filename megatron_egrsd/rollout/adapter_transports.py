@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_egrsd.rollout.tensor_handles import share
 from megatron_egrsd.rollout.transports import Handles, NamedTensors, Transport
-from megatron_egrsd.rollout.weight_checksums import sha256
+from megatron_egrsd.rollout.weight_checksums import tensor_sha256
 
 
 class AdapterHandles(Handles):
@@ -29,7 +29,7 @@ class AdapterHandles(Handles):
         handles, _buffer = share(bucket, self.device, dict)  # the buffer lives until all servers have copied it
         body = {"lora_name": f"version-{version}", "config_dict": self.adapter}
         if self.check:
-            body["expected_checksums"] = {name: sha256(tensor) for name, tensor in bucket}
+            body["expected_checksums"] = {name: tensor_sha256(tensor) for name, tensor in bucket}
         # Every tensor-parallel rank opens the same tensors and keeps its part of them.
         bodies = [body | {"serialized_named_tensors": [handles] * size} for size in self._sizes]
         return _replace(self, "load_lora_adapter_from_tensors", bodies)

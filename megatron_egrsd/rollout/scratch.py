@@ -76,6 +76,7 @@ def _lock_abandoned(directory: Path) -> IO:
     """Return the open file of the lock that a killed process has left. OSError if it is held, or nobody can tell."""
     file = open(directory / _LOCK, "w")  # noqa: SIM115  _clear closes it
     try:
+        # Not files.lock, which takes a file system without locks for a lock: here nothing may be removed then.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()

@@ -80,10 +80,10 @@ def checksum(tensor: torch.Tensor) -> str:
         from sglang.srt.managers.mm_utils import tensor_hash  # its Triton hash; bytes never leave the GPU
 
         return f"{tensor_hash(tensor.detach()):016x}"
-    return sha256(tensor)[:16]
+    return tensor_sha256(tensor)[:16]
 
 
-def sha256(tensor: torch.Tensor) -> str:
+def tensor_sha256(tensor: torch.Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes in hexadecimal, as SGLang computes it of an adapter that it was sent."""
     data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return hashlib.sha256(memoryview(data)).hexdigest()
