@@ -44,6 +44,8 @@ class HFCheckpoint:
         self._open = {}
         self._ranges: dict[str, Range] = {}
         self._files = self._locate()
+        # Some exports of tied models carry the embedding a second time under the head's name.
+        self.stores_tied_head = self.architecture.tied_embeddings and HEAD in self._files
         self._check()
 
     def _locate(self) -> dict[str, Path]:
@@ -77,8 +79,6 @@ class HFCheckpoint:
 
     def _check(self) -> None:
         expected = hf_shapes(self.architecture)
-        # Some exports of tied models carry the embedding a second time under the head's name.
-        self.stores_tied_head = self.architecture.tied_embeddings and HEAD in self._files
         extra = set(self._files) - set(expected) - ({HEAD} if self.stores_tied_head else set())
         missing = set(expected) - set(self._files)
         if missing or extra:

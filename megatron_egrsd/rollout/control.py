@@ -24,7 +24,7 @@ class Control:
         self.urls = [server.url for server in servers.servers if not (only_here and server.elsewhere)]
         self._http = httpx.Client(timeout=timeout, trust_env=False, headers=servers.headers)
         self._threads = ThreadPoolExecutor(len(self.urls), thread_name_prefix="control")
-        self.start_clock()
+        self.deadline = time.monotonic() + timeout  # of all requests, until `start_clock` sets another
 
     def start_clock(self) -> float:
         """Start the timeout now; returns the present time."""

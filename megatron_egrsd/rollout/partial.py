@@ -26,6 +26,7 @@ class SamplingPhase:
         self.client = client
         self._added: list[tuple[list[int], list[Generation], Callable[[], None]]] = []
         self._stop = False
+        self._slots: asyncio.Semaphore | None = None  # from the beginning of the sampling on
         self.future: Future = thread.submit(lambda: asyncio.run(client.serve(self._run)))
 
     def add(self, prompt: list[int], responses: list[Generation], done: Callable[[], None]) -> None:

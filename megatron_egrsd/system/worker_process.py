@@ -34,6 +34,7 @@ class WorkerProcess:
         self.target, self.package, self.popen = target, package, popen
         self.lock = threading.Lock()
         self.process: subprocess.Popen | None = None
+        self.connection: Connection | None = None  # to the process
         self.owner = 0  # a fork of this process inherits the child, and may neither use nor end it
         atexit.register(self.close)
 

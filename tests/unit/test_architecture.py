@@ -39,6 +39,7 @@ OWNER = {"megatron": "engine", "sglang": "rollout", "sglang_router": "rollout"}
 PORTABLE = {"vocab_parallel": set(), "objectives": {"vocab_parallel", "errors", "system"}}
 FILES_AT_THE_TOP = 10
 LINES_OF_A_CLASS = 150  # in run/
+BUILT_BY_OTHERS = {"rollout.cpu_attention.BatchedDecodeBackend"}  # by SGLang, which calls init_forward_metadata
 
 
 class Import(NamedTuple):
@@ -192,7 +193,52 @@ def long_classes(sources: dict[str, str]) -> list[str]:
     ]
 
 
-RULES = [circles, arrows, foreign, unportable, private_names]
+def late_attributes(sources: dict[str, str]) -> list[str]:
+    """Attributes that a method gives an object, and neither `__init__` nor the body of its class or of a base does."""
+    classes = {
+        (file, node.name): node
+        for file, text in sources.items()
+        for node in nodes(text)
+        if isinstance(node, ast.ClassDef)
+    }
+    taken = {(found.source, found.alias): (found.target, found.name) for found in imports(sources) if found.inside}
+
+    def born(file: str, name: str) -> set[str]:
+        file, name = (file, name) if (file, name) in classes else taken.get((file, name), (file, name))
+        if (file, name) not in classes:  # of another project
+            return set()
+        node = classes[file, name]
+        fields = [line for line in node.body if isinstance(line, ast.Assign | ast.AnnAssign)]
+        names = {
+            part.id for field in fields for part in ast.walk(field) if isinstance(part, ast.Name) and _is_set(part)
+        }
+        given = [_given(method) for method in _methods(node) if method.name == "__init__"]
+        return names.union(*given, *(born(file, base.id) for base in node.bases if isinstance(base, ast.Name)))
+
+    return [
+        f"{file}.{name}.{attribute}"
+        for (file, name), node in classes.items()
+        if f"{file}.{name}" not in BUILT_BY_OTHERS
+        for method in _methods(node)
+        for attribute in sorted(_given(method) - born(file, name))
+    ]
+
+
+def _methods(node: ast.ClassDef) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [line for line in node.body if isinstance(line, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def _given(method: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    """Return the attributes of `self` that a method sets; autograd's `ctx` is the object of no class."""
+    attributes = (node for node in ast.walk(method) if isinstance(node, ast.Attribute) and _is_set(node))
+    return {node.attr for node in attributes if ast.unparse(node.value) == "self"}
+
+
+def _is_set(node: ast.Name | ast.Attribute) -> bool:
+    return isinstance(node.ctx, ast.Store)
+
+
+RULES = [circles, arrows, foreign, unportable, private_names, late_attributes]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -231,6 +277,8 @@ def test_top_holds_few_files():
         (private_names, "learn", "from megatron_egrsd.engine import weights as w\nw._anything()"),
         (private_names, "learn", "import megatron_egrsd.engine.weights\nmegatron_egrsd.engine.weights._anything"),
         (private_names, "learn", "from megatron_egrsd.engine._hidden import anything"),
+        (late_attributes, "run.log", "class Late:\n    def begin(self):\n        self.number, self.name = 1, 2"),
+        (late_attributes, "hf.mapping", "class Late:\n    async def begin(self):\n        with f() as self.x: pass"),
         (long_classes, "run.log", "class Long:\n" + "    x = 0\n" * LINES_OF_A_CLASS),
     ],
 )
@@ -248,6 +296,8 @@ def test_what_the_rules_allow_is_not_reported():
         "report.table": "if TYPE_CHECKING:\n    from megatron_egrsd.evaluation.table import evaluation_table",
         "objectives.egrsd": "from megatron_egrsd.vocab_parallel import log_ratio",
         "hf.convert": "from megatron_egrsd.hf.mapping import _anything",
+        "run.log": "class A:\n    y: int = 0\n    def __init__(self):\n        self.x = 0\n"
+        "class B(A):\n    def f(self):\n        self.x, self.y = 1, 1",
     }
     for file, line in allowed.items():
         sources[file] += f"\n{line}\n"
