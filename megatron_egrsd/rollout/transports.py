@@ -4,7 +4,8 @@ import contextlib
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -20,8 +21,8 @@ _TEMPORARY = "weight-sync-"  # begins the name of a temporary directory
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
-class Transport:
-    """Sends weights to the servers of `control`, in buckets. The methods raise the errors of `Control.on_all`.
+class Transport(ABC):
+    """Sends weights to the servers of `control`. The methods raise the errors of `Control.on_all`.
 
     The tensors are on `device` when they are sent. Temporary files go into `directory`, or the system's own place.
     """
@@ -32,24 +33,26 @@ class Transport:
         self.control, self.bucket_bytes, self.device, self.directory = control, bucket_bytes, device, directory
 
     def connect(self) -> None:
-        """Set up the connections that are missing; called before each push."""
+        """Set up the connections that are missing, if the transport has any; called before each push."""
+        return
 
     def disconnect(self) -> None:
-        """Close the connections. Idempotent; raises nothing."""
+        """Close the connections, if the transport has any. Idempotent; raises nothing."""
+        return
 
+    @abstractmethod
     def send(self, named_tensors: NamedTensors, version: int) -> str:
         """Send the tensors of `version`; every server holds them when this returns.
 
         Returns the name of the adapter that requests must ask for, "" if the weights themselves were sent.
         """
+
+    def _send_buckets(self, named_tensors: NamedTensors, send_bucket: Callable[[Bucket], None]) -> None:
+        """Send the tensors by one call of `send_bucket` a bucket."""
         self.control.on_all("begin_weight_update", {})
         for bucket in buckets(named_tensors, self.bucket_bytes):
-            self._send_bucket(bucket)
+            send_bucket(bucket)
         self.control.on_all("end_weight_update", {})
-        return ""
-
-    def _send_bucket(self, bucket: Bucket) -> None:
-        raise NotImplementedError
 
     @contextlib.contextmanager
     def _temporary_directory(self) -> Iterator[str]:
@@ -68,7 +71,9 @@ class Transport:
 class Distributed(Transport):
     """A process group of this process and all servers: one broadcast of flattened bytes per bucket."""
 
-    _group: BroadcastGroup | None = None
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._group: BroadcastGroup | None = None
 
     def connect(self) -> None:
         self._group = self._group or self._form_group()
@@ -79,6 +84,10 @@ class Distributed(Transport):
             # First the servers' ends: it also ends a broadcast that was abandoned, which our end would wait for.
             self.control.tell("destroy_weights_update_group", {"group_name": group.name}, timeout=5)
             group.close()
+
+    def send(self, named_tensors: NamedTensors, version: int) -> str:
+        self._send_buckets(named_tensors, self._broadcast)
+        return ""
 
     def _form_group(self) -> BroadcastGroup:
         sizes = self._tensor_parallel_sizes()
@@ -93,7 +102,7 @@ class Distributed(Transport):
         self.control.on_all("init_weights_update_group", bodies, meanwhile=lambda check: group.join())
         return group
 
-    def _send_bucket(self, bucket: Bucket) -> None:
+    def _broadcast(self, bucket: Bucket) -> None:
         flat = flatten(bucket, self.device).view(torch.uint8)
         announcement = {
             "names": [name for name, _ in bucket],
@@ -111,7 +120,10 @@ class Handles(Transport):
     """Handles to memory of this host: the servers, on the same host, copy the tensors of each bucket themselves."""
 
     only_here = True
-    _sizes: Sequence[int] = ()  # tensor-parallel size of each server
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._sizes: list[int] = []  # tensor-parallel size of each server
 
     def connect(self) -> None:
         for url in self.control.urls:
@@ -120,7 +132,11 @@ class Handles(Transport):
                                'is another host; choose "distributed" or "disk"')  # fmt: skip
         self._sizes = self._tensor_parallel_sizes()
 
-    def _send_bucket(self, bucket: Bucket) -> None:
+    def send(self, named_tensors: NamedTensors, version: int) -> str:
+        self._send_buckets(named_tensors, self._hand_over)
+        return ""
+
+    def _hand_over(self, bucket: Bucket) -> None:
         handles, _buffer = share(bucket, self.device)  # the buffer lives until all servers have copied it
         # Every tensor-parallel rank opens the same tensors and keeps its part of them.
         bodies = [{"serialized_named_tensors": [handles] * size, "flush_cache": True} for size in self._sizes]
