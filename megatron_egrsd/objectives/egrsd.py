@@ -33,6 +33,14 @@ class EGRSD(Objective):
         steps = self.config.mix_decay_steps
         return self.config.mix * (1 - min(self.history.steps / steps, 1)) if steps else self.config.mix
 
+    def ratio(self, tokens):
+        """Return exp(D delta) of each token, [T]."""
+        return evidence_ratio(tokens.advantage, tokens.teacher_log_prob, tokens.student_log_prob)
+
+    def magnitude(self, tokens):
+        """Return w of each token, [T], with the `mix` of this step."""
+        return magnitude(self.ratio(tokens), self.mix, self.config.ratio_clip)
+
     def prepare(self, tokens, *, vocab_size, group=None):
         if not self.needs_teacher:
             return {}
@@ -42,18 +50,16 @@ class EGRSD(Objective):
     def weight(self, tokens):
         if not self.needs_teacher:
             return tokens.advantage
-        ratio = evidence_ratio(tokens.advantage, tokens.teacher_log_prob, tokens.student_log_prob)
-        return tokens.advantage * magnitude(ratio, self.mix, self.config.ratio_clip) * tokens.fields["gate"]
+        return tokens.advantage * self.magnitude(tokens) * tokens.fields["gate"]
 
     def metrics(self, tokens):
         if not self.needs_teacher:
             return {}
         gate = tokens.fields["gate"]
-        ratio = evidence_ratio(tokens.advantage, tokens.teacher_log_prob, tokens.student_log_prob)
         return {
             "gate/mean": gate,
             "gate/closed_share": gate < 1 - self.config.attenuation / 2,
-            "weight/clip_share": (ratio - 1).abs() > self.config.ratio_clip,
+            "weight/clip_share": (self.ratio(tokens) - 1).abs() > self.config.ratio_clip,
         }
 
 

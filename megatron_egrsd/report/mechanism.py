@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.objectives.egrsd import EGRSD, confidence, evidence_ratio, magnitude
+from megatron_egrsd.objectives.egrsd import EGRSD, confidence
 from megatron_egrsd.report import figures
 from megatron_egrsd.report.family import family
 from megatron_egrsd.report.scored_dump import (
@@ -95,8 +95,7 @@ def _batch(scored: list[ScoredRollout], objective: ObjectiveConfig) -> tuple[np.
     entropy, teacher, student = tokens.teacher_entropy, tokens.teacher_log_prob, tokens.student_log_prob
     plain = confidence(entropy, tokens.cu_seqlens, replace(objective, lookahead=0), vocab_size=vocab_size)
     looking = confidence(entropy, tokens.cu_seqlens, objective, vocab_size=vocab_size)
-    mix = EGRSD(objective, history=scored[0].history).mix
-    w = magnitude(evidence_ratio(tokens.advantage, teacher, student), mix, objective.ratio_clip)
+    w = EGRSD(objective, history=scored[0].history).magnitude(tokens)
     gap, restored = (teacher - student).abs(), looking.gate - plain.gate
     columns = entropy, gap, w * plain.gate, looking.normalized_entropy, looking.lookahead_entropy, restored
     return tuple(column.double().numpy() for column in columns)

@@ -15,7 +15,7 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.errors import BadArgument
-from megatron_egrsd.objectives.egrsd import EGRSD, evidence_ratio, magnitude
+from megatron_egrsd.objectives.egrsd import EGRSD
 from megatron_egrsd.report.family import NAMES, family, member, settings, title
 from megatron_egrsd.report.html import script, template
 from megatron_egrsd.report.mechanism import REGIMES, regimes, thresholds
@@ -87,9 +87,8 @@ def _weights(scored: list[ScoredRollout], objective: ObjectiveConfig) -> list[di
     weights = batch_weights(tokens, objective, scored[0].vocab_size, scored[0].history)
     columns = {"w": torch.ones_like(weights["weight"]), "omega": weights["gate"], "weight": weights["weight"]}
     if tokens.teacher_log_prob is not None:
-        columns["ratio"] = evidence_ratio(tokens.advantage, tokens.teacher_log_prob, tokens.student_log_prob)
-        mix = EGRSD(objective, history=scored[0].history).mix
-        columns["w"] = magnitude(columns["ratio"], mix, objective.ratio_clip)
+        built_in = EGRSD(objective, history=scored[0].history)
+        columns["ratio"], columns["w"] = built_in.ratio(tokens), built_in.magnitude(tokens)
         columns["h"], columns["h_ahead"] = weights["normalized_entropy"], weights["lookahead_entropy"]
     split = {name: column.split(lengths) for name, column in columns.items()}
     return [{name: parts[i].numpy() for name, parts in split.items()} for i in range(len(scored))]
