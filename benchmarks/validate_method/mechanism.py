@@ -113,7 +113,7 @@ def measure(model_path: Path, wrong: bool) -> dict:
     columns = {name: w["weight"] for name, w in weights.items()}
     columns |= {"uncertain": signal * (h > UNCERTAIN), "certain": signal * (h <= UNCERTAIN)}
     gates = weights["egrsd"]["gate"], weights["cl_egrsd"]["gate"]
-    ahead = (1 - gates[1]) / members["cl_egrsd"].attenuation
+    ahead = weights["cl_egrsd"]["lookahead_entropy"]
     # Uncertain tokens whose uncertainty is over within the lookahead (3 tokens), and those where it is sustained.
     resolution = {"transient": (h > UNCERTAIN) & (ahead <= UNCERTAIN), "sustained": ahead > UNCERTAIN}
     means = {"h": h.numpy(), "egrsd": gates[0].numpy(), "cl_egrsd": gates[1].numpy()}
