@@ -27,7 +27,7 @@ from megatron_egrsd.data.dump_files import dump_path
 from megatron_egrsd.data.samples import is_right
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives.egrsd import confidence
-from megatron_egrsd.objectives.interface import Tokens
+from megatron_egrsd.objectives.interface import batch_tokens
 from megatron_egrsd.objectives.signal import History, advantages, shaped_rewards
 from megatron_egrsd.report.scored_dump import batch_weights, dumped_tokens, load_scores
 from megatron_egrsd.system.files import write_text
@@ -104,14 +104,13 @@ def measure(model_path: Path, wrong: bool) -> dict:
     prompts = [tiny.prompt_ids(p, r) for p, r in zip(batch.problems, references, strict=True)]
     teacher, entropy = tiny.score(model, prompts, batch.responses)
     members = family()
-    signal = signal_of(batch, members["grpo"]).repeat_interleave(batch.cu_seqlens.diff())
     scores = dict(teacher_log_prob=teacher, teacher_entropy=entropy, student_log_prob=student)
-    tokens = Tokens(batch.cu_seqlens, signal, **scores)
+    tokens = batch_tokens(signal_of(batch, members["grpo"]).tolist(), [len(r) for r in batch.responses], scores)
     weights = {name: batch_weights(tokens, o, len(tiny.VOCABULARY)) for name, o in members.items()}
     h = weights["egrsd"]["normalized_entropy"]
     types = [t for r in batch.responses for t in token_types([tiny.VOCABULARY[i] for i in r])]
     columns = {name: w["weight"] for name, w in weights.items()}
-    columns |= {"uncertain": signal * (h > UNCERTAIN), "certain": signal * (h <= UNCERTAIN)}
+    columns |= {"uncertain": tokens.advantage * (h > UNCERTAIN), "certain": tokens.advantage * (h <= UNCERTAIN)}
     gates = weights["egrsd"]["gate"], weights["cl_egrsd"]["gate"]
     ahead = weights["cl_egrsd"]["lookahead_entropy"]
     # Uncertain tokens whose uncertainty is over within the lookahead (3 tokens), and those where it is sustained.
