@@ -12,6 +12,7 @@ from benchmarks.reproduce_paper import published
 from benchmarks.runs import PAPER_GRPO, words
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.evaluation.protocol import SETS
+from megatron_egrsd.report.family import NAMES
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ _SHARED = {
     "opsd": _objective(preset="opsd"),
     "crisp": (*_objective(preset="crisp"), *_teacher(weights="frozen")),
 }  # fmt: skip
-TITLES = {"untrained": "untrained", "sft": "SFT", "grpo": "GRPO", "opsd": "OPSD", "crisp": "CRISP",
-           "egrsd": "EGRSD", "cl_egrsd": "CL-EGRSD"}  # fmt: skip
+TITLES = {"untrained": "untrained"} | {name: NAMES[name] for name in (*_SHARED, "egrsd", "cl_egrsd")}
 # (gamma of EGRSD, gamma and W of CL-EGRSD): the paper's appendices E and I. AceReason's W is not stated; ours is 4B's.
 _GATES = {"4b": (0.3, 0.3, 3), "8b": (0.3, 1.0, 5), "acereason": (0.5, 0.5, 3)}
 

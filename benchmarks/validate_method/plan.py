@@ -5,6 +5,7 @@ from functools import partial
 from typing import Literal
 
 from benchmarks.runs import PAPER_GRPO, words
+from megatron_egrsd.report.family import NAMES
 
 STEPS = 20
 CONFIG = "examples/validation/study.yaml"
@@ -30,7 +31,7 @@ def _preset(name: str, **values: object) -> tuple[str, ...]:
 
 
 FAMILY = {"grpo": (*PAPER_GRPO, *_WARM_UP)} | {name: _preset(name) for name in ("gate_off", "egrsd", "cl_egrsd")}
-TITLES = {"grpo": "GRPO", "gate_off": "EGRSD without gate", "egrsd": "EGRSD", "cl_egrsd": "CL-EGRSD"}
+TITLES = {name: NAMES[name] for name in FAMILY}
 
 TINY, DOUBTING = "tiny", "doubting/wrong"
 # A model whose teacher is unsure where its reference is wrong, and training data half of whose references are.

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from megatron_egrsd.config_reader import PATHS, RENAMED, parse_config, valid_key
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.objectives import DivergenceForm, presets
 from megatron_egrsd.objectives.load import load_objective, needs_teacher
+from megatron_egrsd.report.family import NAMES
 from megatron_egrsd.system.arguments import Parser, path
 from tests.presets import preset_objective
 
@@ -279,6 +281,12 @@ def test_the_defaults_are_the_papers_cl_egrsd():
     assert default.objective.entropy_normalization == "batch_max" and default.objective.gate_floor == 0.1
     assert list(presets()) == list(PRESETS)
     assert preset_objective("egrsd", mix=0.25).mix == 0.25
+
+
+def test_every_preset_has_a_printed_name_and_is_in_the_help():
+    assert NAMES.keys() - {"run"} == presets().keys()  # "run" is an objective that is none of them
+    said = ObjectiveConfig.__doc__.partition("    preset: ")[2].partition("    mix: ")[0]
+    assert presets().keys() <= set(re.findall(r"\w+", said))
 
 
 def test_options_of_a_preset_are_overridden_one_by_one_and_another_preset_drops_them(tmp_path):
