@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from benchmarks.reproduce_paper.plan import MODELS, Cell, chosen
+from benchmarks.reproduce_paper.cells import MODELS, Cell, chosen
 from benchmarks.reproduce_paper.site import Site
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.planning.machines import MACHINES

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.measure import table
+from benchmarks.reproduce_paper.cells import MODELS, Cell
 from benchmarks.reproduce_paper.claim import holder
-from benchmarks.reproduce_paper.plan import MODELS, Cell
 from benchmarks.reproduce_paper.site import Site
 from megatron_egrsd.config import Config
 from megatron_egrsd.errors import BadArgument

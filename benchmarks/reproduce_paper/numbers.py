@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 from scipy.stats import ttest_1samp
 
-from benchmarks.reproduce_paper.plan import Cell, Setting, Table
+from benchmarks.reproduce_paper.cells import Cell, Setting, Table
 from benchmarks.reproduce_paper.published import COLUMNS
 from benchmarks.reproduce_paper.site import Site
 from megatron_egrsd.evaluation.protocol import SETS, summary_columns

@@ -12,9 +12,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from benchmarks.reproduce_paper import picture
+from benchmarks.reproduce_paper.cells import MODELS, TABLES, TITLES, Setting, Table, methods
 from benchmarks.reproduce_paper.claim import holder
 from benchmarks.reproduce_paper.numbers import Number, Value, begun, fill, finished, values_of
-from benchmarks.reproduce_paper.plan import MODELS, TABLES, TITLES, Setting, Table, methods
 from benchmarks.reproduce_paper.published import COLUMNS, of_method
 from benchmarks.reproduce_paper.site import Site
 from megatron_egrsd.errors import BadArgument

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.reproduce_paper.cells import Cell
 from benchmarks.reproduce_paper.claim import Claim, claimed, holder
-from benchmarks.reproduce_paper.plan import Cell
 from benchmarks.reproduce_paper.site import Command, Site
 from benchmarks.runs import ROOT, reason_in
 from megatron_egrsd.errors import RunError

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.reproduce_paper.plan import MODELS, Cell
+from benchmarks.reproduce_paper.cells import MODELS, Cell
 from benchmarks.runs import ROOT
 from megatron_egrsd.config import Config
 from megatron_egrsd.config_reader import parse_config
@@ -28,10 +28,10 @@ class Site:
 
     Args:
         output: Directory of the reproduction; every node that takes part sees it.
-        models: Hugging Face directories by the models of plan.MODELS.
+        models: Hugging Face directories by the models of cells.MODELS.
         data: The training set.
         benchmarks: Directory of the six sets' files.
-        configs: Configurations that replace those of plan.MODELS.
+        configs: Configurations that replace those of cells.MODELS.
         gpus: GPUs of this node; 0 trains and samples in one process on the CPU.
         train, evaluate: Further words of every training, and of every evaluation; they win over all others.
     """

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.mechanism.analysis import by_class, class_means
-from benchmarks.validate_method import plan
+from benchmarks.validate_method.hypotheses import CONFIG, FAMILY
 from benchmarks.validate_method.run import DUMPED
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.config_reader import parse_config
@@ -89,7 +89,7 @@ def signal_of(batch: Sampled, objective: ObjectiveConfig) -> torch.Tensor:
 
 def family() -> dict[str, ObjectiveConfig]:
     """Return the objectives that the study compares, by name, with its settings."""
-    return {name: parse_config(["--config", plan.CONFIG, *words]).objective for name, words in plan.FAMILY.items()}
+    return {name: parse_config(["--config", CONFIG, *words]).objective for name, words in FAMILY.items()}
 
 
 def measure(model_path: Path, wrong: bool) -> dict:

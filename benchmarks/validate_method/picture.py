@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.paired import difference
-from benchmarks.validate_method.plan import DOUBTING, EVALUATED, TINY, TITLES
+from benchmarks.validate_method.hypotheses import DOUBTING, EVALUATED, TINY, TITLES
 from megatron_egrsd.report.figures import COLOURS, save_png
 
 _PANELS = ((TINY, "tiny"), (DOUBTING, "doubting, half of the references wrong"))

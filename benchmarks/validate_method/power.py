@@ -15,7 +15,7 @@ from scipy import stats
 from scipy.optimize import brentq
 
 from benchmarks.measure import table
-from benchmarks.validate_method.plan import DOUBTING, EVALUATED, MARGIN, Comparison, comparisons, settings
+from benchmarks.validate_method.hypotheses import DOUBTING, EVALUATED, MARGIN, Comparison, comparisons, settings
 
 FORMER = Path("docs/measurements/results_0_1_0_runs.csv")
 _FORMER_RESPONSES = 8  # held-out responses to each problem there

@@ -11,7 +11,7 @@ import yaml
 
 from benchmarks.measure import processor
 from benchmarks.runs import ROOT
-from benchmarks.validate_method.plan import CONFIG
+from benchmarks.validate_method.hypotheses import CONFIG
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.system.files import write_text
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.measure import table
 from benchmarks.paired import Difference, difference, holm
-from benchmarks.validate_method.plan import EVALUATED, MARGIN, Comparison, comparisons, settings
+from benchmarks.validate_method.hypotheses import EVALUATED, MARGIN, Comparison, comparisons, settings
 from benchmarks.validate_method.power import LEVEL, powers, resolved
 from benchmarks.validate_method.record import read_record
 from benchmarks.validate_method.run import Run, is_complete, runs_of

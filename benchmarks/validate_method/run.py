@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.runs import reason_in
-from benchmarks.validate_method.plan import CONFIG, STEPS, Setting, settings
+from benchmarks.validate_method.hypotheses import CONFIG, STEPS, Setting, settings
 from benchmarks.validate_method.record import begin_record, check_same, end_record
 from megatron_egrsd.config import Config
 from megatron_egrsd.config_reader import parse_config

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reproduce_paper.__main__ import main
-from benchmarks.reproduce_paper.plan import chosen
+from benchmarks.reproduce_paper.cells import chosen
 from megatron_egrsd.evaluation.protocol import SETS
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.validate_method import run
 from benchmarks.validate_method.__main__ import main
-from benchmarks.validate_method.plan import FAMILY, Setting
+from benchmarks.validate_method.hypotheses import FAMILY, Setting
 from benchmarks.validate_method.record import read_record
 
 ROOT = Path(__file__).parents[2]

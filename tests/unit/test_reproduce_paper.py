@@ -18,9 +18,9 @@ from scipy import stats
 
 from benchmarks.reproduce_paper import claim, published, schedule
 from benchmarks.reproduce_paper.__main__ import main
+from benchmarks.reproduce_paper.cells import MODELS, TABLES, Cell, chosen, methods
 from benchmarks.reproduce_paper.numbers import Number, Value, of_evaluation, values_of
 from benchmarks.reproduce_paper.page import state, write_page
-from benchmarks.reproduce_paper.plan import MODELS, TABLES, Cell, chosen, methods
 from benchmarks.reproduce_paper.schedule import run_all
 from benchmarks.reproduce_paper.site import Command, Site
 from megatron_egrsd.config_reader import parse_config

@@ -20,7 +20,8 @@ from scipy import stats
 
 from benchmarks import paired
 from benchmarks.validate_method import __main__ as command
-from benchmarks.validate_method import mechanism, plan, power, record, results, run
+from benchmarks.validate_method import mechanism, power, record, results, run
+from benchmarks.validate_method.hypotheses import CONFIG, EVALUATED, FAMILY, STEPS, Comparison, comparisons, settings
 from megatron_egrsd import cli
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.config_reader import parse_config
@@ -66,9 +67,9 @@ def test_difference_is_the_paired_t_interval():
 
 
 def test_every_comparison_is_of_settings_with_enough_seeds():
-    found = {s.name: s for s in plan.settings(OWN)}
-    assert len(found) == len(plan.settings(OWN)) and found["tiny/cl_egrsd, HighEntropy"].options[-1] == OWN
-    compared = plan.comparisons(OWN)
+    found = {s.name: s for s in settings(OWN)}
+    assert len(found) == len(settings(OWN)) and found["tiny/cl_egrsd, HighEntropy"].options[-1] == OWN
+    compared = comparisons(OWN)
     assert {side for c in compared for side in (c.treatment, c.control)} == found.keys()  # none is trained for nothing
     for family, size in Counter(c.family for c in compared).items():
         members = [c for c in compared if c.family == family]
@@ -78,7 +79,7 @@ def test_every_comparison_is_of_settings_with_enough_seeds():
 
 
 def test_the_settings_are_the_papers_but_for_what_a_hypothesis_changes():
-    configs = {s.name: parse_config(["--config", plan.CONFIG, *s.options]) for s in plan.settings()}
+    configs = {s.name: parse_config(["--config", CONFIG, *s.options]) for s in settings()}
     expected = {name: preset_objective(name, advantage_warmup=5) for name in ("gate_off", "egrsd", "cl_egrsd")}
     ours = expected["cl_egrsd"]
     # The paper's GRPO is its trainer without a teacher.
@@ -105,8 +106,8 @@ def test_the_settings_are_the_papers_but_for_what_a_hypothesis_changes():
     for name, config in configs.items():
         assert config.rollout.prompts_per_step * config.rollout.rollouts_per_prompt == 64
         assert (config.rollout.rollouts_per_prompt == 1) == ("group" not in name)
-        assert config.optimizer.clip_grad == 0.1 and config.evaluation.rollouts_per_problem == plan.EVALUATED
-        assert config.steps == plan.STEPS and config.objective.advantage_warmup < config.steps
+        assert config.optimizer.clip_grad == 0.1 and config.evaluation.rollouts_per_problem == EVALUATED
+        assert config.steps == STEPS and config.objective.advantage_warmup < config.steps
         assert config.teacher.snapshot_every < config.steps or config.teacher.weights != "snapshot"
 
 
@@ -148,7 +149,7 @@ def test_the_page_shows_the_plan_of_now():
     text = Path("docs/measurements/results.md").read_text()
     for name, block in results.plan_blocks().items():
         assert f"<!-- {name} -->\n{block}\n<!-- /{name} -->" in text, "python -m benchmarks.validate_method plan"
-    for setting in plan.settings():
+    for setting in settings():
         assert f"| {setting.name} | {setting.seeds} |" in text
 
 
@@ -190,7 +191,7 @@ def test_an_equality_is_shown_or_differs():
 
 
 def test_pairs_are_the_seeds_that_both_have():
-    comparison = plan.Comparison("", "", "a", "b", "equal")
+    comparison = Comparison("", "", "a", "b", "equal")
     rows = rows_of({"a": [0.5, 0.6, 0.7], "b": [0.4, 0.4]})
     del rows["a"][0]
     assert results.pairs(rows, comparison, "accuracy") == pytest.approx([0.2])
@@ -208,8 +209,8 @@ def test_tables_go_between_their_marks_and_nowhere_else(tmp_path):
 def finish(one: run.Run, accuracy: float = 0.7) -> None:
     """Write what a finished run leaves behind."""
     one.path.mkdir(parents=True)
-    steps = [{"step": n, "accuracy": 0.5, "batch/tokens": 4000.0, "time/step": 2.0} for n in range(1, plan.STEPS + 1)]
-    final = {"step": plan.STEPS, "evaluation/accuracy": accuracy, "evaluation/length/mean": 100 * accuracy}
+    steps = [{"step": n, "accuracy": 0.5, "batch/tokens": 4000.0, "time/step": 2.0} for n in range(1, STEPS + 1)]
+    final = {"step": STEPS, "evaluation/accuracy": accuracy, "evaluation/length/mean": 100 * accuracy}
     (one.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*steps, final]))
 
 
@@ -327,7 +328,7 @@ def test_the_page_fills_itself(tmp_path, document, monkeypatch):
     assert command.main(words) == 0
     text = document.read_text()
     assert "No result yet" not in text and "have not been made" not in text and "Not measured" not in text
-    planned = sum(s.seeds for s in plan.settings(OWN))
+    planned = sum(s.seeds for s in settings(OWN))
     assert f"{planned - 1} of {planned} planned runs" in text and "Missing: tiny/grpo (1)." in text
     assert "commit 1234567, on 2 cores of a test" in text and f"{(planned - 1)} minutes of wall clock" in text
     assert "| 1, tiny | EGRSD against GRPO | higher | 13 |" in text
@@ -382,7 +383,7 @@ def test_measurements_of_the_initial_weights_are_kept(tmp_path, monkeypatch):
 
     path = tmp_path / "a" / "b.json"
     assert mechanism._kept(path, measure, 1, 2) == mechanism._kept(path, measure, 1, 2) == {"x": 1}
-    monkeypatch.setitem(plan.FAMILY, "egrsd", plan.FAMILY["gate_off"])
+    monkeypatch.setitem(FAMILY, "egrsd", FAMILY["gate_off"])
     assert mechanism._kept(path, measure, 1, 2) == {"x": 2} and calls == [(1, 2)] * 2
 
 
