@@ -27,7 +27,7 @@ _PLAN = ("megatron_egrsd/planning", "megatron_egrsd/hf/operations.py")
 MEASURES = {
     r"benchmarks\.(vocab_parallel|divergence)\b|make bench": _LOSS,
     r"benchmarks\.convert\b": ("megatron_egrsd/hf",),
-    r"benchmarks\.(end_to_end|overlap|adapters)\b": _STEP,
+    r"benchmarks\.(end_to_end|overlap|adapters|check_training)\b": _STEP,
     r"benchmarks\.packing\b": ("megatron_egrsd/data/packing.py",),
     r"benchmarks\.host\b": ("megatron_egrsd/rollout", "megatron_egrsd/rewards", "megatron_egrsd/sampling"),
     r"benchmarks\.step_time\b|megatron-egrsd plan|--dry-run": _PLAN,
@@ -47,7 +47,7 @@ MEASURES = {
     r"make demo|examples/configs/tiny_cpu\.yaml": ("megatron_egrsd/objectives", "examples/tiny", *_STEP),
     r"make soak|tests/faults": ("megatron_egrsd/run", "tests/faults", *_STEP),
     r"make test": ("tests",),
-    r"check_verifier": ("megatron_egrsd/rewards",),
+    r"benchmarks\.check_verifier\b": ("megatron_egrsd/rewards",),
     r"megatron-egrsd evaluate": ("megatron_egrsd/evaluation", "megatron_egrsd/rollout"),
     r"test_pages\.py": ("megatron_egrsd/report",),
     r"tools/make_tiny_model\.py": ("tools/make_tiny_model.py",),

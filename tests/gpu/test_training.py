@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("name", ["tiny", "0.6B"])
 def test_one_gpu_trains_and_the_plan_is_right(name, dtype, tmp_path):
     pytest.importorskip("megatron.core")
-    from tools.check_training import check
+    from benchmarks.check_training import check
 
     result = check(name, dtype, tmp_path)
     assert not result.complaint(), result

@@ -1,4 +1,4 @@
-"""tools/check_training.py, which is written for a GPU, as far as a CPU goes."""
+"""benchmarks/check_training.py, which is written for a GPU, as far as a CPU goes."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tests.ranks import run_ranks
 
 
 def _check(rank, world_size, dtype, directory):
-    from tools.check_training import check, table
+    from benchmarks.check_training import check, table
 
     result = check("tiny", dtype, directory)
     return result.differences, table([result])

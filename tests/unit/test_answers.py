@@ -351,7 +351,7 @@ def test_what_states_an_answer():
 
 
 def test_check_verifier_lists_what_disagrees(tmp_path, capsys):
-    from tools import check_verifier
+    from benchmarks import check_verifier
 
     graded = tmp_path / "graded.jsonl"
     rows = [{"response": "A: 4", "answer": "4", "correct": True}, {"solution": "5", "answer": "4", "is_correct": True}]

@@ -36,7 +36,7 @@ WITH_TORCH = [
     "megatron.core.models.gpt", "jsonargparse", "math_verify", "pebble", "datasets",
     "liger_kernel.transformers.functional", "megatron_egrsd.rollout.launch", "sglang.srt.entrypoints.http_server",
     "sglang.srt.managers.scheduler", "sglang.srt.models.qwen3", "megatron_egrsd.cli", "megatron_egrsd.train",
-    "tools.check_training", "benchmarks.vocab_parallel", "tools.gpu.stages", "tools.gpu.report",
+    "benchmarks.check_training", "benchmarks.vocab_parallel", "tools.gpu.stages", "tools.gpu.report",
 ]  # fmt: skip
 COMPILED = [
     "orjson", "rpds", "msgspec", "zstandard", "pybase64", "zmq", "llguidance", "jiter", "setproctitle",

@@ -1,4 +1,4 @@
-"""The training stages: tools/check_training.py in the settings whose names are the stages' arguments.
+"""The training stages: benchmarks/check_training.py in the settings whose names are the stages' arguments.
 
     python -m tools.gpu.training local | build | fused | lora | recompute | fp8
 
@@ -71,7 +71,7 @@ def train(setting: str) -> None:
 
 
 def _train(name: str, parallel, lora, scratch: Path) -> None:
-    from tools.check_training import check
+    from benchmarks.check_training import check
 
     result = check(name, "bfloat16", scratch, parallel, lora)
     gib = 1 << 30

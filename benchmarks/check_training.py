@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Train on one device and report what only a run shows: log-probs against fp32, memory against the plan, speed.
 
-    python tools/check_training.py                      # the tiny model, and one of 20M parameters
-    python tools/check_training.py --models tiny 0.6B   # on a GPU: 0.6B has Qwen3-0.6B's sizes and random weights
+    python -m benchmarks.check_training                      # the tiny model, and one of 20M parameters
+    python -m benchmarks.check_training --models tiny 0.6B   # on a GPU: 0.6B has Qwen3-0.6B's sizes and random weights
 
 No SGLang: responses are random tokens, and Hugging Face's fp32 log-probs stand where SGLang's would. The difference is
 what training calls sync/log_prob_difference. Memory is counted by torch's allocator, on a GPU alone; `predicted` is the

@@ -1,4 +1,4 @@
-"""How far the verifier agrees with labels: `python tools/check_verifier.py GRADED.jsonl`.
+"""How far the verifier agrees with labels: `python -m benchmarks.check_verifier GRADED.jsonl`.
 
 Each line of the file is an object with `response` (or `solution`), `answer` (or `ground_truth`) and `correct` (or
 `is_correct`). Prints the agreement and every disagreement. Exit status 0; 1 below --at-least; 2 for a bad file.
