@@ -50,7 +50,7 @@ MEASURES = {
     r"benchmarks\.check_verifier\b": ("megatron_egrsd/rewards",),
     r"megatron-egrsd evaluate": ("megatron_egrsd/evaluation", "megatron_egrsd/rollout"),
     r"test_pages\.py": ("megatron_egrsd/report",),
-    r"tools/make_tiny_model\.py": ("tools/make_tiny_model.py",),
+    r"examples/tiny/make_model\.py": ("examples/tiny/make_model.py",),
 }
 _QUANTITY = re.compile(  # 95 % is the level of an interval
     r"(?<![\w.])(?!95 %)\d[\d,.]*\s?(?:ms|us|ns|s|%|[KMGT]i?B(?:/s)?|GFLOP/s|minutes|hours|points|times)(?!\w)"

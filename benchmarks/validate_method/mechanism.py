@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.mechanism.analysis import by_class, class_means
 from benchmarks.validate_method.hypotheses import CONFIG, FAMILY
 from benchmarks.validate_method.run import DUMPED
+from examples.tiny import make_model as tiny
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.data.dump_files import dump_path
@@ -31,7 +32,6 @@ from megatron_egrsd.objectives.interface import batch_tokens
 from megatron_egrsd.objectives.signal import History, advantages, shaped_rewards
 from megatron_egrsd.report.scored_dump import batch_weights, dumped_tokens, load_scores
 from megatron_egrsd.system.files import write_text
-from tools import make_tiny_model as tiny
 
 GROUP = 8
 TYPES = ("result", "operation", "filler", "control", "structure")  # of tokens
@@ -172,7 +172,7 @@ def _loaded(model_path: Path) -> PreTrainedModel:
 
 
 def reading(model_path: Path) -> dict[str, float]:
-    """make_tiny_model's own report: accuracy and length of student and teacher, and how the teacher reads."""
+    """make_model's own report: accuracy and length of student and teacher, and how the teacher reads."""
     torch.manual_seed(0)
     model = _loaded(model_path)
     return tiny.measure(model, tiny.make_problems(random.Random(0))[1])

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Does the teacher know more than the student? Samples from both readers of the last problems of a training set.
 
 Prints how often each is right, and the mean of log p_T - log p_S over the tokens of the student's right and wrong

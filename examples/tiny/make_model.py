@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Make the tiny Qwen3 and its task from nothing, in minutes on one core.
 
 The task is mental arithmetic: five additions and subtractions of one digit, every intermediate result
@@ -422,7 +421,7 @@ def write_model(path: Path, model: Qwen3ForCausalLM) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "examples" / "tiny")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1600, help="warm-start steps of 32 examples")
     parser.add_argument("--doubt", type=float, default=Mixture.doubt, help="share of responses that follow no lie")

@@ -1,0 +1,1 @@
+"""Configurations, scripts and small tasks to run: README.md of the repository and docs/guides explain them."""
