@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """A training step with adapters beside one of all weights: seconds, and memory beside the plan's, in turn.
 
     python -m benchmarks.adapters [--layers 28] [--rank 64] [--rounds 5] [--tokens 64]

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Checkpoints saved at once and in the background, in turn: seconds that training stands still, and seconds in all.
 
     python -m benchmarks.checkpoints [--layers 28] [--rounds 5] [--steps 4] [--tokens 64] [--directory DIR]

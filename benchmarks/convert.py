@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """How fast and how lean conversion is, against `cp` of the same bytes in the same run.
 
     python -m benchmarks.convert                 # a 0.6B-shaped model in bf16, both ways and verify

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """GRPO end to end against TRL's GRPOTrainer on this CPU (docs/measurements/end_to_end.md).
 
     python -m benchmarks.end_to_end OUTPUT --trl-python VENV/bin/python [--models tiny 20m] [--repeats 3]

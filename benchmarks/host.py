@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Time rank 0's CPU on the responses of a step, in seconds for a million tokens (docs/measurements/scaling.md).
 
     python -m benchmarks.host [--tokenizer DIRECTORY] [--tokens 4255] [--responses 200]

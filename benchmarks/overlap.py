@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Compare on-policy, one step off and partial rollouts: time of a step, and learning (docs/measurements/overlap.md).
 
     python -m benchmarks.overlap time OUTPUT [--repeats 3] [--steps 12] [-- --section.key value ...]

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Measure what routing replay changes: log-probs of SGLang and engine, with its experts and with the engine's own.
 
     python -m benchmarks.routing_replay [--model DIR] [--dtype bfloat16] [--tokens 64]

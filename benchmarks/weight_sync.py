@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Seconds to push a model's weights into one SGLang server, by every transport in turn, against one copy in memory.
 
     python -m benchmarks.weight_sync [--layers 4] [--rounds 5] [--gpu] [--lora-rank 64]

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """The older name of `megatron-egrsd convert`: python tools/convert_hf.py to-megatron|to-hf|verify ..."""
 
 import sys

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """The older name of `megatron-egrsd plan`, kept for one release."""
 
 import sys

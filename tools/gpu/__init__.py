@@ -1,0 +1,1 @@
+"""A session on a GPU machine without network: docs/guides/gpu.md."""
