@@ -14,15 +14,18 @@ own kernels are compared too. An entry of others that does not run here is left 
 """
 
 import argparse
+import datetime
 import gc
 import itertools
 import os
+import shlex
 import statistics
+import sys
 from pathlib import Path
 
 import torch
 
-from benchmarks.measure import in_turn, load, processor, seconds_of, table
+from benchmarks.measure import commit, in_turn, load, processor, seconds_of, table
 from megatron_egrsd.vocab_parallel import kernels, linear_log_prob_and_entropy, ops
 from megatron_egrsd.vocab_parallel.shard import Shard
 
@@ -365,7 +368,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokens = args.tokens or (8192 if args.device == "cuda" else 256)
-    blocks = [f"Machine: {machine(args.device, args.threads)}."]
+    source = f"Measured on {datetime.date.today():%-d %B %Y}, commit {commit() or 'unknown'}."
+    command = shlex.join(["python", "-m", "benchmarks.vocab_parallel", *sys.argv[1:]])
+    blocks = [f"# The vocab-parallel kernels, every table: {args.device}", f"{source} Command: `{command}`.",
+              f"Machine: {machine(args.device, args.threads)}."]  # fmt: skip
     pictures = []
     for v, dtype in itertools.product(args.vocab, (torch.bfloat16, torch.float32)):
         measured = compare_logits(tokens, v, dtype, args.device, args.rounds, not args.no_compile)

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.measure import processor
+from benchmarks.measure import commit, processor
 from benchmarks.runs import ROOT
 from benchmarks.validate_method.hypotheses import CONFIG
 from megatron_egrsd.errors import BadArgument
@@ -44,20 +43,6 @@ def check_same(run: Path, words: list[str]) -> None:
             raise BadArgument(
                 f"{run} was made with another {key} than that of now; choose another --output, or remove the runs there"
             )
-
-
-def commit() -> str:
-    """Return the commit of this checkout, with + if files differ from it; "" outside a git checkout."""
-    try:
-        changed = _git("status", "--porcelain", "--untracked-files=no")
-        return _git("rev-parse", "--short=7", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 def machine() -> str:

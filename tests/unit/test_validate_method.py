@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from benchmarks import paired
+from benchmarks import measure, paired
 from benchmarks.validate_method import __main__ as command
 from benchmarks.validate_method import mechanism, power, record, results, run
 from benchmarks.validate_method.hypotheses import CONFIG, EVALUATED, FAMILY, STEPS, Comparison, comparisons, settings
@@ -351,15 +351,15 @@ def test_wall_clock_counts_overlapping_runs_once():
 
 
 def test_the_commit_says_if_files_differ_from_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(record, "ROOT", tmp_path)
-    assert record.commit() == ""
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    assert measure.commit() == ""
     who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
     (tmp_path / "a").write_text("1")
     for words in (["init", "-q"], ["add", "a"], [*who, "commit", "-qm", "c"]):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
-    assert re.fullmatch("[0-9a-f]{7,}", record.commit())
+    assert re.fullmatch("[0-9a-f]{7,}", measure.commit())
     (tmp_path / "a").write_text("2")
-    assert record.commit().endswith("+")
+    assert measure.commit().endswith("+")
     assert record.machine().startswith(f"{len(os.sched_getaffinity(0))} cores")
 
 

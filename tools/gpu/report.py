@@ -2,7 +2,7 @@
 
     python -m tools.gpu.report [RESULTS] > docs/measurements/gpu.md
 
-Without results the page says that nothing has run. A row's complaint is printed behind it.
+Without results the page says that nothing has run, and lists the stages. A row's complaint is printed behind it.
 """
 
 import sys
@@ -14,7 +14,7 @@ from tools.gpu.results import read
 from tools.gpu.stages import RESULTS, stages
 
 NEVER = "**Nothing of this project has ever run on a GPU.**"
-PREPARED = "What is prepared for one, and how to run it: [gpu](../guides/gpu.md)."
+PREPARED = "[gpu](../guides/gpu.md) says how to run these stages, and how their results become this page."
 
 
 def page(directory: Path) -> str:
@@ -24,12 +24,11 @@ def page(directory: Path) -> str:
     on_gpu = [result for result in began if result["device"] != "CPU"]
     lines = ["# On a GPU", ""]
     if not on_gpu:
-        lines += [f"{NEVER} {PREPARED}", ""]
-    if not began:
-        return "\n".join(lines)
-    first = min(began, key=lambda result: result["begun"])
-    machines = sorted({f"{r['device']}, torch {r['torch']}, Python {r['python']}" for r in began})
-    lines += [f"Measured on {first['begun'][:10]}: {'; '.join(machines)}. Command: [gpu](../guides/gpu.md).", ""]
+        lines += [NEVER, PREPARED, ""]
+    if began:
+        first = min(began, key=lambda result: result["begun"])
+        machines = sorted({f"{r['device']}, torch {r['torch']}, Python {r['python']}" for r in began})
+        lines += [f"Measured on {first['begun'][:10]}: {'; '.join(machines)}. Command: [gpu](../guides/gpu.md).", ""]
     rows = []
     for stage in stages():
         result = results[stage.name]
