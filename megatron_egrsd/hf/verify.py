@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_egrsd.errors import BadArgument, RunError
+from megatron_egrsd.errors import RunError
 from megatron_egrsd.hf.byte_ranges import Advance, digest, in_threads, pieces
 from megatron_egrsd.hf.checkpoint import CONFIG, HFCheckpoint, assets, config_with_dtype
 from megatron_egrsd.hf.convert import RECORD, record_of
 from megatron_egrsd.hf.mapping import Entry, entries, hf_shapes
 from megatron_egrsd.hf.megatron_checkpoint import SIDECAR, MegatronCheckpoint, locate
-from megatron_egrsd.system.files import read_json_object
+from megatron_egrsd.system.files import read_json_object, write_text
 
 
 def verify(
@@ -62,11 +62,8 @@ def verify(
 
 
 def write_report(report: dict, path: Path) -> None:
-    """Write the report as JSON. Raises BadArgument if `path` cannot be written."""
-    try:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise BadArgument(f"the report cannot be written to {path}: {error.strerror}") from None
+    """Write the report as JSON, all of it or nothing. Raises RunError if `path` cannot be written."""
+    write_text(path, json.dumps(report, indent=1) + "\n")
 
 
 def _compare(hf: HFCheckpoint, megatron: MegatronCheckpoint, dtype: torch.dtype | None, hashes: bool,
