@@ -1,7 +1,6 @@
 """AntiSD: its weights against the formulas in fp64, and the gate over steps."""
 
 import dataclasses
-import inspect
 import math
 
 import pytest
@@ -15,6 +14,7 @@ from megatron_egrsd.objectives.load import check_objective, load_objective, need
 from megatron_egrsd.objectives.loss import policy_loss
 from megatron_egrsd.objectives.signal import History
 from megatron_egrsd.report.family import title
+from tests.mutants import mutant
 from tests.presets import preset_objective
 
 LENGTHS = [4, 3, 2]
@@ -117,17 +117,12 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_found(name):
-    old, new = MISTAKES[name]
-    source = inspect.getsource(antisd)
-    assert source.count(old) == 1
-    namespace = {"__name__": antisd.__name__}
-    exec(compile(source.replace(old, new), "mutant", "exec"), namespace)
-    mutant = type("module", (), namespace)
+    wrong = mutant(antisd, *MISTAKES[name])
     warming = History(2, notes={"warmed": 2.0, "warm": 0.8})
     right = (
-        loss_and_gradient(mutant) == pytest.approx(fp64(), rel=1e-5, abs=1e-7)
-        and loss_and_gradient(mutant, warming) == pytest.approx(fp64(gate=0), rel=1e-5, abs=1e-7)
-        and follow([*WARM, *LATER], mutant) == [0.0] * 5 + list(LATER.values())
+        loss_and_gradient(wrong) == pytest.approx(fp64(), rel=1e-5, abs=1e-7)
+        and loss_and_gradient(wrong, warming) == pytest.approx(fp64(gate=0), rel=1e-5, abs=1e-7)
+        and follow([*WARM, *LATER], wrong) == [0.0] * 5 + list(LATER.values())
     )
     assert not right
 

@@ -28,6 +28,21 @@ class Sampled:
         ]
 
 
+class Breaking(Sampled):
+    """Loses its servers once, in round `lost`, when it has one response, with which it must be asked again."""
+
+    def __init__(self, dull: int, lost: int):
+        super().__init__(dull)
+        self.lost = lost
+
+    def __call__(self, prompts, done):
+        if len(self.asked) == self.lost and not done:
+            done[0, 0] = "one response"
+            raise ServersLost("no server is left")
+        assert bool(done) == (len(self.asked) == self.lost)
+        return super().__call__(prompts, done)
+
+
 def config(rounds: int, **objective) -> Config:
     rollout = RolloutConfig(prompts_per_step=8, rollouts_per_prompt=4, dynamic_sampling=rounds)
     objective = ObjectiveConfig(**{"advantage": "group"} | objective)
@@ -77,19 +92,10 @@ def test_an_objective_that_learns_from_any_outcome_needs_no_refill():
 @pytest.mark.parametrize("lost", range(3))
 def test_servers_lost_in_any_round_leave_the_batch_as_it_would_have_been(lost):
     """Finished rounds stay; the interrupted round continues with the responses that it had."""
-
-    class Breaking(Sampled):
-        def __call__(self, prompts, done):
-            if len(self.asked) == lost and not done:
-                done[0, 0] = "one response"
-                raise ServersLost("no server is left")
-            assert bool(done) == (len(self.asked) == lost)
-            return super().__call__(prompts, done)
-
     undisturbed = Sampled(dull=25)
     expected = batch(undisturbed, config(5), 1)
     assert len(undisturbed.asked) > 2
-    first = Breaking(dull=25)
+    first = Breaking(dull=25, lost=lost)
     sampling = sampling_of(first, config(5), 1)
     with pytest.raises(ServersLost):
         sampling.result()
@@ -99,17 +105,9 @@ def test_servers_lost_in_any_round_leave_the_batch_as_it_would_have_been(lost):
 
 def test_servers_lost_while_sampling_ahead_are_no_error_once_they_were_awaited():
     """Between the two the servers got new weights: the same version again would be refused."""
-
-    class Breaking(Sampled):
-        def __call__(self, prompts, done):
-            if not done:
-                done[0, 0] = "one response"
-                raise ServersLost("no server is left")
-            return super().__call__(prompts, done)
-
     undisturbed = Sampled(dull=0)
     expected = batch(undisturbed, config(0), 1)
-    first = Breaking(dull=0)
+    first = Breaking(dull=0, lost=0)
     sampling = sampling_of(first, config(0), 1)
     with ThreadPoolExecutor(1) as thread:
         sampling.start(thread)

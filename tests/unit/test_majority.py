@@ -1,6 +1,5 @@
 """The teacher's context "majority": which answer a group agrees on, and what its rollouts then read."""
 
-import inspect
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -22,6 +21,7 @@ from megatron_egrsd.rewards.vote import majority_answer
 from megatron_egrsd.run.offline_rollouts import load_replay
 from megatron_egrsd.sampling import sampler
 from megatron_egrsd.sampling.majority import MajorityContexts
+from tests.mutants import mutant
 from tests.unit.test_prompts import tokenizer  # noqa: F401 (a fixture)
 
 BASE = ["--model.path", "m", "--data.train", "t.jsonl"]
@@ -85,12 +85,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_found(name):
-    old, new = MISTAKES[name]
-    source = inspect.getsource(vote)
-    assert source.count(old) == 1
-    namespace = {"__name__": vote.__name__}
-    exec(compile(source.replace(old, new), "mutant", "exec"), namespace)
-    assert any(namespace["majority_answer"](said(texts)) != answer for texts, answer in VOTES)
+    wrong = mutant(vote, *MISTAKES[name])
+    assert any(wrong.majority_answer(said(texts)) != answer for texts, answer in VOTES)
 
 
 # -- what the teacher reads ------------------------------------------------------------------------------------------

@@ -1,12 +1,9 @@
 """The properties of docs/reference/method.md, over ragged packed batches; planted mistakes are found."""
 
 import dataclasses
-import importlib.util
 import itertools
 import math
 import statistics
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_egrsd import objectives
 from megatron_egrsd.config import ObjectiveConfig
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout
 from megatron_egrsd.objectives import egrsd, loss, signal
 from megatron_egrsd.objectives.interface import Tokens, weigh
 from megatron_egrsd.objectives.load import load_objective
 from megatron_egrsd.objectives.signal import History
+from tests.mutants import mutant
 from tests.presets import preset_objective
 from tests.ranks import run_ranks
 
@@ -363,17 +360,6 @@ VERIFIED = [0.0, 1.0, 0.3]  # wrong, right, partial credit of a user's reward
 SIZES = [[7, 1, 12, 5], [30, 2], [9, 9, 9], [16]]
 
 
-def mutant(module: str, old: str, new: str) -> ModuleType:
-    """A module of objectives/ with a mistake in its source."""
-    path = Path(objectives.__file__).parent / f"{module}.py"
-    source = path.read_text(encoding="utf-8")
-    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {path.name}"
-    made = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"mutant_{module}", path))
-    sys.modules[made.__name__] = made  # where dataclasses look
-    exec(compile(source.replace(old, new), str(path), "exec"), made.__dict__)
-    return made
-
-
 def everything(modules: dict[str, ModuleType]) -> list[float]:
     """Rewards, advantages, weights and loss of four batches, by the modules given."""
     history, numbers = modules["signal"].History(), []
@@ -432,5 +418,5 @@ def test_a_run_of_four_steps_is_the_papers_formulas():
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_found(name):
     module, old, new = MISTAKES[name]
-    numbers = everything(REAL | {module: mutant(module, old, new)})
+    numbers = everything(REAL | {module: mutant(REAL[module], old, new)})
     assert numbers != pytest.approx(expected_numbers(), rel=2e-5, abs=1e-6)
