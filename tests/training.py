@@ -146,3 +146,31 @@ def assert_same_training(got, expected, rtol=1e-5):
     for name, weight in expected[1].items():
         difference = (got[1][name] - weight).norm() / weight.norm()
         assert difference < rtol * (100 if ".lora_" in name else 1), f"{name}: relative difference {difference:.1e}"
+
+
+def assert_resumes_bitwise(world_size, config, path, directory, stop):
+    """Train in one go, and from a checkpoint after `stop` steps: the same metrics but times, and the same weights.
+
+    Returns the metrics of the steps after the checkpoint.
+    """
+    metrics, weights = run_steps(world_size, config, path, directory / "whole", 0, config.steps)
+    run_steps(world_size, config, path, directory / "parts", 0, stop)
+    resumed, resumed_weights = run_steps(world_size, config, path, directory / "parts", stop, config.steps)
+    for a, b in zip(resumed, metrics[stop:], strict=True):
+        assert {k: v for k, v in a.items() if "time/" not in k} == {k: v for k, v in b.items() if "time/" not in k}
+    assert all(torch.equal(resumed_weights[k], v) for k, v in weights.items())
+    return resumed
+
+
+def assert_resumes_in(layouts, config, path, directory):
+    """Train on one rank, and on two in each of `layouts` in turn, each from the last one's checkpoint; compare both.
+
+    A layout is the keys of ParallelConfig that it changes. Each takes an equal share of the steps.
+    """
+    metrics, weights = run_steps(1, config, path, directory / "whole", 0, config.steps)
+    share = config.steps // len(layouts)
+    for number, layout in enumerate(layouts):
+        parallel = dataclasses.replace(config.parallel, distributed_optimizer=True, **layout)
+        split, start = dataclasses.replace(config, parallel=parallel), number * share
+        found = run_steps(2, split, path, directory / "parts", start, start + share)
+    assert_same_training(found, (metrics[-share:], weights))

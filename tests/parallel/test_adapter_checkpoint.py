@@ -5,7 +5,6 @@ import re
 import shutil
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_egrsd.config import LoraConfig, OptimizerConfig, ParallelConfig, TeacherConfig
@@ -13,7 +12,15 @@ from megatron_egrsd.data.samples import save_rollouts
 from megatron_egrsd.errors import BadArgument
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
-from tests.training import VOCAB, assert_same_training, made_up_rollouts, open_engine, run_steps, training_config
+from tests.training import (
+    VOCAB,
+    assert_resumes_bitwise,
+    assert_resumes_in,
+    made_up_rollouts,
+    open_engine,
+    run_steps,
+    training_config,
+)
 
 LORA = LoraConfig(rank=4, targets=["q_proj", "o_proj", "up_proj", "down_proj"])
 
@@ -42,22 +49,11 @@ def test_resume_is_bit_identical(dtype, parallel, setting):
     config, rollouts, root = setting
     parallel = ParallelConfig(max_tokens_per_microbatch=256, **parallel)
     config = dataclasses.replace(config, parallel=parallel, model=dataclasses.replace(config.model, dtype=dtype))
-    metrics, weights = run_steps(2, config, rollouts, root / "whole", 0, 4)
-    run_steps(2, config, rollouts, root / "parts", 0, 2)
-    resumed, resumed_weights = run_steps(2, config, rollouts, root / "parts", 2, 4)
-    for a, b in zip(resumed, metrics[2:], strict=True):
-        assert {k: v for k, v in a.items() if "time/" not in k} == {k: v for k, v in b.items() if "time/" not in k}
-    assert all(torch.equal(resumed_weights[k], v) for k, v in weights.items())
+    assert_resumes_bitwise(2, config, rollouts, root, stop=2)
 
 
 def test_resume_in_another_layout(setting):
-    config, rollouts, root = setting
-    metrics, weights = run_steps(1, config, rollouts, root / "whole", 0, 4)
-    for start, layout in (0, {"pipeline": 2, "virtual_pipeline": 2}), (2, {"tensor": 2, "sequence_parallel": True}):
-        parallel = ParallelConfig(max_tokens_per_microbatch=256, distributed_optimizer=True, **layout)
-        split = dataclasses.replace(config, parallel=parallel)
-        found = run_steps(2, split, rollouts, root / "parts", start, start + 2)
-    assert_same_training(found, (metrics[2:], weights))
+    assert_resumes_in([{"pipeline": 2, "virtual_pipeline": 2}, {"tensor": 2, "sequence_parallel": True}], *setting)
 
 
 def test_what_cannot_be_continued_is_refused_in_a_sentence(setting):

@@ -23,7 +23,8 @@ from tests.ranks import run_ranks
 from tests.training import (
     PAPER,
     VOCAB,
-    assert_same_training,
+    assert_resumes_bitwise,
+    assert_resumes_in,
     made_up_rollouts,
     open_engine,
     run_steps,
@@ -63,47 +64,25 @@ def setting(tmp_path):
 def test_resume_is_bit_identical(world_size, parallel, setting):
     config, rollouts, root = setting
     config = dataclasses.replace(config, parallel=parallel)
-    metrics, weights = run_steps(world_size, config, rollouts, root / "whole", 0, 4)
-    run_steps(world_size, config, rollouts, root / "parts", 0, 2)
-    resumed, resumed_weights = run_steps(world_size, config, rollouts, root / "parts", 2, 4)
-    for a, b in zip(resumed, metrics[2:], strict=True):
-        assert {k: v for k, v in a.items() if "time/" not in k} == {k: v for k, v in b.items() if "time/" not in k}
-    assert all(torch.equal(resumed_weights[k], v) for k, v in weights.items())
+    assert_resumes_bitwise(world_size, config, rollouts, root, stop=2)
 
 
 def test_resume_is_bit_identical_a_step_after_the_teachers_copy(setting):
     config, rollouts, root = setting
     teacher = TeacherConfig(weights="snapshot", snapshot_every=2)
     config = dataclasses.replace(config, steps=5, **PAPER | {"teacher": teacher})
-    metrics, weights = run_steps(1, config, rollouts, root / "whole", 0, 5)
-    run_steps(1, config, rollouts, root / "parts", 0, 3)
-    resumed, resumed_weights = run_steps(1, config, rollouts, root / "parts", 3, 5)
-    for a, b in zip(resumed, metrics[3:], strict=True):
-        assert {k: v for k, v in a.items() if "time/" not in k} == {k: v for k, v in b.items() if "time/" not in k}
-    assert all(torch.equal(resumed_weights[k], v) for k, v in weights.items())
+    resumed = assert_resumes_bitwise(1, config, rollouts, root, stop=3)
     assert resumed[-1]["reward/running_std"] > 0
 
 
 def test_resume_in_another_layout(setting):
-    config, rollouts, root = setting
-    metrics, weights = run_steps(1, config, rollouts, root / "whole", 0, 4)
-    split = ParallelConfig(max_tokens_per_microbatch=256, pipeline=2, virtual_pipeline=2, distributed_optimizer=True)
-    sharded = dataclasses.replace(config, parallel=split)
-    run_steps(2, sharded, rollouts, root / "parts", 0, 2)
-    tensor = dataclasses.replace(config, parallel=ParallelConfig(max_tokens_per_microbatch=256, tensor=2,
-                                                                 distributed_optimizer=True))  # fmt: skip
-    assert_same_training(run_steps(2, tensor, rollouts, root / "parts", 2, 4), (metrics[2:], weights))
+    assert_resumes_in([{"pipeline": 2, "virtual_pipeline": 2}, {"tensor": 2}], *setting)
 
 
 @pytest.mark.slow
 def test_context_parallel_resumes_in_another_layout_and_back(setting):
-    config, rollouts, root = setting
-    metrics, weights = run_steps(1, config, rollouts, root / "whole", 0, 4)
-    layouts = ({"context": 2}, {"tensor": 2}, {"pipeline": 2}, {"context": 2})
-    for step, layout in enumerate(layouts):
-        parallel = ParallelConfig(max_tokens_per_microbatch=64, distributed_optimizer=True, **layout)
-        found = run_steps(2, dataclasses.replace(config, parallel=parallel), rollouts, root / "parts", step, step + 1)
-    assert_same_training(found, (metrics[3:], weights))
+    layouts = {"context": 2}, {"tensor": 2}, {"pipeline": 2}, {"context": 2}
+    assert_resumes_in([layout | {"max_tokens_per_microbatch": 64} for layout in layouts], *setting)
 
 
 @pytest.mark.slow
@@ -111,12 +90,7 @@ def test_experts_resume_in_another_layout(setting):
     config, rollouts, root = setting
     model = make_qwen3(root / "mixture", tied=False, vocab_size=VOCAB, num_experts=6, num_hidden_layers=2)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model)))
-    metrics, weights = run_steps(1, config, rollouts, root / "whole", 0, 4)
-    for start, layout in ((0, {"expert": 2}), (2, {"tensor": 2, "sequence_parallel": True})):
-        parallel = ParallelConfig(max_tokens_per_microbatch=256, distributed_optimizer=True, **layout)
-        halved = dataclasses.replace(config, parallel=parallel)
-        found = run_steps(2, halved, rollouts, root / "parts", start, start + 2)
-    assert_same_training(found, (metrics[2:], weights))
+    assert_resumes_in([{"expert": 2}, {"tensor": 2, "sequence_parallel": True}], config, rollouts, root)
 
 
 def test_a_checkpoint_converts_without_its_teacher(setting):
