@@ -23,20 +23,21 @@ PAPER_GRPO = (*words("objective", preset="grpo", advantage="running", length_bon
 
 
 def run(command: list[str], threads: int, name: str) -> None:
-    """To the end of `command`, from the repository; where it fails, exits with the last line that it said."""
+    """Run `command` to its end, from the repository; if it fails, exit with the reason that it gave."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
     if done.returncode:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {name} failed: {last}")
+        reason = last_error(done.stderr) or "no message"
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {name} failed: {reason}")
 
 
 def reason_in(log: Path, start: int = 0) -> str:
-    """Return why a process has failed, "" if its log does not say: the program's own last error, else the last line.
+    """Return `last_error` of a process that began to write at byte `start` of a log."""
+    return last_error(log.read_bytes()[start:].decode(errors="replace"))
 
-    The process began to write at byte `start` of the log.
-    """
-    text = log.read_bytes()[start:].decode(errors="replace")
+
+def last_error(text: str) -> str:
+    """Return why a process that printed `text` failed: the program's own last error, else the last line, else ""."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     own = [line for line in lines if line.startswith("megatron-egrsd: error:")]
     return (own or lines or [""])[-1]

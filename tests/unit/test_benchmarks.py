@@ -1,9 +1,11 @@
-"""The settings of benchmarks that are runs of their own."""
+"""The settings of benchmarks that are runs of their own, and how they end if such a run fails."""
+
+import sys
 
 import pytest
 
 from benchmarks import end_to_end
-from benchmarks.runs import CONFIG
+from benchmarks.runs import CONFIG, run
 from megatron_egrsd.config_reader import parse_config
 
 
@@ -22,3 +24,16 @@ def test_the_run_beside_trl_is_grpo_as_trl_has_it(case, system, tmp_path):
     assert config.optimizer.updates_per_batch == 1
     sizes = config.rollout.prompts_per_step, config.rollout.rollouts_per_prompt, config.rollout.max_response_tokens
     assert sizes == (case.prompts, case.per_prompt, case.longest)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("a line\nmegatron-egrsd: error: no data\nresource_tracker: leaked", "megatron-egrsd: error: no data"),
+        ("Traceback\nKeyError: 3\n", "KeyError: 3"),
+        ("", "no message"),
+    ],
+)
+def test_a_run_that_fails_ends_with_its_own_reason(said, reason):
+    with pytest.raises(SystemExit, match=f"error: case A failed: {reason}$"):
+        run([sys.executable, "-c", f"import sys; sys.exit({said!r} or 1)"], threads=1, name="case A")
