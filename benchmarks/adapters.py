@@ -27,7 +27,7 @@ PROMPTS = 4
 
 
 def made_up_rollouts(tokens: int) -> list[Rollout]:
-    """One response to each prompt, two of them right; token ids of no meaning."""
+    """Return one response to each prompt, two of them right; token ids of no meaning."""
     rollouts = []
     for group in range(PROMPTS):
         prompt = Prompt(Problem(str(group), "p", "a", "s"), list(range(3, 35)), list(range(3, 99)))
@@ -41,7 +41,7 @@ def made_up_rollout(prompt: Prompt, group: int, response: list[int]) -> Rollout:
 
 
 def read_rollouts(source: Path, tokenizer: str, tokens: int, config: Config) -> list[Rollout]:
-    """The beginning of the reference solution as the response to each of the first problems; two of them right."""
+    """Return the beginning of the solution as the response to each of the first problems; two of them right."""
     from transformers import AutoTokenizer
 
     from megatron_egrsd.data.problems import load_problems
@@ -56,7 +56,7 @@ def read_rollouts(source: Path, tokenizer: str, tokens: int, config: Config) -> 
 
 
 def planned(config: Config, rollouts: list[Rollout]) -> int:
-    """Bytes that the dry run plans for `rollouts`, without the weight sync, which these steps lack."""
+    """Return the bytes that the dry run plans for `rollouts`, without the weight sync, which these steps lack."""
     from megatron_egrsd.hf.architecture import Architecture
     from megatron_egrsd.planning.fit import Longest, memory_of_longest, placement
 

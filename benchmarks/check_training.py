@@ -7,7 +7,7 @@ No SGLang: responses are random tokens, and Hugging Face's fp32 log-probs stand 
 what training calls sync/log_prob_difference. Memory is counted by torch's allocator, on a GPU alone; `predicted` is the
 dry run's sum without its allowance for the CUDA runtime, beside which stands what that really took. Seconds stand
 beside those of the step-time model (planning/step_time.py), for a GPU that planning/machines.py knows. Ends with status
-1 where log-probs or memory are further off than LIMITS and PEAK. tools/gpu/training.py runs it in more settings.
+1 if log-probs or memory are further off than LIMITS and PEAK. tools/gpu/training.py runs it in more settings.
 """
 
 import argparse
@@ -51,7 +51,7 @@ LIMITS, PEAK = {"float32": 1e-4, "bfloat16": 0.05}, 0.1
 
 @dataclass(frozen=True)
 class Result:
-    """Hold what one model did on this device.
+    """Result of one model on this device.
 
     `differences` are mean |log-prob - fp32 log-prob| in nats of each step, the first before any update. `seconds` is
     the median step; `planned` is that of the step-time model, 0 for a device that it does not know.
@@ -83,7 +83,7 @@ def device() -> torch.device:
 
 
 def make_model(name: str, directory: Path) -> Path:
-    """The model's checkpoint: the trained tiny one, or random weights as Hugging Face initialises them."""
+    """Return the model's checkpoint: the trained tiny one, or random weights as Hugging Face initialises them."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     sizes, path = MODELS[name][0], directory / name
@@ -98,7 +98,7 @@ def make_model(name: str, directory: Path) -> Path:
 
 
 def make_rollouts(arch: Architecture, longest: int) -> list[Rollout]:
-    """Random prompts and responses of 1/8 to all of `longest` tokens; half of each group is right."""
+    """Draw random prompts and responses of 1/8 to all of `longest` tokens; half of each group is right."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(low: int, high: int) -> list[int]:
@@ -116,7 +116,7 @@ def make_rollouts(arch: Architecture, longest: int) -> list[Rollout]:
 
 @torch.no_grad()
 def with_reference(rollouts: list[Rollout], model: Path) -> list[Rollout]:
-    """`rollouts` with Hugging Face's log-probs, computed in fp32 from the same weights."""
+    """Return `rollouts` with Hugging Face's log-probs, computed in fp32 from the same weights."""
     from transformers import Qwen3ForCausalLM
     from transformers.utils.logging import disable_progress_bar
 

@@ -65,7 +65,7 @@ def size(directory: Path, pattern: str = "*") -> int:
 
 
 def measured(action: str, directory: Path) -> dict:
-    """Seconds, of the clock and of the processors, and peak anonymous bytes of one conversion in a fresh process."""
+    """Convert in a fresh process; return seconds, of the clock and of the processors, and peak anonymous bytes."""
     source, target = (directory / name for name in CONVERSIONS[action])
     with multiprocessing.get_context("spawn").Pool(1) as process:  # ended with the block, also after a timeout
         return process.apply_async(convert, (action, source, target)).get(900)
@@ -105,7 +105,7 @@ def warm(directory: Path, nbytes: int) -> None:
 
 
 def copied(source: Path, target: Path) -> dict:
-    """The same of `cp` of the weights."""
+    """Return the same of `cp` of the weights."""
     files = [str(file) for file in source.glob("*.safetensors")]
     target.mkdir()
     warm(target.parent, size(source, "*.safetensors"))
@@ -118,7 +118,7 @@ def copied(source: Path, target: Path) -> dict:
 
 
 def throughput(directory: Path, repeats: int) -> None:
-    """Interleaved runs of cp and the conversions, each with no writes pending; the medians and their ratio."""
+    """Run cp and the conversions in turns, each with no writes pending; print the medians and their ratio."""
     nbytes = make_model(directory / "hf")
     results: dict[str, list[dict]] = {name: [] for name in ("cp", *CONVERSIONS)}
     for _ in range(repeats):
@@ -140,7 +140,7 @@ def throughput(directory: Path, repeats: int) -> None:
 
 
 def copies(directory: Path, repeats: int) -> None:
-    """Interleaved copies of one file: through a buffer that is reused, from a mapping, through fresh buffers."""
+    """Copy one file in turns: through a buffer that is reused, from a mapping, through fresh buffers."""
     from megatron_egrsd.hf.byte_ranges import reserve
 
     make_model(directory / "hf")
@@ -196,7 +196,7 @@ def copies(directory: Path, repeats: int) -> None:
 
 
 def memory(directory: Path) -> None:
-    """Peak anonymous memory against depth, at a vocabulary small enough that the layers decide."""
+    """Print peak anonymous memory against depth, at a vocabulary small enough that the layers decide."""
     rows = []
     for layers in (4, 8, 16, 32):
         root = directory / str(layers)

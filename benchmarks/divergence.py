@@ -7,7 +7,7 @@ written over the student's logits, and JSD behind the LM head, from hidden state
 so that a change of the machine's load meets all of them; the numbers are medians. The floor, measured in the same
 rounds, is the time to read both tensors once; the gradient's also writes one.
 
-TRL's, Liger's and NeMo-RL's own functions are called where their packages can be imported, and left out elsewhere.
+TRL's, Liger's and NeMo-RL's own functions are called if their packages can be imported, and left out elsewhere.
 `gkd_jsd`, which torch.compile gets, is GKD's generalised JSD, written by us from its formula.
 """
 
@@ -29,7 +29,7 @@ READ, WRITE, OURS = "floor: read both once", "floor: read both, write one", "our
 
 
 def eager_forward_kl(teacher, student):
-    """KL(p || q) from one exponential of each, in place where possible; it loses the digits of a small divergence."""
+    """Return KL(p || q) from one exponential of each, in place if possible; it loses digits of a small divergence."""
     t, s = teacher.float(), student.float()
     t = t - t.amax(-1, keepdim=True)
     s = s - s.amax(-1, keepdim=True)
@@ -68,7 +68,7 @@ def peers(teacher, student) -> dict[str, Callable[[], torch.Tensor]]:
 
 
 def liger_jsd():
-    """Liger's JSD of chunked logits, in torch; ImportError where liger-kernel is not installed."""
+    """Return Liger's JSD of chunked logits, in torch. Raises ImportError if liger-kernel is not installed."""
     from liger_kernel.chunked_loss import jsd_loss
 
     return jsd_loss

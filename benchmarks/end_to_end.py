@@ -49,14 +49,14 @@ SYSTEMS = {  # threads of the trainer, and our settings; our server has one, bes
 
 
 def even_length(response: str, answer: str) -> float:
-    """A reward that a random model earns every other time."""
+    """Return a reward that a random model earns every other time."""
     return float(len(response) % 2 == 0)
 
 
 def model(name: str, output: Path) -> Path:
-    """The tiny model; or a random one of 20M parameters over its tokenizer.
+    """Return the path of the tiny model, or of a random one of 20M parameters over its tokenizer.
 
-    Every token about as likely as every other makes the lengths geometric: mean 45, one in a hundred above 200.
+    Its tokens are about equally likely, which makes the lengths geometric: mean 45, one in a hundred above 200.
     """
     path = output / "model-20m"
     if name == "tiny" or path.exists():
@@ -78,7 +78,7 @@ def model(name: str, output: Path) -> Path:
 
 
 def settings(case: Case, checkpoint: Path, output: Path) -> dict:
-    """Ours, by dotted key."""
+    """Return our settings, by dotted key."""
     return {
         "model.path": checkpoint, "data.train": ROOT / "examples/tiny/train.jsonl", "data.evaluation": "",
         "data.reward": case.reward, "objective.preset": "grpo", "optimizer.clip_grad": 1.0,
@@ -94,7 +94,7 @@ def words(values: dict) -> list[str]:
 
 
 def order(case: Case, checkpoint: Path) -> list[dict]:
-    """Prompts in the order in which our run takes them, as text and as tokens."""
+    """Return the prompts in the order in which our run takes them, as text and as tokens."""
     from megatron_egrsd.config_reader import parse_config
     from megatron_egrsd.data.problems import batch_indices
     from megatron_egrsd.data.prompt_builder import prompt_builder
@@ -111,7 +111,7 @@ def order(case: Case, checkpoint: Path) -> list[dict]:
 
 
 def measure(system: str, path: Path, case: Case, checkpoint: Path, trl_python: str) -> list[dict]:
-    """The steps of a run, as rows of metrics.jsonl."""
+    """Return the steps of a run, which runs if it has not, as rows of metrics.jsonl."""
     threads, own = SYSTEMS[system]
     if not (path / "finished").exists():
         shutil.rmtree(path, ignore_errors=True)
@@ -128,7 +128,7 @@ def measure(system: str, path: Path, case: Case, checkpoint: Path, trl_python: s
 
 
 def print_table(name: str, runs: dict[str, list[list[dict]]], case: Case) -> None:
-    """Medians over the steps of all repeats, without each run's first step, which warms up, and last."""
+    """Print medians over the steps of all repeats, without each run's first step, which warms up, and last."""
     print(f"\n**{name}**: {case.prompts} prompts x {case.per_prompt}, at most {case.longest} tokens\n")
     steps = {system: [row for run in found for row in run[1:-1]] for system, found in runs.items()}
     a_token = {s: median(row["time/step"] / row["batch/tokens"] for row in found) for s, found in steps.items()}

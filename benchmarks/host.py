@@ -42,7 +42,7 @@ def own_tokenizer():
 
 
 def responses(tokenizer, length: int) -> Iterator[tuple[list[int], str]]:
-    """Endless (token ids, right answer): `length` tokens of solutions, and the last one's answer in a box."""
+    """Yield (token ids, right answer) without end: `length` tokens of solutions, and the last answer in a box."""
     ids: list[int] = []
     while True:
         for row in _lines("gsm8k_test.jsonl"):
@@ -54,7 +54,7 @@ def responses(tokenizer, length: int) -> Iterator[tuple[list[int], str]]:
 
 
 def server_answer(ids: list[int]) -> bytes:
-    """As SGLang sends it."""
+    """Return the answer as SGLang sends it."""
     entries = [[-0.1234567890123456 - token / 1e6, token, None] for token in ids]
     meta = {"finish_reason": {"type": "stop"}, "weight_version": "3", "output_token_logprobs": entries}
     return orjson.dumps({"text": "", "output_ids": ids, "meta_info": meta})

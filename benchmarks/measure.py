@@ -24,7 +24,7 @@ def in_turn(
     clock: Callable[[Callable[[], object]], float] = seconds_of,
     prepare: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each function by `clock`, `rounds` times, one after the other: a change of load meets all of them.
+    """Return the seconds of each function by `clock`, `rounds` times, in turn: a change of load meets all of them.
 
     `prepare(name)` runs before each call and is not counted.
     """

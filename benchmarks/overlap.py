@@ -34,14 +34,14 @@ PHASES = ("generate", "score", "train", "sync", "wait", "step")
 
 
 def train(output: Path, arguments: list[str]) -> list[dict]:
-    """The rows of metrics.jsonl of a run; exits with the run's message where it fails."""
+    """Return the rows of metrics.jsonl of a run. Exits with the run's message if it fails."""
     if not (output / "hf").exists():
         run([*TRAIN, "--output", str(output.resolve()), *arguments], 1, str(output))
     return metrics(output)
 
 
 def slowdown(more: list[str], rounds: int = 5) -> tuple[float, float]:
-    """How many times as long sampling, and passes of the model in another process, take side by side as alone."""
+    """Measure how many times as long sampling, and passes of the model in another process, take together as alone."""
     config = parse_config([*CONFIG, "--output", "unused", *more])
     prompts, _, tokenizer = prepare(config)
     ids = [prompt.student_ids for prompt in prompts[: config.rollout.prompts_per_step]]
@@ -77,7 +77,7 @@ def slowdown(more: list[str], rounds: int = 5) -> tuple[float, float]:
 
 
 def _passes(requests: Connection, checkpoint: str) -> None:
-    """From "start" to "stop", forward and backward passes on one thread; answers with how many a second."""
+    """Run forward and backward passes on one thread from "start" to "stop"; answers with how many a second."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -104,7 +104,7 @@ def _passes(requests: Connection, checkpoint: str) -> None:
 
 
 def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
-    """Medians over the steps of all repeats, without the first one, which warms up, and the last, which is alone."""
+    """Print medians over the steps of all repeats, without the first, which warms up, and the last, which is alone."""
     before = slowdown(more)
     phases: dict[str, list[dict[str, np.ndarray]]] = {mode: [] for mode in MODES}
     overlapped: dict[str, list[list[np.ndarray]]] = {mode: [] for mode in MODES}
@@ -147,7 +147,7 @@ def time_table(output: Path, repeats: int, steps: int, more: list[str]) -> None:
 
 
 def curves(output: Path, seeds: list[int], steps: int, more: list[str]) -> None:
-    """Held-out accuracy and length at every evaluation: mean over the seeds, lowest and highest in brackets."""
+    """Print held-out accuracy and length at every evaluation: mean over the seeds, lowest and highest in brackets."""
     columns: dict[str, dict[int, list[dict]]] = {}
     for seed in seeds:
         for mode, arguments in MODES.items():

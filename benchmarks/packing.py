@@ -53,7 +53,7 @@ class PassWaste:
 
 def step_waste(name: str, ranks: int, samples: int, degenerate: float, seed: int, budget: int = BUDGET, *,
                both: bool = True) -> list[PassWaste]:  # fmt: skip
-    """Scoring and training pass of one step; not `both` balances the sum of their costs, as one pass would."""
+    """Return the waste of scoring and training pass of a step; not `both` balances the sum of their costs."""
     rng = random.Random(seed)
     responses = RESPONSES[name](rng, ranks * samples)
     signal = [rng.random() >= degenerate for _ in range(ranks * samples // 8)]

@@ -9,7 +9,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Difference:
-    """Of n pairs. `low` and `high` bound the 95 % t interval, `low90` and `high90` the 90 % one; `p` is two-sided."""
+    """Difference of n pairs. `low` and `high` bound the 95 % t interval, `low90` and `high90` 90 %; p is two-sided."""
 
     n: int
     mean: float
@@ -21,12 +21,12 @@ class Difference:
     p: float
 
     def within(self, margin: float) -> bool:
-        """Two one-sided t tests at 5 %: the 90 % interval lies inside (-margin, margin)."""
+        """Return whether the 90 % interval lies inside (-margin, margin): two one-sided t tests at 5 %."""
         return -margin < self.low90 and self.high90 < margin
 
 
 def difference(pairs: np.ndarray) -> Difference:
-    """Of pairwise differences [n], n >= 2."""
+    """Return the statistics of pairwise differences [n], n >= 2."""
     n, mean, deviation = len(pairs), float(np.mean(pairs)), float(np.std(pairs, ddof=1))
     error = deviation / np.sqrt(n)
     wide, narrow = (error * stats.t.ppf(q, n - 1) for q in (0.975, 0.95))
@@ -34,7 +34,7 @@ def difference(pairs: np.ndarray) -> Difference:
 
 
 def sign_flip(pairs: np.ndarray) -> float:
-    """Exact two-sided p of the mean under "each difference is as likely to have the other sign" (R. A. Fisher, 1935).
+    """Return the exact two-sided p of the mean if each difference may as well have the other sign (R. A. Fisher, 1935).
 
     All 2^n sign vectors are enumerated: n is at most 20. The smallest p there is, is 2 / 2^n.
     """
@@ -46,7 +46,7 @@ def sign_flip(pairs: np.ndarray) -> float:
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """S. Holm's step-down adjusted p-values (Scand. J. Statist. 6 (1979), 65-70), in the order given."""
+    """Return S. Holm's step-down adjusted p-values (Scand. J. Statist. 6 (1979), 65-70), in the order given."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(np.argsort(p_values, kind="stable")):
         largest = max(largest, (len(p_values) - rank) * p_values[index])

@@ -44,5 +44,5 @@ def last_error(text: str) -> str:
 
 
 def metrics(path: Path) -> list[dict]:
-    """The rows of the metrics.jsonl of the run at `path`."""
+    """Return the rows of the metrics.jsonl of the run at `path`."""
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -31,7 +31,7 @@ PHASES = ("generate", "score", "train", "sync")
 
 
 def check(runs: list[Path]) -> None:
-    """Print measured and predicted seconds of each phase of each run. BadArgument where a run lacks its records."""
+    """Print measured and predicted seconds of each phase of each run. Raises BadArgument if a run lacks its records."""
     if not runs:
         raise BadArgument("give run directories: the first one to take the constants from, the others to predict")
     terms, seconds = zip(*(_read(run) for run in runs), strict=True)
@@ -52,7 +52,7 @@ def check(runs: list[Path]) -> None:
 
 
 def _read(run: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Terms [steps, n] and seconds [steps] of each phase. The first step, which warms up, is left out."""
+    """Return terms [steps, n] and seconds [steps] of each phase. The first step, which warms up, is left out."""
     files = list(dumps_in(run / "rollouts").values())[1:]
     if not (run / "config.yaml").is_file() or not files:
         raise BadArgument(f"{run} is no run of two steps or more with --dump_rollouts true")
@@ -94,7 +94,7 @@ def _terms(rollouts: list[Rollout], config: Config, arch: Architecture) -> dict[
 
 
 def _fit(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Constants [n] >= 0 by least squares over the half of the steps that other load has disturbed least."""
+    """Fit constants [n] >= 0 by least squares over the half of the steps that other load has disturbed least."""
     kept = np.arange(len(seconds))
     for _ in range(5):
         constants = np.linalg.lstsq(terms[kept], seconds[kept], rcond=None)[0]

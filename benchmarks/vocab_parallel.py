@@ -9,7 +9,7 @@ logits once; reading and writing them once) are measured in the same rounds. Col
 Memory on the CPU is the process's high-water mark: with malloc settings that keep memory back it reads 0.
 
 The restatements of verl, slime, AReaL and Liger below are ours, written from what their functions compute and keep,
-not their code; where a peer's function gives no entropy, the entry says so and is compared as it is. On a GPU Liger's
+not their code; if a peer's function gives no entropy, the entry says so and is compared as it is. On a GPU Liger's
 own kernels are compared too. An entry of others that does not run here is left out, with a line that says so.
 """
 
@@ -38,7 +38,7 @@ def ours_forward(logits, target):
 
 
 def eager_forward(logits, target):
-    """The leanest plain torch: one exponential, in place where possible, nothing kept for a backward."""
+    """Compute with the leanest plain torch: one exponential, in place if possible, nothing kept for a backward."""
     x = logits.float()
     peak = x.amax(-1, keepdim=True)
     at_target = x.gather(1, target[:, None]) - peak
@@ -49,7 +49,7 @@ def eager_forward(logits, target):
 
 
 def megatron_forward(logits, target):
-    """megatron-core's unfused cross-entropy on one rank (log-prob only): fp32 copy, softmax kept."""
+    """Compute megatron-core's unfused cross-entropy on one rank (log-prob only): fp32 copy, softmax kept."""
     x = logits.float() if logits.dtype != torch.float32 else logits.clone()
     x.sub_(x.amax(-1, keepdim=True))
     at_target = x.gather(1, target[:, None])[:, 0].clone()
@@ -58,7 +58,7 @@ def megatron_forward(logits, target):
 
 
 def verl_forward(logits, target):
-    """Log-prob as Megatron's on a clone, and the entropy from its own softmax; two passes over fp32 logits."""
+    """Compute log-prob as Megatron's on a clone, and the entropy from its own softmax; two passes over fp32 logits."""
     log_prob, softmax = megatron_forward(logits, target)
     x = logits.float()
     peak = x.amax(-1, keepdim=True)
@@ -70,7 +70,7 @@ def verl_forward(logits, target):
 
 
 def slime_forward(logits, target):
-    """One fp32 buffer for both results, the softmax written over it."""
+    """Compute in one fp32 buffer for both results, the softmax written over it."""
     x = logits.float() if logits.dtype != torch.float32 else logits.clone()
     peak = x.amax(-1, keepdim=True)
     x.sub_(peak)
@@ -82,7 +82,7 @@ def slime_forward(logits, target):
 
 
 def areal_forward(logits, target):
-    """Softmax and the product with the logits as two buffers; only the softmax is kept."""
+    """Compute softmax and the product with the logits as two buffers; only the softmax is kept."""
     x = logits.float()
     d = x - x.amax(-1, keepdim=True)
     at_target = d.gather(1, target[:, None])[:, 0]
@@ -93,7 +93,7 @@ def areal_forward(logits, target):
 
 
 def liger_forward(logits, target):
-    """Vocab-parallel cross-entropy (log-prob only): a pass for the maximum, then an fp32 exponential buffer, summed."""
+    """Compute vocab-parallel cross-entropy (log-prob only): a pass for the maximum, then a summed fp32 exp buffer."""
     peak = logits.amax(-1).float()
     e = (logits.float() - peak[:, None]).exp_()
     return logits.gather(1, target[:, None])[:, 0].float() - peak - e.sum(-1).log()
@@ -111,7 +111,7 @@ def eager_backward(logits, target, lse, entropy, g, h):
 
 
 def megatron_backward(softmax, target, g, dtype):
-    """From the kept softmax, in place; log-prob only."""
+    """Compute the gradient from the kept softmax, in place; log-prob only."""
     softmax.scatter_add_(1, target[:, None], -torch.ones_like(g)[:, None])
     return softmax.mul_(-g[:, None]).to(dtype)
 
@@ -130,13 +130,13 @@ def gpu_seconds(function) -> float:
 
 
 def interleaved(entries: dict, rounds: int, device: str, prepare=lambda name: None) -> dict[str, list[float]]:
-    """Seconds of each entry, without those of a first round, which warms up."""
+    """Return the seconds of each entry, without those of a first round, which warms up."""
     clock = gpu_seconds if device == "cuda" else seconds_of
     return {name: seconds[1:] for name, seconds in in_turn(entries, rounds + 1, clock, prepare).items()}
 
 
 def peak_extra_bytes(function, device: str) -> float:
-    """Memory above what is held before the call, at its highest. CPU: from the process's high-water mark."""
+    """Return the highest memory above that held before the call. CPU: from the process's high-water mark."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -157,7 +157,7 @@ def peak_extra_bytes(function, device: str) -> float:
 
 
 def floors(logits, device: str):
-    """(read the logits, read and write them in place): the least any implementation can do."""
+    """Return (read the logits, read and write them in place), the least that any implementation can do."""
     if device == "cpu":
         return lambda: kernels.read_floor(logits), lambda: kernels.read_write_floor(logits)
     # A copy reads and writes each byte once; half of its time is the read at that bandwidth.
@@ -248,14 +248,14 @@ def running(entries: dict) -> dict:
 
 
 def liger():
-    """Liger's own functions; ImportError where liger-kernel is not installed."""
+    """Return Liger's own functions. Raises ImportError if liger-kernel is not installed."""
     from liger_kernel.transformers import functional
 
     return functional
 
 
 def megatron_fused(logits, target):
-    """megatron-core's fused cross-entropy itself, where it is installed and its group can be a single rank."""
+    """Return megatron-core's fused cross-entropy itself if it is installed and its group can be a single rank."""
     try:
         import torch.distributed as dist
         from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
@@ -270,7 +270,7 @@ def megatron_fused(logits, target):
 
 
 def compare_linear(n, d, v, device, rounds):
-    """The LM head: forward and backward, logits materialised in bf16 against chunks with bf16 and with fp32 logits."""
+    """Compare forms of the LM head, forward and backward: all logits in bf16, chunks with bf16 and with fp32 logits."""
     g = torch.Generator(device=device).manual_seed(0)
     hidden = torch.randn(n, d, generator=g, device=device).bfloat16().requires_grad_()
     weight = (torch.randn(v, d, generator=g, device=device) * 2 * d**-0.5).bfloat16().requires_grad_()

@@ -33,7 +33,7 @@ TRANSPORTS = "distributed", "ipc", "disk"
 
 
 def seconds_of_a_copy(tensors: list[torch.Tensor]) -> float:
-    """The least that any transport does: read every byte once and write it once."""
+    """Measure the least that any transport does: read every byte once and write it once."""
     into = [torch.empty_like(t) for t in tensors]
     start = time.monotonic()
     for target, source in zip(into, tensors, strict=True):

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None, name: str = "megatron-egrsd") -> int:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt after a Ctrl-C also where torch or megatron-core have made another exception of it."""
+    """Raise KeyboardInterrupt after a Ctrl-C, also if torch or megatron-core have made another exception of it."""
     # Another handler is the caller's own; a shell's background job ignores the signal; a thread cannot set a handler.
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

@@ -40,7 +40,7 @@ _OLD_OPTION = re.compile(f"--({'|'.join(map(re.escape, RENAMED))})(?=$|[.+=])")
 
 
 def valid_keys(cls: type = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the configuration, sections included."""
+    """Return every dotted key of the configuration, sections included."""
     keys = []
     for f in dataclasses.fields(cls):
         keys.append(prefix + f.name)
@@ -50,7 +50,7 @@ def valid_keys(cls: type = Config, prefix: str = "") -> list[str]:
 
 
 def nearest_key(key: str) -> str:
-    """ "; did you mean X?" for the valid key most like `key`, else an empty string."""
+    """Return "; did you mean X?" for the valid key most like `key`, or "" if none is like it."""
     keys = valid_keys()
     by_leaf = {old.rpartition(".")[2]: k for old, k in (*RENAMED.items(), *((k, k) for k in reversed(keys)))}
     leaf = key.rpartition(".")[2]
@@ -154,7 +154,7 @@ def preset_keys(name: str) -> dict[str, Any]:
 
 
 def _one_sentence(message: str) -> str:
-    """jsonargparse's message in the words of this project, with the nearest valid key; endless words are cut."""
+    """Return jsonargparse's message in this project's words, with the nearest valid key. Endless words are cut."""
     message = re.sub(r"(\S{200})\S+", r"\1...", message)
     for pattern in (
         r"unrecognized arguments: --([\w.\-]+)",

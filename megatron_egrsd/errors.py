@@ -2,24 +2,24 @@
 
 
 class BadArgument(ValueError):
-    """The request itself cannot work: a wrong key, path, size or dataset. Nothing was started."""
+    """A request that cannot work: a wrong key, path, size or dataset. Nothing was started."""
 
     exit_status = 2
 
 
 class RunError(RuntimeError):
-    """Something failed while running: a server died, a sync was corrupted, a deadline passed."""
+    """A failure while running: a server died, a sync was corrupted, a deadline passed."""
 
     exit_status = 1
 
 
 class Preempted(RunError):
-    """The run was asked to stop (SIGTERM)."""
+    """A request to stop the run (SIGTERM)."""
 
     exit_status = 0
 
 
 class Interrupted(Preempted):
-    """The run was stopped by Ctrl-C, and saved."""
+    """A stop of the run by Ctrl-C, after which it was saved."""
 
     exit_status = 130

@@ -96,7 +96,7 @@ class _Batch:
         return [[k for i in part for k in self.further_of[i]] for part in self.partition]
 
     def length(self, i: int) -> int:
-        """Response tokens of rollout `i`."""
+        """Return the number of response tokens of rollout `i`."""
         return len(self.rollouts[i].response_ids)
 
     def scores_student(self, objective: Objective) -> bool:
@@ -236,7 +236,7 @@ class _Columns:
     reference_log_prob: torch.Tensor | None  # None without a KL penalty
 
     def select(self, spans: list[slice], cu_seqlens: torch.Tensor) -> "_Columns":
-        """The tokens of `spans`, which are the rollouts that `cu_seqlens` bounds, end to end."""
+        """Return the tokens of `spans`, which are the rollouts that `cu_seqlens` bounds, end to end."""
 
         def pick(column: torch.Tensor | None) -> torch.Tensor | None:
             return None if column is None else torch.cat([column[..., span] for span in spans], -1)
@@ -275,7 +275,7 @@ def _prepare(engine: Engine, batch: _Batch, objective: Objective, scores: BatchS
 
 
 def _normalizer(batch: _Batch, rank: int, config: ObjectiveConfig) -> torch.Tensor:
-    """The divisor of each token's term of the loss, [T] fp32 of `rank`'s rollouts; each update has its own."""
+    """Return the divisor of each token's term of the loss, [T] fp32 of `rank`'s rollouts; each update has its own."""
     parts = []
     for update in batch.updates:
         lengths = [batch.length(i) for part in update for i in part]
@@ -316,7 +316,7 @@ def _update(
 
 
 def _loss(scores: Scores, columns: _Columns, objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of one micro-batch of R tokens, and sums over them by the name of the metric that is their mean.
+    """Return the loss of one micro-batch of R tokens, and sums over them by the name of the metric that is their mean.
 
     `scores` [R] are those of the training pass. Without scores of its own, the student before the update is the policy
     that is being trained.
@@ -353,7 +353,7 @@ def _loss(scores: Scores, columns: _Columns, objective: Objective) -> tuple[torc
 
 
 def _reason_to_skip(sums: TokenSums, limit: float) -> str:
-    """The reason to skip an update with these sums, or "" if it may be applied; `limit` in nats a token."""
+    """Return the reason to skip an update with these sums, or "" if it may be applied; `limit` in nats a token."""
     difference = sums.values["sync/log_prob_difference"]
     if not math.isfinite(difference):
         return "log_prob"
@@ -363,7 +363,7 @@ def _reason_to_skip(sums: TokenSums, limit: float) -> str:
 
 
 def rollout_metrics(rollouts: list[Rollout], shaped_rewards: list[float], advantage: list[float]) -> dict[str, float]:
-    """Metrics that need no engine."""
+    """Return the metrics that need no engine."""
     lengths, n = [len(r.response_ids) for r in rollouts], len(rollouts)
     return {
         "reward/mean": sum(r.reward for r in rollouts) / n,
@@ -378,7 +378,7 @@ def rollout_metrics(rollouts: list[Rollout], shaped_rewards: list[float], advant
 
 
 def _update_metrics(updates: list[Update]) -> dict[str, float]:
-    """Means over the trained tokens of all updates; loss, gradient and counts of those that were applied."""
+    """Return means over the trained tokens of all updates; loss, gradient and counts of the applied updates."""
     applied = [update for update in updates if not update.skipped]
     metrics = {"optimizer/updates": float(len(applied))}
     if not updates:

@@ -12,7 +12,7 @@ _FOLDS = 5
 
 
 def bootstrap(problem: np.ndarray, statistic: Statistic, resamples: int, seed: int = 0) -> dict[str, dict[str, float]]:
-    """{name: {value, low, high}} of `statistic`, with 95 % percentile intervals over resampled problems.
+    """Return {name: {value, low, high}} of `statistic`, with 95 % percentile intervals over resampled problems.
 
     Whole problems are drawn, because the tokens of a response, and the responses to a problem, are alike. `problem` [T]
     numbers them. A draw in which a number is undefined (NaN) does not count for it. One problem alone has no bounds.
@@ -34,12 +34,12 @@ def bootstrap(problem: np.ndarray, statistic: Statistic, resamples: int, seed: i
 
 
 def by_class(classes: np.ndarray, names: tuple[str, ...], means: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Share of the tokens and means of `means` [T] for each class; `classes` [T] are indices into `names`."""
+    """Return each class's share of the tokens and means of `means` [T]; `classes` [T] are indices into `names`."""
     return {name: class_means(classes == i, means) for i, name in enumerate(names)}
 
 
 def class_means(here: np.ndarray, means: dict[str, np.ndarray]) -> dict[str, float]:
-    """Share of the tokens `here` [T] bool, and means over them."""
+    """Return the share of the tokens `here` [T] bool, and means over them."""
     return {"share": float(here.mean())} | {name: _mean(values[here]) for name, values in means.items()}
 
 
@@ -51,7 +51,7 @@ def parts(values: np.ndarray, classes: np.ndarray, names: tuple[str, ...]) -> di
 
 
 def style_against_task(delta: np.ndarray, role: np.ndarray, roles: tuple[str, ...]) -> dict[str, float]:
-    """Parts of the tokens and of the sum of |delta| by role, means of |delta|, and the ratio of style's to task's."""
+    """Return parts of tokens and of sum |delta| by role, means of |delta|, and the ratio of style's to task's."""
     size = np.abs(delta)
     found = {f"tokens/{name}": part for name, part in parts(np.ones(len(role)), role, roles).items()}
     found |= {f"gap/{name}": part for name, part in parts(size, role, roles).items()}
@@ -61,7 +61,7 @@ def style_against_task(delta: np.ndarray, role: np.ndarray, roles: tuple[str, ..
 
 
 def correlations(target: np.ndarray, position: np.ndarray, entropy: np.ndarray) -> dict[str, float]:
-    """Spearman's correlations of `target` with position and entropy, and the partial ones, each given the other.
+    """Return Spearman's correlations of `target` with position and entropy, and the partial ones given the other.
 
     All arrays are [T]. NaN if an array is constant.
     """
@@ -83,7 +83,7 @@ def _partial(own: float, other: float, between: float) -> float:
 
 
 def predicted(target: np.ndarray, position: np.ndarray, entropy: np.ndarray, problem: np.ndarray) -> Statistic:
-    """The share R^2 of the ranks of `target` that position, entropy and both explain on problems not fitted to.
+    """Return the share R^2 of the ranks of `target` that position, entropy and both explain on problems not fitted.
 
     A predictor enters as its decile, a step function, so that any shape counts, not only a monotone one; both together
     are the sum of two. Problems are dealt into five folds, and each fold is predicted by the least squares of the rest.
@@ -106,13 +106,13 @@ def predicted(target: np.ndarray, position: np.ndarray, entropy: np.ndarray, pro
 
 
 def _deciles(values: np.ndarray) -> np.ndarray:
-    """[T, bins] indicators of the deciles of `values` [T]; equal values share one, so that there may be fewer."""
+    """Return [T, bins] indicators of the deciles of `values` [T]; equal values share one, so there may be fewer."""
     inner = np.unique(np.quantile(values, np.arange(1, _BINS) / _BINS))
     return np.eye(len(inner) + 1)[np.searchsorted(inner, values, side="right")]
 
 
 def _errors(x: np.ndarray, y: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """[T] squared errors of the least squares of y on x, each fold by the others; all by all if there is one fold."""
+    """Return [T] squared errors of the least squares of y on x, each fold by the others; a single fold by itself."""
     errors = np.empty(len(y))
     for number in np.unique(fold):
         held = fold == number
@@ -122,7 +122,7 @@ def _errors(x: np.ndarray, y: np.ndarray, fold: np.ndarray) -> np.ndarray:
 
 
 def auroc(score: np.ndarray, positive: np.ndarray) -> float:
-    """The probability that a positive has a higher score than a negative, ties counted half; NaN without either."""
+    """Return the probability that a positive scores higher than a negative, ties counted half; NaN without either."""
     count, ranks = int(positive.sum()), rankdata(score)
     others = len(positive) - count
     if not count or not others:
@@ -133,7 +133,7 @@ def auroc(score: np.ndarray, positive: np.ndarray) -> float:
 def agreement(
     signed: np.ndarray, position: np.ndarray, entropy: np.ndarray, right: np.ndarray, least: float
 ) -> dict[str, float]:
-    """How well position and entropy tell tokens whose gap agrees with the reward, `signed` = D delta > 0, from others.
+    """Measure how position and entropy tell tokens whose gap and reward agree, `signed` = D delta > 0, from others.
 
     Only tokens with |delta| > `least` count: of smaller gaps the sign says nothing. Of right responses ([T] bool), of
     wrong ones, and of all: the share that agrees, and the areas under the ROC curve of position and of entropy (above
@@ -150,12 +150,12 @@ def agreement(
 
 
 def curve(values: np.ndarray, along: np.ndarray) -> list[float]:
-    """Means of `values` [T] in ten groups of equal size, ordered by `along` [T]."""
+    """Return the means of `values` [T] in ten groups of equal size, ordered by `along` [T]."""
     return [_mean(values[of]) for of in np.array_split(np.argsort(along, kind="stable"), _BINS)]
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's; NaN if an array is constant or there are fewer than two values."""
+    """Return Pearson's correlation; NaN if an array is constant or there are fewer than two values."""
     return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() and b.std() else np.nan
 
 

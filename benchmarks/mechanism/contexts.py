@@ -43,7 +43,7 @@ class TeacherContexts:
         return True
 
     def prompts(self, name: str, rollouts: list[Rollout], others: dict[str, Problem]) -> list[list[int] | None]:
-        """Return the teacher's prompt for each rollout in the context `name`; None where it has none.
+        """Return the teacher's prompt for each rollout in the context `name`; None if it has none.
 
         `others` holds the problem whose solution "other_solution" tells, by the problem's id.
         """

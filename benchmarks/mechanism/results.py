@@ -62,7 +62,7 @@ def _extent(c: Columns) -> dict[str, float]:
 
 
 def _kinds(c: Columns) -> dict[str, dict[str, float]]:
-    """For each kind of token its share, mean Hhat and gates, and its part of all that the gates take away."""
+    """Return for each kind of token its share, mean Hhat and gates, and its part of all that the gates take away."""
     means = {"normalized": c.normalized, "gate": c.gate, "looking_gate": c.looking_gate}
     rows = analysis.by_class(c.kind, KINDS, means)
     for name, gate in (("closed", c.gate), ("looking_closed", c.looking_gate)):
@@ -72,7 +72,7 @@ def _kinds(c: Columns) -> dict[str, dict[str, float]]:
 
 
 def _style(found: dict[str, Columns], main: str, interval: Interval) -> dict[str, Any]:
-    """Style against task in every context and contrast, beside the reference on the same responses."""
+    """Compare style with task in every context and contrast, beside the reference on the same responses."""
     signals = {name: (c.keys, c.delta) for name, c in found.items()}
     for name, pair in CONTRASTS.items():
         if keys := _shared(*(found[context].keys if context in found else [] for context in pair)):
@@ -89,7 +89,7 @@ def _style(found: dict[str, Columns], main: str, interval: Interval) -> dict[str
 
 
 def _beside(own: np.ndarray, reference: np.ndarray, role: np.ndarray) -> analysis.Statistic:
-    """Style against task in `own`, and the parts of |delta| that it has more than the reference on the same tokens."""
+    """Compare style with task in `own`, and its parts of |delta| with the reference's on the same tokens."""
 
     def statistic(at: np.ndarray) -> dict[str, float]:
         found, beside = (analysis.style_against_task(delta[at], role[at], ROLES) for delta in (own, reference))
@@ -104,7 +104,7 @@ def _shared(keys: list[Key], others: list[Key]) -> list[Key]:
 
 
 def _prediction(target: np.ndarray, c: Columns, interval: Interval) -> dict[str, Any]:
-    """Position against entropy as predictors of `target` [T]."""
+    """Compare position with entropy as predictors of `target` [T]."""
 
     def ranked(at: np.ndarray) -> dict[str, float]:
         found = analysis.correlations(target[at], c.position[at], c.entropy[at])
@@ -119,7 +119,7 @@ def _prediction(target: np.ndarray, c: Columns, interval: Interval) -> dict[str,
 
 
 def _content(found: dict[str, Columns], main: str, interval: Interval) -> dict[str, Any]:
-    """The same of |delta - delta under another problem's solution|: what the solution says, not that there is one."""
+    """Return the same of |delta - delta under another problem's solution|: the effect of content, not of presence."""
     if "other_solution" not in found:
         return {}
     c, other = found[main], found["other_solution"]

@@ -101,7 +101,7 @@ def _architecture(cell: Cell, site: Site) -> Architecture:
 
 
 def _step(config: Config, arch: Architecture, gpus: int, machine: Machine) -> float:
-    """Seconds of a step on a node, half of whose GPUs train and the others sample, with every response cut off."""
+    """Return the seconds of a step on a node, half of whose GPUs train and half sample, with every response cut off."""
     training = (gpus + 1) // 2
     live, spec = needs_rollouts(config.objective), configured_spec(config.lora)
     length = config.rollout.max_response_tokens if live else _SOLUTION
@@ -121,7 +121,7 @@ def _sample(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> fl
 
 
 def _training_bytes(config: Config, arch: Architecture) -> int:
-    """Bytes of checkpoints, of the export and of dumps."""
+    """Return the bytes of checkpoints, of the export and of dumps."""
     spec, itemsize = configured_spec(config.lora), getattr(torch, config.model.dtype).itemsize
     checkpoints = (config.checkpoint.keep + 1) * checkpoint_bytes(config, arch) if config.checkpoint.every else 0
     export = itemsize * trained_parameters(arch, spec)

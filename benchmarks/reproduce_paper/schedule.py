@@ -25,11 +25,11 @@ _POLL = 0.2
 
 
 class Stopped(Exception):
-    """Somebody asked this process to stop, or has taken over its cell."""
+    """A request to stop this process, or the loss of its cell to another one."""
 
 
 class Elsewhere(Exception):
-    """Another process works on the cell; the message says which."""
+    """A cell that another process works on; the message says which process."""
 
 
 @dataclass

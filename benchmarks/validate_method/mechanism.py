@@ -93,7 +93,7 @@ def family() -> dict[str, ObjectiveConfig]:
 
 
 def measure(model_path: Path, wrong: bool) -> dict:
-    """Gate by token type, and signal and noise of each objective's gradient, on the held-out problems of seed 0."""
+    """Measure the gate by token type, and signal and noise of each objective's gradient, on the problems of seed 0."""
     torch.manual_seed(0)
     model = _loaded(model_path)
     batch = sampled(model, tiny.make_problems(random.Random(0))[1])
@@ -124,8 +124,10 @@ def measure(model_path: Path, wrong: bool) -> dict:
 
 
 def _gradients(model, batch: Sampled, columns: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    """For each column of token weights: the squared norm of the mean of the problems' gradients, without the bias that
-    their spread gives it (a U-statistic), with its jackknife error; and the spread itself, the noise."""
+    """Return the squared norm of the mean of the problems' gradients, and their spread, by column of token weights.
+
+    The norm lacks the bias that the spread gives it (a U-statistic) and has a jackknife error; the spread is the noise.
+    """
     parameters = list(model.parameters())
     rows = {name: [] for name in columns}
     for first in range(0, len(batch.responses), GROUP):
@@ -153,7 +155,7 @@ def _signal_and_noise(g: torch.Tensor) -> dict[str, float]:
 
 
 def entropies_over_training(run: Path, steps: tuple[int, ...]) -> list[dict[str, float]]:
-    """From kept scores: entropy scale in nats, share of uncertain tokens, and mean gates, at single steps."""
+    """Return entropy scale in nats, share of uncertain tokens, and mean gates, at single steps, from kept scores."""
     members, rows = family(), []
     for step in steps:
         rollouts = load_scores(dump_path(run / "scores", step))
@@ -172,7 +174,7 @@ def _loaded(model_path: Path) -> PreTrainedModel:
 
 
 def reading(model_path: Path) -> dict[str, float]:
-    """make_model's own report: accuracy and length of student and teacher, and how the teacher reads."""
+    """Return make_model's own report: accuracy and length of student and teacher, and how the teacher reads."""
     torch.manual_seed(0)
     model = _loaded(model_path)
     return tiny.measure(model, tiny.make_problems(random.Random(0))[1])

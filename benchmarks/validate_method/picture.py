@@ -14,7 +14,7 @@ _PANELS = ((TINY, "tiny"), (DOUBTING, "doubting, half of the references wrong"))
 
 
 def save(rows: dict, path: Path) -> None:
-    """`rows` as results.collect returns them; settings without two seeds are left out."""
+    """Save the picture of `rows` as results.collect returns them; settings without two seeds are left out."""
     figure = Figure(figsize=(9, 4), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     for axes, (task, title) in zip(figure.subplots(1, 2), _PANELS, strict=True):

@@ -45,7 +45,7 @@ def pairs_for(effect: float, deviation: float, level: float) -> int:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of paired differences of held-out accuracy: standard deviation as measured, and as predicted for EVALUATED."""
+    """Standard deviation of paired differences of held-out accuracy: as measured, and as predicted for EVALUATED."""
 
     measured: float
     predicted: float

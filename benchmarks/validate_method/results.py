@@ -28,7 +28,7 @@ _table = functools.partial(table, align="---")
 
 
 def collect(output: Path, own: str = "") -> Rows:
-    """Every finished run: held-out accuracy and length at the end; accuracy, tokens and seconds of its training."""
+    """Return each finished run's held-out accuracy and length, and accuracy, tokens and seconds of its training."""
     rows: Rows = {}
     for run in runs_of(output, own=own):
         if is_complete(run.path):
@@ -101,13 +101,13 @@ def plan_blocks() -> dict[str, str]:
 
 
 def pairs(rows: Rows, comparison: Comparison, column: str) -> np.ndarray:
-    """The differences by seed, treatment - control, over the seeds that both have."""
+    """Return the differences by seed, treatment - control, over the seeds that both have."""
     treatment, control = (rows.get(name, {}) for name in (comparison.treatment, comparison.control))
     return np.array([treatment[s][column] - control[s][column] for s in sorted(treatment.keys() & control.keys())])
 
 
 def outcomes(rows: Rows) -> str:
-    """Every setting: means and standard deviations over its seeds."""
+    """Return a table of every setting: means and standard deviations over its seeds."""
     columns = ["setting", "seeds", f"held-out avg@{EVALUATED}", "length, tokens", "avg over training", "sampled tokens"]
     shown = (("accuracy", 3), ("length", 1), ("training_accuracy", 3), ("tokens", 0))
     return _table(
@@ -150,7 +150,7 @@ def compared(rows: Rows, own: str = "") -> list[Found]:
 
 
 def verdicts(found: list[Found]) -> str:
-    """The comparisons: held-out accuracy and length, each corrected among those of its hypothesis."""
+    """Return a table of the comparisons: held-out accuracy and length, each corrected among those of its hypothesis."""
     columns = ["hypothesis", "comparison", "expected", "pairs", f"avg@{EVALUATED}, 95 % interval", "p", "Holm's p",
                "resolves", "length, 95 % interval", "p", "Holm's p", "verdict"]  # fmt: skip
     rows = (
@@ -239,7 +239,7 @@ def training(found: dict) -> str:
 
 
 def write_document(blocks: dict[str, str], document: Path) -> None:
-    """Put each block between `<!-- NAME -->` and `<!-- /NAME -->`. RunError where the document lacks a place for it."""
+    """Put each block between `<!-- NAME -->` and `<!-- /NAME -->`. Raises RunError if it lacks such a place."""
     text = document.read_text(encoding="utf-8")
     for name, block in blocks.items():
         text, count = re.subn(

@@ -180,7 +180,7 @@ def _train(run: Run, urls: list[str], stop: threading.Event) -> str:
 
 
 def _command(words: list[str], log: Path) -> None:
-    """`megatron-egrsd train WORDS` in a process of its own, its output in `log`."""
+    """Run `megatron-egrsd train WORDS` in a process of its own, its output in `log`."""
     from megatron_egrsd import cli
 
     with log.open("w") as file:

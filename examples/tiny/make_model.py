@@ -8,7 +8,7 @@ learns to read. With the right reference it is its own privileged teacher, conci
 
 Writes ``model/`` (Hugging Face format), ``train.jsonl`` and ``heldout.jsonl`` and prints what it measured.
 
-With ``--doubt`` the teacher is one that works the problem out as well and is torn where a reference lies: it then
+With ``--doubt`` the teacher is one that works the problem out as well and is torn if a reference lies: it then
 follows the reference, the problem, or neither, so that its entropy is high there and low elsewhere.
 """
 
@@ -53,7 +53,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer whose tokens carry their own spaces: decoding is plain concatenation."""
+    """Return a word-level tokenizer whose tokens carry their own spaces: decoding is plain concatenation."""
     tokenizer = Tokenizer(models.WordLevel(vocab=TOKEN_ID, unk_token="<unk>"))
     longest_first = sorted(VOCABULARY, key=len, reverse=True)
     known_token = Regex("|".join(re.escape(token).replace("\\\n", "\\n") for token in longest_first))
@@ -91,7 +91,7 @@ Steps = list[Step]
 
 
 def random_steps(rng: random.Random, length: int = PROBLEM_LENGTH) -> Steps:
-    """A problem with its right solution; every value lies between 10 and 99."""
+    """Draw a problem with its right solution; every value lies between 10 and 99."""
     value, steps = rng.randint(10, 99), []
     while len(steps) < length:
         operator, operand = rng.choice("+-"), rng.randint(2, 9)
@@ -103,7 +103,7 @@ def random_steps(rng: random.Random, length: int = PROBLEM_LENGTH) -> Steps:
 
 
 def perturbed(steps: Steps, rng: random.Random) -> Steps:
-    """The same operations with at least one result replaced by a random number; what follows builds on it."""
+    """Return the same operations with at least one result replaced by a random number; later steps build on it."""
     lies = {index for index in range(len(steps)) if rng.random() < 0.3} or {rng.randrange(len(steps))}
     value, changed = steps[0].left, []
     for index, step in enumerate(steps):
@@ -114,7 +114,7 @@ def perturbed(steps: Steps, rng: random.Random) -> Steps:
 
 
 def torn(problem: Steps, reference: Steps, doubt: float, rng: random.Random) -> Steps:
-    """Return a doubting teacher's solution: where the reference is wrong, its result, the right one or a random one."""
+    """Return a doubting teacher's solution: if the reference is wrong, its result, the right one or a random one."""
     value, worked = problem[0].left, []
     for step, said in zip(problem, reference, strict=True):
         result = step.apply(value)
@@ -130,7 +130,7 @@ def torn(problem: Steps, reference: Steps, doubt: float, rng: random.Random) -> 
 
 
 def make_problems(rng: random.Random) -> tuple[list[Steps], list[Steps]]:
-    """1,500 problems to train on and 128 held out, all distinct."""
+    """Draw 1,500 problems to train on and 128 held out, all distinct."""
     distinct: dict[str, Steps] = {}
     while len(distinct) < 1500 + 128:
         steps = random_steps(rng)
@@ -148,7 +148,7 @@ def solution_text(steps: Steps) -> str:
 
 
 def prompt_ids(problem: Steps, reference: Steps | None = None, answer_only: bool = False) -> list[int]:
-    """The chat template over the problem, as token ids: the student's prompt, or the teacher's."""
+    """Return the chat template over the problem, as token ids: the student's prompt, or the teacher's."""
     content = [*problem_text(problem)]
     if reference is not None:
         content += ["\n", "ref:", *(f"{reference[-1].result}" if answer_only else solution_text(reference))]
@@ -157,7 +157,7 @@ def prompt_ids(problem: Steps, reference: Steps | None = None, answer_only: bool
 
 
 def reward(response: list[int], problem: Steps) -> float:
-    """1 if the response is finished and what follows ``</think>`` is the answer."""
+    """Return 1 if the response is finished and the answer follows ``</think>``, else 0."""
     return float(response[-5:] == encode(["</think>", "\n", *f"{problem[-1].result}", "<|im_end|>"]))
 
 
@@ -212,7 +212,7 @@ class Chain:
         return True
 
     def _work_out(self, step: Step, value: int) -> int:
-        """One step from ``value``, with checks; returns the result the chain goes on with."""
+        """Work out one step from ``value``, with checks; returns the result that the chain goes on with."""
         style, chance = self._style, self._rng.random
         right = step.result if value == step.left else step.apply(value)
         slip = self._rng.choice([1, -1, 10, -10, self._rng.randint(1, 99)]) if chance() < style.mistake else 0
@@ -234,13 +234,13 @@ class Chain:
 class Mixture:
     """The mixture of examples in the warm start; the defaults are the committed model's."""
 
-    doubt: float = 0.0  # where a reference lies, the share of responses that do not follow it
+    doubt: float = 0.0  # if a reference lies, the share of responses that do not follow it
     answer_only: float = 0.0  # of the references that do not, those that give only the answer
     lies: float = 0.15  # of all examples, those whose reference is the problem's own with wrong results in it
 
 
 def random_example(rng: random.Random, mixture: Mixture = Mixture()) -> tuple[list[int], list[int]]:
-    """Inputs and targets (-100: nothing to learn). Half have a reference; half of the references lie."""
+    """Draw inputs and targets (-100: nothing to learn). Half have a reference; half of the references lie."""
     problem = random_steps(rng, rng.randint(2, PROBLEM_LENGTH))
     draw, reference = rng.random(), problem
     if draw < 0.5:
@@ -262,7 +262,7 @@ def random_example(rng: random.Random, mixture: Mixture = Mixture()) -> tuple[li
 
 
 def make_model() -> Qwen3ForCausalLM:
-    """About a third of a million parameters; heads, KV heads and layers divide by two for TP=2 and PP=2."""
+    """Build a model of a third of a million parameters; heads, KV heads and layers divide by two for TP=2, PP=2."""
     layers = {"num_hidden_layers": 4, "hidden_size": 96, "intermediate_size": 192, "initializer_range": 0.04}
     attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
     positions = {"max_position_embeddings": 1024, "rope_theta": 10000.0}
@@ -279,7 +279,7 @@ def pad_right(rows: Sequence[list[int]], value: int) -> torch.Tensor:
 def warm_start(
     model: Qwen3ForCausalLM, steps: int, rng: random.Random, mixture: Mixture = Mixture(), batch_size: int = 32
 ) -> None:
-    """Supervised training on fresh examples; batches of similar length, linear warm-up and decay."""
+    """Train on fresh examples, supervised; batches of similar length, linear warm-up and decay."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 50, 2 * (1 - s / steps)))
     model.train()
@@ -305,7 +305,7 @@ def warm_start(
 
 @torch.inference_mode()
 def sample(model: Qwen3ForCausalLM, prompts: list[list[int]], batch_size: int = 256) -> list[list[int]]:
-    """One response per prompt at temperature 1, ending with <|im_end|> unless it was cut off."""
+    """Sample one response per prompt at temperature 1, ending with <|im_end|> unless it was cut off."""
     plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     responses = []
     for start in range(0, len(prompts), batch_size):
@@ -321,7 +321,7 @@ def sample(model: Qwen3ForCausalLM, prompts: list[list[int]], batch_size: int = 
 def response_log_probs(
     model: Qwen3ForCausalLM, prompts: Sequence[list[int]], responses: Sequence[list[int]]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each response, log-probabilities of all tokens [tokens, vocabulary] and of its own [tokens]."""
+    """Yield, of each response, log-probs of all tokens [tokens, vocabulary] and of its own [tokens]."""
     logits = model(pad_right([p + r for p, r in zip(prompts, responses, strict=True)], PAD_ID)).logits
     for row, prompt, response in zip(logits.log_softmax(-1), prompts, responses, strict=True):
         row = row[len(prompt) - 1 : len(prompt) + len(response) - 1]
@@ -332,7 +332,7 @@ def response_log_probs(
 def score(
     model: Qwen3ForCausalLM, prompts: list[list[int]], responses: list[list[int]], batch_size: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of every response token and entropy of its distribution, both packed to [tokens]."""
+    """Return log-probability of every response token and entropy of its distribution, both packed to [tokens]."""
     log_probs, entropies = [], []
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
@@ -343,10 +343,10 @@ def score(
 
 
 def contradicted(response: list[int], reference: Steps) -> list[bool]:
-    """For each token: does the response depart here from what the reference says for the same step?
+    """Return for each token whether the response departs here from the reference's words for the same step.
 
-    That is the first digit of a result that differs, where the response states the result for the first time; what
-    follows, the other digit and every check, the response has settled itself.
+    That is the first digit of a result that differs, if the response states the result for the first time; the
+    response has itself settled the other digit and every check that follow.
     """
     said = {step.text()[:-2]: step.text()[-2:] for step in reference}
     tokens = [VOCABULARY[index] for index in response]
@@ -361,7 +361,7 @@ def contradicted(response: list[int], reference: Steps) -> list[bool]:
 
 
 def reading(model: Qwen3ForCausalLM, problems: list[Steps], responses: list[list[int]]) -> dict[str, float]:
-    """Does the teacher read its reference? Compares the right one with that of another problem.
+    """Measure how the teacher reads its reference: compares the right one with another problem's.
 
     ``correlation`` is Pearson's, over all response tokens, between log pi_T - log pi_S under the right
     reference and under another problem's. Normalised entropy is H / q95(H), clipped to [0, 1]; "wrong" is under
@@ -387,7 +387,7 @@ def reading(model: Qwen3ForCausalLM, problems: list[Steps], responses: list[list
 
 
 def measure(model: Qwen3ForCausalLM, problems: list[Steps]) -> dict[str, float]:
-    """avg@8, mean length and truncation of teacher and student, and how the teacher reads the student."""
+    """Return avg@8, mean length and truncation of teacher and student, and how the teacher reads the student."""
     report = {}
     problems = problems * 8
     for role in ("teacher", "student"):
@@ -400,7 +400,7 @@ def measure(model: Qwen3ForCausalLM, problems: list[Steps]) -> dict[str, float]:
 
 
 def write_problems(path: Path, problems: list[Steps], wrong: float = 0.0) -> None:
-    """A share `wrong` of the solutions is perturbed; the answers are not."""
+    """Write `problems`, with a share `wrong` of the solutions perturbed; the answers are not."""
     rng = random.Random("wrong references")
     lines = []
     for index, steps in enumerate(problems):

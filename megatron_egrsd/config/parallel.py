@@ -8,7 +8,7 @@ from megatron_egrsd.config.check import require, require_positive
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the training ranks split the model and the batch.
+    """The division of the model and the batch over the training ranks.
 
     Args:
         tensor: Tensor-parallel size (TP). With a multiple of the model's key/value heads, ranks share them.

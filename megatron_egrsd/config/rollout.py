@@ -88,10 +88,10 @@ class ServersConfig:
 
 @dataclass(frozen=True)
 class SyncConfig:
-    """How the servers get the weights.
+    """The synchronisation of weights with the servers.
 
     Args:
-        transport: Over a process group from the first training rank; by handles to memory of a node's first rank,
+        transport: Over a process group from rank 0; by handles to memory of a node's first rank,
             which the servers of the same node open (CUDA IPC, shared memory on CPU); or through a directory on disk.
         bucket_mib: Size of one broadcast bucket.
         verify: Compare every weight in SGLang with the engine's after each synchronisation, bit by bit.
@@ -136,7 +136,7 @@ class RolloutConfig:
         extra_prompts: Prompts in flight beyond one batch: as many may be carried over while others are trained. At most
             `prompts_per_step`, and only if `partial` is set and `staleness` is 2 or more.
         servers: The SGLang servers.
-        sync: How they get the weights.
+        sync: The synchronisation of weights with them.
     """
 
     prompts_per_step: int = 32

@@ -49,7 +49,7 @@ class Config:
         teacher: Whose weights the teacher scores with.
         lora: Adapters that are trained in place of the weights.
         rollout: Sampling and SGLang.
-        parallel: How the training ranks split model and batch.
+        parallel: The division of model and batch over the training ranks.
         optimizer: AdamW.
         evaluation: Held-out evaluation.
         checkpoint: Saving and resuming.

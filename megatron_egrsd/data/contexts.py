@@ -31,17 +31,17 @@ def load_context(config: DataConfig) -> Context:
 
 
 def answer(problem: Problem, student: Turns) -> Turns:
-    """The student's turns, and the answer behind them."""
+    """Return the student's turns, and the answer behind them."""
     return _told(_ANSWER, problem, student)
 
 
 def majority(problem: Problem, student: Turns) -> Turns:
-    """The student's turns, and behind them `problem.answer` as what most rollouts answer (sampling/majority.py)."""
+    """Return the student's turns, and `problem.answer` behind them as most rollouts' answer (sampling/majority.py)."""
     return _told(_MAJORITY, problem, student)
 
 
 def concise(problem: Problem, student: Turns) -> Turns:
-    """The student's turns, and before the last of them the wish for few words (CRISP, arXiv 2603.05433, appendix B)."""
+    """Return the student's turns, the last one led by a wish for few words (CRISP, arXiv 2603.05433, appendix B)."""
     return [*student[:-1], student[-1] | {"content": f"{_CONCISE}\n\n{student[-1]['content']}"}]
 
 

@@ -45,7 +45,7 @@ class MicroBatch:
     targets: torch.Tensor  # [R] int64
     response_cu_seqlens: torch.Tensor  # [B + 1] int32
     members: tuple[int, ...]  # B indices into the list that was packed
-    routes: torch.Tensor | None = None  # [T, layers, k] uint8 experts, NO_ROUTE where none are known
+    routes: torch.Tensor | None = None  # [T, layers, k] uint8 experts, NO_ROUTE if none are known
 
     @property
     def max_seqlen(self) -> int:

@@ -18,7 +18,7 @@ Choice = Callable[[list[int], list[int]], list[int]]
 
 
 class SiblingContexts:
-    """Gives the rollouts of a batch their `contexts`, as `data.teacher_context` says."""
+    """The `contexts` of the rollouts of a batch, as `data.teacher_context` says."""
 
     def __init__(self, builder: PromptBuilder):
         self.builder, most = builder, builder.config.wrong_siblings

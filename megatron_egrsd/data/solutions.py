@@ -9,7 +9,7 @@ from megatron_egrsd.errors import BadArgument
 
 
 class Solutions:
-    """Makes the response of a problem: its solution as the chat template writes what the assistant says."""
+    """The responses made of solutions, which are written as the chat template writes an assistant's turn."""
 
     def __init__(self, builder: PromptBuilder, config: Config):
         self.builder, self.longest = builder, config.rollout.max_response_tokens

@@ -87,7 +87,7 @@ class LinearAdapter(torch.nn.Module):
         return copy_to_tensor_model_parallel_region(narrow)
 
     def _fuse(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[..., rows] of every projection -> [..., rows of all] in the order of the layer's rows."""
+        """Join `parts`, [..., rows] of every projection, to [..., rows of all] in the order of the layer's rows."""
         return torch.cat([part.unflatten(-1, (self.groups, -1)) for part in parts], -1).flatten(-2)
 
     @torch.no_grad()
@@ -170,7 +170,7 @@ def _linear_adapter(
 
 
 def _add_adapter(linear: torch.nn.Module, inputs: tuple, outputs: tuple) -> tuple | None:
-    """Forward hook of a linear layer, whose outputs are (y, bias)."""
+    """Add the adapter's output to y: forward hook of a linear layer, whose outputs are (y, bias)."""
     if not linear.adapter.enabled:
         return None
     output, bias = outputs

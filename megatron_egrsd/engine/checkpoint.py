@@ -4,9 +4,9 @@ A run that trains an adapter saves the adapter in place of the weights, which mo
 
 A checkpoint is a directory step_NNNNNN. It is written under another name, in the background if asked to, and renamed
 when every rank has finished, so it is complete or it is not there; SHA-256 sums of all its files tell later whether it
-still is what was written. Any layout can load it, with the same kind of optimizer (distributed or not). What needs no
-saving: the order of the problems follows from seed and step, the frozen teacher from model.path, and training draws no
-random numbers (there is no dropout).
+still is what was written. Any layout can load it, with the same kind of optimizer (distributed or not). Nothing else
+needs saving: the order of the problems follows from seed and step, the frozen teacher from model.path, and training
+draws no random numbers (there is no dropout).
 """
 
 import contextlib

@@ -19,10 +19,10 @@ from megatron_egrsd.system.files import sha256
 
 
 class CheckpointWriter:
-    """Writes `state` into `directory`, an empty one, and is made by every rank alike.
+    """Writer of `state` into `directory`, an empty one; made by every rank alike.
 
-    In the background from copies in host memory, which are made before this returns: the state may change then, and
-    the copies go when they are written. Otherwise this returns when the rank has written its files.
+    In the background it writes copies in host memory, which are made before this returns: the state may change then,
+    and the copies go when they are written. Otherwise this returns when the rank has written its files.
     """
 
     def __init__(self, state: dict[str, Any], directory: Path, *, background: bool):

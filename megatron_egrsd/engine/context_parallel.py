@@ -10,10 +10,10 @@ from megatron_egrsd.data.zigzag import zigzag
 
 
 def packed_seq_params(batch: MicroBatch, group: dist.ProcessGroup) -> PackedSeqParams:
-    """The bounds of the whole row's sequences.
+    """Return the bounds of the whole row's sequences.
 
-    What pads a sequence ends it, where no other token sees it: to attention these are tokens like all others. The
-    padded bounds, which Transformer Engine splits by, are the same.
+    Padding ends its sequence, where no other token sees it: to attention these are tokens like all others. The padded
+    bounds, which Transformer Engine splits by, are the same.
     """
     padded = batch.cu_seqlens if group.size() > 1 else None
     return PackedSeqParams(
@@ -28,7 +28,7 @@ def packed_seq_params(batch: MicroBatch, group: dist.ProcessGroup) -> PackedSeqP
 
 
 def gather_tokens(x: torch.Tensor, cu_seqlens: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[T / size, ...] of each rank (data/zigzag.py) -> [T, ...] in the order of the packed row.
+    """Gather [T / size, ...] of each rank (data/zigzag.py) to [T, ...] in the order of the packed row.
 
     Every rank's gradient of the whole reaches the rank that a token came from, summed.
     """
@@ -37,9 +37,9 @@ def gather_tokens(x: torch.Tensor, cu_seqlens: torch.Tensor, group: dist.Process
 
 
 def gather_columns(columns: torch.Tensor, batch: MicroBatch, group: dist.ProcessGroup) -> torch.Tensor:
-    """[k, r] of each rank's own response tokens -> [k, R] of all in the batch, the same on every rank.
+    """Gather [k, r] of each rank's own response tokens to [k, R] of all in the batch, the same on every rank.
 
-    What all ranks compute from it is one loss: each keeps the gradient of its own columns, and nothing is summed.
+    All ranks compute one loss from the result: each keeps the gradient of its own columns, and nothing is summed.
     """
     return _Columns.apply(columns, batch.own, batch.targets.numel(), group) if group.size() > 1 else columns
 

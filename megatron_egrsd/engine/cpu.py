@@ -67,9 +67,9 @@ def _on_cpu(factory):
 
 
 def _all_sequences_at_once(apply):
-    """megatron-core's rotary embedding of packed rows, which loops over the sequences, given every token's own angles.
+    """Give megatron-core's rotary embedding of packed rows, which loops over the sequences, every token's own angles.
 
-    Where angles [T, 1, 1, D] come for all T tokens it takes them as they are, in one go.
+    If angles [T, 1, 1, D] come for all T tokens, it takes them as they are, in one go.
     """
     alone = types.SimpleNamespace(size=lambda: 1, rank=lambda: 0)
 
@@ -85,12 +85,12 @@ def _all_sequences_at_once(apply):
 
 
 def _on_host(tensor, as_numpy: bool = False, record_stream: bool = False):
-    """megatron-core converts only what it moves; split sizes must become numbers also where they are here already."""
+    """Return `tensor`, as numpy if asked: megatron-core leaves split sizes alone that are on the host already."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _cuda_type_name(tensor_type):
-    """Tensor.type() as megatron-core's optimizers compare it; every other caller gets torch's own answer."""
+    """Wrap Tensor.type() to answer as megatron-core's optimizers compare it, and all other callers as torch does."""
 
     def wrapper(self, *args, **kwargs):
         name = tensor_type(self, *args, **kwargs)

@@ -22,9 +22,9 @@ Facts = dict[str, tuple[str, str]]
 def initialize(config: ParallelConfig, seed: int, facts: Facts | None = None) -> torch.device:
     """Start torch.distributed and megatron-core's groups; returns this rank's device.
 
-    NCCL if CUDA is available, else gloo. A process that torchrun did not start is a world of one. BadArgument, on
-    every rank, if one has other `facts` (agreement.py) than the first rank: nothing has been built then. RunError if
-    torchrun has ended; what `lost_contact` recognises if another rank is out of reach.
+    NCCL if CUDA is available, else gloo. A process that torchrun did not start is a world of one. Raises
+    BadArgument on every rank if one has other `facts` than rank 0 (run/agreement.py): nothing has been built then.
+    Raises RunError if torchrun has ended, and an error that `lost_contact` recognises if a rank is out of reach.
     """
     timeout = timedelta(seconds=config.timeout)
     if torch.cuda.is_available():
@@ -99,7 +99,7 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def on_first_rank(function: Callable[[], T]) -> T:
-    """Run `function` on the first rank of the job and return its result, or raise its exception, on every rank.
+    """Run `function` on rank 0 and return its result, or raise its exception, on every rank.
 
     A failure of the one process that talks to SGLang ends the job instead of leaving the others waiting.
     """
@@ -118,7 +118,7 @@ def on_first_rank(function: Callable[[], T]) -> T:
 
 
 def on_first_rank_while(function: Callable[[Iterator], T], stream: Iterator) -> T:
-    """`on_first_rank` for a `function` that consumes `stream`, an iterator every rank must exhaust."""
+    """Call `on_first_rank` with a `function` that consumes `stream`, an iterator that every rank must exhaust."""
     if dist.get_rank() != 0:
         exhaust(stream)
     return on_first_rank(to_the_end(function, stream))

@@ -46,7 +46,7 @@ class Scores:
     """log pi(y_t) and the entropy of the full next-token distribution, both fp32 [response length], in nats.
 
     And the divergence from a teacher, if the samples were scored against one. `further_log_probs` [K, response length]
-    are the teacher's after its further contexts, NaN where a rollout has fewer than K; whoever scores them adds them.
+    are the teacher's after its further contexts, NaN if a rollout has fewer than K; `learn` adds them.
     """
 
     log_prob: torch.Tensor
@@ -56,7 +56,7 @@ class Scores:
 
 
 class Engine:
-    """Owns the process groups, the model, its optimizer and the teacher's weights. Close it, or use it with `with`."""
+    """The process groups, the model, its optimizer and the teacher's weights. Close it, or use it with `with`."""
 
     def __init__(
         self,

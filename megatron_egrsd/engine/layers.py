@@ -68,7 +68,7 @@ class CausalAttention(torch.nn.Module):
 
 @functools.lru_cache(maxsize=1)  # all layers share a micro-batch's masks
 def _calls(lengths: tuple[int, ...], rank: int, size: int, dtype: torch.dtype, device: torch.device):
-    """(the number of queries in each of this rank's chunks, the SDPA calls over them).
+    """Return (the number of queries in each of this rank's chunks, the SDPA calls over them).
 
     A call is a list of (chunk, sequence, keys of that sequence up to the chunk's end) and a mask [B, 1, Lq, Lk] to add
     to the scores, None if each chunk begins its sequence and so is plainly causal.
@@ -85,19 +85,19 @@ def _calls(lengths: tuple[int, ...], rank: int, size: int, dtype: torch.dtype, d
 
 
 def _mask(queries: torch.Tensor, ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[B, 1, Lq, Lk]: 0 where a query may see a key, else -inf; the last of `queries` [B] is at key `ends` [B] - 1."""
+    """Return [B, 1, Lq, Lk]: 0 if a query may see a key, else -inf; the last of `queries` [B] is at key `ends` - 1."""
     last = (ends - queries)[:, None] + torch.arange(int(queries.max()), device=ends.device)
     hidden = torch.arange(int(ends.max()), device=ends.device) > last[:, None, :, None]
     return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def _padded(rows: list[torch.Tensor]) -> torch.Tensor:
-    """[L_b, heads, D] each -> [B, heads, L, D]."""
+    """Pad `rows`, [L_b, heads, D] each, to [B, heads, L, D]."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2)
 
 
 def _buckets(lengths: tuple[int, ...], waste: float = 1.3) -> list[list[int]]:
-    """Indices in groups whose longest member is at most `waste` times the shortest."""
+    """Return indices in groups whose longest member is at most `waste` times the shortest."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         if groups and lengths[groups[-1][0]] <= waste * lengths[i]:

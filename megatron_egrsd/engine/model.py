@@ -44,10 +44,10 @@ def use_transformer_engine(parallel: ParallelConfig, dtype: torch.dtype) -> bool
 
 
 def transformer_config(arch: Architecture, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
-    """megatron-core's configuration of this model in this layout.
+    """Return megatron-core's configuration of this model in this layout.
 
     Losses arrive at the schedule already divided by the global batch's normaliser, so the schedule must only sum:
-    calculate_per_token_loss switches its divisions off. BadArgument if parallel.megatron does not fit.
+    calculate_per_token_loss switches its divisions off. Raises BadArgument if parallel.megatron does not fit.
     """
     on_gpu = torch.cuda.is_available()
     fused = use_transformer_engine(parallel, dtype)
@@ -115,7 +115,7 @@ def _pipeline_layout(parallel: ParallelConfig) -> list[list[str]]:
 
 
 def check_megatron(parallel: ParallelConfig) -> None:
-    """BadArgument if parallel.megatron names what is no field of TransformerConfig, or changes the model."""
+    """Raise BadArgument if a key of parallel.megatron is no field of TransformerConfig, or changes the model."""
     fields = [field.name for field in dataclasses.fields(TransformerConfig)]
     for name in parallel.megatron:
         if name not in fields:
@@ -133,7 +133,7 @@ def check_megatron(parallel: ParallelConfig) -> None:
 
 
 def _experts(arch: Architecture, parallel: ParallelConfig, fused: bool) -> dict:
-    """The mixture of experts as Hugging Face routes: fp32 softmax over all experts, the best k, normalised or not.
+    """Return the mixture of experts as Hugging Face routes: fp32 softmax over all, the best k, normalised or not.
 
     Normalising the chosen probabilities is the softmax over the chosen logits, which megatron-core calls post-softmax.
     """
@@ -152,9 +152,9 @@ def _experts(arch: Architecture, parallel: ParallelConfig, fused: bool) -> dict:
 def build_model(
     arch: Architecture, config: TransformerConfig, parallel: ParallelConfig, adapter: AdapterSpec | None = None
 ) -> list[GPTModel]:
-    """This rank's shard of its stage, with weights still undefined: parallel.virtual_pipeline chunks of layers.
+    """Build this rank's shard of its stage, with weights still undefined: parallel.virtual_pipeline chunks of layers.
 
-    Every linear layer that can have an `adapter` is one whose input can be seen.
+    Every linear layer that can have an `adapter` is of a class whose input can be seen.
     """
     fused = use_transformer_engine(parallel, config.params_dtype)
     chunks = range(parallel.interleaved) if parallel.interleaved else [None]

@@ -56,12 +56,12 @@ class OffloadedStorages:
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
-    """The storages behind `tensors`, each once, by identity."""
+    """Return the storages behind `tensors`, each once, by identity."""
     return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
 
 
 def without(tensors: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Those of `tensors` that share no storage with `others`."""
+    """Return the `tensors` that share no storage with `others`."""
     taken = _storages(others)
     return [t for t in tensors if t.untyped_storage()._cdata not in taken]
 

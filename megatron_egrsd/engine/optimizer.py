@@ -20,14 +20,14 @@ _SETTINGS = ("lr", "max_lr", "min_lr", "betas", "eps")  # of a parameter group; 
 
 
 def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """megatron-core's optimizers behind this one: one for dense and one for expert weights, or itself."""
+    """Return megatron-core's optimizers behind this one: one for dense and one for expert weights, or itself."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def build_optimizer(
     chunks: list[DistributedDataParallel], config: OptimizerConfig, updates: int, dtype: torch.dtype, distributed: bool
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW over the model's chunks and a schedule for `updates` optimizer steps. Norms and biases are not decayed."""
+    """Build AdamW over the model's chunks and a schedule for `updates` steps. Norms and biases are not decayed."""
     settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,

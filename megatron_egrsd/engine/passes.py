@@ -62,7 +62,7 @@ class Passes:
         return batch.split(self.context_group.rank(), parallel.context)
 
     def run(self, batches: list[MicroBatch], loss: Callable, *, forward_only: bool, head: Head | None = None) -> list:
-        """Run all micro-batches; the result of `loss` for each, on the last stage, of what `head` makes of it.
+        """Run all micro-batches. Return, on the last stage, `loss` of the head's output of each.
 
         `head` is by default `scoring`: log-prob and entropy [2, R].
         """
@@ -99,7 +99,7 @@ class Passes:
         return output, functools.partial(loss, batch=batch)
 
     def _response_rows(self, *, hidden_states, output_layer, output_weight, context, **_) -> torch.Tensor:
-        """megatron-core's output hook: the head's results [k, R] from the rows that predict response tokens alone."""
+        """Return the head's results [k, R] from the rows that predict response tokens: megatron-core's output hook."""
         batch, head = context
         if self.parallel.sequence_parallel:
             # The head returns the whole gradient of the gathered rows on every rank; each keeps its part.

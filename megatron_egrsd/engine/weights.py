@@ -20,7 +20,7 @@ _EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
 
 
 def _own_experts(arch: Architecture) -> int:
-    """Experts of a layer that each rank of expert parallelism holds."""
+    """Return the number of experts per layer on each expert-parallel rank."""
     return arch.num_experts // parallel_state.get_expert_model_parallel_world_size()
 
 
@@ -93,7 +93,7 @@ def load_hf(chunks: list[torch.nn.Module], checkpoint: HFCheckpoint) -> None:
 def export_hf(
     chunks: list[torch.nn.Module], arch: Architecture, *, adapted_only: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (Hugging Face name, full tensor) in model order on the first rank of the job, adapters added in.
+    """Yield (Hugging Face name, full tensor) in model order on rank 0, adapters added in.
 
     Every other rank gets the same names with tensors on the meta device, of the same shapes and types, and must exhaust
     the iterator. With `adapted_only` the weights without an adapter are left out.
@@ -149,7 +149,7 @@ def _plus(first: int) -> Callable[[re.Match[str]], str]:
 
 
 def _full_shape(shard: WeightShard) -> list[int]:
-    """Shape of the full tensor of which this rank has the shard."""
+    """Return the shape of the full tensor."""
     entry, shape = shard.entry, list(shard.parameter.shape)
     if not entry.is_expert and entry.layout.dim is not None:
         shape[entry.layout.dim] *= parallel_state.get_tensor_model_parallel_world_size()
@@ -157,7 +157,7 @@ def _full_shape(shard: WeightShard) -> list[int]:
 
 
 def _names_on_expert_ranks(entry: Entry, arch: Architecture) -> list[str]:
-    """Of an expert's tensor: the names of those in the same place on all ranks of expert parallelism; else its own."""
+    """Return the entry's name, or the names of the matching experts of all expert-parallel ranks."""
     if not entry.is_expert:
         return [entry.megatron]
     own = _own_experts(arch)
@@ -166,7 +166,7 @@ def _names_on_expert_ranks(entry: Entry, arch: Architecture) -> list[str]:
 
 
 def _gather(own: WeightShard) -> list[torch.Tensor] | None:
-    """The full tensor; of an expert, those of all ranks of expert parallelism, and None on all but their first."""
+    """Gather the full tensor; for an expert, those of all expert-parallel ranks, on their first rank (else None)."""
     entry, shard = own.entry, own.value().contiguous()
     if entry.is_expert:
         group = parallel_state.get_expert_model_parallel_group()
@@ -184,7 +184,7 @@ def _gather(own: WeightShard) -> list[torch.Tensor] | None:
 def _move_to_first_stage(
     full: torch.Tensor | None, placeholder: torch.Tensor, source: int, pipeline: dist.ProcessGroup
 ) -> torch.Tensor | None:
-    """The tensor of stage `source` on stage 0, where `placeholder` says what it looks like."""
+    """Send the tensor from stage `source` to stage 0; `placeholder` gives shape and dtype."""
     first, sender = dist.get_global_rank(pipeline, 0), dist.get_global_rank(pipeline, source)
     if pipeline.rank() == source:
         dist.send(full.contiguous(), dst=first, group=pipeline)

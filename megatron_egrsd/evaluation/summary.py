@@ -96,7 +96,7 @@ def by_problem(samples: list[GradedResponse]) -> list[list[GradedResponse]]:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Probability that k of n samples, drawn without replacement, contain a right one: 1 - C(n-c, k) / C(n, k).
+    """Return the probability that k of n samples, drawn without replacement, hold a right one: 1 - C(n-c, k) / C(n, k).
 
     The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), equation 1; c is `right`.
     """
@@ -104,9 +104,10 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def majority(samples: list[GradedResponse]) -> float:
-    """Probability that the most frequent answer is right, ties broken at random; samples without answer do not vote.
+    """Return the probability that the most frequent answer is right, ties broken at random.
 
-    All right samples count as one answer: the verifier finds their answers equal in any spelling.
+    Samples without an answer do not vote. All right samples count as one answer: the verifier finds their answers equal
+    in any spelling.
     """
     votes = Counter("" if s.right else s.vote for s in samples if s.right or s.vote)
     leaders = [vote for vote, n in votes.items() if n == max(votes.values())]

@@ -25,7 +25,7 @@ Entry = Literal[Phase, "recovery", "end"]
 
 
 class Placement(Protocol):
-    """Moves a run from phase to phase. Every rank makes the same calls; rank 0 speaks to the servers.
+    """The GPUs of engine and SGLang, phase by phase. Every rank makes the same calls; rank 0 speaks to the servers.
 
     Attributes:
         phase: In "training" the servers hold no weights: push them before sampling.
@@ -84,7 +84,7 @@ class Colocated:
         gather(None)
 
     def _enter_sampling(self) -> None:
-        """From "transfer", when SGLang has the weights."""
+        """Go from "transfer" to "sampling", when SGLang has the weights."""
         self._offload()
         on_first_rank(lambda: self.memory.resume(*CACHES))
         self.phase = "sampling"

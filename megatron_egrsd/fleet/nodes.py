@@ -70,10 +70,10 @@ class Nodes:
         return self.each(to_the_end(function, stream))
 
     def share(self, stream: NamedTensors, device: torch.device, bucket_size: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the first rank's `stream` on the first rank of every node; nothing on other ranks.
+        """Yield rank 0's `stream` on the first rank of every node; nothing on other ranks.
 
         Args:
-            stream: (name, tensor) on the first rank; on all others the same names with tensors of the same shapes and
+            stream: (name, tensor) on rank 0; on all others the same names with tensors of the same shapes and
                 types, whose contents do not matter.
             device: Device of the tensors that are yielded.
             bucket_size: Bytes that travel together; a larger tensor travels alone.

@@ -111,8 +111,8 @@ class Architecture:
     def balanced_layers(self, chunks: int) -> list[int]:
         """Return layers for each of `chunks` parts, so that the slowest computes least: the last has the LM head too.
 
-        The embedding is a look-up and counts nothing. Among equally fast divisions the most even one is returned; where
-        parts still differ, later ones hold more: their stages keep fewer micro-batches.
+        The embedding is a look-up and counts nothing. Among equally fast divisions the most even one is returned. If
+        parts still differ, later parts hold more: their stages keep fewer micro-batches.
         """
         if chunks == 1:
             return [self.num_layers]

@@ -12,7 +12,7 @@ from megatron_egrsd.hf.architecture import Architecture
 
 
 def layer_parameters(arch: Architecture) -> tuple[int, int]:
-    """Weights of all layers that one token passes through, and all there are."""
+    """Return the number of weights in the layers: those that one token passes through, and all."""
     embeddings = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
     every = arch.num_parameters - embeddings
     if not arch.num_experts:
@@ -22,26 +22,26 @@ def layer_parameters(arch: Architecture) -> tuple[int, int]:
 
 
 def forward_flops(arch: Architecture, lengths: Sequence[int], lora: AdapterSpec | None = None) -> float:
-    """FLOPs of one forward pass through the layers, and adapters, over sequences of `lengths` tokens."""
+    """Return the FLOPs of one forward pass through the layers, and adapters, over sequences of `lengths` tokens."""
     used, _ = layer_parameters(arch)
     adapters = adapter_flops(arch, lengths, lora) if lora else 0.0
     return 2.0 * used * sum(lengths) + attention_flops(arch, lengths) + adapters
 
 
 def adapter_flops(arch: Architecture, lengths: Sequence[int], lora: AdapterSpec) -> float:
-    """FLOPs of the adapters in one forward pass."""
+    """Return the FLOPs of the adapters in one forward pass."""
     return 2.0 * adapter_parameters(arch, lora) * sum(lengths)
 
 
 def attention_flops(arch: Architecture, lengths: Sequence[int]) -> float:
-    """FLOPs of the products of queries, keys and values in one forward pass."""
+    """Return the FLOPs of the products of queries, keys and values in one forward pass."""
     return 2.0 * arch.num_layers * arch.num_heads * arch.head_dim * sum(n * n for n in lengths)
 
 
 def training_flops(
     arch: Architecture, lengths: Sequence[int], rows: int, *, recompute: bool, lora: AdapterSpec | None = None
 ) -> float:
-    """FLOPs of a forward and a backward pass over `lengths`, with `rows` rows of the LM head, as they are run.
+    """Return the FLOPs of a forward and a backward pass over `lengths`, with `rows` rows of the LM head, as run.
 
     The layers are computed once more under `recompute`, and the LM head's logits always, because they are not kept.
     """
@@ -52,7 +52,7 @@ def training_flops(
 def needed_training_flops(
     arch: Architecture, lengths: Sequence[int], rows: int, lora: AdapterSpec | None = None
 ) -> float:
-    """FLOPs of `training_flops` if nothing is computed twice: those that a utilisation counts.
+    """Return the FLOPs of `training_flops` if nothing is computed twice, as a utilisation counts them.
 
     With adapters a frozen weight has no gradient: its products are two, not three.
     """
@@ -63,5 +63,5 @@ def needed_training_flops(
 
 
 def head_flops(arch: Architecture, rows: int) -> float:
-    """FLOPs of one product of `rows` hidden states with the LM head."""
+    """Return the FLOPs of one product of `rows` hidden states with the LM head."""
     return 2.0 * rows * arch.vocab_size * arch.hidden_size

@@ -69,7 +69,7 @@ class YarnScaling:
         """Return the scaled frequencies fp32 [head_dim / 2]."""
 
         def dimension(turns: float) -> float:
-            """The place of the pair that turns `turns` times in the context of the pretraining."""
+            """Return the place of the pair that turns `turns` times in the context of the pretraining."""
             radians = self.original_max_position_embeddings / (turns * 2 * math.pi)
             return head_dim * math.log(radians) / (2 * math.log(theta))
 

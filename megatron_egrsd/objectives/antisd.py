@@ -60,13 +60,13 @@ class AntiSD(Objective):
         return {"gate/mean": tokens.fields["gate"], "antisd/abs_mean": self._ascent(tokens).abs()}
 
     def _ascent(self, tokens):
-        """lambda g phi(u), [T]."""
+        """Return lambda g phi(u), [T]."""
         u = tokens.teacher_log_prob - tokens.student_log_prob
         phi = (torch.nn.functional.softplus(u) - math.log(2)) / 2
         return self.strength * tokens.fields["gate"] * phi
 
     def _gate(self, entropy: float) -> float:
-        """g of this step, from the median entropy of its batch and from earlier steps."""
+        """Return g of this step, from the median entropy of its batch and from earlier steps."""
         notes = self.history.notes
         warm = notes.get("warm", 0.0)
         if notes.get("warmed", 0.0) < self.warmup:

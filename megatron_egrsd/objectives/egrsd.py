@@ -67,15 +67,15 @@ class EGRSD(Objective):
 def evidence_ratio(
     advantage: torch.Tensor, teacher_log_prob: torch.Tensor, student_log_prob: torch.Tensor
 ) -> torch.Tensor:
-    """exp(D delta), D = sign(A), delta = log p_T(y) - log p_S(y); [T] fp32 (arXiv 2605.13255, section 3)."""
+    """Return exp(D delta), D = sign(A), delta = log p_T(y) - log p_S(y); [T] fp32 (arXiv 2605.13255, section 3)."""
     delta = teacher_log_prob.detach().float() - student_log_prob.detach().float()
     return torch.exp(torch.sign(advantage.float()) * delta)
 
 
 def magnitude(ratio: torch.Tensor, mix: float, ratio_clip: float) -> torch.Tensor:
-    """w = clip(ratio, 1 - eps, 1 + eps) for mix 1 (arXiv 2605.13255, eq. 2), else (1 - mix) + mix w (RLSD, 2604.03128).
+    """Return w = clip(ratio, 1 - eps, 1 + eps) if mix is 1 (arXiv 2605.13255, eq. 2), else (1 - mix) + mix w.
 
-    It can shrink or grow a weight but never flip it.
+    The mixture is RLSD's (arXiv 2604.03128). The result can shrink or grow a weight but never flip it.
     """
     clipped = ratio.clamp(1 - ratio_clip, 1 + ratio_clip)
     return clipped if mix == 1 else (1 - mix) + mix * clipped
@@ -100,7 +100,7 @@ def confidence(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Confidence:
-    """omega_t = clip(1 - gamma Hhat^CL_t, floor, 1), Hhat^CL_t = min over j in t .. t + W of H_j / scale.
+    """Return omega_t = clip(1 - gamma Hhat^CL_t, floor, 1), Hhat^CL_t = min over j in t .. t + W of H_j / scale.
 
     EGRSD (W = 0) and CL-EGRSD (arXiv 2605.13255, eq. 5, 6 and 8). Of eq. 8 and Algorithm 1, which differ, eq. 8: the
     scale is that of the raw entropies, so that the minimum commutes with the division.
@@ -125,7 +125,7 @@ def entropy_scale(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """The entropy, in nats, that counts as Hhat = 1: a scalar, or [T] if sequences differ. entropy [T] fp32.
+    """Return the entropy, in nats, that counts as Hhat = 1: a scalar, or [T] if sequences differ. entropy [T] fp32.
 
     "batch_max": the maximum over the response tokens of all ranks of `group`, at least `entropy_floor` (arXiv
     2605.13255, eq. 5; the whole batch is our reading of "minibatch"). Ours: "quantile": their p-quantile, with the same
@@ -149,7 +149,7 @@ def entropy_scale(
 
 
 def entropy_quantile(entropy: torch.Tensor, quantile: float, *, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Exact quantile, linearly interpolated, of the values [n] of every rank of `group`; a scalar, 0 if n = 0."""
+    """Return the exact quantile, linearly interpolated, of all values [n] of `group`'s ranks: a scalar, 0 if n = 0."""
     if group is not None and group.size() > 1:
         count = torch.tensor([entropy.numel()], device=entropy.device)
         counts = [torch.zeros_like(count) for _ in range(group.size())]
@@ -170,7 +170,7 @@ def entropy_quantile(entropy: torch.Tensor, quantile: float, *, group: dist.Proc
 
 
 def lookahead_min(h: torch.Tensor, cu_seqlens: torch.Tensor, lookahead: int) -> torch.Tensor:
-    """min_{0 <= k <= K} h_{t+k} over the tokens of the same sequence, [T]."""
+    """Return min_{0 <= k <= K} h_{t+k} over the tokens of the same sequence, [T]."""
     ids, result = _sequence_ids(cu_seqlens, h.numel()), h
     for k in range(1, min(lookahead, h.numel() - 1) + 1):
         ahead = torch.where(ids[k:] == ids[:-k], h[k:], torch.inf)
@@ -179,5 +179,5 @@ def lookahead_min(h: torch.Tensor, cu_seqlens: torch.Tensor, lookahead: int) -> 
 
 
 def _sequence_ids(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
-    """[T] the number of the sequence each token belongs to."""
+    """Return the number of the sequence that each token belongs to, [T]."""
     return torch.bucketize(torch.arange(length, device=cu_seqlens.device), cu_seqlens[1:], right=True)

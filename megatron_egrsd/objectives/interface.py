@@ -34,7 +34,7 @@ class Tokens:
     student_entropy: torch.Tensor | None = None
     divergence: torch.Tensor | None = None  # from the teacher, as the objective asks for it; there with the student's
     context_log_prob: torch.Tensor | None = None  # [K, T] of the sampled token after the teacher's further contexts,
-    # NaN where a rollout has fewer than K; None without `needs_contexts`
+    # NaN if a rollout has fewer than K; None without `needs_contexts`
     fields: dict[str, torch.Tensor] = field(default_factory=dict)  # what `prepare` returned
 
 
@@ -49,7 +49,7 @@ def batch_tokens(
 
 @dataclass(frozen=True)
 class Objective:
-    """Gives every response token its weight W_t in the policy loss (loss.policy_loss), V_t in a divergence, or both.
+    """The weight W_t of every response token in the policy loss (loss.policy_loss), V_t in a divergence, or both.
 
     Pure functions: equal arguments give equal results on every rank, whatever the packing, and nothing is kept between
     calls but `history`, which the loop hands on. A subclass is a frozen dataclass as well; the fields that it adds are
@@ -69,20 +69,20 @@ class Objective:
     divergence: ClassVar[DivergenceForm | None] = None  # from the teacher, at every token; needs `needs_teacher`
 
     def advantages(self, rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
-        """The signal A of each rollout, [R] fp32, from shaped rewards [R] and group_ids [R] int (one group a prompt).
+        """Return the signal A of each rollout, [R] fp32, from shaped rewards [R] and group_ids [R] int, one a prompt.
 
         A rollout with a signal of exactly 0 is scored but not trained, unless the objective `trains_all`.
         """
         return advantages(rewards, group_ids, self.config, self.history)
 
     def without_context(self, signal: torch.Tensor) -> torch.Tensor:
-        """The signals of rollouts whose teacher should read other rollouts, and cannot; by default 0: not trained."""
+        """Return the signals of rollouts whose teacher lacks the rollouts to read; by default 0: not trained."""
         return torch.zeros_like(signal)
 
     def prepare(
         self, tokens: Tokens, *, vocab_size: int, group: dist.ProcessGroup | None = None
     ) -> dict[str, torch.Tensor]:
-        """Once a step, from this rank's share of the whole batch: [T] tensors by name, `tokens.fields` of `weight`.
+        """Return, once a step, [T] tensors by name from this rank's share of the batch: `tokens.fields` of `weight`.
 
         `group` holds the data-parallel ranks, for statistics over all tokens (egrsd.entropy_quantile takes it);
         None means that `tokens` are all there are. "gate" goes into dumps and onto the token page.
@@ -90,7 +90,7 @@ class Objective:
         return {}
 
     def remember(self, tokens: Tokens, *, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """Once a step, from what `prepare` got and returned (`tokens.fields`): numbers by name, for later steps.
+        """Return numbers by name for later steps, once a step, from what `prepare` got and returned (`tokens.fields`).
 
         Equal on every rank. They are added to `history.notes`, logged as "history/name", and kept in checkpoints and
         scored dumps.
@@ -98,7 +98,7 @@ class Objective:
         return {}
 
     def weight(self, tokens: Tokens) -> torch.Tensor:
-        """W, [T] fp32, of one micro-batch: whole rollouts, which ones is left to the packing.
+        """Return W, [T] fp32, of one micro-batch: whole rollouts, chosen by the packing.
 
         An objective with a `divergence` may leave it out: its loss is the divergence alone.
         """
@@ -107,7 +107,7 @@ class Objective:
         return torch.zeros_like(tokens.advantage)
 
     def divergence_weight(self, tokens: Tokens) -> torch.Tensor:
-        """V, [T] fp32, of the same micro-batch: the weight of each token's divergence in the loss, which falls."""
+        """Return V, [T] fp32, of the same micro-batch: the weight of each token's divergence, which is to fall."""
         return torch.ones_like(tokens.advantage)
 
     @property
@@ -116,7 +116,7 @@ class Objective:
         return type(self).weight is not Objective.weight
 
     def metrics(self, tokens: Tokens) -> dict[str, torch.Tensor]:
-        """[T] tensors by name, such as "gate/mean"; their means over the trained tokens are logged every step."""
+        """Return [T] tensors by name, such as "gate/mean"; their means over trained tokens are logged every step."""
         return {}
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def loss_normalizer(
     response_lengths: torch.Tensor, config: "ObjectiveConfig", *, num_tokens: int, num_sequences: int
 ) -> torch.Tensor:
-    """The divisor of each token's loss term, [T] fp32: N of docs/reference/method.md, known before the first pass.
+    """Return the divisor of each token's loss term, [T] fp32: N of docs/reference/method.md, known before any pass.
 
     `response_lengths` [B] of this part of the batch; `num_tokens` and `num_sequences` of the global batch.
     """
@@ -31,7 +31,7 @@ def loss_normalizer(
 def importance_weight(
     old_log_prob: torch.Tensor, rollout_log_prob: torch.Tensor | None, config: "ObjectiveConfig"
 ) -> torch.Tensor:
-    """c = min(pi_old / pi_rollout, C), [T] fp32, if `importance_cap` = C is set, else 1.
+    """Return c = min(pi_old / pi_rollout, C), [T] fp32, if `importance_cap` = C is set, else 1.
 
     Truncated importance sampling: for what SGLang and the engine compute differently, and for the updates between them.
     """
@@ -46,16 +46,16 @@ def importance_weight(
 def divergence_loss(
     divergence: torch.Tensor, weight: torch.Tensor, importance: torch.Tensor, normalizer: torch.Tensor | float
 ) -> torch.Tensor:
-    """L = sum_t c V_t D_t / N, D the divergence from the teacher, V and the importance weight c constants. [T] each.
+    """Return L = sum_t c V_t D_t / N, with D the divergence from the teacher; [T] each.
 
-    Where V is positive the divergence falls, where V is negative it rises.
+    V and the importance weight c are constants. If V is positive the divergence falls; if V is negative it rises.
     """
     return (importance.detach() * weight.detach().float() * divergence / normalizer).sum()
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """`loss` carries the gradient; the rest are detached sums over the tokens, for metrics."""
+    """The policy loss, `loss`, which carries the gradient; the rest are detached sums over the tokens, for metrics."""
 
     loss: torch.Tensor
     clipped: torch.Tensor  # tokens whose policy ratio was clipped
@@ -73,7 +73,7 @@ def policy_loss(
     rollout_log_prob: torch.Tensor | None = None,
     reference_log_prob: torch.Tensor | None = None,
 ) -> PolicyLoss:
-    """L = -sum_t c * s_t / N with the weights W detached. All tensors [T]; N is `normalizer`.
+    """Return L = -sum_t c * s_t / N with the weights W detached. All tensors [T]; N is `normalizer`.
 
     s_t = W log pi_theta for `loss` = "reinforce" (EGRSD, arXiv 2605.13255, eq. 7), and for "ppo"
     min(rho W, clip(rho, 1 - eps_lo, 1 + eps_hi) W), rho = pi_theta / pi_old (PPO, arXiv 1707.06347, eq. 7). Their

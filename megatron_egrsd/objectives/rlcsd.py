@@ -13,7 +13,7 @@ class RLCSD(Objective):
     """L = mean policy loss of A over the unselected tokens + selected_weight x that of A' over the selected ones.
 
     The contrast of a token is e = log p_T(y | right) - log (1/K) sum_k p_T(y | wrong_k); s = strength tanh(e / tau).
-    A token is selected if |s| > threshold, and then weighs A' = A + s, but 0 where that has another sign than A: the
+    A token is selected if |s| > threshold, and then weighs A' = A + s, but 0 if that has another sign than A: the
     verifier decides the direction (arXiv 2606.11709; the loss and the defaults are those of its authors' code).
     The two means are over the trained tokens of the batch (ours with several updates a batch or micro-batches).
 
@@ -63,7 +63,7 @@ class RLCSD(Objective):
 
 
 def _contrast(tokens: Tokens) -> torch.Tensor:
-    """e of every token, [T] fp32, in nats; 0 for a rollout without contexts, which is not trained."""
+    """Return e of every token, [T] fp32, in nats; 0 for a rollout without contexts, which is not trained."""
     wrong = tokens.context_log_prob
     there = ~wrong.isnan()
     mixture = wrong.nan_to_num(nan=-torch.inf).logsumexp(0) - there.sum(0).clamp(min=1).log()

@@ -47,7 +47,7 @@ class History:
 
 
 def shaped_rewards(rollouts: "list[Rollout]", config: "ObjectiveConfig", max_response_tokens: int) -> list[float]:
-    """r_i = reward * (1 + beta_L (1 - T_i / L_max)) for a right response (reward > 0.5), else the reward itself.
+    """Return r_i = reward * (1 + beta_L (1 - T_i / L_max)) if a response is right (reward > 0.5), else the reward.
 
     EGRSD (arXiv 2605.13255, section 3 and appendix D), for rewards of 0 and 1. T_i counts the end-of-turn token; L_max
     is `max_response_tokens`.
@@ -61,7 +61,7 @@ def shaped_rewards(rollouts: "list[Rollout]", config: "ObjectiveConfig", max_res
 def advantages(
     rewards: torch.Tensor, group_ids: torch.Tensor, config: "ObjectiveConfig", history: History
 ) -> torch.Tensor:
-    """A_i of each rollout: shaped rewards [R] and group_ids [R] int (one group a prompt) -> [R] fp32.
+    """Return A_i of each rollout, [R] fp32, from shaped rewards [R] and group_ids [R] int (one group a prompt).
 
     "running": (r - mean) / (std + 1e-6) over all rewards of earlier steps, exactly 0 for a reward that is the mean;
     r - `advantage_baseline` in the first `advantage_warmup` steps (EGRSD, arXiv 2605.13255, eq. 9 and appendix B;

@@ -63,8 +63,8 @@ def layer_activations(arch: Architecture, tensor: int, h: int, b: int, place: Pl
 def adapter_activations(parallel: ParallelConfig, b: int, lora: AdapterSpec) -> int:
     """Return the bytes per token that the adapters of one layer keep: A x of each projection.
 
-    Its input x is counted with the layer, which keeps it for an adapter where it would for a gradient of W. Sequence
-    parallelism divides A x where it divides the layer's output.
+    Its input x is counted with the layer, which keeps it for an adapter if it would for a gradient of W. Sequence
+    parallelism divides A x if it divides the layer's output.
     """
     divided = [name in ROW_PARALLEL and parallel.sequence_parallel for name in lora.targets]
     return sum(b * lora.rank // (parallel.tensor if split else 1) for split in divided)

@@ -39,9 +39,9 @@ TRAINER_SHARE = 0.95  # of a GPU that a training rank may be planned to fill
 
 @dataclass(frozen=True)
 class Choice:
-    """A division of the GPUs, what it takes of memory (bytes) and time (seconds).
+    """A division of the GPUs, and the memory (bytes) and time (seconds) that it takes.
 
-    `moves`: of moving the `kept` bytes of a rank to host memory and back, where both use the same GPUs.
+    `moves`: of moving the `kept` bytes of a rank to host memory and back, if both use the same GPUs.
     """
 
     serving: int
@@ -80,7 +80,7 @@ class Choice:
 
 
 def long_tailed(count: int, cut: int) -> list[int]:
-    """Response lengths: quantiles of a lognormal of median 3,000 tokens and sigma 0.9, cut at `cut`; shuffled."""
+    """Return shuffled response lengths: quantiles of a lognormal of median 3,000 tokens and sigma 0.9, cut at `cut`."""
     normal = NormalDist(math.log(3000), 0.9)
     lengths = [min(cut, round(math.exp(normal.inv_cdf((i + 0.5) / count)))) for i in range(count)]
     random.Random(0).shuffle(lengths)
@@ -91,7 +91,7 @@ def best(
     arch: Architecture, machine: Machine, gpus: int, batch: Batch, lora: AdapterSpec | None = None
 ) -> Choice | None:
     """Return the fastest division of `gpus` that fits, or None. `lora`: the adapters that are trained, if any are."""
-    # In eighths: of a node where there is one, else of the cluster, where a whole node either trains or serves.
+    # In eighths: of a node if there is only one, else of the cluster, where a whole node either trains or serves.
     shares = [gpus * eighth // 8 for eighth in range(1, 8)]
     choices = itertools.chain(*(_choices(arch, machine, gpus - n, n, batch, lora) for n in shares))
     return min(choices, key=lambda choice: choice.step, default=None)
@@ -129,7 +129,7 @@ def learning(
     arch: Architecture, machine: Machine, training: int, parallel: ParallelConfig, batch: Batch,
     lora: AdapterSpec | None = None,
 ) -> tuple[float, float, float]:  # fmt: skip
-    """Seconds of scoring, training and weight sync of a step on `training` GPUs."""
+    """Return the seconds of scoring, training and weight sync of a step on `training` GPUs."""
     students = [batch.student_prompt + n for n in batch.responses]
     teachers = [batch.teacher_prompt + n for n in batch.responses]
     response_rows = sum(batch.responses)
@@ -142,7 +142,7 @@ def learning(
 
 
 def sampling(arch: Architecture, machine: Machine, gpus: int, batch: Batch) -> tuple[float, int] | None:
-    """(seconds, TP of a server) of sampling on `gpus`: the fastest TP whose KV cache holds a longest response."""
+    """Return (seconds, a server's TP) of sampling on `gpus`: the fastest TP whose KV cache holds a longest response."""
     cache = arch.kv_cache_bytes(2)
     found = []
     for tensor in (1, 2, 4, 8):
@@ -211,7 +211,10 @@ def _trained(
 
 
 def _memory(arch: Architecture, parallel: ParallelConfig, ranks: int, lora: AdapterSpec | None) -> RankMemory:
-    """The largest rank. Of equal stages it is the first, with most micro-batches in flight, or the last."""
+    """Return the memory of the largest rank.
+
+    Of equal stages it is on the first, with most micro-batches in flight, or on the last.
+    """
     stages, place = _large_stages(arch, parallel), Placement(gpu=True, transformer_engine=True)
     tokens, bucket = parallel.max_tokens_per_microbatch, SyncConfig().bucket_mib << 20
     memory = (
@@ -255,7 +258,7 @@ def table(machine: Machine, models: list[str], rollouts: dict[int, int], cut: in
 
 
 def training_state(arch: Architecture, lora: AdapterSpec | None = None) -> int:
-    """Bytes of weights, gradients and Adam over all ranks: 2 + 4 + 12 a parameter that is trained, 2 of a frozen one.
+    """Return the bytes of weights, gradients and Adam over all ranks: 2 + 4 + 12 a trained parameter, 2 a frozen one.
 
     A frozen teacher is 2 more; with adapters it is the frozen weights themselves.
     """
@@ -263,5 +266,5 @@ def training_state(arch: Architecture, lora: AdapterSpec | None = None) -> int:
 
 
 def architecture(name: str) -> Architecture:
-    """A published model by its name, or a directory with a config.json."""
+    """Return the sizes of a published model, by its name, or of a directory with a config.json."""
     return Architecture.from_config(MODELS[name]) if name in MODELS else Architecture.from_pretrained(name)

@@ -32,7 +32,7 @@ class Machine:
     node: int = 8
 
     def rate(self, ranks: int) -> float:
-        """bytes/s out of a GPU to others among as many neighbouring ranks."""
+        """Return the bytes/s out of a GPU to others among as many neighbouring ranks."""
         return self.link if ranks <= self.node else self.network
 
 

@@ -75,7 +75,7 @@ def prepare(config: Config, ranks: int | None = None) -> tuple[list[Prompt], lis
 
 
 def _check_processes(config: Config, ranks: int) -> None:
-    """Raise BadArgument if several processes are to sample without an engine, which one does."""
+    """Raise BadArgument if debug rollout-only has several ranks or parallel sizes above 1."""
     if config.debug == "rollout-only" and max(ranks, config.parallel.model_parallel) > 1:
         raise BadArgument("debug rollout-only starts no training engine; run it without torchrun and parallel sizes")
 
@@ -100,9 +100,9 @@ def _check_nodes(config: Config) -> None:
 
 
 def _check_gpus(config: Config, ranks: int, count: int) -> None:
-    """Raise BadArgument if the `ranks` ranks of this node do not have a GPU each of its `count`, or its servers none.
+    """Raise BadArgument if the node has too few GPUs (`count`) for its ranks or its servers.
 
-    And if a server would begin at a GPU of a rank, and NCCL would have to join the two.
+    Raise it too if NCCL would join a rank and a server on one GPU.
     """
     if ranks > count and config.debug != "rollout-only":
         raise BadArgument(f"this node has {count} GPU(s), too few for its {ranks} training ranks")
@@ -121,7 +121,7 @@ def _check_gpus(config: Config, ranks: int, count: int) -> None:
 
 
 def _check_routing(config: Config, arch: Architecture) -> None:
-    """Raise BadArgument if a router is to be frozen or its choices replayed, and there is none or it cannot be."""
+    """Raise BadArgument if a router option is set that the model, the objective or parallel.megatron rules out."""
     if config.optimizer.freeze_router and not arch.num_experts:
         raise BadArgument("optimizer.freeze_router is true, but the model has no experts; set it to false")
     if not config.rollout.routing_replay:
@@ -165,7 +165,7 @@ def _check_contexts(config: Config) -> None:
 
 
 def _check_solutions(config: Config) -> None:
-    """Raise BadArgument if solutions are to be trained, of which a problem has one, and something would be sampled."""
+    """Raise BadArgument if an objective that trains solutions is to sample, or has several rollouts a prompt."""
     if needs_rollouts(config.objective):
         return
     if config.debug == "rollout-only":

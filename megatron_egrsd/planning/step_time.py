@@ -30,17 +30,17 @@ class Batch:
 
 
 def step_seconds(generate, score, train, sync, *, staleness: int, slowdown: tuple[float, float] = (1.0, 1.0)):
-    """Seconds of a step from those of its phases, numbers or arrays [steps]; `generate` of what is sampled meanwhile.
+    """Return the seconds of a step from its phases' seconds, each a number or an array [steps].
 
-    On-policy one phase after the other; with `rollout.staleness` 1 the next batch is sampled while this one is scored
-    and trained. `slowdown` is how many times as long sampling, and training, take while the other runs as well: 1 on
-    processors of their own, both 2 on one that they share.
+    On-policy, one phase follows the other. With `rollout.staleness` 1 the next batch is sampled, in `generate`, while
+    this one is scored and trained. `slowdown` is how many times as long sampling, and training, take while the other
+    runs as well: 1 on processors of their own, both 2 on one that they share.
     """
     learn = score + train
     if not staleness:
         return generate + learn + sync
     sampling, training = slowdown
-    # What takes longer side by side goes on alone, at full speed, when the other is done.
+    # The longer of the two, side by side, goes on alone, at full speed, when the other is done.
     longer = np.where(
         sampling * generate >= training * learn,
         generate + training * learn * (1 - 1 / sampling),
@@ -53,7 +53,7 @@ def pass_seconds(
     machine: Machine, arch: Architecture, parallel: ParallelConfig, ranks: int, lengths: Sequence[int], rows: int, *,
     train: bool, lora: AdapterSpec | None = None,
 ) -> float:  # fmt: skip
-    """Seconds of scoring or training `lengths` on `ranks`, without gradient reduction and optimizer.
+    """Return the seconds of scoring or training `lengths` on `ranks`, without gradient reduction and optimizer.
 
     `lora`: the adapters that are trained; None if all weights are. The pipeline's bubble is (P - 1) / (M V); each of
     the V chunks of a stage has its fixed cost a micro-batch and sends its rows on.
@@ -92,7 +92,7 @@ def pass_seconds(
 
 
 def update_seconds(machine: Machine, parallel: ParallelConfig, ranks: int, parameters: int) -> float:
-    """Seconds of the gradient reduction and of Adam on a rank with `parameters` weights.
+    """Return the seconds of the gradient reduction and of Adam on a rank with `parameters` weights.
 
     Distributed optimizer: reduce-scatter of fp32 gradients, all-gather of bf16 weights; else one all-reduce. Adam reads
     gradient, weight and two moments and writes the latter three and the bf16 weight: 30 bytes.
@@ -104,15 +104,15 @@ def update_seconds(machine: Machine, parallel: ParallelConfig, ranks: int, param
 
 
 def turn_seconds(machine: Machine, kept: int) -> float:
-    """Seconds a step that colocated ranks move the `kept` bytes of each to host memory and back.
+    """Return the seconds a step that colocated ranks move the `kept` bytes of each to host memory and back.
 
-    Weights, optimizer and teacher; gradients are dropped. What SGLang unmaps and maps is counted as free.
+    These are weights, optimizer and teacher; gradients are dropped. SGLang's unmapping and mapping counts as free.
     """
     return 2 * kept / machine.host
 
 
 def decode_step_seconds(machine: Machine, arch: Architecture, tensor: int, running: int, context: float) -> float:
-    """Seconds of one decoding step of `running` sequences with `context` tokens each on average, on `tensor` GPUs.
+    """Return the seconds of a decoding step of `running` sequences of `context` tokens on average, on `tensor` GPUs.
 
     The weights are read once (of a mixture, the experts that `running` tokens choose), the KV cache of every sequence
     too; or the matrix products take longer.
@@ -134,7 +134,7 @@ def decode_step_seconds(machine: Machine, arch: Architecture, tensor: int, runni
 
 
 def generate_seconds(step, responses: Sequence[int], prompt: int, slots: int) -> float:
-    """Seconds until one engine has sampled `responses` (lengths in tokens), at most `slots` of them at a time.
+    """Return the seconds until one engine has sampled `responses` (lengths in tokens), at most `slots` at a time.
 
     step(running, context) -> seconds of a decoding step. Sequences start in order as soon as there is a slot; between
     two ends the number running does not change, so the time is a sum over ends.
@@ -166,7 +166,7 @@ def _synchronised(arch: Architecture, lora: AdapterSpec | None) -> tuple[int, in
 def sync_seconds(
     machine: Machine, arch: Architecture, parallel: ParallelConfig, bucket_bytes: int, lora: AdapterSpec | None = None
 ) -> float:
-    """Seconds of moving all weights, or those that have an adapter, over the first rank and into the servers.
+    """Return the seconds of moving all weights, or those that have an adapter, over rank 0 and into the servers.
 
     Gathered over TP within the node, sent to the first stage, broadcast in buckets; each part waits for the one before.
     """

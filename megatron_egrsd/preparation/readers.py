@@ -12,7 +12,7 @@ from megatron_egrsd.rewards.answers import gold_answer
 
 
 def dapo(row: dict) -> tuple[str, str, str]:
-    """DAPO-Math: a chat prompt that wraps the problem in instructions, and an answer. There is no solution."""
+    """Read DAPO-Math: a chat prompt that wraps the problem in instructions, and an answer. There is no solution."""
     prompt = row["prompt"] or ""
     problem = prompt if isinstance(prompt, str) else prompt[-1]["content"] or ""
     if problem.startswith("Solve the following math problem"):
@@ -25,7 +25,7 @@ _ASKS_FOR_A_BOX = "Return your final response within \\boxed{}."  # before OpenT
 
 
 def openthoughts(row: dict) -> tuple[str, str, str]:
-    """OpenThoughts with metadata: the answer is the box in the published solution, which teaches as well."""
+    """Read OpenThoughts with metadata: the answer is the box in the published solution, which teaches as well."""
     problem = (row["problem"] or "").removeprefix(_ASKS_FOR_A_BOX)
     solution = row["ground_truth_solution"] or ""
     is_math = row.get("domain", "math") == "math" and "\\boxed" in solution
@@ -33,19 +33,19 @@ def openthoughts(row: dict) -> tuple[str, str, str]:
 
 
 def boxed(row: dict) -> tuple[str, str, str]:
-    """Openthoughts_math_30k_opsd (the EGRSD paper's set): the answer is the solution's last box."""
+    """Read Openthoughts_math_30k_opsd (the EGRSD paper's set): the answer is the solution's last box."""
     solution = row["solution"] or ""
     found = boxes(solution)
     return (row["problem"] or "").removeprefix(_ASKS_FOR_A_BOX), found[-1].content if found else "", solution
 
 
 def deepmath(row: dict) -> tuple[str, str, str]:
-    """DeepMath: the first of three R1 answers is the solution, without its thinking."""
+    """Read DeepMath: the first of three R1 answers is the solution, without its thinking."""
     return row["question"], row["final_answer"], (row.get("r1_solution_1") or "").rpartition("</think>")[2]
 
 
 def plain(row: dict) -> tuple[str, str, str]:
-    """problem or question, answer and solution; a GSM8K answer or a boxed solution holds both."""
+    """Read problem or question, answer and solution; a GSM8K answer or a boxed solution holds both."""
     solution = row.get("solution") or ""
     answer = row.get("answer")
     if answer is None:

@@ -46,7 +46,7 @@ class Mechanism:
 
 
 def regimes(normalized: np.ndarray, ahead: np.ndarray, low: float, high: float) -> np.ndarray:
-    """[T] indices into REGIMES from Hhat and Hhat^CL.
+    """Return [T] indices into REGIMES from Hhat and Hhat^CL.
 
     lock: Hhat <= low. fork: both >= high. pivot: Hhat >= high and Hhat^CL <= low. mid: the rest.
     """
@@ -56,7 +56,7 @@ def regimes(normalized: np.ndarray, ahead: np.ndarray, low: float, high: float) 
 
 
 def thresholds(normalized: np.ndarray) -> tuple[float, float]:
-    """(low, high) bounds of the regimes."""
+    """Return the (low, high) bounds of the regimes."""
     low, high = np.quantile(normalized, [_LOW, _HIGH])
     return float(low), float(high)
 
@@ -90,7 +90,7 @@ def measure(dumps: list[list[ScoredRollout]]) -> Mechanism:
 
 
 def _batch(scored: list[ScoredRollout], objective: ObjectiveConfig) -> tuple[np.ndarray, ...]:
-    """(H, |delta|, w omega, Hhat, Hhat^CL, omega^CL - omega) of a batch's tokens, [T] each."""
+    """Return (H, |delta|, w omega, Hhat, Hhat^CL, omega^CL - omega) of a batch's tokens, [T] each."""
     tokens, vocab_size = dumped_tokens(scored), scored[0].vocab_size
     entropy, teacher, student = tokens.teacher_entropy, tokens.teacher_log_prob, tokens.student_log_prob
     plain = confidence(entropy, tokens.cu_seqlens, replace(objective, lookahead=0), vocab_size=vocab_size)
@@ -102,7 +102,7 @@ def _batch(scored: list[ScoredRollout], objective: ObjectiveConfig) -> tuple[np.
 
 
 def table(found: Mechanism) -> str:
-    """The numbers as text, the paper's beside them."""
+    """Return the numbers as text, the paper's beside them."""
     lines = [
         f"{found.tokens:,} response tokens, gamma {found.gamma:g}, W {found.window}",
         "",

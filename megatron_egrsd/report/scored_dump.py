@@ -1,6 +1,6 @@
 """Scored dumps: the objective's inputs and results at every token of a batch, one JSON object per rollout.
 
-`learn` hands over the scores, the first rank gathers and writes them (`dump_scores: true`), the token page reads them.
+`learn` hands over the scores, rank 0 gathers and writes them (`dump_scores: true`), the token page reads them.
 docs/guides/report.md describes the format. Reading needs neither megatron-core nor SGLang, and executes nothing.
 """
 
@@ -182,7 +182,7 @@ def scored_rollouts(
 def batch_weights(
     tokens: Tokens, objective: ObjectiveConfig, vocab_size: int, history: History | None = None
 ) -> dict[str, torch.Tensor]:
-    """Weight and gate (1 if the objective has none) of a whole batch, and the entropies behind a gate; [T] each.
+    """Return weight and gate (1 if the objective has none) of a whole batch, and the entropies behind a gate; [T] each.
 
     If there is a teacher but another objective than the family's prepares no entropies, they are those of the built-in
     gate. With the tokens' divergence also what it adds to the loss.

@@ -75,10 +75,10 @@ def _names(objective: ObjectiveConfig) -> dict[str, str]:
 
 
 def _weights(scored: list[ScoredRollout], objective: ObjectiveConfig) -> list[dict[str, np.ndarray]]:
-    """Of each rollout: omega and weight; of a member of the family also w, and with a teacher ratio, h and h_ahead.
+    """Return omega and weight of each rollout; of a member of the family also w, and with a teacher ratio, h, h_ahead.
 
-    These are exp(D delta), Hhat and Hhat^CL. Of another objective omega and weight are recorded, and what a divergence
-    adds to the loss counts as weight.
+    These are exp(D delta), Hhat and Hhat^CL. Of another objective omega and weight are recorded, and the divergence's
+    part of the loss counts as weight.
     """
     if objective.function:
         added = [0.0 if r.divergence is None else r.divergence for r in scored]

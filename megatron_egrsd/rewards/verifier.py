@@ -18,7 +18,7 @@ MEMORY = 4 << 30  # bytes of address space
 
 
 class GaveUp(Exception):
-    """A comparison exceeded its time or memory."""
+    """A comparison that exceeded its time or memory."""
 
 
 def algebra_equal(gold: str, answer: str) -> bool:

@@ -27,7 +27,7 @@ ROUTES = {"return_routed_experts": True}  # of a request
 
 
 class _RequestFailed(Exception):
-    """A request failed in a way that a retry may cure."""
+    """A failure of a request that a retry may cure."""
 
 
 def truncation(settings: RolloutConfig | EvaluationConfig) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Control:
 
     def on_all(self, endpoint: str, body: dict | Sequence[dict | None],
                meanwhile: Callable[[Callable[[], None]], None] | None = None) -> list[dict[str, Any]]:  # fmt: skip
-        """POST to every server at once, run `meanwhile` until they answer, and return the answers.
+        """Send a POST to every server at once, run `meanwhile` until they answer, and return the answers.
 
         A list holds one body per server, None for a server that is left out. `meanwhile` gets a function that raises
         if a request has failed: then that server will not take part in a broadcast.
@@ -88,7 +88,7 @@ class Control:
         return answer
 
     def tell(self, endpoint: str, body: dict, timeout: float) -> None:
-        """POST to one server after the other and ignore failures."""
+        """Send a POST to one server after the other and ignore failures."""
         for url in self.urls:
             with contextlib.suppress(httpx.HTTPError):  # the server may be ending
                 self._http.post(f"{url}/{endpoint}", json=body, timeout=timeout)

@@ -9,7 +9,7 @@ EVERYTHING = (WEIGHTS, *CACHES)
 
 
 class ServerMemory:
-    """Releases and resumes parts of the servers' GPU memory; requests only the parts that still need it.
+    """Parts of the servers' GPU memory, released and resumed; requests only the parts that still need it.
 
     SGLang unmaps GPU memory (its enable_memory_saver, an argument of colocated servers) and loses its content: released
     weights must be pushed again. On CPU it accepts the requests and keeps both memory and weights. Only for idle

@@ -38,13 +38,13 @@ T = TypeVar("T")
 _POLL = 0.5  # seconds between two checks of a starting server
 _TAIL = 1 << 18  # bytes at the end of a log in which its error is looked for
 _KILL_TIMEOUT = 5.0  # seconds until the processes of a killed server must have ended
-# The last line of a traceback, uvicorn's error about its port, or argparse's error.
 _PORT_TAKEN = "address already in use"  # uvicorn's words
+# The last line of a traceback, uvicorn's error about its port, or argparse's error.
 _ERROR = re.compile(r"(\[.*\] )?([\w.]*(Error|Exception): .|ERROR: +\[Errno|.*: error: )")
 
 
 class ServersLost(RunError):
-    """No server with complete weights is left: the servers must be recovered and the weights pushed again."""
+    """Loss of every server with complete weights: the servers must be recovered and the weights pushed again."""
 
 
 def retry_lost(action: Callable[[], T], recover: Callable[[ServersLost], object]) -> T:
@@ -178,7 +178,8 @@ class RolloutServers:
     def mark_lost(self, servers: list[Server], reason: str) -> None:
         """Mark `servers` lost, as one loss, and start others in place of those that this process launched.
 
-        Returns at once. Raises RunError if servers have already been lost `config.max_restarts` times.
+        Kills the lost servers' processes first, which may take seconds, and waits for no start. Raises RunError if
+        servers have already been lost `config.max_restarts` times.
         """
         servers = [server for server in servers if not server.lost]
         if not servers:

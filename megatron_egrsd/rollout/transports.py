@@ -22,7 +22,7 @@ NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
 class Transport(ABC):
-    """Sends weights to the servers of `control`. The methods raise the errors of `Control.on_all`.
+    """A way to send weights to the servers of `control`. The methods raise the errors of `Control.on_all`.
 
     The tensors are on `device` when they are sent. Temporary files go into `directory`, or the system's own place.
     """
@@ -161,7 +161,7 @@ TRANSPORTS: dict[str, type[Transport]] = {"distributed": Distributed, "ipc": Han
 
 
 def buckets(named_tensors: NamedTensors, size: int) -> Iterator[Bucket]:
-    """Consecutive tensors of one type, together at most `size` bytes; a larger tensor comes alone."""
+    """Yield buckets of consecutive tensors of one type, together at most `size` bytes; a larger tensor comes alone."""
     bucket, filled = [], 0
     for name, tensor in named_tensors:
         # One type a bucket keeps every tensor aligned within the flattened bytes.

@@ -1,4 +1,4 @@
-"""The student's weights, from the first training rank into every SGLang server.
+"""The student's weights, from rank 0 into every SGLang server.
 
 One sync sends weights by one of the transports (transports.py), or an adapter (adapter_transports.py), then the new
 version, which every server must report. Every request has a deadline.
@@ -20,7 +20,7 @@ from megatron_egrsd.rollout.weight_checksums import expected_checksums
 
 
 class WeightSync:
-    """Pushes weights to the servers and checks that they arrived. Used by one process, with no generation running.
+    """Push of weights to the servers, and check that they arrived. Used by one process, with no generation running.
 
     With `transport: ipc` the servers are those of this node, and every node has a process that does it.
 
@@ -87,7 +87,7 @@ class WeightSync:
         return True
 
     def check_version(self, version: int) -> None:
-        """RunError naming a server that does not serve weight version `version`."""
+        """Raise RunError naming a server that does not serve weight version `version`."""
         for url in self.control.urls:
             served = self.control.request("GET", url, "model_info")["weight_version"]
             if served != str(version):

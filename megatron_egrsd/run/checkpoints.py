@@ -11,7 +11,7 @@ from megatron_egrsd.run.stopwatch import Stopwatch
 
 
 class Checkpoints:
-    """Saves checkpoints and gives them their names. Every rank makes the same calls.
+    """A run's checkpoints: they are saved, and then given their names. Every rank makes the same calls.
 
     Under `checkpoint.asynchronous` a checkpoint is there after `publish`, which `save` calls for the one before.
     """
@@ -47,7 +47,7 @@ class Checkpoints:
             saving.publish()
 
     def end(self) -> None:
-        """Wait until this rank writes no more. What was not published is removed before the next checkpoint."""
+        """Wait until this rank writes no more. An unpublished checkpoint is removed before the next one."""
         if self._saving is not None:
             self._saving.wait()
 

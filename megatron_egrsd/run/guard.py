@@ -18,7 +18,7 @@ _REASONS = {
 
 
 class UpdateGuard:
-    """Counts the steps in a row that have skipped an update, one of several too. Every rank makes the same calls."""
+    """Counter of steps in a row that have skipped an update, one of several too. Every rank makes the same calls."""
 
     def __init__(self, config: Config, directory: RunDirectory):
         self.directory, self.limit, self.max_skipped = directory, config.log_prob_limit, config.max_skipped_steps

@@ -47,10 +47,10 @@ METRICS = [
     Metric("optimizer/lr", "", "8.2g", "Learning rate."),
     Metric("optimizer/updates", "", "3.0f", "Optimizer steps taken on the batch; 0 if no rollout has a signal."),
     Metric("optimizer/skipped", "", "3.0f", "Updates skipped: numbers not finite, or engine and SGLang disagree."),
-    Metric("skipped/log_prob", "", "3.0f", "Those of a log-prob that is not finite."),
-    Metric("skipped/loss", "", "3.0f", "Those of a loss that is not finite."),
-    Metric("skipped/gradient", "", "3.0f", "Those of a gradient that is not finite."),
-    Metric("skipped/disagreement", "", "3.0f", "Those where engine and SGLang differ by more than the limit."),
+    Metric("skipped/log_prob", "", "3.0f", "Updates skipped for a log-prob that is not finite."),
+    Metric("skipped/loss", "", "3.0f", "Updates skipped for a loss that is not finite."),
+    Metric("skipped/gradient", "", "3.0f", "Updates skipped for a gradient that is not finite."),
+    Metric("skipped/disagreement", "", "3.0f", "Updates skipped: engine and SGLang differ by more than the limit."),
     Metric("sync/log_prob_difference", "dlogp", "7.1e", "Mean |log-prob(SGLang) - log-prob(engine)|, nats."),
     Metric("sync/routing_changed", "", "6.4f", "Share of tokens that the engine would route otherwise, over layers."),
     Metric("batch/tokens", "", "8.0f", "Response tokens of the batch."),
@@ -84,7 +84,7 @@ METRICS = [
 
 
 def metrics_page() -> str:
-    """docs/reference/metrics.md."""
+    """Return the text of docs/reference/metrics.md."""
     rows = "\n".join(
         f"| `{m.key}` | {'`' + m.label.replace('|', chr(92) + '|') + '`' if m.label else ''} "
         f"| {m.meaning.replace('|', chr(92) + '|')} |"

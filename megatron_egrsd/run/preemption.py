@@ -1,7 +1,7 @@
 """SIGTERM, the way schedulers announce that they take a machine back, and Ctrl-C: either stops the whole run.
 
 A rank waiting in a collective runs no Python, so no ordinary signal handler. Here the interpreter's C handler writes
-the signal's number into a pipe, a thread reads it and tells the job's store, and the first rank asks there.
+the signal's number into a pipe, a thread reads it and tells the job's store, and rank 0 asks there.
 """
 
 import os
@@ -22,7 +22,7 @@ _REPEATED = 2.0  # seconds after a Ctrl-C within which another one may be torchr
 
 
 class Preemption:
-    """Notes SIGTERM while it is open, and the first Ctrl-C from `save_on_interrupt` on. Made on the main thread."""
+    """Watch for SIGTERM while open, and for the first Ctrl-C from `save_on_interrupt` on. Made on the main thread."""
 
     def __init__(self):
         self.requested = 0  # the signal

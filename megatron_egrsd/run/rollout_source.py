@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class RolloutSource(Protocol):
-    """Gives the batches that a run trains on. Every rank makes the same calls; rollouts and errors reach all ranks.
+    """Source of the batches that a run trains on. Every rank makes the same calls; rollouts and errors reach all ranks.
 
     Attributes:
         placement: Enter its phase "training" before the engine trains, loads, saves or exports.
@@ -48,7 +48,10 @@ class RolloutSource(Protocol):
         """Return k rollouts of each held-out prompt with the weights after `step` updates; [] if none can be had."""
 
     def push_weights(self, version: int, watch: Stopwatch) -> None:
-        """Sample with the engine's weights from now on. Takes "time/wait" and "time/sync"."""
+        """Send the engine's weights as `version` to the servers, if there are any.
+
+        Adds the seconds to `watch`: "time/sync", and with servers "time/wait".
+        """
 
 
 class LiveRollouts:

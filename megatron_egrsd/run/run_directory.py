@@ -17,7 +17,7 @@ from megatron_egrsd.system.files import write_text
 
 
 class RunDirectory:
-    """Names the files of a run and prepares the directory for a new or a resumed run."""
+    """The directory of a new or a resumed run, which it prepares, and the names of its files."""
 
     def __init__(self, config: Config):
         self.config = config

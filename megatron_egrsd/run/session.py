@@ -40,7 +40,7 @@ def open_session(config: Config, engine: Engine, tokenizer, preemption: Preempti
 
 
 class Session:
-    """Gives each step its rollouts, and keeps log, dumps and checkpoints. Every rank makes the same calls.
+    """The rollouts of each step, the log, the dumps and the checkpoints of a run. Every rank makes the same calls.
 
     Rank 0 alone speaks to SGLang and writes files; rollouts, and every exception, reach all ranks. `stack` ends what is
     started here: first requests and servers, then the log.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 class Stopwatch:
-    """Adds up the seconds spent in `with watch(name):` blocks, by name."""
+    """Sums of the seconds spent in `with watch(name):` blocks, by name."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}

@@ -10,7 +10,7 @@ from megatron_egrsd.rewards.vote import majority_answer
 
 
 class MajorityContexts:
-    """Gives the rollouts of a batch the context that tells their group's answer.
+    """The context of each rollout of a batch, which tells its group's answer.
 
     Every rollout that was not cut off votes, the one that is scored too (as in TTRL): if it did not, each half of a
     group that is split in two would be told the answer of the other half.

@@ -17,7 +17,7 @@ Contexts = Callable[[list[Rollout]], list[Rollout]]
 
 
 class Sampler:
-    """Samples responses through SGLang, decodes and rewards them.
+    """Sampler of responses through SGLang, which are decoded and rewarded.
 
     `opened` is what the prompts open and leave to the responses to close (prompt_builder.opened_thinking). `contexts`
     gives the rollouts that are trained what their teacher reads, if that needs the whole group (`group_contexts`).

@@ -58,7 +58,7 @@ def has_ended() -> bool:
     started them. torch would try to connect for twice its timeout.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return False  # the first rank makes the store, and may come last
+        return False  # rank 0 makes the store, and may come last
     try:
         socket.create_connection(master(), timeout=10).close()
     except ConnectionRefusedError:

@@ -24,7 +24,7 @@ from megatron_egrsd.vocab_parallel.shard import (
 
 
 class _Plan(NamedTuple):
-    """How the chunks are computed and where the gradients go; the arguments of `linear_token_statistics`."""
+    """The arguments of `linear_token_statistics` that decide how chunks are computed and where gradients go."""
 
     grad_dtype: torch.dtype
     gather_sequence: bool

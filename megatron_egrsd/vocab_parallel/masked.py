@@ -29,7 +29,7 @@ def masked_log_prob(
 ) -> torch.Tensor:
     """Compute the target's log-probability among the columns that `keep` [..., V / ranks] (bool) names, and its own.
 
-    The target is always kept, so that the result [...] is finite where an engine's mask omits the sampled token.
+    The target is always kept, so that the result [...] is finite if an engine's mask omits the sampled token.
     The gradient of dropped columns is below 1e-37. Costs one copy of the logits, over which backward writes the
     gradient: a second backward pass raises. Other arguments and errors as in `token_statistics`.
     """

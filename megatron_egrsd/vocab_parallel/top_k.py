@@ -20,7 +20,7 @@ _IMPOSSIBLE = -1e4  # its exponential is 0 in fp64
 
 
 class Coefficients(NamedTuple):
-    """Hold what the gradient needs: of a column j outside the k it is -q_j C, of column j among them c_j - q_j C.
+    """Coefficients of the gradient: of a column j outside the k it is -q_j C, of column j among them c_j - q_j C.
 
     c_j is the derivative of the value with respect to ln q_j, the rest's probability being a function of all of them,
     and C is the sum of all c_j.

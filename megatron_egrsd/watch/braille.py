@@ -10,7 +10,8 @@ _BLANK = 0x2800
 def curve(values: Sequence[float], width: int, height: int, low: float, high: float) -> list[str]:
     """Return `height` lines of `width` characters that show `values` from `low` to `high`, over the whole width.
 
-    More values than columns of dots are averaged; between fewer the line is straight. What is not finite is a gap.
+    More values than columns of dots are averaged; between fewer the line is straight. A value that is not finite is a
+    gap.
     """
     columns, rows = 2 * width, 4 * height
     dots: set[tuple[int, int]] = set()

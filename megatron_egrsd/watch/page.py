@@ -32,7 +32,7 @@ _FIRST = 3  # steps whose mean a tile compares with
 
 
 class Page:
-    """Writes the page of a run to `path` again and again; it draws the curves only if the metrics have changed."""
+    """Writer of the page of a run to `path`, again and again; it draws the curves only if the metrics have changed."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -52,7 +52,7 @@ def shade(weight: float, scale: float) -> int:
 
 @dataclass(frozen=True)
 class State:
-    """Hold what is known of a run. `written` is the time of its last sign of life, in seconds since 1970."""
+    """The known state of a run. `written` is the time of its last sign of life, in seconds since 1970."""
 
     run: Run
     stage: Stage
@@ -72,7 +72,7 @@ class State:
 
 
 class Reader:
-    """Reads the state of one output directory again and again; a file that has not changed is not read twice."""
+    """Reader of the state of one output directory, again and again; a file that has not changed is not read twice."""
 
     def __init__(self, output: Path):
         self.output = output

@@ -1,7 +1,7 @@
 """The loop's stage: sampling with SGLang, training, new weights, on one device, with the tiny model.
 
 Each attempt is a whole run of two steps in a process of its own; every weight in SGLang is compared with the engine's
-after every push. Where SGLang's compiled kernels are not installed, tools/gpu/standin has the few that Qwen3 needs. If
+after every push. If SGLang's compiled kernels are not installed, tools/gpu/standin has the few that Qwen3 needs. If
 SGLang does not serve on the GPU at all, a server on this machine's CPU takes its place; with DEVICE=cpu it is one
 attempt more.
 """

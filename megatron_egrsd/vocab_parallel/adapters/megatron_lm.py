@@ -64,7 +64,7 @@ def output_processor(
 
     Takes tied weights, sequence parallelism and gradient accumulation fusion from the arguments that GPTModel passes.
     `context` may hold options of `linear_token_statistics`, such as vocab_size or keep_bytes. Raises ValueError
-    without labels, and where the output layer does more than a product.
+    without labels, and if the output layer does more than a product.
     """
     if labels is None:
         raise ValueError("output_processor computes a loss, so the model must be called with labels")

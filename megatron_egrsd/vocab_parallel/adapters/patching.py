@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 def replace(module: str, replacements: Mapping[str, Any], newer: Container[str] = ()) -> None:
     """Set names of `module` to `replacements`: now if it is imported, else as soon as it is.
 
-    Names in `newer` are set where the project's version has them. Raises AttributeError if the module is imported and
+    Names in `newer` are set if the project's version has them. Raises AttributeError if the module is imported and
     lacks another: the project has moved it, and a replacement that nothing calls would go unnoticed.
     """
     if module in sys.modules:

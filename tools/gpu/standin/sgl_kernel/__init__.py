@@ -14,20 +14,20 @@ import torch
 
 
 def rmsnorm(input, weight, eps=1e-6, out=None, enable_pdl=None):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32."""
+    """Return x / sqrt(mean(x^2) + eps) * weight, computed in fp32."""
     x = input.float()
     result = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(input.dtype) * weight
     return result if out is None else out.copy_(result)
 
 
 def fused_add_rmsnorm(input, residual, weight, eps=1e-6, enable_pdl=None):
-    """In place: residual += input; input = rmsnorm(residual)."""
+    """Compute residual += input; input = rmsnorm(residual), in place."""
     residual.add_(input)
     rmsnorm(residual, weight, eps, out=input)
 
 
 def silu_and_mul(input, out=None):
-    """silu(first half) * second half, along the last dimension."""
+    """Return silu(first half) * second half, along the last dimension."""
     gate, up = input.chunk(2, -1)
     result = torch.nn.functional.silu(gate) * up
     return result if out is None else out.copy_(result)
@@ -56,7 +56,7 @@ def __getattr__(name: str):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Answers the import of every submodule of this package."""
+    """Finder that answers the import of every submodule of this package."""
 
     def find_spec(self, name, path=None, target=None):
         inside = name.startswith(__name__ + ".")
