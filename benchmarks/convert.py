@@ -105,7 +105,7 @@ def warm(directory: Path, nbytes: int) -> None:
 
 
 def copied(source: Path, target: Path) -> dict:
-    """Return the same of `cp` of the weights."""
+    """Copy the weights with `cp`; return the same numbers."""
     files = [str(file) for file in source.glob("*.safetensors")]
     target.mkdir()
     warm(target.parent, size(source, "*.safetensors"))

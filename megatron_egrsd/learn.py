@@ -45,7 +45,7 @@ def learn(
     Args:
         record: Gets the scores of all rollouts before the update, on every rank. It costs a student pass of its own if
             there is one update.
-        history: What earlier steps leave to the objective; default: nothing, as before the first step.
+        history: The objective's history of earlier steps; default: none, as before the first step.
     """
     started, history = time.perf_counter(), history or History()
     objective = load_objective(config.objective, history)

@@ -1,8 +1,8 @@
 """The classes of response tokens: by their characters, and by their part in the text (style, task or other).
 
 Style and task are the words of RLCSD (arXiv 2606.11709): discourse markers, delimiters and structure on one side,
-digits and operators on the other. No list of its tokens was found; the rules and words here are ours. What is neither
-(names, things, verbs of the story) is "other".
+digits and operators on the other. No list of its tokens was found; the rules and words here are ours. Names, things
+and verbs of the story are "other".
 """
 
 import re

@@ -1,6 +1,6 @@
 """One page: every table and figure of the paper that has been made again, ours beside the published one.
 
-page.html is for reading, numbers.json holds the same numbers. What has not been run is shown as such, and never as 0.
+page.html is for reading, numbers.json holds the same numbers. A missing run is shown as such, and never as 0.
 """
 
 import json

@@ -68,7 +68,7 @@ class DataConfig:
         answer_key: Field that holds the verifiable answer. The answer of a row without it is the last box of its
             solution.
         solution_key: Field that holds the reference solution, the privileged context.
-        teacher_context: What the teacher reads. "template": the turns of `teacher_template` or `teacher_key`; "answer":
+        teacher_context: The teacher's prompt. "template": the turns of `teacher_template` or `teacher_key`; "answer":
             the student's turns with the answer behind them; "concise": the student's turns with the wish for a short
             solution before the last (CRISP); "sibling": the template with a right rollout of the same prompt as
             {solution}; "contrast": that, and up to `wrong_siblings` wrong ones, each in a context of its own (RLCSD);

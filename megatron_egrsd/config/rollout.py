@@ -96,9 +96,9 @@ class SyncConfig:
         bucket_mib: Size of one broadcast bucket.
         verify: Compare every weight in SGLang with the engine's after each synchronisation, bit by bit.
         timeout: Seconds one weight synchronisation may take.
-        lora: What the servers get if adapters are trained: weights with the adapters merged into them, after the first
-            sync only those that have one; or the adapters themselves, which SGLang adds to every product. The latter
-            needs servers that the run launches and transport ipc or disk (docs/guides/lora.md).
+        lora: The content of a synchronisation if adapters are trained: weights with the adapters merged into them,
+            after the first sync only those that have one; or the adapters themselves, which SGLang adds to every
+            product. The latter needs servers that the run launches and transport ipc or disk (docs/guides/lora.md).
     """
 
     transport: Literal["distributed", "ipc", "disk"] = "distributed"

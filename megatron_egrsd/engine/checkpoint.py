@@ -77,7 +77,7 @@ def save(
     """Write `directory`/step_NNNNNN, then remove all but the newest `keep` and the best one. Collective.
 
     Args:
-        history: What the steps leave to the objective, `History` as plain values.
+        history: The objective's history after the steps, `History` as plain values.
         metrics_file: It becomes part of the checkpoint under the name METRICS_FILE, as it is now.
         best: This is the best checkpoint so far; it stays until a later one is.
         run_facts: Plain values that `read_run_facts` returns before anything is loaded.

@@ -15,7 +15,7 @@ from megatron_egrsd.system import torchrun
 from megatron_egrsd.system.files import handles_error
 
 T = TypeVar("T")
-# What all ranks must have in common, by name: its hash, and what to do if a rank has another one.
+# Facts that all ranks must have in common, by name: a hash, and what to do if a rank has another one.
 Facts = dict[str, tuple[str, str]]
 
 

@@ -133,7 +133,7 @@ def check_megatron(parallel: ParallelConfig) -> None:
 
 
 def _experts(arch: Architecture, parallel: ParallelConfig, fused: bool) -> dict:
-    """Return the mixture of experts as Hugging Face routes: fp32 softmax over all, the best k, normalised or not.
+    """Return settings of experts as Hugging Face routes: fp32 softmax over all experts, the best k, normalised or not.
 
     Normalising the chosen probabilities is the softmax over the chosen logits, which megatron-core calls post-softmax.
     """

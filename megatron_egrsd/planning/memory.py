@@ -168,14 +168,14 @@ def rank_memory(
         scored_tokens: Tokens on a rank of the teacher's longest micro-batch, if its sequences are longer than `tokens`.
         needs_reference: Whether the initial weights are kept, for a KL penalty.
         lora: The adapters that are trained; None if all weights are.
-        held: What is held for a divergence from the teacher; None if the objective asks for none.
+        held: The sizes held for a divergence from the teacher; None if the objective asks for none.
     """
     rank = _Rank(arch, parallel, world_size, stage, place, tokens, itemsize, lora)
     resident = rank.resident(teacher, needs_teacher, needs_reference)
     phases = rank.training_phases(teacher, held)
     if needs_teacher:
         cast = teacher.weights == "ema" and itemsize < 4
-        # What a layer would keep for a backward pass: without one, parts are freed before the layer ends.
+        # A layer's activations for a backward pass: without one, parts are freed before the layer ends.
         phases["scoring by the teacher"] = {"one layer, at most": max(tokens, scored_tokens) * rank.layer} | (
             {"teacher in the type of the weights": _numel(rank.trained) * itemsize} if cast else {}
         )

@@ -15,7 +15,7 @@ _ROWS = [  # key, name, unit of the change
 
 
 def summary_table(before: dict, after: dict) -> str:
-    """Return held-out accuracy and length before and after training; shares change in points, lengths in per cent."""
+    """Tabulate held-out accuracy and length before and after training; shares change in points, lengths in per cent."""
     k = f"{after.get('k', 0):.0f}"
     problems = f"{after['problems']:.0f} problems x " if after.get("problems") else ""
     title = f"held-out ({problems}{k} samples)"

@@ -39,7 +39,7 @@ def divergence(
 
     The value has a gradient with respect to the student's logits, and the teacher's entropy has none. The teacher is a
     constant. Extra memory is proportional to the tokens; backward reads both tensors and writes one, without a
-    collective. What forward costs:
+    collective. Costs of forward:
 
     | kind, options              | value                                  | reads of both | gathers, floats a token |
     |----------------------------|----------------------------------------|---------------|-------------------------|

@@ -22,7 +22,7 @@ BROUGHT = {SITE: Path("tools/gpu/brought.txt"), ENGINE: Path("tools/gpu/brought_
 LIMIT = 64 << 20
 ARCHITECTURE = 90  # H100, H200
 SOURCE = "transformer_engine_torch==2.20.2"
-# What nothing here uses, of the packages that would not fit else.
+# Files that nothing here uses, of the packages that would not fit else.
 PRUNED = [
     "bin", "**/__pycache__", "sglang*.dist-info/RECORD", "jedi/third_party", "sglang/multimodal_gen", "sglang/test",
     "sglang/srt/rust_extensions/*.so", "sglang/srt/mem_cache/rust_tree_core/*.so", "zstandard/_cffi*.so",

@@ -41,7 +41,7 @@ def build() -> None:
 
 
 def tests() -> None:
-    # What tests/gpu/test_training.py asserts, the training stages measure.
+    # The training stages measure the same as tests/gpu/test_training.py asserts.
     chosen = ["tests/gpu", "--ignore", "tests/gpu/test_training.py"]
     if not ON_GPU:
         chosen += ["tests/unit/test_vocab_parallel.py", "tests/unit/test_divergence.py"]

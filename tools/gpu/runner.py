@@ -1,9 +1,9 @@
 """Run stages one after the other, each a process with a time limit, within a number of seconds for all of them.
 
 A stage's file, DIRECTORY/NAME.json, is written before it starts (state "running"), by the stage itself as it measures
-(results.py), and when it has ended; always under another name first, so that it is complete at any moment. What the
-stage prints is added to DIRECTORY/NAME.log. A stage that fails or hangs does not stop the next one. All processes that
-it has started, those that left its session too, are killed when it ends.
+(results.py), and when it has ended; always under another name first, so that it is complete at any moment. Its
+output is added to DIRECTORY/NAME.log. A stage that fails or hangs does not stop the next one. All processes that it has
+started, those that left its session too, are killed when it ends.
 """
 
 import ctypes
