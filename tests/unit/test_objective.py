@@ -338,8 +338,8 @@ MISTAKES = {
     "mixed with 1": ("egrsd", "return clipped if mix == 1 else", "return 0.5 + 0.5 * clipped if mix == 1 else"),
     "direction instead of advantage": (
         "egrsd",
-        "return tokens.advantage * mag",
-        "return tokens.advantage.sign() * mag",
+        "return tokens.advantage * self.mag",
+        "return tokens.advantage.sign() * self.mag",
     ),
     "bonus on wrong answers": ("signal", "if r.right else r.reward", "if True else r.reward"),
     "bonus for longer responses": ("signal", "(1 - len(r.response_ids)", "(len(r.response_ids)"),
