@@ -7,7 +7,7 @@ written over the student's logits, and JSD behind the LM head, from hidden state
 so that a change of the machine's load meets all of them; the numbers are medians. The floor, measured in the same
 rounds, is the time to read both tensors once; the gradient's also writes one.
 
-TRL's, Liger's and NeMo-RL's own functions are called if their packages can be imported, and left out elsewhere.
+TRL's, Liger's and NeMo-RL's own functions are called if their packages can be imported, and left out if not.
 `gkd_jsd`, which torch.compile gets, is GKD's generalised JSD, written by us from its formula.
 """
 

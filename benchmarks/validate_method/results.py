@@ -239,7 +239,10 @@ def training(found: dict) -> str:
 
 
 def write_document(blocks: dict[str, str], document: Path) -> None:
-    """Put each block between `<!-- NAME -->` and `<!-- /NAME -->`. Raises RunError if it lacks such a place."""
+    """Put each block between `<!-- NAME -->` and `<!-- /NAME -->` of `document`.
+
+    Raises RunError if the document lacks a place for a block.
+    """
     text = document.read_text(encoding="utf-8")
     for name, block in blocks.items():
         text, count = re.subn(

@@ -91,8 +91,8 @@ class SyncConfig:
     """The synchronisation of weights with the servers.
 
     Args:
-        transport: Over a process group from rank 0; by handles to memory of a node's first rank,
-            which the servers of the same node open (CUDA IPC, shared memory on CPU); or through a directory on disk.
+        transport: Over a process group from rank 0; by handles to memory of a node's first rank, which the servers of
+            the same node open (CUDA IPC, shared memory on CPU); or through a directory on disk.
         bucket_mib: Size of one broadcast bucket.
         verify: Compare every weight in SGLang with the engine's after each synchronisation, bit by bit.
         timeout: Seconds one weight synchronisation may take.

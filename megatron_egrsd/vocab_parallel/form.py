@@ -1,4 +1,4 @@
-"""Which divergence of two distributions, as its user asks for it."""
+"""The divergence of two distributions, as its user asks for it."""
 
 import math
 from dataclasses import dataclass

@@ -19,7 +19,7 @@ KINDS = {"forward_kl": pair_reference.FORWARD_KL, "reverse_kl": pair_reference.R
 
 
 class Form(NamedTuple):
-    """Which divergence: its kind, the limit of an entry (inf: none), and JSD's beta."""
+    """The form of a divergence: its kind, the limit of an entry (inf: none), and JSD's beta."""
 
     kind: str
     limit: float = math.inf
