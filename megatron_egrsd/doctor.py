@@ -87,11 +87,14 @@ PIECES = [
     Piece("psutil", _package("psutil"), "saving a distributed checkpoint hangs", required=True),
     *(
         Piece(name, _package(name), "training imports it", required=True)
-        for name in ("numpy", "pebble", "aiohttp", "httpx", "jinja2", "orjson")
+        for name in ("numpy", "pebble", "aiohttp", "httpx", "jinja2", "markupsafe", "orjson", "tokenizers")
     ),
     Piece("pyyaml", _package("pyyaml", "yaml"), "no configuration can be read", required=True),
     Piece("math-verify", _package("math-verify"), 'no reward "math"; own rewards by import path still work'),
+    Piece("sympy", _package("sympy"), "no math-verify"),
     Piece("datasets", _package("datasets"), "no problems from the hub; .jsonl files still work"),
+    Piece("pyarrow", _package("pyarrow"), "no .parquet files, no datasets; .jsonl files still work"),
+    Piece("docstring-parser", _package("docstring-parser"), "no meaning of a key in --help"),
     Piece("wandb", _package("wandb"), "no logging.wandb; the other logs do not need it"),
     Piece("CUDA", _cuda, "training and rollouts run on the CPU: for tiny models only"),
     Piece("nvcc", _nvcc, "our CUDA kernels cannot be built"),
