@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -89,6 +90,28 @@ def final_weights(engine) -> dict:
     """Return the weights on rank 0, and the adapter's tensors if there is one, as fp32 numpy arrays by name."""
     tensors = itertools.chain(engine.export_weights(), engine.export_adapter() if engine.adapter else ())
     return {name: tensor.clone().float().numpy() for name, tensor in tensors}
+
+
+def held_tensors(engine) -> dict[str, list[torch.Tensor]]:
+    """Return what an engine keeps: weights, gradients, the optimizer's state with its main weights, teacher's weights.
+
+    Main weights that are the weights themselves are not repeated. "teacher" holds the frozen reference as well.
+    """
+    from megatron_egrsd.engine.optimizer import parts
+
+    weights = list(engine.parameters())
+    optimizers = [part.optimizer for part in parts(engine.optimizer)]
+    state = [t for o in optimizers for s in o.state.values() for name, t in s.items() if name != "step"]
+    main = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    own = {w.untyped_storage()._cdata for w in weights}
+    state += [p for p in main if p.untyped_storage()._cdata not in own]
+    teacher = [*(engine.teacher_weights or []), *(engine.reference_weights or [])]
+    return {"weights": weights, "gradients": list(engine.gradients()), "optimizer": state, "teacher": teacher}
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of the storages behind `tensors`, each counted once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def _train_on_rank(rank, world_size, config, path):

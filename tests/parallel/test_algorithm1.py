@@ -128,18 +128,29 @@ def assert_same_steps(run: Path, model: Path, steps: list[Step], weights: dict[s
     """Compare a run's metrics with `steps`, and how its weights have moved from `model` with final `weights`."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for got, want in zip(metrics, steps, strict=True):
-        assert got["optimizer/grad_norm"] == pytest.approx(want.grad_norm, rel=1e-5)
-        assert got["loss/policy"] == pytest.approx(want.loss, rel=1e-4, abs=1e-6)
-        assert got["reward/shaped"] == pytest.approx(sum(want.rewards) / ROLLOUTS, rel=1e-6)
-        every = [abs(w) for response in want.weights for w in response]
-        assert got["weight/abs_mean"] == pytest.approx(sum(every) / len(every), rel=1e-5)
+        assert_same_numbers(got, want, loss=1e-4)
         gates = [g for response in want.gates for g in response]
         assert got["gate/mean"] == pytest.approx(sum(gates) / len(gates), rel=1e-5)
     before, after = load_file(model / "model.safetensors"), load_file(run / "hf" / "model.safetensors")
-    for name, start in before.items():
-        moved = (weights[name] - start.double()).norm()
+    assert after.keys() == before.keys()
+    assert_same_moves(after, before, weights)
+
+
+def assert_same_numbers(got: dict[str, float], want: Step, loss: float) -> None:
+    """Compare the metrics of a step with `want`, the loss to a relative `loss`."""
+    assert got["optimizer/grad_norm"] == pytest.approx(want.grad_norm, rel=1e-5)
+    assert got["loss/policy"] == pytest.approx(want.loss, rel=loss, abs=1e-6)
+    assert got["reward/shaped"] == pytest.approx(sum(want.rewards) / ROLLOUTS, rel=1e-6)
+    every = [abs(w) for response in want.weights for w in response]
+    assert got["weight/abs_mean"] == pytest.approx(sum(every) / len(every), rel=1e-5)
+
+
+def assert_same_moves(after: dict[str, torch.Tensor], before, expected: dict[str, torch.Tensor]) -> None:
+    """Every tensor of `after` has moved from `before` as `expected`, to 1e-3 of the way."""
+    for name, got in after.items():
+        moved = (expected[name] - before[name].double()).norm()
         assert moved > 0, name
-        assert (after[name].double() - weights[name]).norm() < 1e-3 * moved, name
+        assert (got.double() - expected[name]).norm() < 1e-3 * moved, name
 
 
 def test_the_two_objectives_and_the_gate_differ_here(expected):

@@ -1,6 +1,7 @@
 """The dry run's memory against the engine: resident bytes exactly, a step's peak within a tenth, on every rank."""
 
 import dataclasses
+import itertools
 import re
 import weakref
 
@@ -19,7 +20,7 @@ from megatron_egrsd.planning.plan import checkpoint_bytes
 from tests.models import FAMILIES, make_model, make_qwen3
 from tests.presets import preset_objective
 from tests.ranks import run_ranks
-from tests.training import GROUPS, made_up_rollouts, open_engine, training_config
+from tests.training import GROUPS, held_tensors, made_up_rollouts, open_engine, storage_bytes, training_config
 
 # Sizes in multiples of 64, so that the distributed optimizer pads nothing but the end of its buffer.
 SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000}
@@ -58,10 +59,6 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def _bytes(tensors) -> int:
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
 def _measure(rank, world_size, config, path):
     """Return this rank's resident bytes by name, peak bytes that step 2 adds, stage, and tokens of micro-batches.
 
@@ -69,20 +66,12 @@ def _measure(rank, world_size, config, path):
     """
     from megatron.core import parallel_state
 
-    from megatron_egrsd.engine.optimizer import parts
     from megatron_egrsd.learn import learn
 
     rollouts = load_rollouts(path)
     with open_engine(config) as engine:
         learn(engine, rollouts, config)
-        weights = list(engine.parameters())
-        gradients = list(engine.gradients())
-        own = {w.untyped_storage().data_ptr() for w in weights}
-        optimizers = [part.optimizer for part in parts(engine.optimizer)]
-        state = [t for o in optimizers for s in o.state.values() for name, t in s.items() if name != "step"]
-        main = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        state += [p for p in main if p.untyped_storage().data_ptr() not in own]
-        teacher = (engine.teacher_weights or []) + (engine.reference_weights or [])
+        held = held_tensors(engine)
         lengths, micro_batches = [], engine.passes.micro_batches
 
         def note(*args):
@@ -91,10 +80,10 @@ def _measure(rank, world_size, config, path):
             return batches
 
         engine.passes.micro_batches = note
-        with LiveBytes([*weights, *gradients, *state, *teacher]) as live:
+        with LiveBytes([*itertools.chain(*held.values())]) as live:
             learn(engine, rollouts, config)
-        resident = {"weights": _bytes(weights), "gradients (fp32)": _bytes(gradients), "optimizer": _bytes(state),
-                    "teacher": _bytes(teacher)}  # fmt: skip
+        names = {"gradients": "gradients (fp32)"}  # as the dry run calls them
+        resident = {names.get(part, part): storage_bytes(tensors) for part, tensors in held.items()}
         stage = parallel_state.get_pipeline_model_parallel_rank()
         return resident, live.peak - live.start, stage, lengths[-1], max(lengths)
 

@@ -1,6 +1,7 @@
 """The engine's memory is offloaded and restored: nothing is left on the device, and training is not changed."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -10,19 +11,12 @@ from megatron_egrsd.data.samples import load_rollouts, save_rollouts
 from megatron_egrsd.engine.offload import OffloadedStorages, without
 from tests.models import make_qwen3
 from tests.ranks import run_ranks
-from tests.training import GROUPS, made_up_rollouts, open_engine, training_config
+from tests.training import GROUPS, held_tensors, made_up_rollouts, open_engine, storage_bytes, training_config
 
 
 def _held(engine) -> int:
     """Return the bytes of all storages of parameters, gradients, optimizer and teacher."""
-    from megatron_egrsd.engine.optimizer import parts
-
-    optimizers = [part.optimizer for part in parts(engine.optimizer)]
-    state = [t for o in optimizers for s in o.state.values() for name, t in s.items() if name != "step"]
-    main = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    tensors = [*engine.parameters(), *engine.gradients(), *state, *main, *(engine.teacher_weights or []),
-               *(engine.reference_weights or [])]  # fmt: skip
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    return storage_bytes(itertools.chain(*held_tensors(engine).values()))
 
 
 def _train(rank, world_size, config, path, turns):

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict
 from transformers import AutoTokenizer
 
 from megatron_egrsd.config_reader import parse_config
@@ -16,7 +15,7 @@ from tests.parallel.test_algorithm1 import _train_on_rank as train_on_rank
 from tests.parallel.test_distillation import LAYOUTS, SETTINGS, assert_adapter, assert_model
 from tests.parallel.test_lora import adapter  # noqa: F401 (a fixture)
 from tests.ranks import run_ranks
-from tests.reference.algorithm1 import load_student, trained
+from tests.reference.algorithm1 import final_weights, load_student, trained, update
 
 ROWS = [json.loads(line) for line in (TOKENIZER.parent / "train.jsonl").read_text().splitlines()[:8]]
 WORDS = [  # sampling's temperature must not matter
@@ -43,17 +42,12 @@ def reference(model, adapter=None):  # noqa: F811
         rows.append((ids, len(tokenizer.encode(prompt, add_special_tokens=False))))
     steps, count = [], sum(ids.shape[1] - start for ids, start in rows)
     for _ in range(STEPS):
-        optimizer.zero_grad()
         loss = sum(
             torch.nn.functional.cross_entropy(network(ids).logits[0, start - 1 : -1], ids[0, start:], reduction="sum")
             for ids, start in rows
         )
-        (loss / count).backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(trained(network), SETTINGS["clip_norm"]))
-        optimizer.step()
-        steps.append((float(loss.detach()) / count, norm))
-    state = get_peft_model_state_dict(network) if adapter else network.state_dict()
-    return steps, {name: weight.detach().clone() for name, weight in state.items()}
+        steps.append(update(network, optimizer, loss / count, SETTINGS["clip_norm"]))
+    return steps, final_weights(network)
 
 
 @pytest.fixture(scope="module")

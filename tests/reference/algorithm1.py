@@ -70,8 +70,7 @@ def train(
     for number, batch in enumerate(batches):
         steps.append(_step(student, teacher, optimizer, batch, number, earlier_rewards, settings))
         earlier_rewards += steps[-1].rewards  # after the update (line 20)
-    state = get_peft_model_state_dict(student) if adapter else expert_by_expert(student.state_dict())
-    return steps, {name: weight.detach().clone() for name, weight in state.items()}
+    return steps, final_weights(student)
 
 
 def load_student(model: Path, adapter: Path | None = None):
@@ -84,6 +83,22 @@ def load_student(model: Path, adapter: Path | None = None):
 
 def trained(model) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def update(student, optimizer: torch.optim.Optimizer, loss: torch.Tensor, clip_norm: float) -> tuple[float, float]:
+    """Take one step down the gradient of `loss`; returns the loss, and the gradient's norm before it is clipped."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = float(torch.nn.utils.clip_grad_norm_(trained(student), clip_norm))
+    optimizer.step()
+    return float(loss.detach()), norm
+
+
+def final_weights(student) -> dict[str, torch.Tensor]:
+    """Return the weights by Hugging Face's names, or an adapter's tensors by PEFT's."""
+    adapted = isinstance(student, PeftModel)
+    state = get_peft_model_state_dict(student) if adapted else expert_by_expert(student.state_dict())
+    return {name: weight.detach().clone() for name, weight in state.items()}
 
 
 def _step(student, teacher, optimizer, batch: list[dict], number: int, earlier: list[float], s: Settings) -> Step:
@@ -118,11 +133,7 @@ def _step(student, teacher, optimizer, batch: list[dict], number: int, earlier: 
         loss = loss - (torch.tensor(weights, dtype=torch.float64) * log_prob).sum() / number_of_tokens
         step.weights.append(weights)
         step.gates.append(gates)
-    optimizer.zero_grad()
-    loss.backward()
-    step.grad_norm = float(torch.nn.utils.clip_grad_norm_(trained(student), s.clip_norm))
-    optimizer.step()
-    step.loss = float(loss)
+    step.loss, step.grad_norm = update(student, optimizer, loss, s.clip_norm)
     return step
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.reference.algorithm1 import load_student, log_probs_of, trained
+from tests.reference.algorithm1 import final_weights, load_student, log_probs_of, trained, update
 from tests.reference.groups import advantages
 
 
@@ -57,9 +57,6 @@ def train(
                 gap = float(theirs - log_prob.detach())
                 weight = advantage - strength * 0.5 * (math.log1p(math.exp(gap)) - math.log(2))
                 loss = loss - weight * (log_prob - log_prob.detach()).exp() / len(entropies)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(trained(student), clip_norm))
-        optimizer.step()
-        steps.append((float(loss.detach()), norm, gate if number >= warmup else 0.0, median))
-    return steps, {name: weight.detach().clone() for name, weight in student.state_dict().items()}
+        moved = update(student, optimizer, loss, clip_norm)
+        steps.append((*moved, gate if number >= warmup else 0.0, median))
+    return steps, final_weights(student)

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import get_peft_model_state_dict
 
-from tests.reference.algorithm1 import load_student, log_probs_of, trained
+from tests.reference.algorithm1 import final_weights, load_student, log_probs_of, trained, update
 
 # (log p_T [T, V], log p_S [T, V]) -> [T]
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -45,7 +44,6 @@ def train(
     optimizer = torch.optim.AdamW(trained(student), lr=lr, betas=(0.9, 0.999), eps=adam_epsilon, weight_decay=0.0)
     steps = []
     for batch in batches:
-        optimizer.zero_grad()
         loss = 0.0
         for rollout in batch:
             prompt, response = rollout["prompt"], rollout["response_ids"]
@@ -53,11 +51,7 @@ def train(
                 target = log_probs_of(teacher, prompt["teacher_ids"], response, temperature)
             own = log_probs_of(student, prompt["student_ids"], response, temperature)
             loss = loss + divergence(target, own).mean() / len(batch)
-        loss.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(trained(student), clip_norm))
-        optimizer.step()
-        steps.append((float(loss.detach()), norm))
+        steps.append(update(student, optimizer, loss, clip_norm))
         if refresh and len(steps) % refresh == 0:
             teacher.load_state_dict(student.state_dict())
-    state = get_peft_model_state_dict(student) if adapter else student.state_dict()
-    return steps, {name: weight.detach().clone() for name, weight in state.items()}
+    return steps, final_weights(student)

@@ -7,10 +7,9 @@ import copy
 from pathlib import Path
 
 import torch
-from peft import get_peft_model_state_dict
 
 from tests.reference import groups
-from tests.reference.algorithm1 import load_student, log_probs_of, trained
+from tests.reference.algorithm1 import final_weights, load_student, log_probs_of, trained, update
 
 
 def advantages(batch: list[dict]) -> list[float]:
@@ -44,7 +43,6 @@ def train(
         return log_probs_of(network, prompt, response, temperature)[range(len(response)), response]
 
     for batch in batches:
-        optimizer.zero_grad()
         terms: dict[bool, list[torch.Tensor]] = {False: [], True: []}
         for rollout, advantage in zip(batch, advantages(batch), strict=True):
             if not advantage:
@@ -62,12 +60,8 @@ def train(
                 corrected = min(float((log_prob.detach() - rollout["rollout_log_probs"][t]).exp()), 2.0)
                 terms[selected].append(-corrected * weight * (log_prob - log_prob.detach()).exp())
         loss = sum(torch.stack(some).mean() for some in terms.values() if some)
-        loss.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(trained(student), clip_norm))
-        optimizer.step()
         share = len(terms[True]) / sum(map(len, terms.values()))
-        steps.append((float(loss.detach()), norm, share))
+        steps.append((*update(student, optimizer, loss, clip_norm), share))
         if len(steps) % refresh == 0:
             teacher.load_state_dict(student.state_dict())
-    state = get_peft_model_state_dict(student) if adapter else student.state_dict()
-    return steps, {name: weight.detach().clone() for name, weight in state.items()}
+    return steps, final_weights(student)

@@ -9,9 +9,8 @@ import math
 from pathlib import Path
 
 import torch
-from peft import get_peft_model_state_dict
 
-from tests.reference.algorithm1 import load_student, log_probs_of, trained
+from tests.reference.algorithm1 import final_weights, load_student, log_probs_of, trained, update
 from tests.reference.groups import advantages
 
 
@@ -64,13 +63,8 @@ def train(
         weight = torch.tensor(weights, dtype=torch.float64)
         pull = (weight / weight.mean() * torch.cat(pulls)).sum()
         loss = (pull - sum(rewards)) / every if reinforces else pull / len(weights)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(trained(student), clip_norm))
-        optimizer.step()
-        steps.append((float(loss.detach()), norm))
+        steps.append(update(student, optimizer, loss, clip_norm))
         with torch.no_grad():
             for average, now in zip(teacher.parameters(), student.parameters(), strict=True):
                 average.lerp_(now, 1 - decay)
-    state = get_peft_model_state_dict(student) if adapter else student.state_dict()
-    return steps, {name: weight.detach().clone() for name, weight in state.items()}
+    return steps, final_weights(student)
