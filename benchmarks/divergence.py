@@ -147,6 +147,10 @@ def compare_linear(
     def logits() -> tuple[torch.Tensor, torch.Tensor]:
         return teacher @ teacher_head.T, student @ student_head.T
 
+    def linear(keep_bytes: int | None):
+        both = teacher, teacher_head, student, student_head
+        return lambda: gradients(linear_divergence(*both, kind="jsd", keep_bytes=keep_bytes).value.sum())
+
     def liger():
         loss = liger_jsd().LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0)
         labels = torch.zeros(n, dtype=torch.long, device=device)
@@ -154,9 +158,9 @@ def compare_linear(
 
     entries = running(
         {
-            "ours, linear_divergence": lambda: gradients(
-                linear_divergence(teacher, teacher_head, student, student_head, kind="jsd").value.sum()
-            ),
+            "ours, linear_divergence": linear(None),
+            "ours, linear_divergence, keep_bytes=0": linear(0),
+            "ours, linear_divergence, all logits kept": linear(8 * n * v),
             "ours, of whole logits": lambda: gradients(
                 divergence(*logits(), kind="jsd", inplace_backward=True).value.sum()
             ),
