@@ -67,4 +67,4 @@ def test_live_page_replay_and_resume(preset, urls, tmp_path):
             assert done.returncode == 0, done.stderr[-3000:]
         assert all(expected[name].equal(weight) for name, weight in trained(resumed).items())
     losses = [[m["loss/policy"] for m in metrics(output) if "loss/policy" in m] for output in outputs]
-    assert all(found == losses[0] for found in losses) and len(losses[0]) == 2
+    assert all(found == losses[0] for found in losses) and losses[0]  # a step whose groups are all wrong trains nothing
