@@ -18,7 +18,7 @@ from benchmarks.measure import table
 from benchmarks.runs import metrics
 from megatron_egrsd.config import Config
 from megatron_egrsd.config_reader import parse_config
-from megatron_egrsd.data.dump_files import dump_step, dumps_in
+from megatron_egrsd.data.dump_files import dumps_in
 from megatron_egrsd.data.packing import schedule
 from megatron_egrsd.data.samples import Rollout, load_rollouts
 from megatron_egrsd.errors import BadArgument
@@ -53,15 +53,15 @@ def check(runs: list[Path]) -> None:
 
 def _read(run: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return terms [steps, n] and seconds [steps] of each phase. The first step, which warms up, is left out."""
-    files = list(dumps_in(run / "rollouts").values())[1:]
+    files = dict(list(dumps_in(run / "rollouts").items())[1:])  # by step
     if not (run / "config.yaml").is_file() or not files:
         raise BadArgument(f"{run} is no run of two steps or more with --dump_rollouts true")
     config = parse_config(["--config", str(run / "config.yaml")])
     arch = Architecture.from_pretrained(config.model.path)
     by_step = {row["step"]: row for row in metrics(run) if all(f"time/{phase}" in row for phase in PHASES)}
-    files = [file for file in files if dump_step(file) in by_step]  # a stop cuts one short
-    steps = [_terms(load_rollouts(file), config, arch) for file in files]
-    measured = [by_step[dump_step(file)] for file in files]
+    whole = [step for step in files if step in by_step]  # a stop cuts one short
+    steps = [_terms(load_rollouts(files[step]), config, arch) for step in whole]
+    measured = [by_step[step] for step in whole]
     return (
         {phase: np.array([step[phase] for step in steps]) for phase in PHASES},
         {phase: np.array([row[f"time/{phase}"] for row in measured]) for phase in PHASES},

@@ -17,6 +17,7 @@ from scipy.stats import ttest_1samp
 from benchmarks.reproduce_paper.cells import Cell, Setting, Table
 from benchmarks.reproduce_paper.published import COLUMNS
 from benchmarks.reproduce_paper.site import Site
+from megatron_egrsd.data.samples import is_right
 from megatron_egrsd.evaluation.protocol import SETS, summary_columns
 from megatron_egrsd.evaluation.summary import LEVEL, RESAMPLES, resamples_of
 
@@ -103,7 +104,7 @@ def _problems(path: Path, k: dict[str, int]) -> dict[str, np.ndarray]:
             row = orjson.loads(line)
             if row["set"] in k and row["index"] < k[row["set"]]:
                 samples = rows[row["set"]].setdefault(row["id"], [])
-                samples.append((100.0 * (row["reward"] > 0.5), row["tokens"]))
+                samples.append((100.0 * is_right(row["reward"]), row["tokens"]))
     return {name: np.array([np.mean(samples, axis=0) for samples in found.values()]) for name, found in rows.items()}
 
 

@@ -71,11 +71,11 @@ def _numbers(gold: str, answer: str) -> bool | None:
     if x is None or y is None:
         return None
     exact = not any("." in s or "e" in s for s in (gold, answer))
-    of_hundred = [("%" in gold) > ("%" in answer), ("%" in answer) > ("%" in gold)]  # 50 % is 50 or 0.5, but not 0.5 %
+    alone = ("%" in gold) != ("%" in answer)  # beside a plain number 50 % is 50 or 0.5, but it is not 0.5 %
     return any(
         u == v or (not exact and abs(u - v) <= _TOLERANCE * max(abs(u), abs(v)))
-        for u in ({x, x / 100} if of_hundred[0] else {x})
-        for v in ({y, y / 100} if of_hundred[1] else {y})
+        for u in ({x, x / 100} if alone and "%" in gold else {x})
+        for v in ({y, y / 100} if alone and "%" in answer else {y})
     )
 
 

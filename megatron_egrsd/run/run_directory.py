@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from megatron_egrsd.config import Config
-from megatron_egrsd.data.dump_files import dump_path, dump_step, dumps_in
+from megatron_egrsd.data.dump_files import dump_path, dumps_in
 from megatron_egrsd.engine import checkpoint
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.report.runs import Run, read_run
@@ -50,8 +50,8 @@ class RunDirectory:
 
         It deletes nothing. `begin` then restores the metrics up to `step`, and overwrites config.yaml.
         """
-        dumps = [p for kind in ("rollouts", "scores", "skipped") for p in dumps_in(self.path / kind).values()]
-        stale = [p for p in dumps if dump_step(p) > step]
+        kinds = "rollouts", "scores", "skipped"
+        stale = [p for kind in kinds for s, p in dumps_in(self.path / kind).items() if s > step]
         stale += checkpoint.later(self.checkpoints, step)
         again = [p for pattern in ("hf", "adapter", "metrics.jsonl", "logs/**/*.log") for p in self.path.glob(pattern)]
         for left in [*stale, *again]:
