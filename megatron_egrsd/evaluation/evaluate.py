@@ -33,7 +33,7 @@ from megatron_egrsd.evaluation.table import TABLE_WIDTH, deviations, evaluation_
 from megatron_egrsd.rewards.answers import final_answer, states_answer
 from megatron_egrsd.rewards.normal_form import normalize
 from megatron_egrsd.rewards.reward import WORKERS, Reward, decode_and_grade, load_reward
-from megatron_egrsd.rollout.client import RolloutClient, truncation
+from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.deterministic import check_deterministic, deterministic
 from megatron_egrsd.rollout.generation import Generation
 from megatron_egrsd.rollout.servers import RolloutServers, retry_lost
@@ -130,7 +130,6 @@ class Evaluation:
         }
         seeded = evaluation.benchmarks.deterministic
         settings = deterministic(config.rollout.servers) if seeded else config.rollout.servers
-        sampling = truncation(evaluation)
         logs = Path(config.output) / "logs"
         source = ", ".join(settings.urls) or f"{settings.engines} SGLang server(s), log in {logs}"
         print(f"{missing} of {total} samples to draw; {source}", flush=True)
@@ -165,10 +164,9 @@ class Evaluation:
                 client.generate(
                     [p.student_ids for p in self.prompts],
                     most,
-                    temperature=evaluation.temperature,
+                    settings=evaluation,
                     done=done,
                     finished=finished,
-                    sampling=sampling,
                     seeds=self._seed if seeded else None,
                 )
 

@@ -30,15 +30,6 @@ class _RequestFailed(Exception):
     """A failure of a request that a retry may cure."""
 
 
-def truncation(settings: RolloutConfig | EvaluationConfig) -> dict[str, Any]:
-    """Return SGLang's parameters for the `top_p` and `top_k` of a section; {} if it samples from all tokens.
-
-    The log-probs that SGLang returns are those before the truncation.
-    """
-    top_p = {"top_p": settings.top_p} if settings.top_p < 1 else {}
-    return top_p | ({"top_k": settings.top_k} if settings.top_k else {})
-
-
 class RolloutClient:
     """Client that samples responses from running servers.
 
@@ -68,21 +59,22 @@ class RolloutClient:
         prompts: list[list[int]],
         n: int,
         *,
-        temperature: float | None = None,
+        settings: RolloutConfig | EvaluationConfig | None = None,
         max_new_tokens: int | None = None,
         done: dict[tuple[int, int], Generation] | None = None,
         finished: Callable[[int, int, Generation], object] = lambda *_: None,
-        sampling: dict[str, Any] | None = None,
         seeds: Callable[[int, int], int] | None = None,
         routes: bool = False,
     ) -> list[list[Generation]]:
         """Sample `n` responses to each prompt (token ids), in the order of the prompts. Not for use in an event loop.
 
+        `settings` holds temperature, top_p and top_k; None is `config`. The log-probs that SGLang returns are those at
+        this temperature, before top_p and top_k.
+
         `done` collects the j-th response to the i-th prompt under (i, j). After ServersLost and the recovery of the
         servers, a second call with the same `done` samples only the missing responses. `finished(i, j, response)` is
-        called for each response and should return at once. `sampling` holds more of SGLang's sampling parameters.
-        `seeds(i, j)` is the seed of a response; only deterministic servers use it. `routes` asks for the experts of
-        every token.
+        called for each response and should return at once. `seeds(i, j)` is the seed of a response; only deterministic
+        servers use it. `routes` asks for the experts of every token.
 
         Raises:
             BadArgument: A prompt is empty (it would kill SGLang's scheduler).
@@ -93,17 +85,26 @@ class RolloutClient:
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise BadArgument(f"prompt {i} of {len(prompts)} has no tokens; SGLang cannot continue nothing")
-        temperature = self.config.temperature if temperature is None else temperature
         max_new_tokens = self.config.max_response_tokens if max_new_tokens is None else max_new_tokens
-        sampling = dict(sampling or {}) | self.sampling(temperature, max_new_tokens)
+        sampling = self.sampling(settings or self.config, max_new_tokens)
         done = {} if done is None else done
         asyncio.run(self._generate(prompts, n, sampling, done, finished, seeds, ROUTES if routes else {}))
         return [[done[i, j] for j in range(n)] for i in range(len(prompts))]
 
-    def sampling(self, temperature: float, max_new_tokens: int) -> dict[str, Any]:
+    def sampling(self, settings: RolloutConfig | EvaluationConfig, max_new_tokens: int) -> dict[str, Any]:
         """Return SGLang's sampling parameters."""
-        stop = {"stop_token_ids": self.stop_token_ids} if self.stop_token_ids else {}
-        return {"temperature": temperature, "max_new_tokens": max_new_tokens, "skip_special_tokens": False} | stop
+        parameters: dict[str, Any] = {
+            "temperature": settings.temperature,
+            "max_new_tokens": max_new_tokens,
+            "skip_special_tokens": False,
+        }
+        if settings.top_p < 1:
+            parameters["top_p"] = settings.top_p
+        if settings.top_k:
+            parameters["top_k"] = settings.top_k
+        if self.stop_token_ids:
+            parameters["stop_token_ids"] = self.stop_token_ids
+        return parameters
 
     async def _generate(self, prompts, n: int, sampling: dict, done: dict, finished, seeds, more: dict) -> None:
         # Requests for the same prompt are adjacent: all but the first find its prefix cached.

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import aiohttp
 
-from megatron_egrsd.rollout.client import ROUTES, RolloutClient, truncation
+from megatron_egrsd.rollout.client import ROUTES, RolloutClient
 from megatron_egrsd.rollout.generation import Generation
 
 _POLL = 0.02  # seconds between two looks for added responses and for `stop`
@@ -74,6 +74,6 @@ class SamplingPhase:
             left = config.max_response_tokens - len(begun.response_ids)
             body = {
                 "input_ids": prompt + begun.response_ids,
-                "sampling_params": self.client.sampling(config.temperature, left) | truncation(config),
+                "sampling_params": self.client.sampling(config, left),
             } | (ROUTES if config.routing_replay else {})
             responses[j] = begun.continued(await self.client.request_one(session, body))

@@ -9,7 +9,7 @@ from megatron_egrsd.data.samples import Prompt, Rollout
 from megatron_egrsd.data.siblings import SiblingContexts
 from megatron_egrsd.objectives.load import needs_teacher
 from megatron_egrsd.rewards.reward import WORKERS, decode_and_grade, load_reward, warn_of_failures
-from megatron_egrsd.rollout.client import RolloutClient, truncation
+from megatron_egrsd.rollout.client import RolloutClient
 from megatron_egrsd.rollout.generation import Generation
 from megatron_egrsd.sampling.majority import MajorityContexts
 
@@ -48,11 +48,8 @@ class Sampler:
             finished(i, j, generation)
         ids = [p.student_ids for p in prompts]
         try:
-            temperature, sampling = settings.temperature, truncation(settings)
             routes = isinstance(settings, RolloutConfig) and settings.routing_replay
-            self.client.generate(
-                ids, n, temperature=temperature, done=done, finished=finished, sampling=sampling, routes=routes
-            )
+            self.client.generate(ids, n, settings=settings, done=done, finished=finished, routes=routes)
             return self._await([rewards[i, j] for i in range(len(prompts)) for j in range(n)])
         finally:
             for future in rewards.values():

@@ -47,12 +47,13 @@ def test_transformers_generates_the_same_tokens(export):
 @pytest.mark.slow
 @pytest.mark.timeout(250)
 def test_sglang_serves_the_export(export, tmp_path):
-    from megatron_egrsd.config import ModelConfig, RolloutConfig, ServersConfig
+    from megatron_egrsd.config import EvaluationConfig, ModelConfig, RolloutConfig, ServersConfig
     from megatron_egrsd.rollout.client import RolloutClient
     from megatron_egrsd.rollout.servers import RolloutServers
 
     settings = ServersConfig(max_total_tokens=4096, max_concurrent_requests=8, start_timeout=280.0)
     config = RolloutConfig(max_response_tokens=NEW_TOKENS, servers=settings)
     with RolloutServers(settings, ModelConfig(str(export), "float32"), 0, tmp_path) as servers:
-        answers = RolloutClient(servers, config).generate(prompt_ids(export), 1, temperature=0.0)
+        client = RolloutClient(servers, config)
+        answers = client.generate(prompt_ids(export), 1, settings=EvaluationConfig(temperature=0.0))
     assert [answer.response_ids for [answer] in answers] == greedy(TINY)

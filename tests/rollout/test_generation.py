@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_egrsd.config import ModelConfig
+from megatron_egrsd.config import EvaluationConfig, ModelConfig
 from megatron_egrsd.data.prompt_builder import UNUSED_TOKENS
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout.client import RolloutClient
@@ -18,7 +18,7 @@ PROMPTS = [[5 + i] * (1 + 3 * i) for i in range(12)]  # ragged
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_those_of_logits_over_temperature(client, servers, model_directory, temperature):
     servers.check_alive()
-    answers = client.generate(PROMPTS, 3, temperature=temperature)
+    answers = client.generate(PROMPTS, 3, settings=rollout_config(temperature=temperature))
     assert largest_difference(load_hf(model_directory), PROMPTS, answers, temperature) < 1e-5
 
 
@@ -64,22 +64,28 @@ def test_order_counts_and_finish_reasons(client, model_directory):
 
 def test_greedy_is_hf_greedy(client, model_directory):
     hf = load_hf(model_directory)
-    for prompt, [answer] in zip(PROMPTS[:4], client.generate(PROMPTS[:4], 1, temperature=0.0), strict=True):
+    answers = client.generate(PROMPTS[:4], 1, settings=EvaluationConfig(temperature=0.0))
+    for prompt, [answer] in zip(PROMPTS[:4], answers, strict=True):
         ids = hf.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=2, pad_token_id=0)
         assert answer.response_ids == ids[0, len(prompt) :].tolist()
 
 
-def test_a_response_that_the_server_has_no_room_for_is_an_error(client, model_directory):
+class NeverStopping(RolloutClient):
+    def sampling(self, *arguments):
+        return super().sampling(*arguments) | {"ignore_eos": True}
+
+
+def test_a_response_that_the_server_has_no_room_for_is_an_error(servers, model_directory):
     """SGLang would call it cut at max_new_tokens, and its reward would be 0."""
+    client = NeverStopping(servers, rollout_config())
     context = load_hf(model_directory).config.max_position_embeddings
-    prompt, on = [5] * (context - 20), {"ignore_eos": True}
-    most = 20 - UNUSED_TOKENS
-    [[answer]] = client.generate([prompt], 1, max_new_tokens=most, sampling=on)
+    prompt, most = [5] * (context - 20), 20 - UNUSED_TOKENS
+    [[answer]] = client.generate([prompt], 1, max_new_tokens=most)
     assert len(answer.response_ids) == most
     with pytest.raises(
         RunError, match=rf"cut a response after {most} of {most + 1} tokens: with its prompt of {len(prompt)}"
     ):
-        client.generate([prompt], 1, max_new_tokens=most + 1, sampling=on)
+        client.generate([prompt], 1, max_new_tokens=most + 1)
 
 
 def test_extra_stop_token(servers):

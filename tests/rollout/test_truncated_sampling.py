@@ -8,7 +8,7 @@ the engine's. An importance weight would need those after it (config/run.py refu
 import pytest
 import torch
 
-from megatron_egrsd.rollout.client import RolloutClient, truncation
+from megatron_egrsd.rollout.client import RolloutClient
 from tests.rollout.conftest import START_TIMEOUT, largest_difference, load_hf, rollout_config
 
 pytestmark = pytest.mark.timeout(START_TIMEOUT + 100)
@@ -24,9 +24,8 @@ def hf(model_directory):
 
 
 def sample(servers, top_p: float, top_k: int):
-    settings = rollout_config(top_p=top_p, top_k=top_k, temperature=TEMPERATURE)
-    client = RolloutClient(servers, settings)
-    return client.generate(PROMPTS, 4, temperature=TEMPERATURE, sampling=truncation(settings))
+    client = RolloutClient(servers, rollout_config(top_p=top_p, top_k=top_k, temperature=TEMPERATURE))
+    return client.generate(PROMPTS, 4)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def test_new_weights_serve_the_next_rollouts(sync, client, model_directory):
         hf = changed(model_directory, version)
         assert sync.push(named_tensors(hf), version) < 10
         sync.verify(named_tensors(hf))
-        answers = client.generate(PROMPTS, 4, temperature=0.9)
+        answers = client.generate(PROMPTS, 4, settings=rollout_config(temperature=0.9))
         assert {a.weight_version for group in answers for a in group} == {version}
         assert largest_difference(hf, PROMPTS, answers, 0.9) < 1e-5
 

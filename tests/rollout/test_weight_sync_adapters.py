@@ -70,12 +70,12 @@ def test_a_written_adapter_is_served_from_the_command_line(lora_servers, model_d
 def test_adapters_serve_the_next_rollouts(lora_servers, model_directory, tmp_path, transport):
     config = sync_config(transport=transport, verify=transport == "ipc")
     sync = WeightSync(lora_servers, config, "cpu", tmp_path / "sync", peft_config(SPEC, model_directory))
-    client = RolloutClient(lora_servers, rollout_config())
+    client = RolloutClient(lora_servers, rollout_config(temperature=0.9))
     for version in (1, 2):
         path, tensors = adapter_of(model_directory, tmp_path / str(version), seed=version)
         sync.push(iter(tensors), version)
         assert lora_servers.adapter == f"version-{version}" and sync.serves(version) and not sync.serves(version + 1)
-        answers = client.generate(PROMPTS, 2, temperature=0.9)
+        answers = client.generate(PROMPTS, 2)
         assert {a.weight_version for group in answers for a in group} == {version}
         assert largest_difference(with_adapter(model_directory, path), PROMPTS, answers, 0.9) < 1e-5
     lora_servers.adapter = "version-1"  # unloaded by the second push

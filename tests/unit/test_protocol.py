@@ -178,7 +178,8 @@ def test_client_is_asked_for_the_samples_of_each_set(evaluation, monkeypatch):
         def __init__(self, *_):
             pass
 
-        def generate(self, prompts, n, *, done, **_):
+        def generate(self, prompts, n, *, settings, done, **_):
+            assert settings is run.config.evaluation and settings.top_p == 0.95
             asked.extend((i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done)
 
     run = evaluation(protocol("--evaluation.benchmarks.deterministic", "false"))

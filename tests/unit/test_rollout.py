@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_egrsd.config import ModelConfig, RolloutConfig, ServersConfig
+from megatron_egrsd.config import EvaluationConfig, ModelConfig, RolloutConfig, ServersConfig
 from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.rollout import client as client_module
 from megatron_egrsd.rollout import generation
@@ -187,6 +187,15 @@ def test_a_fused_tensor_without_one_part_matches_nothing():
 def answer(**meta):
     return {"output_ids": [5, 2], "meta_info": {"finish_reason": {"type": "stop"}, "weight_version": "3",
             "output_token_logprobs": [[-0.5, 5, None], [-0.25, 2, None]], **meta}}  # fmt: skip
+
+
+def test_sglang_gets_the_sampling_parameters_of_the_settings():
+    client = RolloutClient(None, RolloutConfig(temperature=0.9))
+    whole = {"temperature": 0.9, "max_new_tokens": 5, "skip_special_tokens": False}
+    assert client.sampling(client.config, 5) == whole
+    stopping = RolloutClient(None, RolloutConfig(), [7])
+    truncated = whole | {"temperature": 0.0, "top_p": 0.95, "top_k": 20, "stop_token_ids": [7]}
+    assert stopping.sampling(EvaluationConfig(temperature=0.0, top_p=0.95, top_k=20), 5) == truncated
 
 
 def test_parse_generation():

@@ -28,8 +28,8 @@ class Responses:
     def __init__(self, meanwhile=lambda key: None):
         self.meanwhile = meanwhile  # called before each response
 
-    def generate(self, prompts, n, *, temperature, done, finished, sampling, routes):
-        assert not routes
+    def generate(self, prompts, n, *, settings, done, finished, routes):
+        assert settings == RolloutConfig() and not routes
         done = {} if done is None else done
         for i, j in reversed([(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]):
             self.meanwhile((i, j))
