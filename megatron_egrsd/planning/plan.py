@@ -84,7 +84,9 @@ def resolve(
     plan = Plan()
     if gpu_memory is None and torch.cuda.is_available():
         gpu_memory = torch.cuda.get_device_properties(0).total_memory
-    longest = _add_batch(plan, config, arch, prompts, heldout, ranks)
+    data_parallel = config.check_world(ranks)
+    _add_model(plan, config, arch, ranks, data_parallel)
+    longest = _add_batch(plan, config, prompts, heldout, data_parallel)
     if config.debug != "rollout-only":
         _add_memory(plan, config, arch, ranks, longest, gpu_memory)
     if not needs_rollouts(config.objective):
@@ -96,10 +98,9 @@ def resolve(
     return plan
 
 
-def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout, ranks: int) -> Longest:
-    """Add model, layout and batch to `plan`; returns the tokens of the longest possible sequences."""
-    data_parallel = config.check_world(ranks)
-    p, r, o = config.parallel, config.rollout, config.optimizer
+def _add_model(plan: Plan, config: Config, arch: Architecture, ranks: int, data_parallel: int) -> None:
+    """Add the model, its weights and its layout, and a refusal if its weights cannot be loaded."""
+    p = config.parallel
     padded = arch.padded_vocab_size(p.tensor)
     plan.add("model", f"{arch.num_parameters:,} parameters, {arch.num_layers} layers, {config.model.dtype}")
     if spec := configured_spec(config.lora):
@@ -127,6 +128,11 @@ def _add_batch(plan: Plan, config: Config, arch: Architecture, prompts, heldout,
 
         check_megatron(p)
         plan.add("", f"parallel.megatron ({', '.join(p.megatron)}) is not counted below")
+
+
+def _add_batch(plan: Plan, config: Config, prompts, heldout, data_parallel: int) -> Longest:
+    """Add the batch, its sequences and the length of the run; returns the tokens of the longest possible sequences."""
+    p, r, o = config.parallel, config.rollout, config.optimizer
     per_update = config.rollouts_per_update
     per_rank = per_update // data_parallel
     plan.add(
