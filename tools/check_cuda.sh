@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks the CUDA kernels on a machine without a GPU: every architecture compiles with warnings as errors, no kernel
 # spills registers, the disassembly has 128-bit loads and stores, the bindings compile and link against them.
-#   tools/check_cuda.sh          needs nvcc (CUDA_HOME, /usr/local/cuda or PATH); says so and exits 0 without one
+#   tools/check_cuda.sh [sm_90]  needs nvcc (CUDA_HOME, /usr/local/cuda or PATH); says so and exits 0 without one
 # PYTHON chooses the interpreter whose headers, and pybind11 or torch, the bindings are compiled with (default: python).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,18 +17,20 @@ nvdisasm=${NVDISASM:-$bin/nvdisasm}
 [[ -x $nvdisasm ]] || nvdisasm=$(command -v nvdisasm || ${PYTHON:-python} -c 'import glob, sysconfig
 print(*glob.glob(sysconfig.get_path("purelib") + "/nvidia/*/bin/nvdisasm")[:1])')
 
+architectures=("$@")
+((${#architectures[@]})) || architectures=(sm_80 sm_90 sm_100)
 compile() {
   local name=$build/$1.$2
   "$nvcc" -std=c++17 -O3 -Werror all-warnings -Xptxas -v,-warn-spills,-warn-lmem-usage \
     -cubin -arch="$1" "csrc/cuda/$2.cu" -o "$name.cubin" 2> "$name.log" \
     || { cat "$name.log"; echo "check_cuda: $1 does not compile" >&2; return 1; }
 }
-for arch in sm_80 sm_90 sm_100; do
+for arch in "${architectures[@]}"; do
   for source in kernels divergence; do compile "$arch" "$source" & done
 done
 for job in $(jobs -p); do wait "$job"; done
 
-for arch in sm_80 sm_90 sm_100; do
+for arch in "${architectures[@]}"; do
   cat "$build/$arch".{kernels,divergence}.log > "$build/$arch.log"
   kernels=$(grep -c 'bytes spill stores' "$build/$arch.log")
   if grep 'bytes spill stores' "$build/$arch.log" | grep -v ' 0 bytes spill stores, 0 bytes spill loads'; then

@@ -1,18 +1,19 @@
 """Users' objectives on the engine: the same in every layout, recorded as trained, from the command line."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
+from megatron_egrsd import cli
 from megatron_egrsd.config import ObjectiveConfig, OptimizerConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.data.samples import Problem, Prompt, Rollout, save_rollouts
 from megatron_egrsd.report.scored_dump import load_scores
 from megatron_egrsd.report.token_page import page_data
+from tests.command_line import run_command
 from tests.models import make_qwen3
 from tests.parallel.test_scores import step
+from tests.ranks import run_ranks
 from tests.training import VOCAB, assert_same_training, made_up_rollouts, run_training, training_config
 from tests.unit.test_extending import EXAMPLES, HIGH_ENTROPY, OPSD, ROOT
 
@@ -127,24 +128,20 @@ def _replay(path):
     save_rollouts(rollouts, path)
 
 
+def _train_by_command(rank, world_size, words):
+    os.chdir(ROOT)
+    assert cli.main(["train", *words]) == 0
+
+
 def test_one_file_from_the_command_line_to_the_token_page(tmp_path):
     """With only the example's file: train on dumped rollouts, without SGLang, then write the page of the dump."""
     _replay(tmp_path / "rollouts.jsonl")
-    train = [
-        "train",
-        "--config",
-        "examples/configs/tiny_cpu.yaml",
-        "--objective.function",
-        OPSD.replace(f"{ROOT}/", ""),
-    ]
+    train = ["--config", "examples/configs/tiny_cpu.yaml", "--objective.function", OPSD.replace(f"{ROOT}/", "")]
     train += ["--objective.options.clip", "2", "--dump_scores", "true", "--steps", "1", "--output", f"{tmp_path}/run"]
     train += ["--debug", "train-only", "--replay", f"{tmp_path}/rollouts.jsonl", "--max_log_prob_difference", "100"]
     train += ["--rollout.prompts_per_step", "2", "--rollout.rollouts_per_prompt", "2"]
-    for words in (train, ["report", "--tokens", f"{tmp_path}/run"]):
-        command = [sys.executable, "-m", "megatron_egrsd.cli", *words]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
+    run_ranks(_train_by_command, 1, train)
+    assert run_command("report", "--tokens", tmp_path / "run").returncode == 0
     scored = load_scores(tmp_path / "run" / "scores" / "step_000001.jsonl")
     for r in scored:
         assert r.weight == pytest.approx(np.clip(r.teacher_log_prob - r.student_log_prob, -2, 2), abs=1e-6)

@@ -15,6 +15,7 @@ from megatron_egrsd.config_reader import parse_config
 from megatron_egrsd.errors import BadArgument
 from megatron_egrsd.hf.adapters import adapter_spec
 from megatron_egrsd.rollout.server_command import first_gpu
+from tests.command_line import run_command
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -267,18 +268,6 @@ def test_sigterm_reaches_the_ranks_or_a_torchrun_without_any(torchrun, status, t
 
 @pytest.mark.heavy
 def test_plan_of_a_mixture():
-    words = [
-        sys.executable,
-        "-m",
-        "megatron_egrsd",
-        "plan",
-        "--models",
-        "Qwen3-30B-A3B",
-        "--gpus",
-        "64",
-        "--machine",
-        "H100",
-    ]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run_command("plan", "--models", "Qwen3-30B-A3B", "--gpus", "64", "--machine", "H100")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| Qwen3-30B-A3B | 64 | ") == 1

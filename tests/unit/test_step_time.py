@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from megatron_egrsd.planning import cluster, step_time
 from megatron_egrsd.planning.activations import Placement
 from megatron_egrsd.planning.machines import MACHINES, Machine
 from megatron_egrsd.planning.memory import rank_memory
+from tests.command_line import run_command
 from tests.published import PARAMETERS, PUBLISHED
 
 ROOT = Path(__file__).parents[2]
@@ -115,15 +114,14 @@ def test_experts_are_not_divided_over_more_ranks_than_divide_them():
 
 
 @pytest.mark.heavy
-def test_tables(tmp_path):
-    plan = [sys.executable, "-m", "megatron_egrsd", "plan"]
-    command = [*plan, "--models", "Qwen3-8B", "Qwen3-32B", "--gpus", "8"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+def test_tables(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run_command("plan", "--models", "Qwen3-8B", "Qwen3-32B", "--gpus", "8")
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| Qwen3")]
     assert len(rows) == 4 and all(row.count("|") == 16 for row in rows)
     assert "does not fit" in rows[1] and "does not fit" not in rows[0]  # 8 H100 hold 8B, not 32B and its servers
-    done = subprocess.run([*plan, "--models", "no/model", "--gpus", "8"], capture_output=True, text=True, timeout=120)
+    done = run_command("plan", "--models", "no/model", "--gpus", "8")
     assert done.returncode == 2 and "no/model does not exist" in done.stderr and done.stderr.count("\n") == 1
 
 

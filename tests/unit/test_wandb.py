@@ -3,8 +3,6 @@
 import io
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +14,7 @@ from megatron_egrsd.errors import BadArgument, RunError
 from megatron_egrsd.planning.preflight import prepare
 from megatron_egrsd.run.log import RunLog
 from megatron_egrsd.run.metrics import METRICS
+from tests.ranks import run_ranks
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny" / "model"
 
@@ -79,14 +78,7 @@ def records(path: Path) -> list[dict]:
     return rows
 
 
-START = """
-import json, sys
-from tests.unit.test_wandb import config, start
-start(sys.argv[1], *json.loads(sys.argv[2]))
-"""
-
-
-def start(output: str, first: int, last: int) -> None:
+def start(rank: int, world_size: int, output: str, first: int, last: int) -> None:
     log = RunLog(Path(output), last, tensorboard=False, file=io.StringIO(), config=config(output))
     for step in range(first, last + 1):
         numbers = {m.key: step + 0.25 for m in METRICS if not m.key.startswith("evaluation/")}
@@ -96,13 +88,13 @@ def start(output: str, first: int, last: int) -> None:
 
 
 @pytest.mark.heavy
-def test_the_offline_files_hold_every_metric_under_its_name(tmp_path):
+def test_the_offline_files_hold_every_metric_under_its_name(tmp_path, monkeypatch):
     """Two processes, as a run that is resumed: step 3 comes again."""
     pytest.importorskip("wandb")
-    for steps in ([1, 3], [3, 4]):
-        command = [sys.executable, "-c", START, str(tmp_path), json.dumps(steps)]
-        environment = {**os.environ, "WANDB_DISABLE_GIT": "true", "WANDB__DISABLE_STATS": "true"}
-        subprocess.run(command, check=True, timeout=200, env=environment, cwd=Path(__file__).parents[2])
+    monkeypatch.setenv("WANDB_DISABLE_GIT", "true")
+    monkeypatch.setenv("WANDB__DISABLE_STATS", "true")
+    for first, last in ((1, 3), (3, 4)):
+        run_ranks(start, 1, str(tmp_path), first, last, timeout=200)
     found = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     name = (tmp_path / "wandb" / "run_id").read_text()
     assert len(found) == 2 and {path.stem for path in found} == {f"run-{name}"}
