@@ -15,19 +15,14 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.transformer.module import Float16Module
+from megatron.core.distributed import finalize_model_grads
 
 from megatron_egrsd.config import ModelConfig, OptimizerConfig, ParallelConfig, TeacherConfig
 from megatron_egrsd.data.packing import Sequence, balance_passes
 from megatron_egrsd.engine import distributed
 from megatron_egrsd.engine.adapters import adapters_off, attach_adapters
 from megatron_egrsd.engine.heads import DivergenceHead, Head, HoldingHead, TeacherStates
-from megatron_egrsd.engine.model import build_model, transformer_config
+from megatron_egrsd.engine.model import build_model, data_parallel_model, transformer_config
 from megatron_egrsd.engine.offload import OffloadedStorages, without
 from megatron_egrsd.engine.optimizer import build_optimizer, parts
 from megatron_egrsd.engine.passes import Passes
@@ -119,17 +114,7 @@ class Engine:
             attach_adapters(self.chunks, self.arch, transformer, adapter, new)
         if optimizer.freeze_router:
             freeze_routers(self.chunks)
-        reduction = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=parallel.distributed_optimizer,
-            overlap_grad_reduce=parallel.overlap_grad_reduce,
-        )
-        self.model = [
-            DistributedDataParallel(
-                transformer, reduction, Float16Module(transformer, chunk) if dtype == torch.bfloat16 else chunk
-            )
-            for chunk in self.chunks
-        ]
+        self.model = data_parallel_model(self.chunks, transformer, parallel)
         self.passes = Passes(
             self.model, parallel, vocab_size=self.arch.vocab_size, temperature=temperature, device=self.device
         )
@@ -140,17 +125,8 @@ class Engine:
         # The losses are normalised before they reach the schedule, so it must not divide by its own token count.
         transformer.finalize_model_grads_func = lambda model, *_, **__: finalize_model_grads(model, None)
         transformer.grad_scale_func = self.optimizer.scale_loss
-
-        # An adapter that is switched off leaves the initial weights, which then need no copy.
-        self.teacher_weights = None
-        if needs_teacher and teacher.weights != "live" and not (adapter and teacher.weights == "frozen"):
-            # The moving average is kept in fp32: in bf16 a step of (1 - decay) would round away.
-            kept = torch.float32 if teacher.weights == "ema" else dtype
-            self.teacher_weights = [p.detach().to(kept, copy=True) for p in self.trainable()]
-        self.reference_weights = None
-        if needs_reference and not adapter:
-            frozen = self.teacher_weights if teacher.weights == "frozen" else None
-            self.reference_weights = frozen or [p.detach().clone() for p in self.trainable()]
+        self.teacher_weights = self._copied_for_teacher(dtype) if needs_teacher else None
+        self.reference_weights = self._copied_for_reference() if needs_reference else None
         self._weights = OffloadedStorages(self.parameters)
         self._gradients = OffloadedStorages(self.gradients, contents=False)
         self._state = OffloadedStorages(self._training_state)
@@ -322,6 +298,22 @@ class Engine:
         return not bad.item()
 
     # -- weights ------------------------------------------------------------------------------------------------
+
+    def _copied_for_teacher(self, dtype: torch.dtype) -> list[torch.Tensor] | None:
+        """Copy the trained weights if that is needed: without its adapter, a model has the initial ones."""
+        weights = self.teacher.weights
+        if weights == "live" or (self.adapter and weights == "frozen"):
+            return None
+        # The moving average is kept in fp32: in bf16 a step of (1 - decay) would round away.
+        kept = torch.float32 if weights == "ema" else dtype
+        return [p.detach().to(kept, copy=True) for p in self.trainable()]
+
+    def _copied_for_reference(self) -> list[torch.Tensor] | None:
+        """Copy the initial weights, as `_copied_for_teacher` does; a frozen teacher has them."""
+        if self.adapter:
+            return None
+        frozen = self.teacher_weights if self.teacher.weights == "frozen" else None
+        return frozen or [p.detach().clone() for p in self.trainable()]
 
     def _scoring_with(self, weights: Weights) -> contextlib.AbstractContextManager[None]:
         """Run the model with the weights of `score`."""

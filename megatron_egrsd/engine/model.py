@@ -9,12 +9,14 @@ import math
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_egrsd.config import ParallelConfig
@@ -180,6 +182,21 @@ def build_model(
             own = model.rotary_pos_emb.inv_freq
             model.rotary_pos_emb.inv_freq = arch.rope_scaling.scaled(arch.rope_theta, arch.head_dim).to(own.device)
     return models
+
+
+def data_parallel_model(
+    chunks: list[GPTModel], config: TransformerConfig, parallel: ParallelConfig
+) -> list[DistributedDataParallel]:
+    """Wrap chunks that are complete: with gradient buffers in fp32, which the data-parallel ranks sum."""
+    reduction = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+    )
+    return [
+        DistributedDataParallel(config, reduction, Float16Module(config, chunk) if config.bf16 else chunk)
+        for chunk in chunks
+    ]
 
 
 def _layer_spec(config: TransformerConfig, fused: bool, chunk: int | None, adapter: AdapterSpec | None):
