@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from math import comb
+from typing import Any
 
 import numpy as np
 
@@ -87,6 +88,20 @@ def accuracy(groups: list[list[GradedResponse]], resamples: np.ndarray | None) -
     return _ratio(shares, np.ones(len(shares)), resamples)
 
 
+def change_of_accuracy(first: dict[str, Any], last: dict[str, Any]) -> dict[str, float]:
+    """Return the 95 % interval of the change of avg@k from evaluation `first` to `last`, paired by problem.
+
+    Both hold `k` and `right`, as `right_by_problem` counts them; {} if their problems differ in number, or are one.
+    Problems differ more from each other than before from after, so it is narrower than both accuracies' intervals say.
+    """
+    before, after = (np.array(evaluation.get("right", ())) for evaluation in (first, last))
+    if before.shape != after.shape or len(after) < 2:
+        return {}
+    change = after / last["k"] - before / first["k"]
+    estimate = _ratio(change, np.ones(len(change)), resamples_of(len(change), seed=0))
+    return {"accuracy/change/low": estimate.low, "accuracy/change/high": estimate.high}
+
+
 def by_problem(samples: list[GradedResponse]) -> list[list[GradedResponse]]:
     """Group the samples by problem, in the order in which the problems first appear."""
     groups: dict[Hashable, list[GradedResponse]] = {}
@@ -137,6 +152,14 @@ def _ratio(numerators: np.ndarray, denominators: np.ndarray, resamples: np.ndarr
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.nanpercentile(values, [tail, 100 - tail])  # nan: a resample without, say, a wrong answer
     return Estimate(value, float(low), float(high))
+
+
+def right_by_problem(rollouts: list[Rollout]) -> list[int]:
+    """Count the right responses of every problem, in the order of the problems."""
+    counts = dict.fromkeys(sorted({r.group for r in rollouts}), 0)
+    for r in rollouts:
+        counts[r.group] += r.right
+    return list(counts.values())
 
 
 def summarize_rollouts(rollouts: list[Rollout]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import math
 
-from megatron_egrsd.report.runs import accuracy_interval
+from megatron_egrsd.report.runs import accuracy_interval, value
 
 _ROWS = [  # key, name, unit of the change
     ("accuracy", "accuracy (avg@{k})", "percent"),
@@ -31,7 +31,8 @@ def summary_table(before: dict, after: dict) -> str:
             cells = f"{a:>10.1f}{b:>10.1f}{change:>13}"
         lines.append(f"{name.format(k=k):<36}{cells}")
         if key == "accuracy":
-            lines.append(f"{'  its 95 % interval':<36}{_interval(before):>10}{_interval(after):>10}{'':>13}")
+            cells = f"{_interval(before):>10}{_interval(after):>10}{_interval_of_change(after):>13}"
+            lines.append(f"{'  its 95 % interval':<36}{cells}")
     rule = "-" * len(lines[0])
     return "\n".join([rule, lines[0], rule, *lines[1:], rule])
 
@@ -39,3 +40,8 @@ def summary_table(before: dict, after: dict) -> str:
 def _interval(evaluation: dict) -> str:
     low, high = accuracy_interval(evaluation)
     return f"{100 * low:.0f}-{100 * high:.0f} %" if math.isfinite(low) else "-"
+
+
+def _interval_of_change(after: dict) -> str:
+    low, high = value(after, "accuracy/change/low"), value(after, "accuracy/change/high")
+    return f"{100 * low:+.0f} to {100 * high:+.0f}" if math.isfinite(low) else ""

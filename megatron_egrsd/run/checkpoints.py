@@ -57,7 +57,7 @@ class Checkpoints:
         return seconds
 
 
-def is_best(evaluations: list[dict[str, float]], step: int) -> bool:
+def is_best(evaluations: list[dict[str, Any]], step: int) -> bool:
     """Return whether the last of a run's `evaluations` is of `step`, and none before it was more accurate."""
     if not evaluations or evaluations[-1]["step"] != step:
         return False

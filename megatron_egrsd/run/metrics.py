@@ -73,6 +73,13 @@ METRICS = [
     Metric("evaluation/accuracy", "", "5.3f", "Held-out avg@k: share of right responses."),
     Metric("evaluation/accuracy/low", "", "5.3f", "Its 95 % bootstrap interval over the problems: lower end."),
     Metric("evaluation/accuracy/high", "", "5.3f", "The same: upper end."),
+    Metric(
+        "evaluation/accuracy/change/low",
+        "",
+        "+6.3f",
+        "95 % interval of its change since the run's first evaluation, paired by problem: lower end.",
+    ),
+    Metric("evaluation/accuracy/change/high", "", "+6.3f", "The same: upper end."),
     Metric("evaluation/pass", "", "5.3f", "Held-out pass@k: share of problems with a right response among k."),
     Metric("evaluation/length/mean", "", "6.1f", "Held-out response length in tokens: mean."),
     Metric("evaluation/length/median", "", "6.1f", "The same: median."),
@@ -93,7 +100,8 @@ def metrics_page() -> str:
     return (
         "# Metrics\n\n"
         "Every step writes one object to `metrics.jsonl`, the same numbers to `tensorboard/`, and the columns below "
-        "to the console.\nA number that is not finite is `null` in the file. This page is made from the table in "
+        "to the console.\nA number that is not finite is `null` in the file. The file alone has `evaluation/right`: "
+        "the right responses of each\nheld-out problem, in their order. This page is made from the table in "
         "`megatron_egrsd/run/metrics.py`:\n`python -m megatron_egrsd.run.metrics > docs/reference/metrics.md`.\n\n"
         f"| key | column | meaning |\n|---|---|---|\n{rows}\n"
     )

@@ -12,7 +12,7 @@ from megatron_egrsd.data.samples import Prompt, Rollout, save_rollouts
 from megatron_egrsd.engine.distributed import on_first_rank, on_first_rank_while
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.errors import RunError
-from megatron_egrsd.evaluation.summary import summarize_rollouts
+from megatron_egrsd.evaluation.summary import change_of_accuracy, right_by_problem, summarize_rollouts
 from megatron_egrsd.hf.adapter_file import save_adapter
 from megatron_egrsd.hf.checkpoint import save_hf
 from megatron_egrsd.learn import Record
@@ -53,7 +53,7 @@ class Session:
         self.health = Health(config)
         self.peak = known_peak(config)
         self.log: RunLog | None = None  # on rank 0
-        self.evaluations: list[dict[str, float]] = []  # on rank 0
+        self.evaluations: list[dict[str, Any]] = []  # on rank 0
         self.history = History()  # of the steps so far; `learn` takes it
         self.unreported: tuple[int, list[Rollout], dict[str, float]] | None = None
         self.checkpoints = Checkpoints(engine, config.checkpoint, self.directory)
@@ -171,9 +171,11 @@ class Session:
         rollouts = self.rollouts.evaluation(prompts, step)
 
         def write() -> None:
-            result = summarize_rollouts(rollouts)
-            self.log.evaluation(step, result)
-            self.evaluations.append(result | {"step": step})
+            result, right = summarize_rollouts(rollouts), right_by_problem(rollouts)
+            if self.evaluations:
+                result |= change_of_accuracy(self.evaluations[0], result | {"right": right})
+            self.log.evaluation(step, result, right)
+            self.evaluations.append(result | {"step": step, "right": right})
             if is_best(self.evaluations, step):  # a resumed run has saved it before
                 self.checkpoints.name_best(step)
 

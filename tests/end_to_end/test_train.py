@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from safetensors.torch import load_file
@@ -85,6 +86,11 @@ def test_three_steps_of_the_whole_loop(tmp_path):
 
     steps = [m for m in metrics(output) if "loss/policy" in m]
     assert [m["step"] for m in steps] == [1, 2, 3]
+    evaluations = [m for m in metrics(output) if "evaluation/right" in m]
+    assert [m["step"] for m in evaluations] == [0, 3] and "evaluation/accuracy/change/low" in evaluations[1]
+    for m in evaluations:
+        assert len(m["evaluation/right"]) == m["evaluation/problems"]
+        assert np.mean(m["evaluation/right"]) == pytest.approx(m["evaluation/accuracy"] * m["evaluation/k"])
     # Before any sync (step 1) and after syncs (steps 2, 3) the two engines agree on what was sampled.
     assert all(m["sync/log_prob_difference"] < 1e-5 for m in steps)
     assert all(m["optimizer/grad_norm"] > 0 for m in steps)

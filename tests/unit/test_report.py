@@ -55,6 +55,12 @@ def test_table():
     assert " ".join(interval.split()) == "its 95 % interval 38-62 % 75-100 %"
 
 
+def test_the_table_shows_the_interval_of_the_change():
+    recorded = AFTER | {"accuracy/change/low": 0.402, "accuracy/change/high": 0.5}
+    with_it, without = (report.summary_table(BEFORE, after).splitlines()[4] for after in (recorded, AFTER))
+    assert len(with_it) == len(without) and with_it.endswith("  +40 to +50") and without.endswith(" " * 13)
+
+
 def size(png):
     data = png.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"

@@ -4,9 +4,18 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from megatron_egrsd.evaluation.summary import GradedResponse, majority, pass_at_k, summarize
+from megatron_egrsd.evaluation.summary import (
+    GradedResponse,
+    change_of_accuracy,
+    majority,
+    pass_at_k,
+    right_by_problem,
+    summarize,
+)
 from megatron_egrsd.evaluation.table import evaluation_table
+from tests.training import made_up_rollouts
 
 
 def sample(problem, right, length=10, vote="", **more):
@@ -65,6 +74,32 @@ def test_the_seed_decides_the_interval():
 
 
 @pytest.mark.heavy
+def test_the_interval_of_a_change_is_that_of_the_paired_differences():
+    rng, k = np.random.default_rng(0), 1000
+    before = rng.integers(0, 800, 200)
+    after = before + rng.integers(-50, 150, 200)
+    change = change_of_accuracy({"right": before.tolist(), "k": 2 * k}, {"right": (2 * after).tolist(), "k": 4 * k})
+    differences = (after - before) / (2 * k)
+    expected = stats.t.interval(0.95, 199, loc=differences.mean(), scale=stats.sem(differences))
+    assert tuple(change.values()) == pytest.approx(expected, abs=1e-4)
+    same = {"right": before.tolist(), "k": k}
+    assert change_of_accuracy(same, {"right": (before + 100).tolist(), "k": k}) == {
+        "accuracy/change/low": pytest.approx(0.1),
+        "accuracy/change/high": pytest.approx(0.1),
+    }
+
+
+@pytest.mark.parametrize("first", [{}, {"right": [1], "k": 8}, {"right": [1] * 3, "k": 8}])
+def test_evaluations_of_other_problems_have_no_change(first):
+    assert change_of_accuracy(first, {"right": [1] * 4, "k": 8}) == {}
+    assert change_of_accuracy({"right": [1], "k": 8}, {"right": [2], "k": 8}) == {}
+
+
+def test_right_responses_are_counted_in_the_order_of_the_problems():
+    rollouts = made_up_rollouts()
+    assert right_by_problem(rollouts) == right_by_problem(rollouts[::-1]) == [2, 2, 2, 0]
+
+
 def test_the_interval_covers_the_truth():
     # Problems of different difficulty: the spread is between problems, as it is in a benchmark.
     rng = np.random.default_rng(0)
