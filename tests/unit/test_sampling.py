@@ -27,9 +27,11 @@ class Responses:
 
     def __init__(self, meanwhile=lambda key: None):
         self.meanwhile = meanwhile  # called before each response
+        self.settings = None  # of the last call
 
     def generate(self, prompts, n, *, settings, done, finished, routes):
-        assert settings == RolloutConfig() and not routes
+        assert not routes
+        self.settings = settings
         done = {} if done is None else done
         for i, j in reversed([(i, j) for i in range(len(prompts)) for j in range(n) if (i, j) not in done]):
             self.meanwhile((i, j))
@@ -49,7 +51,9 @@ def test_a_response_is_rewarded_while_others_are_sampled():
     def meanwhile(key):
         assert key != (0, 0) or rewarded.wait(20), "no response was rewarded before all were there"
 
-    rollouts = Sampler(Responses(meanwhile), Tokenizer(), reward).sample(PROMPTS, 2, RolloutConfig())
+    responses, settings = Responses(meanwhile), RolloutConfig(temperature=0.8)
+    rollouts = Sampler(responses, Tokenizer(), reward).sample(PROMPTS, 2, settings)
+    assert responses.settings is settings
     assert [(r.group, r.response_ids) for r in rollouts] == [(i, [10 * i + j]) for i in range(3) for j in range(2)]
     assert [r.reward for r in rollouts] == [0.0, 0.0, 0.0, 1.0, 0.0, 1.0]  # "01" is not "1"
     assert all(r.prompt is PROMPTS[r.group] and r.weight_version == 4 for r in rollouts)
