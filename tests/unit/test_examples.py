@@ -247,6 +247,7 @@ def test_a_mixture_on_two_nodes(started):
     [("echo > started; exec sleep 60", 143), ("sleep 60 & echo > started; wait $!; exit 0", 0)],
     ids=["waits for the nodes", "has a rank"],
 )
+@pytest.mark.heavy
 def test_sigterm_reaches_the_ranks_or_a_torchrun_without_any(torchrun, status, tmp_path):
     stub = tmp_path / "torchrun"
     stub.write_text(f"#!/bin/sh\ncd {tmp_path}\n{torchrun}\n")

@@ -226,6 +226,7 @@ def test_dumps_without_a_teacher_are_refused():
         results({"run": [batch(preset_objective("grpo"), teacher=False)]}, 5)
 
 
+@pytest.mark.heavy
 def test_the_dumps_of_a_run_are_read(tmp_path, capsys):
     save_scores(batch(CL_EGRSD), tmp_path / "run/scores/step_000004.jsonl")
     assert main([str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--resamples", "20"]) == 0

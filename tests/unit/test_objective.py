@@ -67,6 +67,7 @@ configs = st.builds(
 
 
 @given(batches(), configs)
+@pytest.mark.heavy
 def test_gamma_zero_is_the_ungated_objective_bit_for_bit(tokens, config):
     ungated = dataclasses.replace(GATE_OFF, mix=config.mix, ratio_clip=config.ratio_clip)
     assert torch.equal(weights(tokens, dataclasses.replace(config, attenuation=0.0)), weights(tokens, ungated))

@@ -372,6 +372,7 @@ class Mine(Objective):
         (8, 8, 9, ["--rollout.sync.transport", "ipc"], 0, "need GPUs up to number 8, .* this node has 8"),
     ],
 )
+@pytest.mark.heavy
 def test_servers_begin_behind_the_gpus_of_the_ranks(ranks, gpus, engines, words, first, refused, model, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))

@@ -246,6 +246,7 @@ def test_answers_of_other_types_are_unwrapped_or_dropped(value, text):
     assert answer_text(value) == text
 
 
+@pytest.mark.heavy
 def test_parquet_rows_whose_answers_are_no_text(tmp_path):
     """Each was written as its spelling in Python: rewards of 0 for ever."""
     import pyarrow

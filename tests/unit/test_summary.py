@@ -100,6 +100,7 @@ def test_right_responses_are_counted_in_the_order_of_the_problems():
     assert right_by_problem(rollouts) == right_by_problem(rollouts[::-1]) == [2, 2, 2, 0]
 
 
+@pytest.mark.heavy
 def test_the_interval_covers_the_truth():
     # Problems of different difficulty: the spread is between problems, as it is in a benchmark.
     rng = np.random.default_rng(0)
