@@ -91,7 +91,7 @@ def accuracy(groups: list[list[GradedResponse]], resamples: np.ndarray | None) -
 def change_of_accuracy(first: dict[str, Any], last: dict[str, Any]) -> dict[str, float]:
     """Return the 95 % interval of the change of avg@k from evaluation `first` to `last`, paired by problem.
 
-    Both hold `k` and `right`, as `right_by_problem` counts them; {} if their problems differ in number, or are one.
+    Both are what `summarize_rollouts` returns; {} if `right` is missing, of one problem, or of other numbers.
     Problems differ more from each other than before from after, so it is narrower than both accuracies' intervals say.
     """
     before, after = (np.array(evaluation.get("right", ())) for evaluation in (first, last))
@@ -154,17 +154,15 @@ def _ratio(numerators: np.ndarray, denominators: np.ndarray, resamples: np.ndarr
     return Estimate(value, float(low), float(high))
 
 
-def right_by_problem(rollouts: list[Rollout]) -> list[int]:
-    """Count the right responses of every problem, in the order of the problems."""
-    counts = dict.fromkeys(sorted({r.group for r in rollouts}), 0)
-    for r in rollouts:
-        counts[r.group] += r.right
-    return list(counts.values())
+def summarize_rollouts(rollouts: list[Rollout]) -> dict[str, Any]:
+    """Compute avg@k with its 95 % interval, pass@k, response length in tokens and the share of truncated responses.
 
-
-def summarize_rollouts(rollouts: list[Rollout]) -> dict[str, float]:
-    """Compute avg@k with its 95 % interval, pass@k, response length in tokens and the share of truncated responses."""
-    samples = [GradedResponse(r.group, r.right, len(r.response_ids), r.finish_reason == "length") for r in rollouts]
+    `right` is the number of right responses of each problem, in the order of the problems.
+    """
+    samples = [
+        GradedResponse(r.group, r.right, len(r.response_ids), r.finish_reason == "length")
+        for r in sorted(rollouts, key=lambda r: r.group)
+    ]
     groups = by_problem(samples)
     lengths = [s.length for s in samples]
     estimate = accuracy(groups, resamples_of(len(groups), seed=0))
@@ -178,4 +176,5 @@ def summarize_rollouts(rollouts: list[Rollout]) -> dict[str, float]:
         "truncated": statistics.fmean(s.truncated for s in samples),
         "k": len(samples) / len(groups),
         "problems": len(groups),
+        "right": [sum(s.right for s in group) for group in groups],
     }

@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -57,19 +57,15 @@ class RunLog:
         step, now = int(metrics["step"]), time.perf_counter()
         self.seconds.append(float(metrics.get("time/step", now - self.last)))
         self.last = now
-        self._record(step, {k: v for k, v in metrics.items() if k != "step"}, {})
+        self._record(step, {k: v for k, v in metrics.items() if k != "step"})
         if self.lines == 0 or (self.console.is_terminal and self.lines % _HEADER_EVERY == 0):
             self.console.print(Text(self.text.header(), style="bold"))
         self.lines += 1
         self.console.print(Text(self.text.line(step, metrics, self.seconds)))
 
-    def evaluation(self, step: int, metrics: dict[str, float], right: list[int] | None = None) -> None:
-        """Record an evaluation after `step` steps (0: before training); keys as in evaluation/...
-
-        `right`, the number of right responses of each problem, is in metrics.jsonl alone.
-        """
-        unplotted = {} if right is None else {"evaluation/right": right}
-        self._record(step, {f"evaluation/{k}": v for k, v in metrics.items() if k != "step"}, unplotted)
+    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        """Record an evaluation after `step` steps (0: before training); keys as in evaluation/..."""
+        self._record(step, {f"evaluation/{k}": v for k, v in metrics.items() if k != "step"})
         text = (
             f"held-out after step {step}: accuracy {show(metrics, 'accuracy', '.3f')}  "
             f"pass@{show(metrics, 'k', '.0f')} {show(metrics, 'pass', '.3f')}  "
@@ -89,10 +85,11 @@ class RunLog:
         if self.wandb:
             self.wandb.close()
 
-    def _record(self, step: int, metrics: dict[str, float | int], unplotted: dict[str, list[int]]) -> None:
-        numbers = {k: v if isinstance(v, int) else float(v) for k, v in metrics.items()}
+    def _record(self, step: int, metrics: dict[str, Any]) -> None:
+        lists = {k: v for k, v in metrics.items() if isinstance(v, list)}  # nothing but the file can take them
+        numbers = {k: v if isinstance(v, int) else float(v) for k, v in metrics.items() if k not in lists}
         # JSON has no NaN: null keeps the file readable by everything that reads JSON.
-        row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in numbers.items()} | unplotted
+        row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in numbers.items()} | lists
         try:
             self.jsonl.write(json.dumps(row) + "\n")
             self.jsonl.flush()

@@ -12,7 +12,7 @@ from megatron_egrsd.data.samples import Prompt, Rollout, save_rollouts
 from megatron_egrsd.engine.distributed import on_first_rank, on_first_rank_while
 from megatron_egrsd.engine.engine import Engine
 from megatron_egrsd.errors import RunError
-from megatron_egrsd.evaluation.summary import change_of_accuracy, right_by_problem, summarize_rollouts
+from megatron_egrsd.evaluation.summary import change_of_accuracy, summarize_rollouts
 from megatron_egrsd.hf.adapter_file import save_adapter
 from megatron_egrsd.hf.checkpoint import save_hf
 from megatron_egrsd.learn import Record
@@ -171,11 +171,11 @@ class Session:
         rollouts = self.rollouts.evaluation(prompts, step)
 
         def write() -> None:
-            result, right = summarize_rollouts(rollouts), right_by_problem(rollouts)
+            result = summarize_rollouts(rollouts)
             if self.evaluations:
-                result |= change_of_accuracy(self.evaluations[0], result | {"right": right})
-            self.log.evaluation(step, result, right)
-            self.evaluations.append(result | {"step": step, "right": right})
+                result |= change_of_accuracy(self.evaluations[0], result)
+            self.log.evaluation(step, result)
+            self.evaluations.append(result | {"step": step})
             if is_best(self.evaluations, step):  # a resumed run has saved it before
                 self.checkpoints.name_best(step)
 
