@@ -71,27 +71,36 @@ def parse_config(arguments: list[str]) -> Config:
 
     Raises BadArgument naming the key, with the nearest valid one if it is unknown.
     """
-    import yaml
-    from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
+    from jsonargparse import ArgumentError
 
-    set_loader("renamed", lambda text: _renamed(get_loader("yaml")(text)), exceptions=(yaml.YAMLError,))
     arguments = [_OLD_OPTION.sub(lambda match: f"--{RENAMED[match[1]]}", word, count=1) for word in arguments]
-    parser = ArgumentParser(exit_on_error=False, prog="megatron-egrsd train", parser_mode="renamed")
-    parser.add_argument("--config", action="config", help="YAML file with the keys below.")
-    parser.add_class_arguments(Config, None)
+    parser = _parser()
     try:
         namespace = parser.parse_args(arguments)
         for name, keys in (("objective.preset", preset_keys), ("evaluation.protocol", protocol_keys)):
             if chosen := namespace[name]:
-                parser.set_defaults(keys(chosen))
                 arguments = _with_keys_of(name, keys(chosen), arguments)
-        namespace = parser.instantiate(parser.parse_args(arguments))
+                namespace = parser.parse_args(arguments)
+        namespace = parser.instantiate(namespace)
     except BadArgument:
         raise
     except (ArgumentError, ValueError, TypeError) as error:
         raise BadArgument(_one_sentence(str(error))) from None
     config = Config(**{f.name: namespace[f.name] for f in dataclasses.fields(Config)})
     return functools.reduce(_with_home, PATHS, config)
+
+
+@functools.cache
+def _parser() -> Any:
+    """Return the parser of the command line; to make it takes as long as to read a configuration with it."""
+    import yaml
+    from jsonargparse import ArgumentParser, get_loader, set_loader
+
+    set_loader("renamed", lambda text: _renamed(get_loader("yaml")(text)), exceptions=(yaml.YAMLError,))
+    parser = ArgumentParser(exit_on_error=False, prog="megatron-egrsd train", parser_mode="renamed")
+    parser.add_argument("--config", action="config", help="YAML file with the keys below.")
+    parser.add_class_arguments(Config, None)
+    return parser
 
 
 def _with_home(config: Any, key: str) -> Any:
@@ -108,14 +117,13 @@ def _with_home(config: Any, key: str) -> Any:
 
 
 def _with_keys_of(name: str, keys: dict[str, object], arguments: list[str]) -> list[str]:
-    """Add the keys of a preset that is named on the command line: behind the YAML files before it, so that it wins.
+    """Add the keys of a preset: first, or behind the YAML files that its name follows, so that it wins over those.
 
     Keys on the command line win over the preset wherever they stand: those before such a file are said again.
     """
     places = [i for i, word in enumerate(arguments) if word.partition("=")[0] == f"--{name}"]
-    if not places:
-        return arguments
-    files = [i for i, word in enumerate(arguments[: places[-1]]) if word.partition("=")[0] == "--config"]
+    before = arguments[: places[-1]] if places else []
+    files = [i for i, word in enumerate(before) if word.partition("=")[0] == "--config"]
     behind = files[-1] + (1 if "=" in arguments[files[-1]] else 2) if files else 0
     words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items()]
     for i, word in enumerate(arguments[:behind]):
