@@ -12,6 +12,8 @@ STAMP := $(shell date +%Y%m%d-%H%M%S)
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 RUN := OMP_NUM_THREADS=1 PATH="$(abspath $(VENV))/bin:$$PATH"
+# Many images set this. The hundreds of processes of the tests would then compile torch and SGLang anew, each for itself.
+unexport PYTHONDONTWRITEBYTECODE
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: help install browser demo demo-llm check test test-all fuzz soak bench lint clean gpu-check

@@ -8,5 +8,6 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 site=$PWD/build/gpu/site-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+unset PYTHONDONTWRITEBYTECODE  # set in many images: each stage would compile torch's sources anew
 export PYTHONPATH=$PWD:$site${PYTHONPATH:+:$PYTHONPATH}
 exec "$python" -m tools.gpu.stages "$@" < /dev/null
