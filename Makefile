@@ -49,7 +49,7 @@ demo-llm: install  ## train a pretrained SmolLM2-135M with CL-EGRSD on the CPU; 
 browser: install  ## headless Chromium for the tests of the pages
 	@$(RUN) tools/install_browser.sh $(VENV)
 
-check: lint  ## lint and the unit tests that are quick: a few minutes
+check: lint  ## lint and the unit tests that are quick: under two minutes
 	@$(RUN) python -m pytest tests/unit -m "not heavy and not slow" -n 2 --dist loadfile
 
 # Two files at a time. First tests of one process and of gloo ranks, those with long ones first; then servers and whole
