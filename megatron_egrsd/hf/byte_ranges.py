@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from io import FileIO
 from pathlib import Path
-from threading import Event
 from typing import BinaryIO, NamedTuple
 
 import torch
 
 from megatron_egrsd.errors import RunError
+from megatron_egrsd.system.interrupts import held_back
 
 # 512 KiB of bf16: small enough for the cache, and large enough that the overhead of a call is negligible.
 PIECE_ELEMENTS = 1 << 18
@@ -111,19 +111,20 @@ def in_threads(tasks: Iterable[Iterator[int]], advance: Advance) -> None:
 
     If a task fails or the process is interrupted, every other task stops at its next yield, and the error is raised.
     """
-    stopped = Event()
+    stopped = False
+
+    def stop() -> None:
+        nonlocal stopped
+        stopped = True
 
     def run(task: Iterator[int]) -> None:
-        for nbytes in task:
+        while not stopped and (nbytes := next(task, None)) is not None:
             advance(nbytes)
-            if stopped.is_set():
-                return
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    with held_back(stop), ThreadPoolExecutor(THREADS) as pool:
         try:
             for future in as_completed([pool.submit(run, task) for task in tasks]):
                 future.result()
         except BaseException:
-            stopped.set()
-            pool.shutdown(cancel_futures=True)
+            stop()
             raise

@@ -1,15 +1,14 @@
 """integrity.json, megatron-core's list of the SHA-256 sums of all other files of a torch_dist directory."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_egrsd.hf.byte_ranges import in_threads
 from megatron_egrsd.system.files import sha256
 
 INTEGRITY = "integrity.json"
 UNLISTED = "is not one of its files"
-
-_READERS = 8  # threads
 
 
 def write(directory: Path, sums: dict[str, str]) -> None:
@@ -29,14 +28,15 @@ def differing(directory: Path) -> dict[str, str]:
         raise ValueError(f"{INTEGRITY} is no list of SHA-256 sums")
     present = {file.name for file in directory.iterdir() if file.is_file() and file.name != INTEGRITY}
 
-    def wrong(name: str) -> str:
-        try:
-            return "" if sha256(directory / name) == listed[name] else "is not what was written (SHA-256)"
-        except OSError as error:
-            return f"cannot be read ({error.strerror})"
-
     found = dict.fromkeys(present - listed.keys(), UNLISTED) | dict.fromkeys(listed.keys() - present, "is missing")
-    both = sorted(present & listed.keys())
-    with ThreadPoolExecutor(_READERS) as readers:
-        found |= zip(both, readers.map(wrong, both), strict=True)
-    return {name: what for name, what in found.items() if what}
+
+    def compare(name: str) -> Iterator[int]:
+        try:
+            if sha256(directory / name) != listed[name]:
+                found[name] = "is not what was written (SHA-256)"
+        except OSError as error:
+            found[name] = f"cannot be read ({error.strerror})"
+        yield 0
+
+    in_threads(map(compare, sorted(present & listed.keys())), lambda nbytes: None)
+    return found

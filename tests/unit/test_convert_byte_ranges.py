@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -15,6 +18,7 @@ from megatron_egrsd.hf.byte_ranges import Range, in_threads, pieces, reserve, wr
 from megatron_egrsd.hf.convert import ToHF, ToMegatron
 from megatron_egrsd.hf.safetensors_file import SafetensorsWriter
 from megatron_egrsd.hf.torch_dist_reader import TorchDistReader
+from megatron_egrsd.system.interrupts import held_back
 from tests.random_checkpoints import MOE, random_qwen3
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -113,6 +117,59 @@ def test_after_an_error_the_other_threads_end_at_their_next_step(error):
     with pytest.raises(type(error)):
         in_threads([endless(), failing(), endless()], done.append)
     assert done and threading.active_count() == threads
+
+
+INTERRUPTED = """
+import random, signal, time
+from megatron_egrsd.hf.byte_ranges import in_threads
+
+def task():
+    for _ in range(3):
+        time.sleep(0.0005)
+        yield 1
+
+interrupts, moments = 0, random.Random(1)
+signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+for _ in range(2000):
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, moments.uniform(1e-5, 4e-3))
+            in_threads([task() for _ in range(8)], lambda nbytes: None)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        interrupts += 1
+print(interrupts)
+"""
+
+
+@pytest.mark.heavy
+def test_an_interruption_at_any_moment_ends_the_work():
+    """In a plain pool of threads some of 300 leave a lock taken, for which the pool waits without end."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0 and int(done.stdout) > 1000
+
+
+def test_after_a_first_interruption_is_held_back_a_second_one_ends_the_block():
+    stops = []
+    with pytest.raises(KeyboardInterrupt), held_back(lambda: stops.append(1)):
+        signal.raise_signal(signal.SIGINT)
+        assert stops == [1]
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second one was held back as well")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interruption_that_another_handler_keeps_stops_nothing():
+    """That of a run in training, which finishes its step: a half-written export must not look finished."""
+    kept, stops = [], []
+    before = signal.signal(signal.SIGINT, lambda number, frame: kept.append(number))
+    try:
+        with held_back(lambda: stops.append(1)):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert kept == [signal.SIGINT] and not stops
 
 
 def test_every_chunk_is_an_archive_that_torch_reads(tmp_path):
