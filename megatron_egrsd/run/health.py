@@ -48,6 +48,12 @@ RULES = [
         "samples almost the same response every time; lower optimizer.lr, or raise rollout.temperature",
     ),
     Rule(
+        "entropy grows",
+        lambda m, first, c: _value(m, "student/entropy") > max(0.2, 3 * _value(first, "student/entropy", float("inf"))),
+        "the student's entropy has risen to {student/entropy:.3g} nats, three times that of the first steps: it "
+        "unlearns, and soon no response is right; lower optimizer.lr",
+    ),
+    Rule(
         "gate",
         lambda m, first, c: c.objective.attenuation > 0 and _value(m, "gate/closed_share") > 0.95,
         "the gate is closed at {gate/closed_share:.0%} of the tokens: the teacher is uncertain everywhere; see whether "

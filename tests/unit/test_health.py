@@ -16,6 +16,7 @@ ILL = {
     "cut off": ({"response/truncated": 0.88}, "88% of the responses are cut off"),
     "no signal": ({"batch/degenerate_share": 1.0}, "no rollout of the batch has an advantage"),
     "entropy": ({"student/entropy": 0.01}, "fallen to 0.01 nats"),
+    "entropy grows": ({"student/entropy": 1.6}, "risen to 1.6 nats, three times"),
     "gate": ({"gate/closed_share": 0.99}, "the gate is closed at 99%"),
     "drift": ({"sync/log_prob_difference": 0.06}, "drift apart, 0.06 nats"),
     "clip": ({"weight/clip_share": 0.95}, "clipped at 95%"),
@@ -49,6 +50,7 @@ THRESHOLDS = {
     "cut off": ("response/truncated", 0.5, 0.51),
     "no signal": ("batch/degenerate_share", 0.99, 1.0),
     "entropy": ("student/entropy", 0.0501, 0.0499),
+    "entropy grows": ("student/entropy", 1.5, 1.51),
     "gate": ("gate/closed_share", 0.95, 0.951),
     "drift": ("sync/log_prob_difference", 0.05, 0.051),  # half of the limit, 0.1 nats
     "clip": ("weight/clip_share", 0.9, 0.91),
@@ -79,6 +81,12 @@ def test_drift_is_five_times_that_of_the_first_steps_or_half_the_limit_or_a_fift
     config = dataclasses.replace(CONFIG, max_log_prob_difference=limit)
     key = "sync/log_prob_difference"
     assert [_after_three_steps(config, {key: first}, {key: value}) for value in (silent, warns)] == [0, 1]
+
+
+def test_a_little_entropy_may_grow():
+    """That of a model that is sure of nearly every token, to three times as much."""
+    assert [_after_three_steps(CONFIG, {"student/entropy": 0.01}, {"student/entropy": value})
+            for value in (0.2, 0.21)] == [0, 1]  # fmt: skip
 
 
 def test_an_update_without_advantages_is_one():
