@@ -38,6 +38,7 @@ from megatron_egrsd.rollout.deterministic import check_deterministic, determinis
 from megatron_egrsd.rollout.generation import Generation
 from megatron_egrsd.rollout.servers import RolloutServers, retry_lost
 from megatron_egrsd.system.files import check_outside, locked, write_text
+from megatron_egrsd.system.interrupts import held_back
 
 Results = dict[str, dict[str, Estimate]]  # set name -> number's name -> estimate
 
@@ -156,9 +157,10 @@ class Evaluation:
 
             def finished(i: int, j: int, generation: Generation) -> None:
                 done[i, j] = None  # the file holds the response
-                while gradings and gradings[0].done():
-                    gradings.popleft().result()
-                gradings.append(graders.submit(grade_and_write, i, j, generation))
+                with held_back():
+                    while gradings and gradings[0].done():
+                        gradings.popleft().result()
+                    gradings.append(graders.submit(grade_and_write, i, j, generation))
 
             def generate() -> None:
                 client.generate(

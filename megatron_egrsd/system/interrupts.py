@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def held_back(stop: Callable[[], object]) -> Iterator[None]:
-    """Raise what a Ctrl-C raises at the end of the block, which `stop` is to bring about; a second one ends it at once.
+def held_back(stop: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Raise what a Ctrl-C raises at the end of the block, which `stop` may bring about; a second one ends it at once.
 
     Elsewhere than on the main thread, and where another handler than Python's keeps the signal, nothing changes.
     """
