@@ -26,7 +26,7 @@ $(VENV)/.requirements: requirements/cpu.txt
 	  { echo "error: Python 3.11 with venv is needed, $(or $(PYTHON),none) is not it; install python3.11 and python3.11-venv, or run make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@command -v g++ >/dev/null || \
 	  { echo "error: no C++ compiler found; install g++ (Debian, Ubuntu: apt-get install g++)" >&2; exit 2; }
-	@echo "installing requirements/cpu.txt into $(VENV) (2 to 6 minutes)"
+	@echo "installing requirements/cpu.txt into $(VENV) (1 to 6 minutes)"
 	@"$(PYTHON)" -m venv --clear $(VENV)
 	@$(PIP) install --no-deps --no-compile --ignore-requires-python $(TORCH_CPU) -r requirements/cpu.txt
 	@touch $@
